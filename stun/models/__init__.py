@@ -1,0 +1,1 @@
+"""Model classes this package adds to transformers' Auto classes."""

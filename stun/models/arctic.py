@@ -1,0 +1,239 @@
+"""Snowflake Arctic for transformers 5, with fused experts.
+
+Arctic is absent from transformers. This module adds `ArcticConfig` and `ArcticForCausalLM`, registers them with the Auto
+classes, and maps the names of the released checkpoint (`block_sparse_moe.experts.N.w1.weight`) to the fused runtime
+parameters, so that `AutoModelForCausalLM.from_pretrained` loads the original files and `save_pretrained` writes them back.
+
+With h = x + attention(input_layernorm(x)), a layer computes
+
+    dense + MoE hybrid:  h + residual_mlp(residual_layernorm(h)) + moe(post_attention_layernorm(x))
+    otherwise:           h + moe_or_mlp(post_attention_layernorm(h))
+
+The hybrid form feeds its experts the hidden states from BEFORE attention, so both branches can run at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralExperts,
+    MixtralForCausalLM,
+    MixtralModel,
+    MixtralPreTrainedModel,
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+    MixtralTopKRouter,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+
+class ArcticConfig(PreTrainedConfig):
+    """Configuration of a Snowflake Arctic model; field names and defaults are those of the released `config.json`.
+
+    `num_local_experts` is one count for all layers, or a list with one count per decoder layer (the form in which the
+    STUN authors saved models that keep a different number of experts in each layer).
+    """
+
+    model_type = "arctic"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1000000.0
+    attribute_map = {"num_experts": "num_local_experts"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    attention_dropout: float | int = 0.0
+    num_experts_per_tok: int = 1
+    num_local_experts: int | list[int] = 8
+    router_aux_loss_coef: float = 0.001
+    output_router_logits: bool = False
+    moe_layer_frequency: int = 2
+    parallel_attn_mlp_res: bool = False
+    rope_parameters: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def experts_of_layer(self, layer_idx: int) -> int:
+        """Number of experts of decoder layer `layer_idx`; 0 where the layer has a dense MLP."""
+        if (layer_idx + 1) % self.moe_layer_frequency:
+            return 0
+        counts = self.num_local_experts
+        return counts if isinstance(counts, int) else counts[layer_idx]
+
+
+class ArcticMLP(nn.Module):
+    """w2(act(w1 x) * w3 x), without biases."""
+
+    def __init__(self, config: ArcticConfig, intermediate_size: int):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
+
+
+class ArcticExperts(MixtralExperts):
+    """The experts of one layer, fused: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]."""
+
+
+class ArcticTopKRouter(MixtralTopKRouter):
+    """fp32 softmax, then top-k; the k weights are renormalised only if k > 1."""
+
+    def forward(self, hidden_states: torch.Tensor):
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        router_logits = F.linear(hidden_states, self.weight)
+        router_probs = F.softmax(router_logits.float(), dim=-1)
+        router_scores, router_indices = torch.topk(router_probs, self.top_k, dim=-1)
+        if self.top_k > 1:
+            router_scores = router_scores / router_scores.sum(dim=-1, keepdim=True)
+        return router_logits, router_scores, router_indices
+
+
+def _layer_config(config: ArcticConfig, layer_idx: int) -> ArcticConfig:
+    """The configuration as one layer sees it: `num_local_experts` is that layer's own count."""
+    if isinstance(config.num_local_experts, int):
+        return config
+    own = type(config)(**{**config.to_dict(), "num_local_experts": config.experts_of_layer(layer_idx)})
+    own._attn_implementation = config._attn_implementation
+    own._experts_implementation = config._experts_implementation
+    return own
+
+
+class ArcticSparseMoeBlock(nn.Module):
+    """Router and experts: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: ArcticConfig, layer_idx: int):
+        super().__init__()
+        own = _layer_config(config, layer_idx)
+        self.gate = ArcticTopKRouter(own)
+        self.experts = ArcticExperts(own)
+        # Dispatch of the experts implementation must follow later changes of the model's own configuration.
+        self.experts.config = config
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(flat)
+        return self.experts(flat, top_k_index, top_k_weights).view_as(hidden_states)
+
+
+class ArcticDenseBlock(nn.Module):
+    """The feed-forward of a layer without experts, under the name the checkpoint gives it (`block_sparse_moe.mlp`)."""
+
+    def __init__(self, config: ArcticConfig):
+        super().__init__()
+        self.mlp = ArcticMLP(config, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden_states)
+
+
+class ArcticDecoderLayer(GradientCheckpointingLayer):
+    """One decoder layer; see the module's docstring for the two forms it takes."""
+
+    def __init__(self, config: ArcticConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        is_moe = config.experts_of_layer(layer_idx) > 0
+        self.is_hybrid = is_moe and config.parallel_attn_mlp_res
+        self.self_attn = MixtralAttention(config, layer_idx)
+        self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx) if is_moe else ArcticDenseBlock(config)
+        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.is_hybrid:
+            self.residual_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.residual_mlp = ArcticMLP(config, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        before_attention = hidden_states
+        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = before_attention + attention
+        if self.is_hybrid:
+            residual = self.residual_mlp(self.residual_layernorm(hidden_states))
+            experts = self.block_sparse_moe(self.post_attention_layernorm(before_attention))
+            return hidden_states + residual + experts
+        return hidden_states + self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
+
+
+class ArcticPreTrainedModel(MixtralPreTrainedModel):
+    config: ArcticConfig
+    config_class = ArcticConfig
+    _no_split_modules = ["ArcticDecoderLayer"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(ArcticTopKRouter, index=0),
+        "hidden_states": ArcticDecoderLayer,
+        "attentions": MixtralAttention,
+    }
+
+    # transformers decides both by searching the module's source for its own idioms; here they are inherited.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
+class ArcticModel(ArcticPreTrainedModel, MixtralModel):
+    """Decoder without the output head."""
+
+    def __init__(self, config: ArcticConfig):
+        MixtralPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(ArcticDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MixtralRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
+    """Decoder with the output head."""
+
+    def __init__(self, config: ArcticConfig):
+        MixtralPreTrainedModel.__init__(self, config)
+        self.model = ArcticModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModelForCausalLM` know Arctic, and give it Mixtral's map of expert names."""
+    AutoConfig.register("arctic", ArcticConfig)
+    AutoModelForCausalLM.register(ArcticConfig, ArcticForCausalLM)
+    experts = get_checkpoint_conversion_mapping("mixtral")[1:]  # without the renaming block_sparse_moe -> mlp
+    register_checkpoint_conversion_mapping("arctic", experts)
