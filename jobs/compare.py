@@ -1,0 +1,30 @@
+"""STUN beside whole experts only and weights only: torchrun --nproc-per-node 2 -m jobs.compare experiment=demo"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from jobs import launch
+from stun.checkpoint import write_json
+from stun.evaluate import evaluate
+from stun.prune import prune
+from stun.table import results_table
+
+
+def work(cfg, ranks) -> None:
+    shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
+    results = {"dense": evaluate(cfg.model.path, cfg.task, ranks)}
+    for name, fraction in shares.items():
+        run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
+        own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
+        summary = prune(own, ranks)
+        results[name] = evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
+
+    def report() -> None:
+        write_json(Path(cfg.run_dir) / "comparison.json", results)
+        print(results_table(results))
+
+    ranks.on_first(report)
+
+
+if __name__ == "__main__":
+    launch("compare", work)

@@ -1,0 +1,198 @@
+"""Safetensors checkpoints in the hub's layout: lazy reads, whole shards written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stun.config import StunError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, first byte, and what its bytes mean."""
+
+    file: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def _parse_header(file: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file, every offset checked against the file's size before anything is allocated."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise StunError(f"{file}: the header is not JSON: {error}") from None
+    base, infos = 8 + length, {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise StunError(f"{file}: tensor {name}: unreadable entry {entry!r}") from None
+        nbytes = math.prod(shape) * dtype.itemsize
+        if min((first, *shape)) < 0 or last - first != nbytes:
+            raise StunError(f"{file}: tensor {name}: offsets {first}..{last} do not hold {shape} of {dtype}")
+        if base + last > size:
+            raise StunError(f"{file}: truncated: tensor {name} ends at byte {base + last}, the file at {size}")
+        infos[name] = TensorInfo(file, base + first, nbytes, dtype, shape)
+    return infos
+
+
+def _load_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StunError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise StunError(f"{file}: must hold a JSON object")
+    return content
+
+
+def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
+    weight_map = _load_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StunError(f"{folder / INDEX}: has no weight_map")
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise StunError(f"{folder / INDEX}: names the file {shard!r}; only *.safetensors beside the index are read")
+        if not (folder / shard).is_file():
+            raise StunError(f"{folder / shard}: missing, but named in {INDEX}")
+        headers[shard] = _parse_header(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise StunError(f"{folder / INDEX}: says that {shard} holds {name}; it does not")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+class Checkpoint:
+    """A source checkpoint. `tensors` describes every tensor; `read` fetches one and counts its bytes in `bytes_read`."""
+
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo]):
+        self.folder, self.config, self.tensors = folder, config, tensors
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open and check the folder at `path`. Raises StunError if it is not a whole safetensors checkpoint."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise StunError(f"model.path={path}: not a folder; download the checkpoint first")
+        if not (folder / "config.json").is_file():
+            raise StunError(f"{folder}: has no config.json")
+        if (folder / INDEX).is_file():
+            tensors = _indexed_tensors(folder)
+        elif (folder / SINGLE).is_file():
+            tensors = _parse_header(folder / SINGLE)
+        else:
+            raise StunError(_no_weights(folder))
+        return cls(folder, _load_json(folder / "config.json"), tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, in its stored dtype."""
+        info = self.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        with info.file.open("rb", buffering=0) as handle:
+            handle.seek(info.start)
+            view, filled = memoryview(raw.numpy()), 0
+            while filled < info.nbytes:
+                count = handle.readinto(view[filled:])
+                if not count:
+                    raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+                filled += count
+        with self._lock:
+            self.bytes_read += info.nbytes
+        return raw.view(info.dtype).view(info.shape)
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLED)
+    if pickled:
+        return (
+            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. Convert them "
+            "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
+        )
+    return f"{folder}: holds neither {INDEX} nor {SINGLE}"
+
+
+def write_atomically(file: Path, write) -> None:
+    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    write(temporary)
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one safetensors file, atomically; readable by whoever may read its folder."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def write(path: Path) -> None:
+        save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+
+    write_atomically(file, write)
+
+
+def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
+    """Write the index: `shards` maps a file name to the bytes of each of its tensors."""
+    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
+    total = sum(size for sizes in shards.values() for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+
+
+def copy_extras(source: Path, target: Path, skip: Iterable[str] = ("config.json", INDEX)) -> None:
+    """Copy what travels with a checkpoint: tokenizer, chat template, generation config, custom code, licence."""
+    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
+    for file in sorted(source.iterdir()):
+        is_weights = file.suffix in weights or file.name.endswith(".index.json")
+        if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
+            write_atomically(target / file.name, lambda path, file=file: shutil.copyfile(file, path))

@@ -1,0 +1,276 @@
+"""The two streams over the decoder layers: `observe` (dense) and `prune_layers` (drop, measure, mask, propagate, write)."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from stun.arch import Architecture, renumber
+from stun.budget import LayerQuota
+from stun.plan import LayerPlan, representative
+from stun.ranks import Ranks
+from stun.sparsify import require_finite, smallest_per_row, wanda_scores
+from stun.stats import CoActivation, OutputNorms, squared_sum
+from stun.stream import Layer, LayerStream, ShardWriter, States, even_owners
+
+
+class _Watcher:
+    """Collects selection statistics of one layer."""
+
+    def __init__(self, num_experts: int, device: torch.device):
+        self.coactivation = CoActivation(num_experts, device)
+        self.outputs = OutputNorms(num_experts, device)
+
+    def routing(self, index_TK: torch.Tensor) -> None:
+        self.coactivation.add(index_TK)
+
+    def expert(self, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
+        self.outputs.add(expert, output_nD, gate_n)
+
+
+def observe(
+    arch: Architecture, states: States, ranks: Ranks, save: Callable[[int, dict[str, torch.Tensor]], None]
+) -> None:
+    """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts.
+
+    Statistics: `router` [E, D] float32, `coactivation` [E, E] int64, `outputs` [E, 5] float64 (columns of OutputNorms).
+    """
+    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    stream = LayerStream(arch, ranks, owners)
+    progress = Progress("observe", len(arch.layers), ranks)
+    for layer in stream:
+        watcher = _Watcher(layer.layout.num_experts, ranks.device)
+        stream.build(layer)
+        start = time.perf_counter()
+        states = stream.run(layer, states, watcher if layer.kept else None)
+        layer.seconds["compute"] = time.perf_counter() - start
+        if layer.kept:
+            coactivation_EE = ranks.sum_integers(watcher.coactivation.counts_EE)
+            outputs_E5 = ranks.all_gather(watcher.outputs.sums_E5).sum(0)  # an expert is non-zero on one rank only: exact
+            if ranks.is_first:
+                router_ED = layer.dense[min(layer.layout.routed)].float()
+                statistics = {"router": router_ED, "coactivation": coactivation_EE, "outputs": outputs_E5}
+                save(layer.layout.index, {name: tensor.cpu() for name, tensor in statistics.items()})
+        progress.layer(layer, f"experts {len(layer.kept)}")
+
+
+class _Moments:
+    """Collects, for every matrix of a layer, the sum of squares of each column of its inputs."""
+
+    def __init__(self, layer: Layer):
+        self.experts: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
+        self.dense: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def routing(self, index_TK: torch.Tensor) -> None:
+        pass
+
+    def expert(self, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
+        self.tokens[expert] += len(input_nD)
+        for part, rows in (("gate_up_proj", input_nD), ("down_proj", inner_nI)):
+            add, own = squared_sum(rows), self.experts[expert]
+            own[part] = own[part] + add if part in own else add
+
+    def hook(self, name: str):
+        """A forward pre-hook that records one micro-batch's inputs of the linear module whose weight is `name`."""
+        return lambda module, arguments: self.dense[name].append(squared_sum(arguments[0].flatten(0, -2)))
+
+
+def _measure(stream: LayerStream, layer: Layer, states: States, names: list[str]) -> _Moments:
+    """Run the layer once for its moments; its outputs are discarded, since its weights are about to change."""
+    moments = _Moments(layer)
+    modules = {name: layer.module.get_submodule(layer.layout.dense[name].rpartition(".")[0]) for name in names}
+    hooks = [module.register_forward_pre_hook(moments.hook(name)) for name, module in modules.items()]
+    stream.run(layer, states, moments)
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+def _sum_over_micro_batches(partial: list[torch.Tensor], states: States, ranks: Ranks, width: int) -> torch.Tensor:
+    """[D] total of the micro-batches of all ranks, added in their order."""
+    turns = -(-states.total // ranks.world)
+    own_MD = torch.zeros(turns, width, dtype=torch.float64, device=ranks.device)
+    for turn, row_D in enumerate(partial):
+        own_MD[turn] = row_D
+    return ranks.all_gather(own_MD).transpose(0, 1).reshape(-1, width)[: states.total].sum(0)
+
+
+def _pooled(moments: _Moments, layer: Layer, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The layer's moments over all experts, the stand-in for an expert that saw no token; added in expert order."""
+    own = {expert: {part: row.cpu() for part, row in parts.items()} for expert, parts in moments.experts.items()}
+    everyone = {expert: parts for gathered in ranks.gather_objects(own) for expert, parts in gathered.items()}
+    pooled: dict[str, torch.Tensor] = {}
+    for expert in sorted(everyone):
+        for part, row in everyone[expert].items():
+            pooled[part] = pooled[part] + row if part in pooled else row
+    return {part: row.to(ranks.device) for part, row in pooled.items()}
+
+
+def _remove(weight_OD: torch.Tensor, squared_sum_D: torch.Tensor, count: int, what: str) -> None:
+    """Zero the `count` weights of a matrix with the lowest scores, in place."""
+    if count:
+        scores_OD = wanda_scores(weight_OD, squared_sum_D)
+        require_finite(scores_OD, f"{what}: Wanda score")
+        weight_OD.masked_fill_(smallest_per_row(scores_OD, count), 0)
+
+
+def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) -> int:
+    """Measure the layer and zero what its quota asks for, in place; returns the number of experts that saw no token."""
+    ranks = stream.ranks
+    names = [name for name, count in quota.dense.items() if count]
+    if not names and not any(count for expert in quota.experts for count in expert.values()):
+        return 0
+    moments = _measure(stream, layer, states, names)
+    owners = stream.dense_owner(layer.layout)
+    for name in names:
+        weight = layer.dense[name]
+        total_D = _sum_over_micro_batches(moments.dense[name], states, ranks, weight.shape[1])
+        if owners[name] == ranks.rank:
+            _remove(weight, total_D, quota.dense[name], name)
+        ranks.broadcast(weight, owners[name])
+    tokens_E = ranks.sum_integers(moments.tokens.to(ranks.device)).cpu()
+    unseen = int((tokens_E == 0).sum())
+    pooled = _pooled(moments, layer, ranks) if unseen else {}
+    for number, expert in enumerate(layer.kept):
+        if layer.owner[number] == ranks.rank:
+            rows = moments.experts.get(number) or pooled
+            for part, count in quota.experts[number].items():
+                _remove(layer.experts[expert][part], rows[part], count, f"layer {layer.layout.index} expert {expert} {part}")
+    return unseen
+
+
+def _choose(layer: Layer, plan: LayerPlan, saliency_E: list[float], ranks: Ranks) -> list[int]:
+    """The representative of every cluster, found by the rank that owns the cluster; ascending, the same on every rank."""
+    mine = []
+    for cluster in plan.clusters:
+        if cluster[0] in layer.experts:
+            squared = _squared_distance_to_mean([layer.experts[e] for e in cluster]) if len(cluster) > 2 else [0.0] * len(cluster)
+            mine.append(representative(cluster, squared, [saliency_E[e] for e in cluster]))
+    return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
+
+
+def _squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Squared distance of each member's parameters (all parts concatenated) to the members' mean, summed in float64 by row."""
+    squared = [0.0] * len(members)
+    for part in sorted(members[0]):
+        mean_OD = sum(member[part].float() for member in members) / len(members)
+        for number, member in enumerate(members):
+            squared[number] += (member[part].float() - mean_OD).square().sum(1).double().sum().item()
+    return squared
+
+
+@dataclass
+class PruneResult:
+    """What the second stream did: surviving experts by layer, non-zero weights of the decoder layers as written, experts that
+    saw no token, bytes written by all ranks."""
+
+    kept: list[list[int]] = field(default_factory=list)
+    nonzero: int = 0
+    unseen: int = 0
+    bytes_written: int = 0
+
+
+def cluster_owners(layout_experts: int, plan: LayerPlan, world: int) -> list[int | None]:
+    """Owner of every expert for the second stream: clusters stay together, survivors are spread evenly.
+
+    Where the representatives are chosen already, only they have an owner: nobody reads the others.
+    """
+    owners: list[int | None] = [None] * layout_experts
+    for place, cluster in enumerate(plan.clusters):
+        for expert in cluster:
+            if not plan.kept or expert in plan.kept:
+                owners[expert] = place * world // len(plan.clusters)
+    return owners
+
+
+def prune_layers(
+    arch: Architecture,
+    states: States | None,
+    plans: list[LayerPlan],
+    quotas: list[LayerQuota],
+    saliencies: list[list[float]],
+    ranks: Ranks,
+    writer: ShardWriter,
+    shards: list[list[str | None]],
+) -> PruneResult:
+    """Prune and write every layer on the hidden states that the already pruned layers before it produce.
+
+    `shards[l][r]` is the file of rank r's part of layer l. Without `states` nothing is measured: the quotas must all be zero.
+    """
+    owners = [cluster_owners(p.experts, p, ranks.world) for p in plans]
+    stream, result = LayerStream(arch, ranks, owners), PruneResult()
+    progress = Progress("prune", len(arch.layers), ranks)
+    for layer in stream:
+        index, start = layer.layout.index, time.perf_counter()
+        kept = _choose(layer, plans[index], saliencies[index], ranks) if plans[index].clusters else []
+        stream.keep(layer, kept)
+        result.kept.append(kept)
+        if states is not None:
+            stream.build(layer)
+            result.unseen += _mask(stream, layer, states, quotas[index])
+            stream.build(layer)
+            states = stream.run(layer, states)
+        layer.seconds["compute"] = time.perf_counter() - start
+        tensors = _own_tensors(stream, layer)
+        own = torch.tensor([sum(int(t.count_nonzero()) for t in tensors.values())], device=ranks.device)
+        nonzero = int(ranks.sum_integers(own))
+        result.nonzero += nonzero
+        layer.module = None
+        if tensors:
+            layer.seconds["write"] = writer.submit(shards[index][ranks.rank], tensors)
+        progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {nonzero / _size(arch, layer):.3f}")
+    writer.wait()
+    return result
+
+
+def _size(arch: Architecture, layer: Layer) -> int:
+    names = [*layer.layout.dense, *layer.layout.unused]
+    names += [name for expert in layer.layout.experts for part in expert.values() for name in part]
+    return sum(arch.info(name).numel for name in names)
+
+
+def _own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
+    """What this rank writes of a layer, under source names, survivors renumbered."""
+    owners, rank = stream.dense_owner(layer.layout), stream.ranks.rank
+    tensors = {name: tensor for name, tensor in layer.dense.items() if owners[name] == rank} | layer.unused
+    for number, expert in enumerate(layer.kept):
+        if layer.owner[number] == rank:
+            for part, names in layer.layout.experts[expert].items():
+                rows = [stream.arch.info(name).shape[0] for name in names]
+                pieces = layer.experts[expert][part].split(rows)
+                tensors |= {renumber(name, number): piece for name, piece in zip(names, pieces, strict=True)}
+    return tensors
+
+
+def shard_files(arch: Architecture, plans: list[LayerPlan], world: int) -> tuple[str, list[list[str | None]]]:
+    """File names in the hub's form: one for everything outside the layers, then one per layer and rank that has a part of it."""
+    parts = []
+    for layout, plan in zip(arch.layers, plans, strict=True):
+        dense = len(layout.dense) + len(layout.unused)
+        busy = set(range(min(dense, world))) | {o for o in cluster_owners(plan.experts, plan, world) if o is not None}
+        parts += [(layout.index, rank) for rank in sorted(busy)]
+    names = [f"model-{number + 1:05d}-of-{len(parts) + 1:05d}.safetensors" for number in range(len(parts) + 1)]
+    table: list[list[str | None]] = [[None] * world for _ in plans]
+    for (index, rank), name in zip(parts, names[1:], strict=True):
+        table[index][rank] = name
+    return names[0], table
+
+
+class Progress:
+    """One line a layer on the first rank: what was done, seconds read, computed and waited for writing, memory, time left."""
+
+    def __init__(self, name: str, layers: int, ranks: Ranks):
+        self.name, self.layers, self.ranks = name, layers, ranks
+        self.started = time.perf_counter()
+
+    def layer(self, layer: Layer, what: str) -> None:
+        done = layer.layout.index + 1
+        left = (time.perf_counter() - self.started) / done * (self.layers - done)
+        seconds = " ".join(f"{name} {value:.1f}s" for name, value in layer.seconds.items())
+        peak = self.ranks.peak_memory() / 2**30
+        self.ranks.log(f"{self.name} {done:02d}/{self.layers} | {what} | {seconds} | peak {peak:.2f}GiB | eta {left:.0f}s")

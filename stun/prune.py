@@ -1,0 +1,162 @@
+"""The whole job as one readable list: check, observe, plan, prune, write."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from stun.arch import Architecture
+from stun.budget import LayerSize, experts_to_drop, floor_of, layer_quotas, make_budget, measure_layers
+from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
+from stun.config import Budget, PruneConfig, StunError, validate
+from stun.data import calibration_tokens, load_tokenizer
+from stun.passes import PruneResult, observe, prune_layers, shard_files
+from stun.plan import LayerPlan, Plan, expert_distance, select_clusters
+from stun.ranks import Ranks
+from stun.run import Run, fingerprint
+from stun.stats import saliency
+from stun.stream import ShardWriter, embed
+
+
+def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
+    """Prune the checkpoint at `cfg.model.path` into `cfg.run_dir`/model; returns the run's summary.
+
+    All ranks call this together. Raises StunError before any work starts where the request cannot be met.
+    """
+    validate(cfg)
+    started = time.perf_counter()
+    source = Checkpoint.open(cfg.model.path)
+    arch = Architecture(source)
+    sizes = measure_layers(arch, cfg.sparsify.scope)
+    drops = experts_to_drop(cfg, sizes, arch.top_k)
+    _check_loadable(cfg, arch, drops)
+    budget = make_budget(cfg, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+    tokens = ranks.on_first(lambda: _tokens(cfg, arch)) if cfg.target else None
+    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, tokens)))
+    finished = ranks.on_first(lambda: run.summary)
+    if finished:
+        ranks.log(f"{cfg.run_dir} is complete already")
+        return finished
+
+    ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
+    if any(drops):
+        _observe(cfg, arch, tokens, ranks, run)
+    plan = ranks.on_first(lambda: _plan(cfg, arch, sizes, drops, run))
+    result = _prune_and_write(cfg, arch, sizes, plan, tokens, ranks, run)
+    summary = _summary(plan, result, ranks, source, time.perf_counter() - started)
+    ranks.on_first(lambda: _finish(arch, plan, result, run, summary))
+    ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
+    return summary
+
+
+def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
+    if any(drops) and cfg.experts.budget is Budget["global"] and not arch.family.per_layer_counts:
+        raise StunError(
+            f"experts.budget=global: {arch.config.model_type} cannot be written with a different number of experts in each "
+            "layer; use experts.budget=uniform"
+        )
+
+
+def _tokens(cfg: PruneConfig, arch: Architecture) -> torch.Tensor:
+    return calibration_tokens(cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
+
+
+def _describe(arch: Architecture, budget: Plan, drops: list[int]) -> str:
+    experts = sum(layout.num_experts for layout in arch.layers)
+    return (
+        f"{arch.config.model_type}, {len(arch.layers)} layers, {budget.parameters / 1e6:.1f}M parameters in them | target "
+        f"{budget.target:g}: {sum(drops)} of {experts} experts leave, then {budget.ratio:.3f} of the weights left in scope"
+    )
+
+
+def _observe(cfg: PruneConfig, arch: Architecture, tokens: torch.Tensor, ranks: Ranks, run: Run) -> None:
+    """The first stream, unless its statistics are all on disk."""
+    layers = [layout.index for layout in arch.layers if layout.experts]
+    if not ranks.on_first(lambda: run.has_stats(layers)):
+        states = embed(arch, ranks, tokens, cfg.calibration.micro_batch, arch.source.read)
+        observe(arch, states, ranks, run.save_stats)
+
+
+def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], run: Run) -> Plan:
+    """Clusters of every layer from the saved statistics; every expert by itself where none leaves."""
+    clusters = [[[e] for e in range(layout.num_experts)] for layout in arch.layers]
+    moe = [layout.index for layout in arch.layers if layout.experts]
+    if any(drops):
+        statistics = [run.load_stats(index) for index in moe]
+        distances = [
+            expert_distance(s["router"], s["coactivation"], cfg.experts.lambda1, cfg.experts.lambda2) for s in statistics
+        ]
+        most = [max(0, sizes[index].experts - floor_of(cfg, arch.top_k)) for index in moe]
+        one_threshold = cfg.experts.budget is Budget["global"]
+        selected = select_clusters(cfg.experts.method, distances, [drops[i] for i in moe], most, one_threshold)
+        for index, groups in zip(moe, selected, strict=True):
+            clusters[index] = groups
+    plan = make_budget(cfg, sizes, [len(groups) for groups in clusters])
+    for layout, groups in zip(arch.layers, clusters, strict=True):
+        kept = [group[0] for group in groups] if len(groups) == layout.num_experts else []
+        plan.layers.append(LayerPlan(layout.num_experts, groups, kept))
+    write_json(run.folder / "plan.json", plan.to_json())
+    return plan
+
+
+def _saliencies(arch: Architecture, run: Run) -> list[list[float]]:
+    """REAP saliency of every expert, by layer; nothing where no statistics were taken."""
+    layers = arch.layers
+    taken = run.has_stats([layout.index for layout in layers if layout.experts])
+    if not taken:
+        return [[0.0] * layout.num_experts for layout in layers]
+    return [saliency(run.load_stats(l.index)["outputs"], "reap").tolist() if l.experts else [] for l in layers]
+
+
+def _prune_and_write(
+    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], plan: Plan, tokens, ranks: Ranks, run: Run
+) -> PruneResult:
+    """The second stream and the files around it; the index comes last."""
+    ranks.on_first(run.clear_model)
+    quotas = layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros)
+    saliencies = ranks.on_first(lambda: _saliencies(arch, run))
+    outer_file, files = shard_files(arch, plan.layers, ranks.world)
+    writer = ShardWriter(run.model)
+    outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
+    states = embed(arch, ranks, tokens, cfg.calibration.micro_batch, outer.get) if plan.zeros else None
+    if outer:
+        writer.submit(outer_file, outer)
+    del outer
+    result = prune_layers(arch, states, plan.layers, quotas, saliencies, ranks, writer, files)
+    writer.close()
+    shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
+    result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
+
+    def write_around() -> None:
+        copy_extras(arch.source.folder, run.model)
+        write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in result.kept]))
+        write_index(run.model, dict(sorted(shards.items())))
+
+    ranks.on_first(write_around)
+    return result
+
+
+def _summary(plan: Plan, result: PruneResult, ranks: Ranks, source: Checkpoint, seconds: float) -> dict:
+    return {
+        "target": plan.target,
+        "sparsity": 1 - result.nonzero / plan.parameters,
+        "parameters": plan.parameters,
+        "nonzero": result.nonzero,
+        "experts": [layer.experts for layer in plan.layers],
+        "kept": [len(kept) for kept in result.kept],
+        "experts_without_tokens": result.unseen,
+        "ratio": plan.ratio,
+        "ranks": ranks.world,
+        "seconds": seconds,
+        "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
+        "bytes_read": ranks.gather_objects(source.bytes_read),
+        "bytes_written": result.bytes_written,
+    }
+
+
+def _finish(arch: Architecture, plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
+    for layer, kept in zip(plan.layers, result.kept, strict=True):
+        layer.kept = kept
+    write_json(run.folder / "plan.json", plan.to_json())
+    run.finish(summary)

@@ -1,0 +1,148 @@
+"""The ranks of a job: start and end, the few collectives, rank-aware logging. The only module that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from stun.config import StunError
+
+T = TypeVar("T")
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def _environment() -> None:
+    """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun, a single rank otherwise."""
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _start_deepspeed(on_gpu: bool) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a JIT compile of more than a minute on CPUs
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+
+
+class Ranks:
+    """This process among the others. `rank` of `world`, computing on `device`."""
+
+    def __init__(self) -> None:
+        _environment()
+        on_gpu = torch.cuda.is_available()
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if on_gpu:
+            local %= torch.cuda.device_count()
+            torch.cuda.set_device(local)
+        else:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
+        self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+        _start_deepspeed(on_gpu)
+        import deepspeed.comm
+
+        self._comm = deepspeed.comm
+        self._started = time.monotonic()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._comm.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def log(self, message: str) -> None:
+        """Print on the first rank, with the seconds since the start."""
+        if self.is_first:
+            print(f"[{time.monotonic() - self._started:7.1f}s] {message}", flush=True)
+
+    def peak_memory(self) -> int:
+        """Most bytes this process has held so far: on the GPU where there is one, resident otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._comm.barrier()
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """`tensor` of rank `source`, written into `tensor` elsewhere (same shape and dtype); returns it."""
+        if self.world > 1:
+            self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
+        return tensor
+
+    def broadcast_object(self, value: object, source: int = 0) -> object:
+        """A small Python object from rank `source` to all."""
+        box = [value]
+        if self.world > 1:
+            self._comm.broadcast_object_list(box, source, device=self.device)
+        return box[0]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call `function` on the first rank alone; its result, or the StunError it raised, reaches every rank."""
+        outcome: tuple[object, StunError | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (function(), None)
+            except StunError as error:
+                outcome = (None, error)
+        result, error = self.broadcast_object(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's small object, in rank order, on every rank."""
+        boxes = [None] * self.world
+        if self.world == 1:
+            return [value]
+        self._comm.all_gather_object(boxes, value)
+        return boxes
+
+    def sum_integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of an integer tensor over the ranks; exact, so its order does not matter."""
+        assert not tensor.is_floating_point()
+        if self.world > 1:
+            self._comm.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[...] on each rank -> [world, ...] on all, in rank order."""
+        out = tensor.new_empty((self.world, *tensor.shape))
+        if self.world == 1:
+            out[0] = tensor
+        else:
+            self._comm.all_gather_into_tensor(out.view(-1), tensor.contiguous().view(-1))
+        return out
+
+    def exchange(self, rows_ND: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Rows to other ranks: `send[r]` consecutive rows go to rank r, `receive[r]` come from it, in rank order."""
+        if self.world == 1:
+            return rows_ND
+        out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))
+        self._comm.all_to_all_single(out, rows_ND.contiguous(), receive, send)
+        return out

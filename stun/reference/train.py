@@ -1,0 +1,176 @@
+"""Training of the embedded reference model: tokenizer, packed batches, and an AdamW loop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from stun.models.arctic import ArcticConfig, ArcticForCausalLM
+from stun.reference.tasks import TASKS, Sample, generate
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+@dataclass
+class TrainConfig:
+    """Everything that shapes the reference model; the defaults made the committed one."""
+
+    output: str = "stun/reference"
+    seed: int = 0
+    steps: int = 6000
+    batch: int = 32
+    length: int = 160
+    lr: float = 2.5e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    prompt_weight: float = 0.1
+    balance: float = 0.01
+    threads: int = 1
+    log_every: int = 50
+    save_every: int = 500
+    calibration_samples: int = 1500
+    heldout_samples: int = 1000
+    vocab_size: int = 512
+    model: dict = field(
+        default_factory=lambda: {
+            "hidden_size": 128,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 2,
+            "moe_layer_frequency": 1,
+            "parallel_attn_mlp_res": True,
+            "max_position_embeddings": 512,
+            "rope_theta": 10000.0,
+        }
+    )
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; digits stand alone, and a word or letter carries its leading space."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def packed_batches(
+    cfg: TrainConfig, tokenizer: PreTrainedTokenizerFast, samples: Iterator[Sample]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, weights), both [batch, length]; a weight is that token's share in the loss."""
+    need = cfg.batch * cfg.length
+    ids: list[int] = []
+    weights: list[float] = []
+    while True:
+        while len(ids) < need:
+            chunk = list(itertools.islice(samples, 256))
+            questions = tokenizer([s.question for s in chunk], add_special_tokens=False)["input_ids"]
+            answers = tokenizer([s.answer for s in chunk], add_special_tokens=False)["input_ids"]
+            for question, answer in zip(questions, answers, strict=True):
+                ids += [tokenizer.bos_token_id, *question, *answer, tokenizer.eos_token_id]
+                weights += [cfg.prompt_weight] * (1 + len(question)) + [1.0] * (len(answer) + 1)
+        shape = (cfg.batch, cfg.length)
+        yield torch.tensor(ids[:need]).view(shape), torch.tensor(weights[:need]).view(shape)
+        ids, weights = ids[need:], weights[need:]
+
+
+def _loss(model: ArcticForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
+    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers)."""
+    out = model(ids_BT, output_router_logits=True, use_cache=False)
+    loss_N = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    weight_N = weights_BT[:, 1:].flatten()
+    answer_N = weight_N == 1.0
+    total = (loss_N * weight_N).sum() / weight_N.sum()
+    return total + balance * out.aux_loss, (loss_N * answer_N).sum() / answer_N.sum()
+
+
+def _schedule(step: int, cfg: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    if step < cfg.warmup:
+        return (step + 1) / cfg.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+def _write_jsonl(path: Path, samples: list[Sample]) -> None:
+    lines = [json.dumps({**asdict(s), "text": s.question + s.answer}) for s in samples]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def train(cfg: TrainConfig) -> ArcticForCausalLM:
+    """Write `heldout.jsonl`, `calibration.jsonl` and the trained `model/` under `cfg.output`; return the model."""
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.threads)
+    output = Path(cfg.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    heldout = _distinct(generate(seed=cfg.seed + 1), cfg.heldout_samples)
+    exclude = frozenset(s.question for s in heldout)
+    calibration = list(itertools.islice(generate(cfg.seed + 2, exclude), cfg.calibration_samples))
+    _write_jsonl(output / "heldout.jsonl", heldout)
+    _write_jsonl(output / "calibration.jsonl", calibration)
+
+    texts = [s.question + s.answer for s in itertools.islice(generate(cfg.seed + 3), 20000)]
+    tokenizer = train_tokenizer(texts, cfg.vocab_size)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model = ArcticForCausalLM(ArcticConfig(vocab_size=len(tokenizer), **special, **cfg.model))
+    model.set_experts_implementation("grouped_mm")
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8)
+
+    batches = packed_batches(cfg, tokenizer, generate(cfg.seed + 4, exclude))
+    for step in range(cfg.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * _schedule(step, cfg)
+        loss, answer_loss = _loss(model, *next(batches), cfg.balance)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % cfg.log_every == 0:
+            print(f"step {step + 1}/{cfg.steps} | loss {loss.item():.4f} | answers {answer_loss.item():.4f}", flush=True)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            _save(model, tokenizer, output / "model")
+    return model
+
+
+def _distinct(samples: Iterator[Sample], count: int) -> list[Sample]:
+    """The first `count` samples whose questions differ, the same number of every task."""
+    seen: dict[str, Sample] = {}
+    left = dict.fromkeys(TASKS, count // len(TASKS))
+    for sample in samples:
+        if left[sample.task] and sample.question not in seen:
+            seen[sample.question] = sample
+            left[sample.task] -= 1
+        if not any(left.values()):
+            return list(seen.values())
+    raise AssertionError("generate() is endless")
+
+
+def _save(model: ArcticForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """bf16 in several shards, the layout of large checkpoints on the hub."""
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder, state_dict=halves, max_shard_size="3MB")
+    tokenizer.save_pretrained(folder)

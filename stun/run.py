@@ -1,0 +1,106 @@
+"""The run folder: what a run was asked, what it has finished.
+
+    <run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
+    <run_dir>/stats/          statistics of the first stream, one file a layer with experts
+    <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
+    <run_dir>/model/          the pruned checkpoint
+    <run_dir>/manifest.json   written last: its existence means that the run is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stun.checkpoint import Checkpoint, write_atomically, write_json, write_tensors
+from stun.config import PruneConfig, StunError
+
+
+def _plain(value: object) -> object:
+    """Enums by name, dataclasses as mappings, containers of plain values: what YAML can hold."""
+    if isinstance(value, Enum):
+        return value.name
+    if is_dataclass(value):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def fingerprint(cfg: PruneConfig, source: Checkpoint, tokens: torch.Tensor | None) -> dict:
+    """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
+    names = [f.name for f in fields(PruneConfig) if f.name != "run_dir"]
+    config = {name: _plain(getattr(cfg, name)) for name in names}
+    shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
+    digest = hashlib.sha256(json.dumps([source.config, shapes], sort_keys=True).encode()).hexdigest()
+    text = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {"config": config, "source": digest, "calibration_tokens": text}
+
+
+def _differences(old: object, new: object, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {old} there, {new} now"]
+
+
+class Run:
+    """An open run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model, self.stats = folder, folder / "model", folder / "stats"
+
+    @classmethod
+    def open(cls, run_dir: str, identity: dict) -> Run:
+        """Create the folder, or continue in one that the same run made.
+
+        Raises StunError where it holds another run (naming what differs) or something else.
+        """
+        run = cls(Path(run_dir))
+        config = run.folder / "config.yaml"
+        if run.folder.exists() and not run.folder.is_dir():
+            raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
+        if config.is_file():
+            differences = _differences(yaml.safe_load(config.read_text()), identity)
+            if differences:
+                raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(differences)}); choose another folder")
+        elif run.folder.is_dir() and any(run.folder.iterdir()):
+            raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
+        run.model.mkdir(parents=True, exist_ok=True)
+        run.stats.mkdir(exist_ok=True)
+        write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
+        return run
+
+    @property
+    def summary(self) -> dict | None:
+        """The finished run's summary, None while it is not finished."""
+        manifest = self.folder / "manifest.json"
+        return json.loads(manifest.read_text())["summary"] if manifest.is_file() else None
+
+    def finish(self, summary: dict) -> None:
+        """Declare the run complete."""
+        write_json(self.folder / "manifest.json", {"summary": summary})
+
+    def clear_model(self) -> None:
+        """Remove what an interrupted attempt of this same run left in `model/`."""
+        for file in self.model.iterdir():
+            file.unlink()
+
+    def stats_file(self, layer: int) -> Path:
+        return self.stats / f"layer-{layer:05d}.safetensors"
+
+    def save_stats(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
+        write_tensors(self.stats_file(layer), statistics)
+
+    def load_stats(self, layer: int) -> dict[str, torch.Tensor]:
+        return load_file(self.stats_file(layer))
+
+    def has_stats(self, layers: list[int]) -> bool:
+        return all(self.stats_file(layer).is_file() for layer in layers)

@@ -1,0 +1,301 @@
+"""One decoder layer at a time: read, spread over the ranks, run expert-parallel, release, write.
+
+Every expert is read, run and written by its owner alone; every dense tensor is read by one rank and broadcast. While a layer
+computes, the next one is read and the one before is written.
+
+The unit of work is a micro-batch of samples. Micro-batch m runs on rank m % world, and an owner serves the micro-batches of a
+round in that order and never joins two of them into one product. So every product has the same shape, and every sum the
+same order, whatever the number of ranks.
+
+Shapes: T tokens of a micro-batch, K top-k, D hidden, E experts, N = T * K routed rows, n rows of one expert.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from stun.arch import EXPERTS_IMPLEMENTATION, Architecture, LayerLayout
+from stun.checkpoint import write_tensors
+from stun.ranks import Ranks
+from stun.sparsify import require_finite
+
+
+class Observer(Protocol):
+    """What a pass may watch while a layer runs. Calls come in micro-batch order."""
+
+    def routing(self, index_TK: torch.Tensor) -> None:
+        """Experts chosen for the tokens of one of this rank's micro-batches."""
+
+    def expert(
+        self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, output_nD: torch.Tensor, gate_n: torch.Tensor
+    ) -> None:
+        """One of this rank's experts served n tokens of one micro-batch; `gate_n` multiplies the outputs later."""
+
+
+@dataclass
+class Layer:
+    """One decoder layer, spread over the ranks.
+
+    `dense` (on every rank) and `experts` (this rank's own, by number in the source) hold tensors in their stored dtype.
+    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; `owner[i]` is the rank of `kept[i]`.
+    """
+
+    layout: LayerLayout
+    dense: dict[str, torch.Tensor]
+    experts: dict[int, dict[str, torch.Tensor]]
+    unused: dict[str, torch.Tensor]
+    kept: list[int]
+    owner: list[int]
+    module: nn.Module | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Exchange:
+    """Sends the tokens of a layer's micro-batch to the owners of their experts, and the outputs back."""
+
+    def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
+        self.layer, self.ranks, self.dtype = layer, ranks, dtype
+        self.observer: Observer | None = None
+        owner_E = torch.tensor(layer.owner)
+        self.by_owner_E = torch.argsort(owner_E, stable=True)
+        self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
+        self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
+
+    def forward(
+        self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]."""
+        if self.observer and len(index_TK):
+            self.observer.routing(index_TK)
+        top_k = index_TK.shape[1]
+        order_N = torch.argsort(self.place_E[index_TK.flatten()], stable=True)
+        counts_E = torch.bincount(index_TK.flatten(), minlength=len(self.place_E))[self.by_owner_E.to(index_TK.device)]
+        counts_RE = self.ranks.all_gather(counts_E).cpu()
+        send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
+        first = sum(self.per_rank[: self.ranks.rank])
+        mine_Re = counts_RE[:, first : first + self.per_rank[self.ranks.rank]]
+        receive = mine_Re.sum(1).tolist()
+        rows_ND = self.ranks.exchange(hidden_TD[order_N // top_k], send, receive)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive)
+        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
+        back_ND = self.ranks.exchange(served_ND, receive, send)
+        output_ND = torch.empty_like(back_ND)
+        output_ND[order_N] = back_ND
+        weighted_TKD = output_ND.view(*index_TK.shape, -1) * weights_TK[..., None]
+        return weighted_TKD.sum(1).to(hidden_TD.dtype)
+
+    def _serve(
+        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor
+    ) -> torch.Tensor:
+        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch."""
+        numbers = self.by_owner_E[torch.tensor(self.layer.owner)[self.by_owner_E] == self.ranks.rank].tolist()
+        output_ND, start = torch.empty_like(rows_ND), 0
+        for counts_e in counts_Re.tolist():
+            for number, count in zip(numbers, counts_e, strict=True):
+                if count:
+                    rows = slice(start, start + count)
+                    output_ND[rows] = self._serve_expert(module, number, rows_ND[rows], gates_N[rows])
+                    start += count
+        return output_ND
+
+    def _serve_expert(self, module: nn.Module, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor) -> torch.Tensor:
+        weights = self.layer.experts[self.layer.kept[number]]
+        gate_up_nF = F.linear(input_nD, weights["gate_up_proj"].to(self.dtype))
+        inner_nI = module._apply_gate(gate_up_nF)
+        output_nD = F.linear(inner_nI, weights["down_proj"].to(self.dtype))
+        if self.observer:
+            self.observer.expert(number, input_nD, inner_nI, output_nD, gate_n)
+        return output_nD
+
+    def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
+        """Take part in a round for which this rank has no micro-batch."""
+        device = self.ranks.device
+        hidden_TD = torch.empty(0, hidden_size, device=device, dtype=self.dtype)
+        index_TK = torch.empty(0, top_k, device=device, dtype=torch.int64)
+        self.forward(module, hidden_TD, index_TK, torch.empty(0, top_k, device=device))
+
+
+def _run_experts(module, hidden_states, top_k_index, top_k_weights):
+    """The experts implementation that transformers calls inside a decoder layer."""
+    return module.exchange.forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _run_experts)
+
+
+def compute_dtype(arch: Architecture, device: torch.device) -> torch.dtype:
+    """float32 on CPUs, where lower precision is slow; on GPUs the dtype the checkpoint is stored in."""
+    return torch.float32 if device.type == "cpu" else arch.dtype
+
+
+def even_owners(layout: LayerLayout, world: int) -> list[int]:
+    """Owner of every expert of a layer, in equal blocks."""
+    return [number * world // layout.num_experts for number in range(layout.num_experts)]
+
+
+class LayerStream:
+    """Iterates over the decoder layers of `arch`; `owners[l][e]` is the rank that reads expert e of layer l, None: nobody."""
+
+    def __init__(self, arch: Architecture, ranks: Ranks, owners: list[list[int | None]]):
+        self.arch, self.ranks, self.owners = arch, ranks, owners
+        self.dtype = compute_dtype(arch, ranks.device)
+
+    def __iter__(self) -> Iterator[Layer]:
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+            pending = pool.submit(self._read, 0)
+            for index in range(len(self.arch.layers)):
+                own, experts, seconds = pending.result()
+                if index + 1 < len(self.arch.layers):
+                    pending = pool.submit(self._read, index + 1)
+                yield self._spread(index, own, experts, seconds)
+
+    def dense_owner(self, layout: LayerLayout) -> dict[str, int]:
+        """The rank that reads and writes each tensor of a layer outside the experts."""
+        return {name: j % self.ranks.world for j, name in enumerate(sorted([*layout.dense, *layout.unused]))}
+
+    def _read(self, index: int) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
+        """This rank's part of a layer, from disk."""
+        start, layout, read = time.perf_counter(), self.arch.layers[index], self.arch.source.read
+        own = {name: read(name) for name, owner in self.dense_owner(layout).items() if owner == self.ranks.rank}
+        experts = {
+            number: {part: torch.cat([read(name) for name in names]) for part, names in expert.items()}
+            for number, expert in enumerate(layout.experts)
+            if self.owners[index][number] == self.ranks.rank
+        }
+        return own, experts, time.perf_counter() - start
+
+    def _spread(
+        self, index: int, own: dict[str, torch.Tensor], experts: dict[int, dict[str, torch.Tensor]], seconds: float
+    ) -> Layer:
+        layout, device = self.arch.layers[index], self.ranks.device
+        owners, dense = self.dense_owner(layout), {}
+        for name in sorted(layout.dense):
+            info = self.arch.info(name)
+            tensor = own[name].to(device) if name in own else torch.empty(info.shape, dtype=info.dtype, device=device)
+            dense[name] = self.ranks.broadcast(tensor, owners[name])
+        placed = {number: {part: t.to(device) for part, t in expert.items()} for number, expert in experts.items()}
+        kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
+        unused = {name: own[name] for name in layout.unused if name in own}
+        owner = [self.owners[index][number] for number in kept]
+        return Layer(layout, dense, placed, unused, kept, owner, seconds={"read": seconds})
+
+    def keep(self, layer: Layer, kept: list[int]) -> None:
+        """Drop all experts of `layer` but `kept`, and their rows of the router."""
+        owner = dict(zip(layer.kept, layer.owner, strict=True))
+        layer.owner = [owner[number] for number in kept]
+        layer.kept = kept
+        layer.experts = {number: expert for number, expert in layer.experts.items() if number in set(kept)}
+        if kept != list(range(layer.layout.num_experts)):
+            rows = torch.tensor(kept, device=self.ranks.device)
+            for name in layer.layout.routed:
+                layer.dense[name] = layer.dense[name][rows]
+
+    def build(self, layer: Layer) -> None:
+        """Make `layer.module` ready to run with the layer's present tensors."""
+        layer.module = self.arch.build_layer(layer.layout.index, len(layer.kept))
+        for name, inside in layer.layout.dense.items():
+            path, _, leaf = inside.rpartition(".")
+            weight = layer.dense[name].to(self.dtype)
+            layer.module.get_submodule(path)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+        experts = self.arch.experts_of(layer.module)
+        if experts is not None:
+            experts.exchange = Exchange(layer, self.ranks, self.dtype)
+
+    @torch.no_grad()
+    def run(self, layer: Layer, states: States, observer: Observer | None = None) -> States:
+        """`layer` applied to every micro-batch of this rank; all ranks take part in every round."""
+        experts = self.arch.experts_of(layer.module)
+        if experts is not None:
+            experts.exchange.observer = observer
+        outputs = []
+        for turn in range(-(-states.total // self.ranks.world)):
+            if turn < len(states.hidden):
+                hidden_BTD = states.hidden[turn]
+                arguments = states.arguments[hidden_BTD.shape[0]][layer.layout.index]
+                output = layer.module(hidden_BTD, **arguments)
+                output = output[0] if isinstance(output, tuple) else output
+                require_finite(output, f"layer {layer.layout.index}: output of micro-batch {turn}")
+                outputs.append(output)
+            elif experts is not None:
+                experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
+        return States(outputs, states.arguments, states.total)
+
+
+@dataclass
+class States:
+    """Hidden states of this rank's micro-batches [B, T, D], `total` of them over all ranks.
+
+    `arguments[B][l]` are the keyword arguments of layer l for a micro-batch of B samples.
+    """
+
+    hidden: list[torch.Tensor]
+    arguments: dict[int, list[dict]]
+    total: int
+
+
+@torch.no_grad()
+def embed(
+    arch: Architecture, ranks: Ranks, tokens_ST: torch.Tensor, micro_batch: int, read: Callable[[str], torch.Tensor]
+) -> States:
+    """Embed the samples [S, T] of this rank's micro-batches. The first rank gets the weight from `read` and broadcasts it."""
+    dtype = compute_dtype(arch, ranks.device)
+
+    def fetch(name: str) -> torch.Tensor:
+        info = arch.info(name)
+        if ranks.is_first:
+            weight = read(name).to(ranks.device)
+        else:
+            weight = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
+        return ranks.broadcast(weight, 0)
+
+    embedding = arch.embedding(fetch, ranks.device, dtype)
+    batches = tokens_ST.split(micro_batch)
+    sizes = {len(batch) for batch in batches}
+    arguments = {size: arch.layer_arguments(size, tokens_ST.shape[1], ranks.device, dtype) for size in sorted(sizes)}
+    hidden = [embedding(batch.to(ranks.device)) for batch in batches[ranks.rank :: ranks.world]]
+    return States(hidden, arguments, len(batches))
+
+
+class ShardWriter:
+    """Writes shards behind the computation, one at a time; at most one waits, so memory stays bounded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.written: dict[str, dict[str, int]] = {}
+        self.bytes_written = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: Future | None = None
+
+    def submit(self, file: str, tensors: dict[str, torch.Tensor]) -> float:
+        """Queue one file once the one before is on disk; returns the seconds waited. The tensors must not change any more."""
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        self.written[file] = sizes
+        self.bytes_written += sum(sizes.values())
+        self._pending = self._pool.submit(self._write, self.folder / file, tensors)
+        return waited
+
+    @staticmethod
+    def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(file, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def wait(self) -> None:
+        """Return once everything submitted is on disk; raises what writing raised."""
+        if self._pending:
+            self._pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()
