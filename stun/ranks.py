@@ -136,7 +136,7 @@ class Ranks:
         if self.world == 1:
             out[0] = tensor
         else:
-            self._comm.all_gather_into_tensor(out.view(-1), tensor.contiguous().view(-1))
+            self._comm.all_gather(list(out), tensor.contiguous())
         return out
 
     def exchange(self, rows_ND: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:

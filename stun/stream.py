@@ -91,7 +91,7 @@ class Exchange:
         back_ND = self.ranks.exchange(served_ND, receive, send)
         output_ND = torch.empty_like(back_ND)
         output_ND[order_N] = back_ND
-        weighted_TKD = output_ND.view(*index_TK.shape, -1) * weights_TK[..., None]
+        weighted_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1]) * weights_TK[..., None]
         return weighted_TKD.sum(1).to(hidden_TD.dtype)
 
     def _serve(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stun.models.arctic import ArcticConfig, ArcticForCausalLM
 from stun.reference.tasks import TASKS, Sample, generate
@@ -26,7 +27,7 @@ class TrainConfig:
 
     output: str = "stun/reference"
     seed: int = 0
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 32
     length: int = 160
     lr: float = 2.5e-3
@@ -71,6 +72,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos = (BOS, tokenizer.token_to_id(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
@@ -95,13 +98,18 @@ def packed_batches(
 
 
 def _loss(model: ArcticForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
-    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers)."""
+    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers).
+
+    The auxiliary loss is balanced in every layer by itself: over all layers at once, a layer may starve its experts.
+    """
     out = model(ids_BT, output_router_logits=True, use_cache=False)
     loss_N = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
     weight_N = weights_BT[:, 1:].flatten()
     answer_N = weight_N == 1.0
     total = (loss_N * weight_N).sum() / weight_N.sum()
-    return total + balance * out.aux_loss, (loss_N * answer_N).sum() / answer_N.sum()
+    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
+    auxiliary = sum(load_balancing_loss_func((logits,), experts, top_k) for logits in out.router_logits)
+    return total + balance * auxiliary / len(out.router_logits), (loss_N * answer_N).sum() / answer_N.sum()
 
 
 def _schedule(step: int, cfg: TrainConfig) -> float:

@@ -1,0 +1,84 @@
+"""Imports point downward only, and every configuration composes."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+import stun.config
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = [
+    {"config"},
+    {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "table", "models"},
+    {"arch", "run", "evaluate"},
+    {"budget", "stream"},
+    {"passes"},
+    {"prune"},
+]
+PURE = {"stats", "plan", "sparsify"}
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> dict[str, set[str]]:
+    return {file.stem: imported(file) for file in (ROOT / "stun").glob("*.py") if file.stem != "__init__"}
+
+
+def test_every_module_has_a_place():
+    assert modules().keys() | {"models"} == set().union(*ORDER)
+
+
+def test_arrows_point_down():
+    level = {name: depth for depth, names in enumerate(ORDER) for name in names}
+    for name, imports in modules().items():
+        for other in level:
+            if f"stun.{other}" in imports and other != name:
+                assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_only_their_owners_import_the_frameworks():
+    for name, imports in modules().items():
+        roots = {i.split(".")[0] for i in imports}
+        assert "deepspeed" not in roots or name == "ranks"
+        assert "torch.distributed" not in imports or name == "ranks"
+        assert not roots & {"hydra", "omegaconf"} or name == "config"
+        if name in PURE:
+            assert roots <= {"torch", "numpy", "scipy", "stun", "__future__", "collections", "dataclasses"}, name
+    for file in (ROOT / "jobs").glob("*.py"):
+        assert not any(i.startswith("jobs.") and i != "jobs.launch" for i in imported(file)), file
+
+
+def composed(job: str, overrides: list[str]):
+    stun.config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(job, overrides)
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("job", ["prune", "compare"])
+def test_every_experiment_composes(job, name):
+    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 4 if job == "compare" else 3]
+    cfg = composed(job, [f"experiment={name}", *missing])
+    typed = OmegaConf.to_object(cfg)
+    assert isinstance(typed, stun.config.PruneConfig)
+    stun.config.validate(typed)
+
+
+@pytest.mark.parametrize("wrong", ["experts.fractoin=0.3", "tarrget=0.4", "experts.budget=globl", "calibration.samples=few"])
+def test_wrong_keys_and_values_are_refused(wrong):
+    with pytest.raises(ConfigCompositionException):
+        composed("prune", [wrong])

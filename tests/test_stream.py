@@ -1,0 +1,190 @@
+"""The stream against the full model in memory: hidden states, statistics, masks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import TEXT, load_tensors, make_checkpoint
+from safetensors.torch import save_file
+from test_sparsify import naive_mask
+from transformers import AutoModelForCausalLM
+
+from stun.arch import Architecture, _experts_module, renumber
+from stun.budget import layer_quotas, measure_layers
+from stun.checkpoint import Checkpoint
+from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope
+from stun.data import calibration_tokens, load_tokenizer
+from stun.passes import observe
+from stun.prune import prune
+from stun.ranks import Ranks
+from stun.sparsify import wanda_scores
+from stun.stream import LayerStream, embed, even_owners
+
+ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
+CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3_moe", {})]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks() as started:
+        yield started
+
+
+def tokens_of(folder) -> torch.Tensor:
+    cfg = CalibrationConfig(path=str(TEXT), samples=5, length=40, micro_batch=2)
+    return calibration_tokens(cfg, load_tokenizer(folder), 260)
+
+
+def captured(model, modules: dict, tokens: torch.Tensor) -> dict[str, list]:
+    """Inputs and outputs of `modules` while the full model runs the micro-batches of two samples."""
+    seen: dict[str, list] = {name: [] for name in modules}
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: seen[name].append((args, out)))
+        for name, module in modules.items()
+    ]
+    with torch.no_grad():
+        for batch in tokens.split(2):
+            model(batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
+def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
+    folder = checkpoint(family, **changes)
+    tokens = tokens_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    layers = {f"layer{i}": layer for i, layer in enumerate(model.model.layers)}
+    experts = {f"experts{i}": found[1] for i, layer in enumerate(model.model.layers) if (found := _experts_module(layer))}
+    seen = captured(model, layers | experts, tokens)
+
+    arch = Architecture(Checkpoint.open(folder))
+    states = embed(arch, ranks, tokens, 2, arch.source.read)
+    stream = LayerStream(arch, ranks, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    for layer in stream:
+        stream.build(layer)
+        states = stream.run(layer, states)
+        for mine, (_, full) in zip(states.hidden, seen[f"layer{layer.layout.index}"], strict=True):
+            torch.testing.assert_close(mine, full, atol=2e-5, rtol=1e-5)
+
+    collected: dict[int, dict] = {}
+    observe(arch, embed(arch, ranks, tokens, 2, arch.source.read), ranks, lambda i, s: collected.update({i: s}))
+    assert collected.keys() == {int(name.removeprefix("experts")) for name in experts}
+    for index, statistics in collected.items():
+        module = experts[f"experts{index}"]
+        expected = naive_statistics(module, seen[f"experts{index}"])
+        assert torch.equal(statistics["coactivation"], expected["coactivation"])
+        torch.testing.assert_close(statistics["outputs"], expected["outputs"], rtol=1e-5, atol=1e-5)
+        routed = next(name for name in load_tensors(folder) if f"layers.{index}." in name and name.endswith("gate.weight"))
+        assert torch.equal(statistics["router"], load_tensors(folder)[routed])
+        assert (statistics["outputs"][:, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+
+
+def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
+    count = module.num_experts
+    coactivation, outputs = torch.zeros(count, count, dtype=torch.int64), torch.zeros(count, 5, dtype=torch.float64)
+    for (hidden, index, weights), _ in calls:
+        for x, chosen, gates in zip(hidden, index.tolist(), weights, strict=True):
+            for i in chosen:
+                for j in chosen:
+                    coactivation[i, j] += 1
+            for expert, gate in zip(chosen, gates.double(), strict=True):
+                norm = naive_expert(module, expert, x)[1].norm().double()
+                outputs[expert] += torch.stack([torch.ones_like(norm), gate, gate * norm, norm, norm**2])
+    return {"coactivation": coactivation, "outputs": outputs}
+
+
+def naive_expert(module, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gate, up = (module.gate_up_proj[expert] @ x).detach().chunk(2)
+    inner = module.act_fn(gate) * up
+    return inner, (module.down_proj[expert] @ inner).detach()
+
+
+@pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
+def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, changes):
+    folder = checkpoint(family, **changes)
+    cfg = PruneConfig(
+        model=ModelConfig(str(folder)),
+        calibration=CalibrationConfig(path=str(TEXT), samples=5, length=40, micro_batch=2),
+        experts=ExpertsConfig(fraction=0.5),
+        target=0.45,
+        run_dir=str(tmp_path / "run"),
+    )
+    prune(cfg, ranks)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    arch = Architecture(Checkpoint.open(folder))
+    sizes, kept = measure_layers(arch, list(Scope)), [layer["kept"] for layer in plan["layers"]]
+    quotas = layer_quotas(sizes, [len(k) for k in kept], plan["zeros"])
+    written, source, tokens = load_tensors(tmp_path / "run" / "model"), load_tensors(folder), tokens_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32, experts_implementation="eager")
+    copy_dense_weights(model, arch, source, kept)
+    for layout, layer, quota in zip(arch.layers, model.model.layers, quotas, strict=True):
+        found = _experts_module(layer)
+        modules = {name: layer.get_submodule(layout.dense[name].removesuffix(".weight")) for name in quota.dense}
+        seen = captured(model, modules | ({"experts": found[1]} if found else {}), tokens)
+        for name, module in modules.items():
+            inputs = torch.cat([args[0].flatten(0, -2) for args, _ in seen[name]])
+            apply_naive(module.weight.data, inputs, quota.dense[name])
+            assert torch.equal(module.weight.data, written[name]), name
+        if found:
+            check_experts(layout, found[1], quota, seen["experts"], written, kept[layout.index])
+
+
+def copy_dense_weights(model, arch, source, kept) -> None:
+    """Undo the masks: every surviving weight back to its source value."""
+    for layout, layer in zip(arch.layers, model.model.layers, strict=True):
+        for name, inside in layout.dense.items():
+            value = source[name][kept[layout.index]] if name in layout.routed else source[name]
+            layer.get_parameter(inside).data.copy_(value)
+        if layout.experts:
+            module = _experts_module(layer)[1]
+            for number, expert in enumerate(kept[layout.index]):
+                for part, names in layout.experts[expert].items():
+                    getattr(module, part).data[number] = torch.cat([source[name] for name in names])
+
+
+def apply_naive(weight: torch.Tensor, inputs: torch.Tensor, count: int) -> None:
+    squared = sum(x.double() ** 2 for x in inputs)
+    weight[naive_mask(wanda_scores(weight, squared), count)] = 0
+
+
+def check_experts(layout, module, quota, calls, written, kept) -> None:
+    for number, expert in enumerate(kept):
+        inputs = [x for (hidden, index, _), _ in calls for x, chosen in zip(hidden, index.tolist(), strict=True) if number in chosen]
+        assert inputs, "every survivor must see a token here"
+        inner = [naive_expert(module, number, x)[0] for x in inputs]
+        for part, rows in (("gate_up_proj", inputs), ("down_proj", inner)):
+            weight = getattr(module, part).data[number]
+            apply_naive(weight, torch.stack(rows), quota.experts[number][part])
+            names = [renumber(name, number) for name in layout.experts[expert][part]]
+            assert torch.equal(weight, torch.cat([written[name] for name in names])), (layout.index, expert, part)
+
+
+def test_expert_without_tokens_falls_back_to_the_pool(checkpoint, ranks, tmp_path):
+    """A router row that can never win: the expert is pruned to the same sparsity, by the layer's pooled input norms."""
+    folder = tmp_path / "model"
+    make_checkpoint(folder, "mixtral", num_hidden_layers=1, tie_word_embeddings=False, shard="1GB")
+    tensors = load_tensors(folder)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    direction = tensors[gate][0].clone()
+    tensors[gate][[0, 1]], tensors[gate][[2, 3]] = 9 * direction, -9 * direction  # for any token, two of these beat a small row
+    tensors[gate][5] *= 1e-6
+    tensors["model.layers.0.block_sparse_moe.experts.5.w2.weight"].fill_(0.5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = PruneConfig(
+        model=ModelConfig(str(folder)),
+        calibration=CalibrationConfig(path=str(TEXT), samples=4, length=32, micro_batch=2),
+        experts=ExpertsConfig(fraction=0.0),
+        target=0.5,
+        run_dir=str(tmp_path / "run"),
+    )
+    summary = prune(cfg, ranks)
+    if not summary["experts_without_tokens"]:
+        pytest.fail("the starved expert was reached; the test proves nothing")
+    assert abs(summary["sparsity"] - 0.5) < 1e-4
+    down = load_tensors(tmp_path / "run" / "model")["model.layers.0.block_sparse_moe.experts.5.w2.weight"]
+    lost = (down == 0).all(0)
+    assert lost.any() and not lost[: int(lost.sum())].all(), "columns follow the pooled norms, not their order"

@@ -1,0 +1,108 @@
+"""The job end to end: the same bytes on any number of ranks, every byte read once, the target met, launchers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, load_tensors, run_job, same_tensors, settings
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import stun  # noqa: F401
+
+HETEROGENEOUS = {"experts__budget": "global", "experts__fraction": 0.7}
+
+
+@pytest.mark.parametrize(
+    "family, overrides",
+    [
+        ("arctic", {}),
+        ("arctic", HETEROGENEOUS),
+        ("mixtral", {"experts__method": "stun_official"}),
+        ("qwen3_moe", {}),
+    ],
+    ids=["arctic", "arctic-global", "mixtral-official", "qwen3_moe"],
+)
+def test_same_bytes_on_1_2_4_ranks(checkpoint, tmp_path, family, overrides):
+    source = checkpoint(family)
+    plans = []
+    for ranks in (1, 2, 4):
+        run_job("prune", settings(source, tmp_path / str(ranks), **overrides), ranks)
+        plans.append(json.loads((tmp_path / str(ranks) / "plan.json").read_text()))
+        if ranks > 1:
+            same_tensors(tmp_path / "1" / "model", tmp_path / str(ranks) / "model")
+    assert plans[0] == plans[1] == plans[2]
+    _check_written(tmp_path / "1", tmp_path / "4", source)
+
+
+def _check_written(run, four_ranks, source):
+    """The target is met in the written files, the config holds one right count, and the checkpoint loads and runs."""
+    plan = json.loads((run / "plan.json").read_text())
+    tensors, dense = load_tensors(run / "model"), load_tensors(source)
+    inside = [t for name, t in dense.items() if ".layers." in name]
+    total = sum(t.numel() for t in inside)
+    nonzero = sum(int(t.count_nonzero()) for name, t in tensors.items() if ".layers." in name)
+    assert total == plan["parameters"]
+    assert abs((1 - nonzero / total) - 0.4) < 1e-4
+    assert any(len(layer["kept"]) < layer["experts"] for layer in plan["layers"])
+    config = AutoConfig.from_pretrained(run / "model")
+    keys = {"num_experts", "num_local_experts"} & json.loads((run / "model" / "config.json").read_text()).keys()
+    assert len(keys) == 1
+    counts = [len(layer["kept"]) for layer in plan["layers"]]
+    saved = getattr(config, keys.pop())
+    assert saved == counts if isinstance(saved, list) else {saved} == set(counts) - {0}
+    model, info = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.isfinite(model(torch.arange(3, 40)[None]).logits).all()
+    summary = json.loads((four_ranks / "manifest.json").read_text())["summary"]
+    size = sum(t.nbytes for t in dense.values())
+    assert len(summary["bytes_read"]) == 4
+    assert sum(summary["bytes_read"]) <= 2 * size  # two streams
+    assert max(summary["bytes_read"]) < 0.75 * sum(summary["bytes_read"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_to_prune_writes_the_source(checkpoint, tmp_path, family, dtype):
+    source = checkpoint(family, dtype=dtype)
+    run_job("prune", settings(source, tmp_path / "run", target=0), 2)
+    same_tensors(source, tmp_path / "run" / "model")
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "run/model/config.json").read_text())
+    for extra in ("tokenizer.json", "generation_config.json"):
+        assert (source / extra).read_bytes() == (tmp_path / "run/model" / extra).read_bytes()
+
+
+def test_more_ranks_than_experts_bf16_tied_single_file(checkpoint, tmp_path):
+    source = checkpoint("mixtral", dtype=torch.bfloat16, shard="1GB", tie_word_embeddings=True, num_local_experts=3)
+    assert (source / "model.safetensors").is_file() and "lm_head.weight" not in load_tensors(source)
+    for ranks in (1, 4):
+        run_job("prune", settings(source, tmp_path / str(ranks), calibration__samples=3, calibration__micro_batch=2), ranks)
+    same_tensors(tmp_path / "1" / "model", tmp_path / "4" / "model")
+    assert {len(layer["kept"]) for layer in json.loads((tmp_path / "1" / "plan.json").read_text())["layers"]} == {2}
+
+
+def test_every_launcher_and_repeat(checkpoint, tmp_path):
+    source = checkpoint("mixtral")
+    script = [sys.executable, "-m"]
+    arguments = lambda name: ["jobs.prune", *settings(source, tmp_path / name)]  # noqa: E731
+    commands = {
+        "plain": [*script, *arguments("plain")],
+        "torchrun": [*script, "torch.distributed.run", "--nproc-per-node=2", "-m", *arguments("torchrun")],
+        "accelerate": [
+            *script, "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+            "--dynamo_backend=no", "-m", *arguments("accelerate"),
+        ],
+        "deepspeed": [
+            *script, "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29731", "--module", *arguments("deepspeed"),
+        ],
+    }  # fmt: skip
+    for name, command in commands.items():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (name, done.stdout, done.stderr)
+        same_tensors(tmp_path / "plain" / "model", tmp_path / name / "model")
+    before = (tmp_path / "plain" / "manifest.json").read_bytes()
+    again = run_job("prune", settings(source, tmp_path / "plain"))
+    assert "complete already" in again.stdout and (tmp_path / "plain" / "manifest.json").read_bytes() == before
