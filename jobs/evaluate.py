@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: torchrun --nproc-per-node 2 -m jobs.evaluate model.path=... task.path=heldout.jsonl output=result.json"""
+"""Evaluate a checkpoint: torchrun --nproc-per-node 2 -m jobs.evaluate model.path=... task.path=rows.jsonl output=result.json"""
 
 from pathlib import Path
 

@@ -77,7 +77,7 @@ def renumber(name: str, expert: int) -> str:
 def _experts_module(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """Path and module of a layer's fused experts, None for a layer without experts."""
     for path, module in layer.named_modules():
-        if hasattr(module, "down_proj") and isinstance(getattr(module, "down_proj"), nn.Parameter):
+        if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
             return path, module
     return None
 

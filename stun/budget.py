@@ -64,12 +64,12 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], top_k: int) -> lis
         count = min(round(wanted / one_each), int(remove / one_each))
         room = min(max(0, size.experts - floor) for size in moe)
     if count > room:
-        least, most = min(size.experts for size in moe), room / count * cfg.experts.fraction
+        per_layer = "" if cfg.experts.budget is Budget["global"] else " of every layer"
+        most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
         raise StunError(
-            f"target={cfg.target} with experts.fraction={cfg.experts.fraction} drops {count} experts"
-            f"{'' if cfg.experts.budget is Budget['global'] else ' of every layer'}, but only {room} may go: a layer with {least} "
-            f"must keep {floor} (top-k {top_k}, experts.keep_at_least {cfg.experts.keep_at_least}). "
-            f"Lower experts.fraction to {math.floor(most * 1000) / 1000} or less"
+            f"target={cfg.target} with experts.fraction={cfg.experts.fraction} drops {count} experts{per_layer}, but only {room} "
+            f"may go: a layer must keep {floor} (top-k {top_k}, experts.keep_at_least {cfg.experts.keep_at_least}). "
+            f"Lower experts.fraction to {most} or less"
         )
     if cfg.experts.budget is Budget["global"]:
         return _spread(count, [max(0, size.experts - floor) for size in sizes])

@@ -81,7 +81,9 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
     except (OSError, ValueError) as error:
         raise StunError(f"{path}: cannot be loaded for evaluation: {error}") from error
-    right = {row: ok for part in ranks.gather_objects(_exact_matches(model, tokenizer, rows, cfg, ranks)) for row, ok in part.items()}
+    right = {
+        row: ok for part in ranks.gather_objects(_exact_matches(model, tokenizer, rows, cfg, ranks)) for row, ok in part.items()
+    }
     losses = {row: x for part in ranks.gather_objects(_losses(model, tokenizer, rows, cfg, ranks)) for row, x in part.items()}
     groups: dict[str, list[bool]] = {}
     for number, row in enumerate(rows):

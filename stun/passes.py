@@ -32,9 +32,7 @@ class _Watcher:
         self.outputs.add(expert, output_nD, gate_n)
 
 
-def observe(
-    arch: Architecture, states: States, ranks: Ranks, save: Callable[[int, dict[str, torch.Tensor]], None]
-) -> None:
+def observe(arch: Architecture, states: States, ranks: Ranks, save: Callable[[int, dict[str, torch.Tensor]], None]) -> None:
     """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts.
 
     Statistics: `router` [E, D] float32, `coactivation` [E, E] int64, `outputs` [E, 5] float64 (columns of OutputNorms).
@@ -220,7 +218,6 @@ def prune_layers(
         own = torch.tensor([sum(int(t.count_nonzero()) for t in tensors.values())], device=ranks.device)
         nonzero = int(ranks.sum_integers(own))
         result.nonzero += nonzero
-        layer.module = None
         if tensors:
             layer.seconds["write"] = writer.submit(shards[index][ranks.rank], tensors)
         progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {nonzero / _size(arch, layer):.3f}")

@@ -195,7 +195,7 @@ def _available(sequences: list[list[Merge]], most: list[int]) -> int:
 
 
 def representative(cluster: list[int], squared_distance: list[float], saliency: list[float]) -> int:
-    """The member nearest the cluster's mean; a pair is equally near by construction, so saliency decides, then the lower index."""
+    """The member nearest the cluster's mean. Both members of a pair are equally near: saliency decides, then the lower index."""
     nearness = [0.0] * len(cluster) if len(cluster) == 2 else squared_distance
     ranked = sorted(zip(nearness, (-s for s in saliency), cluster, strict=True))
     return ranked[0][2]

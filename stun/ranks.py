@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import resource
@@ -42,6 +43,12 @@ def _start_deepspeed(on_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
 
 
+def _libc_call(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)  # glibc has both of the calls below, other C libraries may not
+    if function:
+        function(*arguments)
+
+
 class Ranks:
     """This process among the others. `rank` of `world`, computing on `device`."""
 
@@ -56,6 +63,9 @@ class Ranks:
         else:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
+            # Blocks from 1 MiB on always go back to the system when freed. By default glibc raises that limit as it goes, keeps
+            # the blocks in one arena per thread, and peak memory depends on chance.
+            _libc_call("mallopt", -3, 1 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         _start_deepspeed(on_gpu)
         import deepspeed.comm
@@ -84,6 +94,10 @@ class Ranks:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def return_memory(self) -> None:
+        """Hand freed memory that the C allocator keeps for reuse back to the system."""
+        _libc_call("malloc_trim", 0)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

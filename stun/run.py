@@ -1,10 +1,10 @@
 """The run folder: what a run was asked, what it has finished.
 
-    <run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
-    <run_dir>/stats/          statistics of the first stream, one file a layer with experts
-    <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
-    <run_dir>/model/          the pruned checkpoint
-    <run_dir>/manifest.json   written last: its existence means that the run is complete
+<run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
+<run_dir>/stats/          statistics of the first stream, one file a layer with experts
+<run_dir>/plan.json       clusters and kept experts of every layer, and the budget
+<run_dir>/model/          the pruned checkpoint
+<run_dir>/manifest.json   written last: its existence means that the run is complete
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Layer:
     """One decoder layer, spread over the ranks.
 
     `dense` (on every rank) and `experts` (this rank's own, by number in the source) hold tensors in their stored dtype.
-    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; `owner[i]` is the rank of `kept[i]`.
+    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; rank `owner[i]` has `kept[i]`.
     """
 
     layout: LayerLayout
@@ -58,6 +58,12 @@ class Layer:
     owner: list[int]
     module: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of all tensors, whoever still holds the layer."""
+        self.module = None
+        for tensors in (self.dense, self.experts, self.unused):
+            tensors.clear()
 
 
 class Exchange:
@@ -94,9 +100,7 @@ class Exchange:
         weighted_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1]) * weights_TK[..., None]
         return weighted_TKD.sum(1).to(hidden_TD.dtype)
 
-    def _serve(
-        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor
-    ) -> torch.Tensor:
+    def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
         """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch."""
         numbers = self.by_owner_E[torch.tensor(self.layer.owner)[self.by_owner_E] == self.ranks.rank].tolist()
         output_ND, start = torch.empty_like(rows_ND), 0
@@ -157,7 +161,11 @@ class LayerStream:
                 own, experts, seconds = pending.result()
                 if index + 1 < len(self.arch.layers):
                     pending = pool.submit(self._read, index + 1)
-                yield self._spread(index, own, experts, seconds)
+                layer = self._spread(index, own, experts, seconds)
+                del own, experts
+                yield layer
+                layer.release()
+                self.ranks.return_memory()
 
     def dense_owner(self, layout: LayerLayout) -> dict[str, int]:
         """The rank that reads and writes each tensor of a layer outside the experts."""

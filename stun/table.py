@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """One column per model, one line per measure. `results` maps a name to an evaluation, with the pruning summary under `prune`."""
+    """A column per model, a line per measure. `results` maps a name to an evaluation, with the pruning summary under `prune`."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in results:

@@ -74,7 +74,7 @@ def make_checkpoint(folder: Path, family: str, dtype=torch.float32, shard: str =
     torch.manual_seed(7)
     model = model_class(config_class(**{**SHAPE, **own, **changes}))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
             else:
@@ -118,7 +118,13 @@ def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) 
     """Run `jobs.<job>`: plain python for 0 ranks, torchrun otherwise."""
     launcher = [sys.executable]
     if ranks:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+        ]
     command = [*launcher, "-m", f"jobs.{job}", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

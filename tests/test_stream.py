@@ -153,7 +153,9 @@ def apply_naive(weight: torch.Tensor, inputs: torch.Tensor, count: int) -> None:
 
 def check_experts(layout, module, quota, calls, written, kept) -> None:
     for number, expert in enumerate(kept):
-        inputs = [x for (hidden, index, _), _ in calls for x, chosen in zip(hidden, index.tolist(), strict=True) if number in chosen]
+        inputs = [
+            x for (hidden, index, _), _ in calls for x, chosen in zip(hidden, index.tolist(), strict=True) if number in chosen
+        ]
         assert inputs, "every survivor must see a token here"
         inner = [naive_expert(module, number, x)[0] for x in inputs]
         for part, rows in (("gate_up_proj", inputs), ("down_proj", inner)):

@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-NAMES = "Tom Anna Ben Mia Sam Lucy Max Ella Leo Nora".split()
-ITEMS = "apples books coins cards pens eggs shells stamps".split()
+NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lucy", "Max", "Ella", "Leo", "Nora"]
+ITEMS = ["apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
