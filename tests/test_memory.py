@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
 from conftest import SHAPE, TEXT, byte_tokenizer, run_job
 from transformers import MixtralConfig
 
@@ -14,8 +16,6 @@ WIDTH = {"hidden_size": 512, "intermediate_size": 1536, "num_local_experts": 8, 
 
 def deep_checkpoint(folder, depth: int):
     """A Mixtral of `depth` layers, about 75 MB of float32 each, a shard a layer."""
-    import torch
-
     torch.manual_seed(0)
     hidden, width, head = WIDTH["hidden_size"], WIDTH["intermediate_size"], 128
     config = MixtralConfig(**{**SHAPE, **WIDTH, "num_hidden_layers": depth, "architectures": ["MixtralForCausalLM"]})
@@ -43,6 +43,7 @@ def deep_checkpoint(folder, depth: int):
     return sum(t.nbytes for t in shards["layer0.safetensors"].values())
 
 
+@pytest.mark.launch
 def test_peak_does_not_grow_with_depth(tmp_path):
     peaks, layer = {}, 0
     for depth in (4, 16):

@@ -1,0 +1,91 @@
+"""Every command of the README runs; the demo ends in its table and shows what it claims."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, load_tensors
+
+README = (ROOT / "README.md").read_text()
+HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
+
+
+def commands(mark: str) -> list[str]:
+    """The commands in the fenced blocks that follow `<!-- mark -->`."""
+    return [block.strip() for block in re.findall(rf"<!-- {mark} -->\n+```sh\n(.*?)```", README, re.S)]
+
+
+def here(command: str, replace: dict[str, str]) -> list[str]:
+    """The command's words for this interpreter, with overrides replaced by key or added."""
+    words = shlex.split(command)
+    module = words.index("-m")
+    ranks = re.search(r"--nproc-per-node (\d+)", command)
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(min(2, int(ranks[1])))]
+    given = dict(word.split("=", 1) for word in words[module + 2 :])
+    return [*launcher, "-m", words[module + 1], *(f"{key}={value}" for key, value in {**given, **replace}.items())]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.launch
+def test_demo(tmp_path):
+    (command,) = commands("demo")
+    job = command.split(" && ")[-1]
+    output = run(here(job, {"run_dir": str(tmp_path / "demo")}))
+    results = json.loads((tmp_path / "demo" / "comparison.json").read_text())
+    assert list(results) == ["dense", "STUN", "experts only", "weights only"]
+    dense, stun, weights = (results[name]["average"] for name in ("dense", "STUN", "weights only"))
+    print(output)
+    assert results["dense"]["rows"] >= 1000
+    assert dense >= 0.90
+    assert stun >= weights + 0.05
+    for name in list(results)[1:]:
+        assert abs(results[name]["prune"]["sparsity"] - 0.5) < 1e-4
+        tensors = load_tensors(tmp_path / "demo" / name.lower().replace(" ", "-") / "model")
+        inside = {key: t for key, t in tensors.items() if ".layers." in key}
+        assert sum(int(t.count_nonzero()) for t in inside.values()) == results[name]["prune"]["nonzero"]
+    for line in ("exact match, average", "perplexity", "nonzero share", "experts kept", "seconds to prune", "peak memory"):
+        assert line in output
+
+
+@pytest.mark.launch
+def test_prune_your_own_model(checkpoint, tmp_path):
+    on_one_gpu, on_one_node, evaluate = commands("own")
+    small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
+    qwen = {"model.path": str(checkpoint("qwen3_moe")), "run_dir": str(tmp_path / "qwen3")}
+    run(here(on_one_gpu, {**small, **qwen}))
+    arctic = {"model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "arctic")}
+    run(here(on_one_node, {**small, **arctic}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:20]))
+    output = str(tmp_path / "arctic" / "result.json")
+    own = {"model.path": str(tmp_path / "arctic" / "model"), "task.path": str(rows), "output": output, "task.max_new_tokens": "4"}
+    assert "perplexity" in run(here(evaluate, own))
+    assert 0 <= json.loads((tmp_path / "arctic" / "result.json").read_text())["average"] <= 1
+
+
+def test_ci_runs_the_readme_test_command():
+    (command,) = commands("tests")
+    assert command.startswith("python3 -m venv .venv && .venv/bin/pip install") and command.endswith("-m pytest")
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_settings_in_the_readme_exist():
+    from stun.config import PruneConfig
+
+    for key in re.findall(r"^\| `([\w.]+)`", README, re.M):
+        node = PruneConfig()
+        for part in key.split("."):
+            assert hasattr(node, part) or part in node.__dataclass_fields__, key
+            node = getattr(node, part, None)
