@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import hydra
+import transformers
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,6 +26,8 @@ def launch(name: str, work: Callable[[object, Ranks], None]) -> None:
     Bad input ends in one line on the first rank and exit status 2.
     """
     stun.config.register()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
     sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -5,8 +5,13 @@ Importing the package registers Snowflake Arctic with transformers' `AutoConfig`
 
 import os
 
+import torch
+
 # MKL's products must not depend on the number of threads a rank has; it reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
 
 from stun.models import arctic as _arctic
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import shutil
 import threading
@@ -129,21 +130,39 @@ class Checkpoint:
             raise StunError(_no_weights(folder))
         return cls(folder, _load_json(folder / "config.json"), tensors)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU, in its stored dtype."""
-        info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        with info.file.open("rb", buffering=0) as handle:
-            handle.seek(info.start)
-            view, filled = memoryview(raw.numpy()), 0
-            while filled < info.nbytes:
-                count = handle.readinto(view[filled:])
-                if not count:
-                    raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
-                filled += count
+    def read(self, *names: str) -> torch.Tensor:
+        """The tensor of that name, on the CPU, in its stored dtype; several names are joined along their rows.
+
+        Its memory is mapped for it alone and returns to the system with it, so that no allocator's habits add to the peak.
+        """
+        infos = [self.tensors[name] for name in names]
+        raw = _mapped(sum(info.nbytes for info in infos))
+        view, start = memoryview(raw.numpy()), 0
+        for name, info in zip(names, infos, strict=True):
+            _fill(view[start : start + info.nbytes], name, info)
+            start += info.nbytes
         with self._lock:
-            self.bytes_read += info.nbytes
-        return raw.view(info.dtype).view(info.shape)
+            self.bytes_read += start
+        rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
+        shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
+        return raw.view(infos[0].dtype).view(shape)
+
+
+def _mapped(nbytes: int) -> torch.Tensor:
+    """[nbytes] uint8 in pages of its own."""
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+def _fill(view: memoryview, name: str, info: TensorInfo) -> None:
+    """Read one tensor's bytes into `view`."""
+    with info.file.open("rb", buffering=0) as handle:
+        handle.seek(info.start)
+        filled = 0
+        while filled < info.nbytes:
+            count = handle.readinto(view[filled:])
+            if not count:
+                raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+            filled += count
 
 
 def _no_weights(folder: Path) -> str:

@@ -46,8 +46,7 @@ def _exact_matches(model, tokenizer, rows: list[dict], cfg: TaskConfig, ranks: R
             ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=cfg.max_new_tokens, pad_token_id=pad
         )
         for row, text in zip(batch, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
-            wanted = extract(rows[row][cfg.answer], cfg.marker)
-            right[row] = wanted is not None and extract(text, cfg.marker) == wanted
+            right[row] = extract(text, cfg.marker) == extract(rows[row][cfg.answer], cfg.marker)
     return right
 
 
@@ -75,6 +74,10 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
     for number, row in enumerate(rows):
         if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
             raise StunError(f"task.path={cfg.path}: row {number} needs the text fields {cfg.question!r} and {cfg.answer!r}")
+        if extract(row[cfg.answer], cfg.marker) is None:
+            raise StunError(
+                f"task.path={cfg.path}: row {number}: no {cfg.marker!r} in its answer; see task.marker"
+            )
     tokenizer = load_tokenizer(Path(path))
     dtype = torch.float32 if ranks.device.type == "cpu" else "auto"
     try:

@@ -26,6 +26,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     """
     validate(cfg)
     started = time.perf_counter()
+    ranks.reset_peak_memory()
     source = Checkpoint.open(cfg.model.path)
     arch = Architecture(source)
     sizes = measure_layers(arch, cfg.sparsify.scope)

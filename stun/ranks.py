@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import resource
+import re
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -33,8 +34,6 @@ def _environment() -> None:
 
 def _start_deepspeed(on_gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -43,10 +42,8 @@ def _start_deepspeed(on_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
 
 
-def _libc_call(name: str, *arguments: int) -> None:
-    function = getattr(ctypes.CDLL(None), name, None)  # glibc has both of the calls below, other C libraries may not
-    if function:
-        function(*arguments)
+# Of glibc; other C libraries may lack it.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Ranks:
@@ -63,9 +60,6 @@ class Ranks:
         else:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
-            # Blocks from 1 MiB on always go back to the system when freed. By default glibc raises that limit as it goes, keeps
-            # the blocks in one arena per thread, and peak memory depends on chance.
-            _libc_call("mallopt", -3, 1 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         _start_deepspeed(on_gpu)
         import deepspeed.comm
@@ -90,14 +84,23 @@ class Ranks:
             print(f"[{time.monotonic() - self._started:7.1f}s] {message}", flush=True)
 
     def peak_memory(self) -> int:
-        """Most bytes this process has held so far: on the GPU where there is one, resident otherwise."""
+        """Most bytes this process has held since `reset_peak_memory`: on the GPU where there is one, resident otherwise."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring `peak_memory` anew."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
 
     def return_memory(self) -> None:
         """Hand freed memory that the C allocator keeps for reuse back to the system."""
-        _libc_call("malloc_trim", 0)
+        if _malloc_trim:
+            _malloc_trim(0)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

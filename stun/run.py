@@ -73,8 +73,11 @@ class Run:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(differences)}); choose another folder")
         elif run.folder.is_dir() and any(run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
-        run.model.mkdir(parents=True, exist_ok=True)
-        run.stats.mkdir(exist_ok=True)
+        try:
+            run.model.mkdir(parents=True, exist_ok=True)
+            run.stats.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
         return run
 

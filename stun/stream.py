@@ -76,6 +76,8 @@ class Exchange:
         self.by_owner_E = torch.argsort(owner_E, stable=True)
         self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
         self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
+        self.first = sum(self.per_rank[: ranks.rank])
+        self.mine = self.by_owner_E[self.first : self.first + self.per_rank[ranks.rank]].tolist()
 
     def forward(
         self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -85,11 +87,10 @@ class Exchange:
             self.observer.routing(index_TK)
         top_k = index_TK.shape[1]
         order_N = torch.argsort(self.place_E[index_TK.flatten()], stable=True)
-        counts_E = torch.bincount(index_TK.flatten(), minlength=len(self.place_E))[self.by_owner_E.to(index_TK.device)]
+        counts_E = torch.bincount(self.place_E[index_TK.flatten()], minlength=len(self.place_E))
         counts_RE = self.ranks.all_gather(counts_E).cpu()
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
-        first = sum(self.per_rank[: self.ranks.rank])
-        mine_Re = counts_RE[:, first : first + self.per_rank[self.ranks.rank]]
+        mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         receive = mine_Re.sum(1).tolist()
         rows_ND = self.ranks.exchange(hidden_TD[order_N // top_k], send, receive)
         gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive)
@@ -102,10 +103,9 @@ class Exchange:
 
     def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
         """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch."""
-        numbers = self.by_owner_E[torch.tensor(self.layer.owner)[self.by_owner_E] == self.ranks.rank].tolist()
         output_ND, start = torch.empty_like(rows_ND), 0
         for counts_e in counts_Re.tolist():
-            for number, count in zip(numbers, counts_e, strict=True):
+            for number, count in zip(self.mine, counts_e, strict=True):
                 if count:
                     rows = slice(start, start + count)
                     output_ND[rows] = self._serve_expert(module, number, rows_ND[rows], gates_N[rows])
@@ -176,7 +176,7 @@ class LayerStream:
         start, layout, read = time.perf_counter(), self.arch.layers[index], self.arch.source.read
         own = {name: read(name) for name, owner in self.dense_owner(layout).items() if owner == self.ranks.rank}
         experts = {
-            number: {part: torch.cat([read(name) for name in names]) for part, names in expert.items()}
+            number: {part: read(*names) for part, names in expert.items()}
             for number, expert in enumerate(layout.experts)
             if self.owners[index][number] == self.ranks.rank
         }

@@ -11,11 +11,11 @@ from transformers import MixtralConfig
 
 from stun.checkpoint import write_index, write_json, write_tensors
 
-WIDTH = {"hidden_size": 512, "intermediate_size": 1536, "num_local_experts": 8, "num_experts_per_tok": 2}
+WIDTH = {"hidden_size": 512, "intermediate_size": 384, "num_local_experts": 64, "num_experts_per_tok": 2}
 
 
 def deep_checkpoint(folder, depth: int):
-    """A Mixtral of `depth` layers, about 75 MB of float32 each, a shard a layer."""
+    """A Mixtral of `depth` layers, about 150 MB of float32 each, a shard a layer."""
     torch.manual_seed(0)
     hidden, width, head = WIDTH["hidden_size"], WIDTH["intermediate_size"], 128
     config = MixtralConfig(**{**SHAPE, **WIDTH, "num_hidden_layers": depth, "architectures": ["MixtralForCausalLM"]})
@@ -24,8 +24,8 @@ def deep_checkpoint(folder, depth: int):
     byte_tokenizer().save_pretrained(folder)
     norm, square = torch.ones(hidden), torch.randn(hidden, hidden) / hidden**0.5
     parts = {"w1": torch.randn(width, hidden), "w2": torch.randn(hidden, width), "w3": torch.randn(width, hidden)}
-    experts = [{part: (w * (1 + 0.1 * e) / 30) for part, w in parts.items()} for e in range(8)]
-    router = torch.randn(8, hidden)
+    experts = [{part: w * (1 + 0.1 * e) / 30 for part, w in parts.items()} for e in range(WIDTH["num_local_experts"])]
+    router = torch.randn(WIDTH["num_local_experts"], hidden)
     shards = {"outer.safetensors": {"model.embed_tokens.weight": torch.randn(260, hidden), "model.norm.weight": norm}}
     shards["outer.safetensors"]["lm_head.weight"] = torch.randn(260, hidden)
     for layer in range(depth):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -13,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stun.models.arctic import ArcticConfig, ArcticForCausalLM
 from stun.reference.tasks import TASKS, Sample, generate
@@ -27,7 +27,7 @@ class TrainConfig:
 
     output: str = "stun/reference"
     seed: int = 0
-    steps: int = 5000
+    steps: int = 3500
     batch: int = 32
     length: int = 160
     lr: float = 2.5e-3
@@ -98,18 +98,13 @@ def packed_batches(
 
 
 def _loss(model: ArcticForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
-    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers).
-
-    The auxiliary loss is balanced in every layer by itself: over all layers at once, a layer may starve its experts.
-    """
+    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers)."""
     out = model(ids_BT, output_router_logits=True, use_cache=False)
     loss_N = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
     weight_N = weights_BT[:, 1:].flatten()
     answer_N = weight_N == 1.0
     total = (loss_N * weight_N).sum() / weight_N.sum()
-    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
-    auxiliary = sum(load_balancing_loss_func((logits,), experts, top_k) for logits in out.router_logits)
-    return total + balance * auxiliary / len(out.router_logits), (loss_N * answer_N).sum() / answer_N.sum()
+    return total + balance * out.aux_loss, (loss_N * answer_N).sum() / answer_N.sum()
 
 
 def _schedule(step: int, cfg: TrainConfig) -> float:
@@ -178,7 +173,5 @@ def _distinct(samples: Iterator[Sample], count: int) -> list[Sample]:
 
 def _save(model: ArcticForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """bf16 in several shards, the layout of large checkpoints on the hub."""
-    halves = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=halves, max_shard_size="3MB")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="3MB")
     tokenizer.save_pretrained(folder)
