@@ -69,14 +69,16 @@ class ExpertsConfig:
     """Structured half: `fraction` of the parameters to be removed leave as whole experts.
 
     `lambda1` and `lambda2` weigh router-row distance and co-activation in the similarity of two experts (STUN, section 4.1).
-    `keep_at_least` is a floor on the experts of a layer, beside the model's own top-k.
+    Co-activation is off by default: on the reference model, whose tokens use two experts each, experts that serve the same tokens
+    complement each other, and merging them costs far more than it saves. `keep_at_least` is a floor on the experts of a layer,
+    beside the model's own top-k.
     """
 
     method: ExpertsMethod = ExpertsMethod.stun
     fraction: float = 0.5
     budget: Budget = Budget.uniform
     lambda1: float = 1.0
-    lambda2: float = 1.0
+    lambda2: float = 0.0
     keep_at_least: int = 1
 
 

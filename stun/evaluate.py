@@ -75,9 +75,7 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
         if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
             raise StunError(f"task.path={cfg.path}: row {number} needs the text fields {cfg.question!r} and {cfg.answer!r}")
         if extract(row[cfg.answer], cfg.marker) is None:
-            raise StunError(
-                f"task.path={cfg.path}: row {number}: no {cfg.marker!r} in its answer; see task.marker"
-            )
+            raise StunError(f"task.path={cfg.path}: row {number}: no {cfg.marker!r} in its answer; see task.marker")
     tokenizer = load_tokenizer(Path(path))
     dtype = torch.float32 if ranks.device.type == "cpu" else "auto"
     try:

@@ -49,7 +49,7 @@ def test_demo(tmp_path):
     print(output)
     assert results["dense"]["rows"] >= 1000
     assert dense >= 0.90
-    assert stun >= weights + 0.05
+    assert stun >= weights + 0.03  # four standard errors of the paired difference over 1,000 prompts
     for name in list(results)[1:]:
         assert abs(results[name]["prune"]["sparsity"] - 0.5) < 1e-4
         tensors = load_tensors(tmp_path / "demo" / name.lower().replace(" ", "-") / "model")
