@@ -134,12 +134,21 @@ class CompareConfig(PruneConfig):
     task: TaskConfig = field(default_factory=TaskConfig)
 
 
+@dataclass
+class PlotConfig:
+    """`comparisons`: the comparison.json files of several targets; `output`: the PNG to draw."""
+
+    comparisons: list[str] = MISSING
+    output: str = MISSING
+
+
 def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     store = ConfigStore.instance()
     store.store(name="prune_schema", node=PruneConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
+    store.store(name="plot_schema", node=PlotConfig)
 
 
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:

@@ -15,7 +15,7 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "table", "models"},
+    {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "table", "figure", "models"},
     {"arch", "run", "evaluate"},
     {"budget", "stream"},
     {"passes"},

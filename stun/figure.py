@@ -1,0 +1,41 @@
+"""The picture of a comparison: exact match against total sparsity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from stun.config import StunError
+
+matplotlib.use("Agg")
+COLORS = {"STUN": "#0b6e4f", "experts only": "#c8553d", "weights only": "#3a5a98"}
+
+
+def comparison_figure(comparisons: list[str], output: str) -> None:
+    """Draw the averages in the `comparison.json` files of several targets into a PNG at `output`. Raises StunError."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dense = None
+    for file in comparisons:
+        try:
+            results = json.loads(Path(file).read_text())
+            dense = results.pop("dense")["average"]
+            for name, result in results.items():
+                lines.setdefault(name, []).append((result["prune"]["target"], result["average"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StunError(f"comparisons: {file} is not a comparison.json: {error!r}") from error
+    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    if dense is not None:
+        axes.axhline(dense, color="#888888", linestyle="--", linewidth=1)
+        axes.annotate(f"dense {dense:.3f}", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", color="#555555")
+    for name, points in lines.items():
+        targets, averages = zip(*sorted(points), strict=True)
+        axes.plot(targets, averages, marker="o", color=COLORS.get(name), label=name)
+    axes.set(xlabel="total sparsity of the decoder layers", ylabel="exact match, average of the tasks", ylim=(0, 1.06))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower left")
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
