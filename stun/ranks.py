@@ -42,8 +42,10 @@ def _start_deepspeed(on_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
 
 
-# Of glibc; other C libraries may lack it.
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _libc_call(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)  # glibc has both of the calls made here, other C libraries may not
+    if function:
+        function(*arguments)
 
 
 class Ranks:
@@ -60,6 +62,9 @@ class Ranks:
         else:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
+            # M_MMAP_THRESHOLD: blocks from 2 MiB on go back to the system when freed. By default glibc raises that limit as it
+            # goes, and peak memory comes to depend on what happens to lie between the blocks it keeps.
+            _libc_call("mallopt", -3, 2 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         _start_deepspeed(on_gpu)
         import deepspeed.comm
@@ -99,8 +104,7 @@ class Ranks:
 
     def return_memory(self) -> None:
         """Hand freed memory that the C allocator keeps for reuse back to the system."""
-        if _malloc_trim:
-            _malloc_trim(0)
+        _libc_call("malloc_trim", 0)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
