@@ -88,7 +88,7 @@ def make_checkpoint(folder: Path, family: str, dtype=torch.float32, shard: str =
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """`checkpoint(family, **how)`: the folder of such a checkpoint, made once a session."""
+    """`checkpoint(family, **how)`: the folder of such a checkpoint, made once a test run."""
     made: dict[str, Path] = {}
 
     def get(family: str, **how) -> Path:
