@@ -126,6 +126,12 @@ class Architecture:
         """Shape, dtype and place of a source tensor."""
         return self.source.tensors[name]
 
+    def parameters_of(self, layout: LayerLayout) -> int:
+        """Parameters of one decoder layer, counted in the checkpoint."""
+        names = [*layout.dense, *layout.unused]
+        names += [name for expert in layout.experts for part in expert.values() for name in part]
+        return sum(self.info(name).numel for name in names)
+
     def _map_names(self) -> tuple[list[LayerLayout], dict[str, str]]:
         """Sort all source names: into layers, and into `outer` (source name -> parameter, '' where the model has none)."""
         transforms = get_model_conversion_mapping(self.model)

@@ -26,16 +26,13 @@ def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
     """Sizes of every decoder layer, from the checkpoint's headers."""
     sizes = []
     for layout in arch.layers:
-        numel = {name: arch.info(name).numel for name in [*layout.dense, *layout.unused]}
         parts: dict[str, int] = {}
         if layout.experts:
             parts = {part: sum(arch.info(n).numel for n in names) for part, names in layout.experts[0].items()}
-        rows = sum(numel[name] for name in layout.routed) // max(1, layout.num_experts)
-        expert = sum(parts.values())
-        total = sum(numel.values()) + expert * layout.num_experts
-        dense = {name: numel[name] for name, kind in layout.linears.items() if kind in scope}
+        rows = sum(arch.info(name).numel for name in layout.routed) // max(1, layout.num_experts)
+        dense = {name: arch.info(name).numel for name, kind in layout.linears.items() if kind in scope}
         scoped = dict(sorted(parts.items())) if Scope.experts in scope else {}
-        sizes.append(LayerSize(total, layout.num_experts, expert + rows, scoped, dense))
+        sizes.append(LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, scoped, dense))
     return sizes
 
 

@@ -64,6 +64,11 @@ def _losses(model, tokenizer, rows: list[dict], cfg: TaskConfig, ranks: Ranks) -
     return losses
 
 
+def _from_all(ranks: Ranks, own: dict) -> dict:
+    """The row-numbered results of every rank in one mapping."""
+    return {row: result for part in ranks.gather_objects(own) for row, result in part.items()}
+
+
 def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
     """Exact match by group and on average (of the groups), and perplexity per token, of the checkpoint at `path`.
 
@@ -82,10 +87,8 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
     except (OSError, ValueError) as error:
         raise StunError(f"{path}: cannot be loaded for evaluation: {error}") from error
-    right = {
-        row: ok for part in ranks.gather_objects(_exact_matches(model, tokenizer, rows, cfg, ranks)) for row, ok in part.items()
-    }
-    losses = {row: x for part in ranks.gather_objects(_losses(model, tokenizer, rows, cfg, ranks)) for row, x in part.items()}
+    right = _from_all(ranks, _exact_matches(model, tokenizer, rows, cfg, ranks))
+    losses = _from_all(ranks, _losses(model, tokenizer, rows, cfg, ranks))
     groups: dict[str, list[bool]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(str(row.get(cfg.group, "all")), []).append(right[number])

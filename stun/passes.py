@@ -220,15 +220,10 @@ def prune_layers(
         result.nonzero += nonzero
         if tensors:
             layer.seconds["write"] = writer.submit(shards[index][ranks.rank], tensors)
-        progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {nonzero / _size(arch, layer):.3f}")
-    writer.wait()
+        share = nonzero / arch.parameters_of(layer.layout)
+        progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}")
+    writer.close()
     return result
-
-
-def _size(arch: Architecture, layer: Layer) -> int:
-    names = [*layer.layout.dense, *layer.layout.unused]
-    names += [name for expert in layer.layout.experts for part in expert.values() for name in part]
-    return sum(arch.info(name).numel for name in names)
 
 
 def _own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:

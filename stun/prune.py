@@ -46,7 +46,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     plan = ranks.on_first(lambda: _plan(cfg, arch, sizes, drops, run))
     result = _prune_and_write(cfg, arch, sizes, plan, tokens, ranks, run)
     summary = _summary(plan, result, ranks, source, time.perf_counter() - started)
-    ranks.on_first(lambda: _finish(arch, plan, result, run, summary))
+    ranks.on_first(lambda: _finish(plan, result, run, summary))
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
     return summary
 
@@ -125,7 +125,6 @@ def _prune_and_write(
         writer.submit(outer_file, outer)
     del outer
     result = prune_layers(arch, states, plan.layers, quotas, saliencies, ranks, writer, files)
-    writer.close()
     shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
     result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
 
@@ -156,7 +155,7 @@ def _summary(plan: Plan, result: PruneResult, ranks: Ranks, source: Checkpoint, 
     }
 
 
-def _finish(arch: Architecture, plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
+def _finish(plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
     for layer, kept in zip(plan.layers, result.kept, strict=True):
         layer.kept = kept
     write_json(run.folder / "plan.json", plan.to_json())

@@ -106,10 +106,6 @@ class Ranks:
         """Hand freed memory that the C allocator keeps for reuse back to the system."""
         _libc_call("malloc_trim", 0)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self._comm.barrier()
-
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
         """`tensor` of rank `source`, written into `tensor` elsewhere (same shape and dtype); returns it."""
         if self.world > 1:

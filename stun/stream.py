@@ -285,7 +285,6 @@ class ShardWriter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.written: dict[str, dict[str, int]] = {}
-        self.bytes_written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: Future | None = None
 
@@ -294,9 +293,7 @@ class ShardWriter:
         start = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - start
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        self.written[file] = sizes
-        self.bytes_written += sum(sizes.values())
+        self.written[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._pending = self._pool.submit(self._write, self.folder / file, tensors)
         return waited
 

@@ -37,6 +37,12 @@ def tokens_of(folder) -> torch.Tensor:
     return calibration_tokens(cfg, load_tokenizer(folder), 260)
 
 
+def small_run(folder, run_dir, samples: int, length: int, fraction: float, target: float) -> PruneConfig:
+    calibration = CalibrationConfig(path=str(TEXT), samples=samples, length=length, micro_batch=2)
+    experts = ExpertsConfig(fraction=fraction)
+    return PruneConfig(ModelConfig(str(folder)), calibration, experts, target=target, run_dir=str(run_dir))
+
+
 def captured(model, modules: dict, tokens: torch.Tensor) -> dict[str, list]:
     """Inputs and outputs of `modules` while the full model runs the micro-batches of two samples."""
     seen: dict[str, list] = {name: [] for name in modules}
@@ -106,13 +112,7 @@ def naive_expert(module, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
 def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, changes):
     folder = checkpoint(family, **changes)
-    cfg = PruneConfig(
-        model=ModelConfig(str(folder)),
-        calibration=CalibrationConfig(path=str(TEXT), samples=5, length=40, micro_batch=2),
-        experts=ExpertsConfig(fraction=0.5),
-        target=0.45,
-        run_dir=str(tmp_path / "run"),
-    )
+    cfg = small_run(folder, tmp_path / "run", samples=5, length=40, fraction=0.5, target=0.45)
     prune(cfg, ranks)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     arch = Architecture(Checkpoint.open(folder))
@@ -176,13 +176,7 @@ def test_expert_without_tokens_falls_back_to_the_pool(checkpoint, ranks, tmp_pat
     tensors[gate][5] *= 1e-6
     tensors["model.layers.0.block_sparse_moe.experts.5.w2.weight"].fill_(0.5)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    cfg = PruneConfig(
-        model=ModelConfig(str(folder)),
-        calibration=CalibrationConfig(path=str(TEXT), samples=4, length=32, micro_batch=2),
-        experts=ExpertsConfig(fraction=0.0),
-        target=0.5,
-        run_dir=str(tmp_path / "run"),
-    )
+    cfg = small_run(folder, tmp_path / "run", samples=4, length=32, fraction=0.0, target=0.5)
     summary = prune(cfg, ranks)
     if not summary["experts_without_tokens"]:
         pytest.fail("the starved expert was reached; the test proves nothing")
