@@ -1,6 +1,7 @@
 """STUN: structured-then-unstructured pruning of Mixture-of-Experts language models.
 
-Importing the package registers Snowflake Arctic with transformers' `AutoConfig` and `AutoModelForCausalLM`.
+Importing the package registers with transformers' `AutoConfig` and `AutoModelForCausalLM` what transformers lacks: Snowflake
+Arctic, and checkpoints of any supported family whose layers keep different numbers of experts.
 """
 
 import os
@@ -14,7 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
 
 from stun.models import arctic as _arctic
+from stun.models import heterogeneous as _heterogeneous
 
 __version__ = "0.1.0"
 
 _arctic.register()
+_heterogeneous.register()

@@ -1,13 +1,14 @@
-"""What differs between model families, and how a checkpoint's tensors map onto transformers' modules.
+"""How a checkpoint's tensors map onto transformers' modules, for every family alike.
 
-The only family-specific code: `FAMILIES` (one entry of data each) and `stun.models`. Names, router rules, masks and rotary
-embeddings all come from transformers, whose internals this module is the only one to touch.
+Names, router rules, masks and rotary embeddings all come from transformers, whose internals only this module and `stun.models`
+touch. What a family needs beyond that is its entry in `stun.families`.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -18,55 +19,54 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import stun.models.arctic  # noqa: F401  (its registration happens in the package)
 from stun.checkpoint import Checkpoint, TensorInfo
 from stun.config import Scope, StunError
+from stun.families import COUNT_FIELDS, family_of
+from stun.models import heterogeneous
 
 EXPERTS_IMPLEMENTATION = "stun"
 _EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
-
-
-@dataclass(frozen=True)
-class Family:
-    """Data of one model family.
-
-    `count_fields`: keys under which config.json may hold the number of experts, the canonical one first. `routed`: parameters
-    of the MoE block whose rows belong to experts. `per_layer_counts`: the count may be a list with one entry a layer.
-    """
-
-    count_fields: tuple[str, ...]
-    top_k_field: str = "num_experts_per_tok"
-    routed: tuple[str, ...] = ("gate.weight",)
-    per_layer_counts: bool = False
-
-
-FAMILIES: dict[str, Family] = {
-    "arctic": Family(("num_local_experts",), per_layer_counts=True),
-    "mixtral": Family(("num_local_experts", "num_experts")),
-    "qwen3_moe": Family(("num_experts", "num_local_experts")),
-}
+# Small projections that steer rather than compute: the shared expert's gate, the time step of Mamba, the decay of linear
+# attention.
+_GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 
 
 @dataclass
 class LayerLayout:
     """The tensors of one decoder layer, by source name.
 
-    `dense` maps a name to the parameter inside the layer. `experts[e]` maps a fused parameter of the experts module
-    (`gate_up_proj`, `down_proj`) to the tensors whose rows make up expert e's part of it, in order. `routed` are the dense
-    names with one row per expert. `unused` are tensors the model has no parameter for; they are copied.
+    `dense` maps a name to the tensor inside the layer. `experts[e]` maps a parameter of the experts module (`gate_up_proj`,
+    `down_proj`, ...) to the tensors whose rows make up expert e's part of it, in order; for the parts in `fused` it is one
+    tensor, of which the expert has entry e. `routed` maps the dense names with one entry per expert to the dimension these lie
+    along; `router` is the one that holds the router's rows. `unused` are tensors the model has no parameter for; they are
+    copied.
+
+    A multi-token-prediction head with experts has a layout too (`is_mtp`): the experts and their router, which no forward runs.
     """
 
     index: int
-    block: str = ""
     dense: dict[str, str] = field(default_factory=dict)
     experts: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
-    routed: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
+    routed: dict[str, int] = field(default_factory=dict)
+    router: str = ""
     unused: list[str] = field(default_factory=list)
     linears: dict[str, Scope] = field(default_factory=dict)
+    is_mtp: bool = False
 
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of all tensors but the experts', in a fixed order."""
+        return sorted([*self.dense, *self.unused])
+
+    @property
+    def fused_names(self) -> dict[str, str]:
+        """Tensors that hold a part of all experts, by part."""
+        return {part: self.experts[0][part][0] for part in sorted(self.fused)}
 
 
 def renumber(name: str, expert: int) -> str:
@@ -74,45 +74,58 @@ def renumber(name: str, expert: int) -> str:
     return _EXPERT_NUMBER.sub(rf"\g<1>{expert}\g<3>", name, count=1)
 
 
-def _experts_module(layer: nn.Module) -> tuple[str, nn.Module] | None:
+def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """Path and module of a layer's fused experts, None for a layer without experts."""
-    for path, module in layer.named_modules():
-        if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
-            return path, module
-    return None
+    return next(((path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")), None)
 
 
 def _kind(path: str) -> Scope:
-    """Which part of a layer a linear module belongs to, from its path."""
+    """Which part of a layer a linear module belongs to, from its path. Whatever mixes tokens counts as attention."""
+    if "shared" in path:
+        return Scope.shared
     first = path.split(".")[0]
-    if "attn" in first or "attention" in first:
-        return Scope.attention
-    return Scope.shared if "shared" in path else Scope.mlp
+    return Scope.mlp if any(word in first for word in ("mlp", "feed_forward", "moe")) else Scope.attention
+
+
+class _Entered(Exception):
+    """The model's own forward has called all layers."""
 
 
 class Architecture:
-    """A checkpoint's model without its weights: the modules on the meta device, and the map of names."""
+    """A checkpoint's model without its weights: the modules on the meta device, and the map of names.
+
+    `layers` are the decoder layers, `mtp` the layouts of multi-token-prediction heads with experts, `outer` maps every other
+    source name to its parameter ('' where the model has none).
+    """
 
     def __init__(self, source: Checkpoint):
-        model_type = source.config.get("model_type")
-        if model_type not in FAMILIES:
-            raise StunError(f"{source.folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
-        if source.config.get("quantization_config"):
-            raise StunError(f"{source.folder}: quantised checkpoints are not supported; use the bf16 or fp32 release")
-        self.source, self.family = source, FAMILIES[model_type]
+        self.source = source
+        folder, self.is_nested = source.folder, isinstance(source.config.get("text_config"), dict)
+        self.model_type, self.family = family_of(folder, source.config)
         try:
-            self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+            self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StunError(f"{source.folder / 'config.json'}: transformers cannot build this model: {error}") from error
+            raise StunError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
         self.model.eval()
         if EXPERTS_IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
             self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         self.decoder = self.model.base_model
-        self.top_k: int = getattr(self.config, self.family.top_k_field)
-        self.layers, self.outer = self._map_names()
-        self._check_complete()
+        self._prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
+        self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
+        self.mtp: list[LayerLayout] = []
+        self.outer: dict[str, str] = {}
+        self._map_names()
+        for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
+            self._describe_layer(layout, layer)
+        self._check_outside()
+        self._find_mtp()
+        modules = [module for layer in self.decoder.layers if experts_of(layer) for module in layer.modules()]
+        self.top_k: int = max((m.top_k for m in modules if hasattr(m, "top_k")), default=0)
+        self.is_transposed = any(getattr(module, "is_transposed", False) for module in modules)
+        self.groups, self.group_floor = self._groups()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,159 +139,235 @@ class Architecture:
         """Shape, dtype and place of a source tensor."""
         return self.source.tensors[name]
 
+    def piece(self, layout: LayerLayout, expert: int, part: str) -> list[TensorInfo]:
+        """Shapes and places of what makes up one part of an expert."""
+        infos = [self.info(name) for name in layout.experts[expert][part]]
+        return [info.row(expert) for info in infos] if part in layout.fused else infos
+
+    def read_expert(self, layout: LayerLayout, expert: int) -> dict[str, torch.Tensor]:
+        """An expert's parts, from disk; of a tensor that holds all experts only this one's bytes are read."""
+        parts = layout.experts[expert]
+        return {part: self.source.read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
+
     def parameters_of(self, layout: LayerLayout) -> int:
         """Parameters of one decoder layer, counted in the checkpoint."""
-        names = [*layout.dense, *layout.unused]
-        names += [name for expert in layout.experts for part in expert.values() for name in part]
-        return sum(self.info(name).numel for name in names)
+        experts = {name for expert in layout.experts for names in expert.values() for name in names}
+        return sum(self.info(name).numel for name in [*layout.copied, *experts])
 
-    def _map_names(self) -> tuple[list[LayerLayout], dict[str, str]]:
-        """Sort all source names: into layers, and into `outer` (source name -> parameter, '' where the model has none)."""
+    def _groups(self) -> tuple[int, int]:
+        """Groups of experts that routing is limited to (1: none), and the fewest experts a group may keep."""
+        limited = self.family.group_floor and getattr(self.config, "topk_method", None) != "greedy"
+        groups = (getattr(self.config, "n_group", None) or 1) if limited else 1
+        for layout in self.layers:
+            if layout.num_experts % groups:
+                experts = f"{layout.num_experts} experts do not divide into n_group={groups} groups"
+                raise StunError(f"{self.source.folder}: layer {layout.index}: {experts}")
+        chosen = self.config.topk_group if groups > 1 else 1
+        return groups, max(self.family.group_floor, -(-self.top_k // chosen))
+
+    def _map_names(self) -> None:
+        """Sort all source names into layers and `outer`."""
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         order = {pattern: rank for t in converters for rank, pattern in enumerate(t.source_patterns)}
         parameters = self.model.state_dict()
-        prefix = next(name for name, module in self.model.named_modules() if module is self.decoder) + ".layers."
-        layers = [self._empty_layout(i) for i in range(len(self.decoder.layers))]
-        parts: dict[tuple[int, int, str], list[tuple[int, str]]] = {}
-        outer: dict[str, str] = {}
+        inside_layer = re.compile(rf"{re.escape(self._prefix)}\.layers\.(\d+)\.(.+)")
+        experts = {i: f"{found[0]}." for i, layer in enumerate(self.decoder.layers) if (found := experts_of(layer))}
+        parts: dict[int, dict[int, dict[str, list]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, parameters)
-            index, _, inside = target.removeprefix(prefix).partition(".")
-            if not target.startswith(prefix) or int(index) >= len(layers):
-                outer[name] = target if target in parameters else ""
+            match, number = inside_layer.fullmatch(target), _EXPERT_NUMBER.search(name)
+            if not match or int(match[1]) >= len(self.layers):
+                self.outer[name] = target if target in parameters else ""
                 continue
-            layout = layers[int(index)]
-            number = _EXPERT_NUMBER.search(name)
-            if pattern is not None and number and target in parameters:
-                part = inside.rpartition(".")[2]
-                parts.setdefault((int(index), int(number[2]), part), []).append((order[pattern], name))
-            elif target in parameters:
-                layout.dense[name] = inside
-            else:
+            layout, inside = self.layers[int(match[1])], match[2]
+            if target not in parameters:
                 layout.unused.append(name)
-        for (index, expert, part), names in sorted(parts.items()):
-            experts = layers[index].experts
-            experts.extend({} for _ in range(expert + 1 - len(experts)))
-            experts[expert][part] = tuple(name for _, name in sorted(names))
-        for layout in layers:
-            ends = {f"{layout.block}.{suffix}" for suffix in self.family.routed}
-            layout.routed = frozenset(name for name, inside in layout.dense.items() if inside in ends)
-            kinds = {f"{path}.weight": _kind(path) for path in self._linear_paths(layout.index)}
-            layout.linears = {
-                name: kinds[inside]
-                for name, inside in sorted(layout.dense.items())
-                if inside in kinds and name not in layout.routed
-            }
-        return layers, outer
+            elif not inside.startswith(experts.get(layout.index, "no experts")):
+                layout.dense[name] = inside
+            elif number and pattern:
+                parts[layout.index][int(number[2])][inside.rpartition(".")[2]].append((order[pattern], name))
+            else:
+                self._add_fused(layout, inside.rpartition(".")[2], name)
+        for index, numbered in parts.items():
+            self.layers[index].experts = [
+                {part: tuple(name for _, name in sorted(names)) for part, names in sorted(numbered[expert].items())}
+                for expert in range(max(numbered) + 1)
+            ]
 
-    def _empty_layout(self, index: int) -> LayerLayout:
-        found = _experts_module(self.decoder.layers[index])
-        return LayerLayout(index, block=found[0].rpartition(".")[0] if found else "")
+    def _add_fused(self, layout: LayerLayout, part: str, name: str) -> None:
+        """Note that `name` holds `part` of all experts, one entry each."""
+        count = self.info(name).shape[0]
+        layout.experts.extend({} for _ in range(count - layout.num_experts))
+        for expert in layout.experts:
+            expert[part] = (name,)
+        layout.fused |= {part}
 
-    def _linear_paths(self, index: int) -> list[str]:
-        return [path for path, m in self.decoder.layers[index].named_modules() if isinstance(m, nn.Linear)]
+    def _describe_layer(self, layout: LayerLayout, layer: nn.Module) -> None:
+        """Check that every tensor of a layer is there in the shape that config.json asks for; tell apart what it is for.
 
-    def _check_complete(self) -> None:
-        """Every parameter of the decoder has its tensors, with the shape the config asks for. Raises StunError."""
-        folder = self.source.folder
-        for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
-            found = _experts_module(layer)
-            wanted = dict(layer.named_parameters())
-            if found:
-                path, module = found
-                parts = {name: wanted.pop(f"{path}.{name}") for name, _ in module.named_parameters()}
-                self._check_experts(layout, module.num_experts, parts)
-            sources = {inside: name for name, inside in layout.dense.items()}
-            for inside, parameter in wanted.items():
-                name = sources.get(inside)
-                if name is None:
-                    raise StunError(f"{folder}: layer {layout.index}: no tensor for {inside}")
-                self._check_shape(name, tuple(parameter.shape))
-        for parameter in ("embed_tokens.weight", "norm.weight"):
-            if f"{self.model.base_model_prefix}.{parameter}" not in self.outer.values():
-                raise StunError(f"{folder}: no tensor for {parameter}")
+        What has an entry for each expert is found by building the layer with one expert more. Raises StunError.
+        """
+        wanted, found = layer.state_dict(), experts_of(layer)
+        more: dict[str, torch.Tensor] = {}
+        if found:
+            path, module = found
+            parts = {inside: wanted.pop(inside) for inside in list(wanted) if inside.startswith(f"{path}.")}
+            self._check_experts(layout, module.num_experts, {inside.rpartition(".")[2]: t for inside, t in parts.items()})
+            more = self.build_layer(layout.index, module.num_experts + 1).state_dict()
+        sources = {inside: name for name, inside in layout.dense.items()}
+        for inside, tensor in wanted.items():
+            if inside not in sources:
+                raise StunError(f"{self.source.folder}: layer {layout.index}: no tensor for {inside}")
+            info = self.info(sources[inside])
+            if info.shape != tuple(tensor.shape):
+                asked = tuple(tensor.shape)
+                raise StunError(f"{info.file}: {sources[inside]} has shape {info.shape}, config.json asks for {asked}")
+            grown = [dim for dim, size in enumerate(tensor.shape) if more and more[inside].shape[dim] != size]
+            if grown:
+                layout.routed[sources[inside]] = grown[0]
+        layout.router = next((name for name in layout.routed if layout.dense[name].endswith(".weight")), "")
+        linears = {f"{path}.weight": path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for name, inside in sorted(layout.dense.items()):
+            if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in _GATES:
+                layout.linears[name] = _kind(linears[inside])
 
-    def _check_experts(self, layout: LayerLayout, count: int, parts: dict[str, nn.Parameter]) -> None:
+    def _check_experts(self, layout: LayerLayout, count: int, parts: dict[str, torch.Tensor]) -> None:
+        where = f"{self.source.folder}: layer {layout.index}"
         if layout.num_experts != count:
-            raise StunError(
-                f"{self.source.folder}: layer {layout.index} holds {layout.num_experts} experts, config.json says {count}"
-            )
+            raise StunError(f"{where} holds {layout.num_experts} experts, config.json says {count}")
         for number, expert in enumerate(layout.experts):
             for part, parameter in parts.items():
-                names = expert.get(part, ())
-                rows = sum(self.info(name).shape[0] for name in names)
-                columns = {self.info(name).shape[1:] for name in names}
-                if rows != parameter.shape[1] or columns != {tuple(parameter.shape[2:])}:
-                    raise StunError(
-                        f"{self.source.folder}: layer {layout.index}, expert {number}: {part} must be "
-                        f"{tuple(parameter.shape[1:])}, found {[self.info(n).shape for n in names] or 'nothing'}"
-                    )
+                shapes = [info.shape for info in self.piece(layout, number, part)] if part in expert else []
+                rows = sum(shape[0] for shape in shapes)
+                if rows != parameter.shape[1] or {shape[1:] for shape in shapes} != {tuple(parameter.shape[2:])}:
+                    wanted = tuple(parameter.shape[1:])
+                    raise StunError(f"{where}, expert {number}: {part} must be {wanted}, found {shapes or 'nothing'}")
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self.info(name).shape != shape:
-            raise StunError(f"{self.info(name).file}: {name} has shape {self.info(name).shape}, config.json asks for {shape}")
+    def _check_outside(self) -> None:
+        """Everything the model needs outside its layers is there: a tied output head needs nothing. Raises StunError."""
+        present, head = set(self.outer.values()), self.model.get_output_embeddings()
+        tied = {id(p) for p in head.parameters()} if self.config.tie_word_embeddings else set()
+        for name, parameter in self.model.named_parameters():
+            if not name.startswith(f"{self._prefix}.layers.") and name not in present and id(parameter) not in tied:
+                raise StunError(f"{self.source.folder}: no tensor for {name}")
+
+    def _find_mtp(self) -> None:
+        """Layouts of the experts outside the decoder layers: those of multi-token-prediction heads, which transformers leaves
+        out.
+
+        Their names end like those of a decoder layer; whatever else a head holds is copied with `outer`.
+        """
+        model = next((layout for layout in reversed(self.layers) if layout.experts), None)
+        one = next(iter(model.experts[0].values()))[0] if model else ""
+        block, found, _ = one.partition(".experts.")
+        strays = [name for name, target in self.outer.items() if not target and ".experts." in name] if found else []
+        for own in sorted({name.partition(".experts.")[0] for name in strays}):
+            layout = self._mtp_layout(model, block, own, [name for name in strays if name.startswith(f"{own}.experts.")])
+            self.mtp.append(layout)
+            for name in {*layout.dense, *(name for expert in layout.experts for names in expert.values() for name in names)}:
+                del self.outer[name]
+
+    def _mtp_layout(self, model: LayerLayout, block: str, own: str, strays: list[str]) -> LayerLayout:
+        """The layout of the experts at `own`, alike to those of the decoder layer `model` at `block`. Raises StunError."""
+
+        def here(known: str, expert: int = 0) -> str:
+            return own + renumber(known, expert).removeprefix(block)
+
+        numbers = [int(match[2]) for name in strays if (match := _EXPERT_NUMBER.search(name))]
+        count = max(numbers) + 1 if numbers else self.info(strays[0]).shape[0]
+        layout = LayerLayout(len(self.layers) + len(self.mtp), fused=model.fused, router=here(model.router), is_mtp=True)
+        layout.dense = {here(known): model.dense[known] for known in model.routed}
+        layout.routed = {here(known): dim for known, dim in model.routed.items()}
+        parts = model.experts[0]
+        layout.experts = [{p: tuple(here(known, e) for known in parts[p]) for p in parts} for e in range(count)]
+        names = {*layout.dense, *(name for expert in layout.experts for part in expert.values() for name in part)}
+        missing = sorted(name for name in names if name not in self.outer)
+        if missing or count != model.num_experts:
+            why = f"no {missing[0]}" if missing else f"{count} of them, where the decoder layers have {model.num_experts}"
+            raise StunError(f"{self.source.folder}: {own} holds experts outside the decoder layers, in a form not known: {why}")
+        return layout
 
     def build_layer(self, index: int, num_experts: int) -> nn.Module:
         """Decoder layer `index` with `num_experts` experts, its parameters still on the meta device."""
         config = copy.deepcopy(self.config)
         if num_experts:
-            setattr(config, self.family.count_fields[0], num_experts)
+            setattr(config, self.family.count, num_experts)
         with init_empty_weights(include_buffers=False):
             layer = type(self.decoder.layers[index])(config, index)
         return layer.eval()
 
-    def experts_of(self, layer: nn.Module) -> nn.Module | None:
-        """The fused experts module of a layer, None if it has none."""
-        found = _experts_module(layer)
-        return found[1] if found else None
+    def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put the tensors outside the experts into a layer: parameters in `dtype` but where the model insists on float32, buffers
+        as they are stored."""
+        exceptions = self.model._get_dtype_plan(dtype)
+        for name, inside in layout.dense.items():
+            path, _, leaf = inside.rpartition(".")
+            module = layer.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = dense[name]
+            else:
+                own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, inside)), dtype)
+                module._parameters[leaf] = nn.Parameter(dense[name].to(own), requires_grad=False)
 
-    def layer_arguments(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> list[dict]:
-        """Keyword arguments (masks, rotary embeddings, ...) that the model passes each layer for unpadded input [batch, length].
+    @property
+    def embedding(self) -> str:
+        """Source name of the input embedding."""
+        module = self.decoder.get_input_embeddings()
+        path = next(path for path, other in self.model.named_modules() if other is module)
+        return next(name for name, target in self.outer.items() if target == f"{path}.weight")
 
-        The model's own forward runs once with every layer replaced by a recorder, so no family needs code for this.
+    @torch.no_grad()
+    def enter(self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
+        """Hidden states [B, T, D] that reach the first layer, and the keyword arguments (masks, rotary embeddings, ...) of
+        every layer.
+
+        The model's own forward runs with a recorder in place of every layer, so no family needs code for this. No padding.
         """
-        _move_buffers(self.decoder, device)
-        recorded: list[dict] = []
+        _move_buffers(self.decoder, tokens_BT.device)
+        embedding, recorded = self.decoder.get_input_embeddings(), []
 
-        def recorder(hidden_states, **kwargs):
-            recorded.append(kwargs)
+        def recorder(hidden_states, **arguments):
+            recorded.append((hidden_states, arguments))
+            if len(recorded) == len(self.layers):
+                raise _Entered
             return hidden_states
 
-        patched = [*self.decoder.layers, self.decoder.norm]
+        placeholder = embedding.weight
+        embedding.weight = nn.Parameter(embedding_VD, requires_grad=False)
         for layer in self.decoder.layers:
             layer.forward = recorder
-        self.decoder.norm.forward = lambda hidden_states: hidden_states
         try:
-            embeddings = torch.zeros(batch, length, self.config.hidden_size, device=device, dtype=dtype)
-            with torch.no_grad():
-                self.decoder(inputs_embeds=embeddings, use_cache=False)
+            self.decoder(input_ids=tokens_BT, use_cache=False)
+        except _Entered:
+            pass
         finally:
-            for module in patched:
-                del module.forward
-        return recorded
+            embedding.weight = placeholder
+            for layer in self.decoder.layers:
+                del layer.forward
+        return recorded[0][0], [arguments for _, arguments in recorded]
 
-    def embedding(self, read, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The input embedding, its weight fetched with `read(source name)`."""
-        target = f"{self.model.base_model_prefix}.embed_tokens.weight"
-        weight = read(next(name for name, parameter in self.outer.items() if parameter == target))
-        module = copy.deepcopy(self.decoder.embed_tokens)
-        module.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
-        return module
+    @property
+    def cannot_differ(self) -> str:
+        """Why layers may not keep different numbers of experts; empty where they may."""
+        return f"{self.source.config['model_type']} wraps its text model in another" if self.is_nested else ""
 
     def pruned_config(self, counts: list[int]) -> dict:
-        """config.json for `counts` experts per layer (0: none): the source's own, with one key changed and no alias beside it."""
-        written = dict(self.source.config)
+        """config.json for `counts` experts per layer (0: none): the source's own but for the number of experts, which stands
+        under one name, with no alias beside it, and the mark of fp8."""
+        written = copy.deepcopy(self.source.config)
+        text = written["text_config"] if self.is_nested else written
+        for config in (written, text):
+            config.pop("quantization_config", None)
         if counts == [layout.num_experts for layout in self.layers]:
             return written
-        present = [name for name in self.family.count_fields if name in written] or [self.family.count_fields[0]]
-        distinct = {count for count in counts if count}
-        if len(distinct) > 1 and not self.family.per_layer_counts:
-            raise StunError(f"{written['model_type']} cannot hold a different number of experts in each layer")
-        written[present[0]] = distinct.pop() if len(distinct) == 1 else counts
-        for alias in present[1:]:
-            del written[alias]
+        present = [name for name in COUNT_FIELDS if name in text]
+        name = self.family.count if self.family.count in present or not present else present[0]
+        for alias in present:
+            del text[alias]
+        distinct = sorted({count for count in counts if count})
+        heterogeneous.describe(text, name, counts) if len(distinct) > 1 else heterogeneous.forget(text, name, distinct[0])
         return written
 
 

@@ -23,26 +23,33 @@ class LayerSize:
 
 
 def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
-    """Sizes of every decoder layer, from the checkpoint's headers."""
+    """Sizes of every decoder layer, from the checkpoint's headers. An expert's vectors (biases) leave only with it."""
     sizes = []
     for layout in arch.layers:
         parts: dict[str, int] = {}
-        if layout.experts:
-            parts = {part: sum(arch.info(n).numel for n in names) for part, names in layout.experts[0].items()}
+        matrices: dict[str, int] = {}
+        for part in layout.experts[0] if layout.experts else ():
+            infos = arch.piece(layout, 0, part)
+            parts[part] = sum(info.numel for info in infos)
+            if len(infos[0].shape) > 1 and Scope.experts in scope:
+                matrices[part] = parts[part]
         rows = sum(arch.info(name).numel for name in layout.routed) // max(1, layout.num_experts)
         dense = {name: arch.info(name).numel for name, kind in layout.linears.items() if kind in scope}
-        scoped = dict(sorted(parts.items())) if Scope.experts in scope else {}
-        sizes.append(LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, scoped, dense))
+        size = LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, matrices, dense)
+        sizes.append(size)
     return sizes
 
 
-def floor_of(cfg: PruneConfig, top_k: int) -> int:
-    """Fewest experts a layer may keep: routing needs the model's top-k."""
-    return max(top_k, cfg.experts.keep_at_least)
+def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
+    """Fewest experts a layer may keep: routing needs the model's top-k, and where it is limited to groups, enough in every
+    group."""
+    wanted = max(arch.top_k, cfg.experts.keep_at_least)
+    return arch.groups * max(arch.group_floor, -(-wanted // arch.groups))
 
 
-def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], top_k: int) -> list[int]:
-    """Experts to drop per layer for `target` and `experts.fraction`, in whole experts, rounded to the nearest.
+def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
+    """Experts to drop per layer for `target` and `experts.fraction`, in whole experts, rounded to the nearest; the same number in
+    every group of experts that routing is limited to.
 
     With the uniform budget this is what each layer drops; with the global one only the sum counts.
     Raises StunError where a layer would keep fewer than the floor allows.
@@ -51,36 +58,37 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], top_k: int) -> lis
     if not moe:
         raise StunError("model.path: no decoder layer of this checkpoint has experts")
     remove = cfg.target * sum(size.total for size in sizes)
-    wanted, floor = cfg.experts.fraction * remove, floor_of(cfg, top_k)
-    if cfg.experts.budget is Budget["global"]:
-        mean = sum(size.expert for size in moe) / len(moe)
-        count = min(round(wanted / mean), int(remove / mean))
+    wanted, floor, groups = cfg.experts.fraction * remove, floor_of(cfg, arch), arch.groups
+    is_global = cfg.experts.budget is Budget["global"]
+    if is_global:
+        unit = sum(size.expert for size in moe) / len(moe)
         room = sum(max(0, size.experts - floor) for size in moe)
     else:
-        one_each = sum(size.expert for size in moe)
-        count = min(round(wanted / one_each), int(remove / one_each))
+        unit = sum(size.expert for size in moe)
         room = min(max(0, size.experts - floor) for size in moe)
+    count = groups * min(round(wanted / unit / groups), int(remove / unit / groups))
     if count > room:
-        per_layer = "" if cfg.experts.budget is Budget["global"] else " of every layer"
+        per_layer = "" if is_global else " of every layer"
         most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
+        in_groups = f", in {groups} groups of at least {arch.group_floor}" if groups > 1 else ""
         raise StunError(
             f"target={cfg.target} with experts.fraction={cfg.experts.fraction} drops {count} experts{per_layer}, but only {room} "
-            f"may go: a layer must keep {floor} (top-k {top_k}, experts.keep_at_least {cfg.experts.keep_at_least}). "
-            f"Lower experts.fraction to {most} or less"
+            f"may go: a layer must keep {floor} (top-k {arch.top_k}{in_groups}, experts.keep_at_least "
+            f"{cfg.experts.keep_at_least}). Lower experts.fraction to {most} or less"
         )
-    if cfg.experts.budget is Budget["global"]:
-        return _spread(count, [max(0, size.experts - floor) for size in sizes])
+    if is_global:
+        return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
     return [count if size.experts else 0 for size in sizes]
 
 
-def _spread(count: int, room: list[int]) -> list[int]:
-    """`count` in equal shares, none above its room: only the sum matters to a global budget."""
+def _spread(count: int, room: list[int], step: int) -> list[int]:
+    """`count` in shares that differ by `step` at most, none above its room: only the sum matters to a global budget."""
     given = [0] * len(room)
     while count:
         for layer, limit in enumerate(room):
             if count and given[layer] < limit:
-                given[layer] += 1
-                count -= 1
+                given[layer] += step
+                count -= step
     return given
 
 

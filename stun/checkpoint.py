@@ -1,4 +1,8 @@
-"""Safetensors checkpoints in the hub's layout: lazy reads, whole shards written atomically."""
+"""Safetensors checkpoints in the hub's layout: lazy reads, whole shards written atomically.
+
+Block-scaled fp8 weights (DeepSeek-V3's format: `X` in float8_e4m3, `X_scale_inv` in float32, one scale a block) appear as
+bfloat16 and are multiplied out as they are read. Other quantised formats are refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +23,8 @@ from stun.config import StunError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SCALE = "_scale_inv"
+_TEMPLATES = "additional_chat_templates"  # where transformers keeps all chat templates but the first
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
     "F64": torch.float64,
@@ -38,17 +44,27 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, first byte, and what its bytes mean."""
+    """Where one tensor lies: file, first byte, and what its `nbytes` bytes mean once read.
+
+    `scale` describes the block scales of an fp8 matrix, whose `dtype` is then that of the product; `block` is [rows, columns].
+    """
 
     file: Path
     start: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scale: TensorInfo | None = None
+    block: tuple[int, int] = (0, 0)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def row(self, number: int) -> TensorInfo:
+        """Entry `number` along the first dimension."""
+        each = self.nbytes // self.shape[0]
+        return replace(self, start=self.start + number * each, nbytes=each, shape=self.shape[1:])
 
 
 def _parse_header(file: Path) -> dict[str, TensorInfo]:
@@ -106,11 +122,46 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
+def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
+    """Block size [rows, columns] of an fp8 checkpoint, None where weights are stored plainly. Raises StunError otherwise."""
+    texts = [config, config.get("text_config") or {}]
+    found = next((c["quantization_config"] for c in texts if c.get("quantization_config")), None)
+    if found is None:
+        return None
+    method, block = found.get("quant_method"), found.get("weight_block_size")
+    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+        return block[0], block[1]
+    raise StunError(
+        f"{folder / 'config.json'}: weights are quantised ({method}), a form in which single weights cannot be judged. Only fp8 "
+        "with weight_block_size is multiplied out here; convert others to bf16 first, or take the bf16 release"
+    )
+
+
+def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict[str, TensorInfo]:
+    """`tensors` without the scales, each fp8 matrix described as the bfloat16 it is read as."""
+    plain = {}
+    for name, info in tensors.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
+            continue
+        if info.dtype is torch.float8_e4m3fn:
+            scale = tensors.get(name + SCALE)
+            if scale is None:
+                raise StunError(f"{info.file}: {name} is fp8 but has no {name}{SCALE}")
+            wanted = tuple(-(-size // each) for size, each in zip(info.shape, block, strict=False))
+            if len(info.shape) != 2 or scale.shape != wanted:
+                raise StunError(
+                    f"{scale.file}: {name}{SCALE} has shape {scale.shape}; {info.shape} in blocks of {block} needs {wanted}"
+                )
+            info = replace(info, dtype=torch.bfloat16, nbytes=2 * info.nbytes, scale=scale, block=block)
+        plain[name] = info
+    return plain
+
+
 class Checkpoint:
     """A source checkpoint. `tensors` describes every tensor; `read` fetches one and counts its bytes in `bytes_read`."""
 
-    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo]):
-        self.folder, self.config, self.tensors = folder, config, tensors
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo], is_fp8: bool = False):
+        self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
         self.bytes_read = 0
         self._lock = threading.Lock()
 
@@ -128,41 +179,57 @@ class Checkpoint:
             tensors = _parse_header(folder / SINGLE)
         else:
             raise StunError(_no_weights(folder))
-        return cls(folder, _load_json(folder / "config.json"), tensors)
+        config = _load_json(folder / "config.json")
+        block = _quantisation(folder, config)
+        return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
-    def read(self, *names: str) -> torch.Tensor:
-        """The tensor of that name, on the CPU, in its stored dtype; several names are joined along their rows.
+    def read(self, *names: str, row: int | None = None) -> torch.Tensor:
+        """The tensor of that name, on the CPU; several names are joined along their rows, `row` is one entry of the first
+        dimension.
 
         Its memory is mapped for it alone and returns to the system with it, so that no allocator's habits add to the peak.
         """
-        infos = [self.tensors[name] for name in names]
+        infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]
         raw = _mapped(sum(info.nbytes for info in infos))
-        view, start = memoryview(raw.numpy()), 0
+        start = 0
         for name, info in zip(names, infos, strict=True):
-            _fill(view[start : start + info.nbytes], name, info)
+            part = raw[start : start + info.nbytes]
+            if info.scale is None:
+                self._fill(part, name, info)
+            else:
+                part.view(info.dtype).view(info.shape).copy_(self._multiplied_out(name, info))
             start += info.nbytes
-        with self._lock:
-            self.bytes_read += start
         rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
         shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
         return raw.view(infos[0].dtype).view(shape)
+
+    def _fill(self, raw: torch.Tensor, name: str, info: TensorInfo) -> None:
+        """Read one tensor's bytes into `raw`."""
+        view, filled = memoryview(raw.numpy()), 0
+        with info.file.open("rb", buffering=0) as handle:
+            handle.seek(info.start)
+            while filled < len(view):
+                count = handle.readinto(view[filled:])
+                if not count:
+                    raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+                filled += count
+        with self._lock:
+            self.bytes_read += filled
+
+    def _multiplied_out(self, name: str, info: TensorInfo) -> torch.Tensor:
+        """[rows, columns] float32 of an fp8 matrix: every entry times the scale of its block."""
+        raw, scales = _mapped(info.numel), _mapped(info.scale.nbytes)
+        self._fill(raw, name, info)
+        self._fill(scales, name + SCALE, info.scale)
+        scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
+        for dim, size in enumerate(info.shape):
+            scale_OD = scale_OD.repeat_interleave(info.block[dim], dim)[(slice(None),) * dim + (slice(size),)]
+        return raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
 
 
 def _mapped(nbytes: int) -> torch.Tensor:
     """[nbytes] uint8 in pages of its own."""
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
-
-
-def _fill(view: memoryview, name: str, info: TensorInfo) -> None:
-    """Read one tensor's bytes into `view`."""
-    with info.file.open("rb", buffering=0) as handle:
-        handle.seek(info.start)
-        filled = 0
-        while filled < info.nbytes:
-            count = handle.readinto(view[filled:])
-            if not count:
-                raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
-            filled += count
 
 
 def _no_weights(folder: Path) -> str:
@@ -209,9 +276,11 @@ def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
 
 
 def copy_extras(source: Path, target: Path, skip: Iterable[str] = ("config.json", INDEX)) -> None:
-    """Copy what travels with a checkpoint: tokenizer, chat template, generation config, custom code, licence."""
+    """Copy what travels with a checkpoint: tokenizer, chat templates, generation config, custom code, licence."""
     weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
-    for file in sorted(source.iterdir()):
+    for file in sorted([*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja")]):
         is_weights = file.suffix in weights or file.name.endswith(".index.json")
         if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
-            write_atomically(target / file.name, lambda path, file=file: shutil.copyfile(file, path))
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            write_atomically(copy, lambda path, file=file: shutil.copyfile(file, path))

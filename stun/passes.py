@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stun.arch import Architecture, renumber
+from stun.arch import Architecture, LayerLayout, renumber
 from stun.budget import LayerQuota
+from stun.config import StunError
 from stun.plan import LayerPlan, representative
 from stun.ranks import Ranks
 from stun.sparsify import require_finite, smallest_per_row, wanda_scores
@@ -38,7 +40,7 @@ def observe(arch: Architecture, states: States, ranks: Ranks, save: Callable[[in
     Statistics: `router` [E, D] float32, `coactivation` [E, E] int64, `outputs` [E, 5] float64 (columns of OutputNorms).
     """
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
-    stream = LayerStream(arch, ranks, owners)
+    stream = LayerStream(arch, ranks, arch.layers, owners)
     progress = Progress("observe", len(arch.layers), ranks)
     for layer in stream:
         watcher = _Watcher(layer.layout.num_experts, ranks.device)
@@ -50,7 +52,7 @@ def observe(arch: Architecture, states: States, ranks: Ranks, save: Callable[[in
             coactivation_EE = ranks.sum_integers(watcher.coactivation.counts_EE)
             outputs_E5 = ranks.all_gather(watcher.outputs.sums_E5).sum(0)  # an expert is non-zero on one rank only: exact
             if ranks.is_first:
-                router_ED = layer.dense[min(layer.layout.routed)].float()
+                router_ED = layer.dense[layer.layout.router].float()
                 statistics = {"router": router_ED, "coactivation": coactivation_EE, "outputs": outputs_E5}
                 save(layer.layout.index, {name: tensor.cpu() for name, tensor in statistics.items()})
         progress.layer(layer, f"experts {len(layer.kept)}")
@@ -86,6 +88,11 @@ def _measure(stream: LayerStream, layer: Layer, states: States, names: list[str]
     stream.run(layer, states, moments)
     for hook in hooks:
         hook.remove()
+    for name in names:
+        if len(moments.dense[name]) != len(states.hidden):
+            raise StunError(
+                f"{name}: ran {len(moments.dense[name])} times in {len(states.hidden)} micro-batches; its inputs are not known"
+            )
     return moments
 
 
@@ -117,6 +124,11 @@ def _remove(weight_OD: torch.Tensor, squared_sum_D: torch.Tensor, count: int, wh
         weight_OD.masked_fill_(smallest_per_row(scores_OD, count), 0)
 
 
+def _oriented(weight: torch.Tensor, stream: LayerStream) -> torch.Tensor:
+    """A view [O, D] of an expert's matrix, whichever way it is stored."""
+    return weight.T if stream.arch.is_transposed else weight
+
+
 def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) -> int:
     """Measure the layer and zero what its quota asks for, in place; returns the number of experts that saw no token."""
     ranks = stream.ranks
@@ -124,7 +136,7 @@ def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) 
     if not names and not any(count for expert in quota.experts for count in expert.values()):
         return 0
     moments = _measure(stream, layer, states, names)
-    owners = stream.dense_owner(layer.layout)
+    owners = stream.writer_of(layer.layout)
     for name in names:
         weight = layer.dense[name]
         total_D = _sum_over_micro_batches(moments.dense[name], states, ranks, weight.shape[1])
@@ -138,7 +150,8 @@ def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) 
         if layer.owner[number] == ranks.rank:
             rows = moments.experts.get(number) or pooled
             for part, count in quota.experts[number].items():
-                _remove(layer.experts[expert][part], rows[part], count, f"layer {layer.layout.index} expert {expert} {part}")
+                weight_OD = _oriented(layer.experts[expert][part], stream)
+                _remove(weight_OD, rows[part], count, f"layer {layer.layout.index} expert {expert} {part}")
     return unseen
 
 
@@ -153,13 +166,16 @@ def _choose(layer: Layer, plan: LayerPlan, saliency_E: list[float], ranks: Ranks
 
 
 def _squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
-    """Squared distance of each member's parameters (all parts concatenated) to the members' mean, summed in float64 by row."""
-    squared = [0.0] * len(members)
+    """Squared distance of each member's parameters (all parts concatenated) to the members' mean.
+
+    Summed by row and then exactly, so that it does not depend on the number of threads.
+    """
+    rows: list[list[float]] = [[] for _ in members]
     for part in sorted(members[0]):
         mean_OD = sum(member[part].float() for member in members) / len(members)
-        for number, member in enumerate(members):
-            squared[number] += (member[part].float() - mean_OD).square().sum(1).double().sum().item()
-    return squared
+        for own, member in zip(rows, members, strict=True):
+            own += torch.atleast_2d(member[part].float() - mean_OD).square().sum(1).tolist()
+    return [math.fsum(own) for own in rows]
 
 
 @dataclass
@@ -196,19 +212,21 @@ def prune_layers(
     writer: ShardWriter,
     shards: list[list[str | None]],
 ) -> PruneResult:
-    """Prune and write every layer on the hidden states that the already pruned layers before it produce.
+    """Prune and write every layer on the hidden states that the already pruned layers before it produce, then the experts of
+    multi-token-prediction heads, which lose experts but no single weights.
 
     `shards[l][r]` is the file of rank r's part of layer l. Without `states` nothing is measured: the quotas must all be zero.
     """
+    layouts = [*arch.layers, *arch.mtp]
     owners = [cluster_owners(p.experts, p, ranks.world) for p in plans]
-    stream, result = LayerStream(arch, ranks, owners), PruneResult()
-    progress = Progress("prune", len(arch.layers), ranks)
+    stream, result = LayerStream(arch, ranks, layouts, owners), PruneResult()
+    progress = Progress("prune", len(layouts), ranks)
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         kept = _choose(layer, plans[index], saliencies[index], ranks) if plans[index].clusters else []
         stream.keep(layer, kept)
         result.kept.append(kept)
-        if states is not None:
+        if states is not None and not layer.layout.is_mtp:
             stream.build(layer)
             result.unseen += _mask(stream, layer, states, quotas[index])
             stream.build(layer)
@@ -217,7 +235,7 @@ def prune_layers(
         tensors = _own_tensors(stream, layer)
         own = torch.tensor([sum(int(t.count_nonzero()) for t in tensors.values())], device=ranks.device)
         nonzero = int(ranks.sum_integers(own))
-        result.nonzero += nonzero
+        result.nonzero += 0 if layer.layout.is_mtp else nonzero
         if tensors:
             layer.seconds["write"] = writer.submit(shards[index][ranks.rank], tensors)
         share = nonzero / arch.parameters_of(layer.layout)
@@ -228,29 +246,53 @@ def prune_layers(
 
 def _own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
     """What this rank writes of a layer, under source names, survivors renumbered."""
-    owners, rank = stream.dense_owner(layer.layout), stream.ranks.rank
-    tensors = {name: tensor for name, tensor in layer.dense.items() if owners[name] == rank} | layer.unused
+    writers, rank, layout = stream.writer_of(layer.layout), stream.ranks.rank, layer.layout
+    tensors = {name: tensor for name, tensor in layer.dense.items() if writers[name] == rank} | layer.unused
     for number, expert in enumerate(layer.kept):
         if layer.owner[number] == rank:
-            for part, names in layer.layout.experts[expert].items():
+            for part in layout.experts[expert].keys() - layout.fused:
+                names = layout.experts[expert][part]
                 rows = [stream.arch.info(name).shape[0] for name in names]
                 pieces = layer.experts[expert][part].split(rows)
                 tensors |= {renumber(name, number): piece for name, piece in zip(names, pieces, strict=True)}
+    for part, name in layout.fused_names.items():
+        joined = _joined(stream, layer, part, writers[name])
+        if writers[name] == rank:
+            tensors[name] = joined
     return tensors
+
+
+def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.Tensor:
+    """One part of all surviving experts in one tensor on the CPU of rank `writer`, sent there expert by expert; empty
+    elsewhere."""
+    ranks = stream.ranks
+    (piece,) = stream.arch.piece(layer.layout, 0, part)
+    shape = (len(layer.kept) if ranks.rank == writer else 0, *piece.shape)
+    joined_E = torch.empty(shape, dtype=piece.dtype)
+    for number, expert in enumerate(layer.kept):
+        own = layer.experts[expert][part] if expert in layer.experts else None
+        ranks.move(own, joined_E[number] if ranks.rank == writer else joined_E, layer.owner[number], writer)
+    return joined_E
 
 
 def shard_files(arch: Architecture, plans: list[LayerPlan], world: int) -> tuple[str, list[list[str | None]]]:
     """File names in the hub's form: one for everything outside the layers, then one per layer and rank that has a part of it."""
     parts = []
-    for layout, plan in zip(arch.layers, plans, strict=True):
-        dense = len(layout.dense) + len(layout.unused)
-        busy = set(range(min(dense, world))) | {o for o in cluster_owners(plan.experts, plan, world) if o is not None}
+    for layout, plan in zip([*arch.layers, *arch.mtp], plans, strict=True):
+        busy = set(range(min(len(layout.copied) + len(layout.fused), world)))
+        if not _is_fused(layout):
+            busy |= {owner for owner in cluster_owners(plan.experts, plan, world) if owner is not None}
         parts += [(layout.index, rank) for rank in sorted(busy)]
     names = [f"model-{number + 1:05d}-of-{len(parts) + 1:05d}.safetensors" for number in range(len(parts) + 1)]
     table: list[list[str | None]] = [[None] * world for _ in plans]
     for (index, rank), name in zip(parts, names[1:], strict=True):
         table[index][rank] = name
     return names[0], table
+
+
+def _is_fused(layout: LayerLayout) -> bool:
+    """Whether no expert of the layer has a tensor of its own."""
+    return bool(layout.experts) and layout.fused == layout.experts[0].keys()
 
 
 class Progress:

@@ -2,12 +2,15 @@
 
 Both methods turn a layer into a sequence of merges of growing distance. Cutting the sequences after exactly the number of
 merges wanted meets any budget: per layer (uniform), or over all layers by one threshold (global).
+
+Where routing is limited to groups of experts, clusters stay within a group and every group loses as many: a layer is then a
+sequence of rounds, one merge in each group. Without groups a round is one merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,7 +42,8 @@ class LayerPlan:
 class Plan:
     """What a run does to the decoder layers. Parameters are counted over them, routers and norms included.
 
-    `zeros` single weights are removed from `scope_size` candidates, after `dropped` parameters left with whole experts.
+    `zeros` single weights are removed from `scope_size` candidates, after `dropped` parameters left with whole experts. `mtp`
+    are the experts of multi-token-prediction heads, which are not counted.
     """
 
     target: float
@@ -48,6 +52,7 @@ class Plan:
     zeros: int
     scope_size: int
     layers: list[LayerPlan]
+    mtp: list[LayerPlan] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -59,12 +64,15 @@ class Plan:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def expert_distance(router_ED: torch.Tensor, coactivation_EE: torch.Tensor, lambda1: float, lambda2: float) -> np.ndarray:
+def expert_distance(router_ED: torch.Tensor, coactivation_EE: torch.Tensor | None, lambda1: float, lambda2: float) -> np.ndarray:
     """[E, E] distance lambda1 ||W_i - W_j|| - lambda2 a_ij / mean(a), the negated similarity of STUN, eq. 8.
 
-    a counts the tokens routed to both experts; the mean runs over the pairs i != j. Symmetric, diagonal 0 and unused.
+    a counts the tokens routed to both experts, where that is known; the mean runs over the pairs i != j. Symmetric, diagonal 0
+    and unused.
     """
     distance_EE = lambda1 * torch.cdist(router_ED.double(), router_ED.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if coactivation_EE is None:
+        return distance_EE.fill_diagonal_(0).numpy()
     pairs_EE = coactivation_EE.double().clone().fill_diagonal_(0)
     experts = len(pairs_EE)
     mean = pairs_EE.sum() / (experts * (experts - 1)) if experts > 1 else 0
@@ -131,37 +139,55 @@ def clusters_of(experts: int, merges: list[Merge]) -> list[list[int]]:
     return sorted(groups.values())
 
 
-def cut_uniform(sequences: list[list[Merge]], drops: list[int]) -> list[list[Merge]]:
-    """The first `drops[l]` merges of each layer."""
-    return [sequence[:count] for sequence, count in zip(sequences, drops, strict=True)]
+Round = list[Merge]
 
 
-def cut_global(sequences: list[list[Merge]], most: list[int], total: int) -> list[list[Merge]]:
-    """The `total` closest merges over all layers, at most `most[l]` of layer l.
+def rounds_of(sequences: list[list[Merge]], size: int) -> list[Round]:
+    """The t-th merges of all groups of `size` experts, for every t that all groups reach; experts numbered over the layer."""
+    shifted = [[replace(m, first=m.first + g * size, second=m.second + g * size) for m in s] for g, s in enumerate(sequences)]
+    return [list(merges) for merges in zip(*shifted, strict=False)]
 
-    Within a layer only the prefix counts, so a merge is ranked by the largest distance up to it (for complete linkage, its own).
+
+def blocks(distance_EE: np.ndarray, groups: int) -> list[np.ndarray]:
+    """The distances within each of `groups` equal groups of neighbouring experts."""
+    size = len(distance_EE) // groups
+    return [distance_EE[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)]
+
+
+def cut_uniform(layers: list[list[Round]], drops: list[int]) -> list[list[Round]]:
+    """The first `drops[l]` rounds of each layer."""
+    return [rounds[:count] for rounds, count in zip(layers, drops, strict=True)]
+
+
+def cut_global(layers: list[list[Round]], most: list[int], total: int) -> list[list[Round]]:
+    """The `total` closest rounds over all layers, at most `most[l]` of layer l.
+
+    Within a layer only the prefix counts, so a round is ranked by the largest distance up to it (for complete linkage without
+    groups, its own).
     """
     ranked = []
-    for layer, sequence in enumerate(sequences):
-        heights = np.maximum.accumulate([merge.distance for merge in sequence]) if sequence else []
+    for layer, rounds in enumerate(layers):
+        heights = np.maximum.accumulate([max(m.distance for m in merges) for merges in rounds]) if rounds else []
         ranked += [(height, layer, step) for step, height in enumerate(heights) if step < most[layer]]
-    taken = [0] * len(sequences)
+    taken = [0] * len(layers)
     for _, layer, _ in sorted(ranked)[:total]:
         taken[layer] += 1
-    return [sequence[:count] for sequence, count in zip(sequences, taken, strict=True)]
+    return cut_uniform(layers, taken)
 
 
-def official_sequences(distances: list[np.ndarray], enough: Callable[[list[list[Merge]]], bool]) -> list[list[Merge]]:
-    """Merges of the published code at the lowest threshold (one for all given layers) for which `enough` holds.
+def official_rounds(distances: list[np.ndarray], groups: int, enough: Callable[[list[list[Round]]], bool]) -> list[list[Round]]:
+    """Rounds of the published code's merges at the lowest threshold (one for all given layers) for which `enough` holds.
 
     Raises StunError if even the largest threshold is not enough.
     """
-    edges = np.unique(np.concatenate([d[np.triu_indices(len(d), 1)] for d in distances]))
+    inside = [blocks(d, groups) for d in distances]
+    edges = np.unique(np.concatenate([b[np.triu_indices(len(b), 1)] for of_layer in inside for b in of_layer]))
     thresholds = np.append(edges, np.inf)
     low, high = 0, len(thresholds) - 1
 
-    def merged(at: int) -> list[list[Merge]]:
-        return [official_merges(d, float(thresholds[at])) for d in distances]
+    def merged(at: int) -> list[list[Round]]:
+        limit = float(thresholds[at])
+        return [rounds_of([official_merges(b, limit) for b in of_layer], len(of_layer[0])) for of_layer in inside]
 
     if not enough(merged(high)):
         raise StunError("experts.method=stun_official: no threshold drops that many experts; lower experts.fraction")
@@ -171,27 +197,31 @@ def official_sequences(distances: list[np.ndarray], enough: Callable[[list[list[
     return merged(high)
 
 
-def select_clusters(method: ExpertsMethod, distances: list[np.ndarray], drops: list[int], most: list[int], one_threshold: bool):
+def select_clusters(
+    method: ExpertsMethod, distances: list[np.ndarray], drops: list[int], most: list[int], one_threshold: bool, groups: int = 1
+) -> list[list[list[int]]]:
     """Clusters of every layer such that exactly sum(drops) experts leave.
 
-    `drops[l]` leave layer l, or, with `one_threshold`, as many as the common threshold says, up to `most[l]`.
+    `drops[l]` leave layer l, or, with `one_threshold`, as many as the common threshold says, up to `most[l]`. Both are
+    multiples of `groups`, and every group loses the same number.
     """
-    total = sum(drops)
+    wanted, limits = [count // groups for count in drops], [count // groups for count in most]
+    total = sum(wanted)
     if method is ExpertsMethod.stun:
-        sequences = [complete_linkage(d) for d in distances]
+        layers = [rounds_of([complete_linkage(b) for b in blocks(d, groups)], len(d) // groups) for d in distances]
     elif one_threshold:
-        sequences = official_sequences(distances, lambda s: _available(s, most) >= total)
+        layers = official_rounds(distances, groups, lambda s: _available(s, limits) >= total)
     else:
-        sequences = [
-            official_sequences([d], lambda s, count=count: len(s[0]) >= count)[0]
-            for d, count in zip(distances, drops, strict=True)
+        layers = [
+            official_rounds([d], groups, lambda s, count=count: len(s[0]) >= count)[0]
+            for d, count in zip(distances, wanted, strict=True)
         ]
-    cut = cut_global(sequences, most, total) if one_threshold else cut_uniform(sequences, drops)
-    return [clusters_of(len(d), merges) for d, merges in zip(distances, cut, strict=True)]
+    cut = cut_global(layers, limits, total) if one_threshold else cut_uniform(layers, wanted)
+    return [clusters_of(len(d), [m for merges in rounds for m in merges]) for d, rounds in zip(distances, cut, strict=True)]
 
 
-def _available(sequences: list[list[Merge]], most: list[int]) -> int:
-    return sum(min(len(sequence), limit) for sequence, limit in zip(sequences, most, strict=True))
+def _available(layers: list[list[Round]], most: list[int]) -> int:
+    return sum(min(len(rounds), limit) for rounds, limit in zip(layers, most, strict=True))
 
 
 def representative(cluster: list[int], squared_distance: list[float], saliency: list[float]) -> int:

@@ -30,7 +30,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     source = Checkpoint.open(cfg.model.path)
     arch = Architecture(source)
     sizes = measure_layers(arch, cfg.sparsify.scope)
-    drops = experts_to_drop(cfg, sizes, arch.top_k)
+    drops = experts_to_drop(cfg, sizes, arch)
     _check_loadable(cfg, arch, drops)
     budget = make_budget(cfg, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
     tokens = ranks.on_first(lambda: _tokens(cfg, arch)) if cfg.target else None
@@ -52,10 +52,10 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
 
 
 def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
-    if any(drops) and cfg.experts.budget is Budget["global"] and not arch.family.per_layer_counts:
+    why = arch.cannot_differ
+    if any(drops) and cfg.experts.budget is Budget["global"] and why:
         raise StunError(
-            f"experts.budget=global: {arch.config.model_type} cannot be written with a different number of experts in each "
-            "layer; use experts.budget=uniform"
+            f"experts.budget=global: {why}; layers cannot keep different numbers of experts. Use experts.budget=uniform"
         )
 
 
@@ -88,26 +88,47 @@ def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: l
         distances = [
             expert_distance(s["router"], s["coactivation"], cfg.experts.lambda1, cfg.experts.lambda2) for s in statistics
         ]
-        most = [max(0, sizes[index].experts - floor_of(cfg, arch.top_k)) for index in moe]
+        most = [max(0, sizes[index].experts - floor_of(cfg, arch)) for index in moe]
         one_threshold = cfg.experts.budget is Budget["global"]
-        selected = select_clusters(cfg.experts.method, distances, [drops[i] for i in moe], most, one_threshold)
+        selected = select_clusters(cfg.experts.method, distances, [drops[i] for i in moe], most, one_threshold, arch.groups)
         for index, groups in zip(moe, selected, strict=True):
             clusters[index] = groups
     plan = make_budget(cfg, sizes, [len(groups) for groups in clusters])
-    for layout, groups in zip(arch.layers, clusters, strict=True):
-        kept = [group[0] for group in groups] if len(groups) == layout.num_experts else []
-        plan.layers.append(LayerPlan(layout.num_experts, groups, kept))
+    plan.layers = [_undecided(groups) for groups in clusters]
+    plan.mtp = [_undecided(groups) for groups in _mtp_clusters(cfg, arch, max(drops))]
     write_json(run.folder / "plan.json", plan.to_json())
     return plan
 
 
+def _undecided(groups: list[list[int]]) -> LayerPlan:
+    """A layer's plan as far as clustering can say: who is kept is known only where nobody leaves."""
+    experts = sum(map(len, groups))
+    return LayerPlan(experts, groups, [group[0] for group in groups] if len(groups) == experts else [])
+
+
+def _mtp_clusters(cfg: PruneConfig, arch: Architecture, drop: int) -> list[list[list[int]]]:
+    """Clusters of the experts of multi-token-prediction heads, by their router rows: no forward runs a head.
+
+    A head loses as many experts as a decoder layer, since runtimes build it from the same count; with the global budget, which
+    has no such count, it keeps all.
+    """
+    drop = 0 if cfg.experts.budget is Budget["global"] else drop
+    clusters = []
+    for layout in arch.mtp:
+        distance_EE = expert_distance(arch.source.read(layout.router).float(), None, 1.0, 0.0)
+        clusters += select_clusters(cfg.experts.method, [distance_EE], [drop], [drop], False, arch.groups)
+    return clusters
+
+
 def _saliencies(arch: Architecture, run: Run) -> list[list[float]]:
     """REAP saliency of every expert, by layer; nothing where no statistics were taken."""
-    layers = arch.layers
-    taken = run.has_stats([layout.index for layout in layers if layout.experts])
-    if not taken:
-        return [[0.0] * layout.num_experts for layout in layers]
-    return [saliency(run.load_stats(l.index)["outputs"], "reap").tolist() if l.experts else [] for l in layers]
+    taken = run.has_stats([layout.index for layout in arch.layers if layout.experts])
+    return [
+        saliency(run.load_stats(layout.index)["outputs"], "reap").tolist()
+        if taken and layout.experts and not layout.is_mtp
+        else [0.0] * layout.num_experts
+        for layout in [*arch.layers, *arch.mtp]
+    ]
 
 
 def _prune_and_write(
@@ -117,20 +138,21 @@ def _prune_and_write(
     ranks.on_first(run.clear_model)
     quotas = layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros)
     saliencies = ranks.on_first(lambda: _saliencies(arch, run))
-    outer_file, files = shard_files(arch, plan.layers, ranks.world)
+    plans = [*plan.layers, *plan.mtp]
+    outer_file, files = shard_files(arch, plans, ranks.world)
     writer = ShardWriter(run.model)
     outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
     states = embed(arch, ranks, tokens, cfg.calibration.micro_batch, outer.get) if plan.zeros else None
     if outer:
         writer.submit(outer_file, outer)
     del outer
-    result = prune_layers(arch, states, plan.layers, quotas, saliencies, ranks, writer, files)
+    result = prune_layers(arch, states, plans, quotas, saliencies, ranks, writer, files)
     shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
     result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
 
     def write_around() -> None:
         copy_extras(arch.source.folder, run.model)
-        write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in result.kept]))
+        write_json(run.model / "config.json", arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]]))
         write_index(run.model, dict(sorted(shards.items())))
 
     ranks.on_first(write_around)
@@ -144,7 +166,7 @@ def _summary(plan: Plan, result: PruneResult, ranks: Ranks, source: Checkpoint, 
         "parameters": plan.parameters,
         "nonzero": result.nonzero,
         "experts": [layer.experts for layer in plan.layers],
-        "kept": [len(kept) for kept in result.kept],
+        "kept": [len(kept) for kept in result.kept[: len(plan.layers)]],
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,
@@ -156,7 +178,7 @@ def _summary(plan: Plan, result: PruneResult, ranks: Ranks, source: Checkpoint, 
 
 
 def _finish(plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
-    for layer, kept in zip(plan.layers, result.kept, strict=True):
+    for layer, kept in zip([*plan.layers, *plan.mtp], result.kept, strict=True):
         layer.kept = kept
     write_json(run.folder / "plan.json", plan.to_json())
     run.finish(summary)

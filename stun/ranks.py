@@ -112,6 +112,17 @@ class Ranks:
             self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
         return tensor
 
+    def move(self, tensor: torch.Tensor | None, like: torch.Tensor, source: int, target: int) -> None:
+        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype); the others do nothing."""
+        if self.rank == source == target:
+            like.copy_(tensor)
+        elif self.rank == source:
+            self._comm.send(tensor.contiguous().view(torch.uint8), target)
+        elif self.rank == target:
+            received = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+            self._comm.recv(received.view(torch.uint8), source)
+            like.copy_(received)
+
     def broadcast_object(self, value: object, source: int = 0) -> object:
         """A small Python object from rank `source` to all."""
         box = [value]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -93,8 +94,8 @@ class Run:
 
     def clear_model(self) -> None:
         """Remove what an interrupted attempt of this same run left in `model/`."""
-        for file in self.model.iterdir():
-            file.unlink()
+        shutil.rmtree(self.model)
+        self.model.mkdir()
 
     def stats_file(self, layer: int) -> Path:
         return self.stats / f"layer-{layer:05d}.safetensors"

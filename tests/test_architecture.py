@@ -15,6 +15,7 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
+    {"families"},
     {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "table", "figure", "models"},
     {"arch", "run", "evaluate"},
     {"budget", "stream"},

@@ -10,7 +10,7 @@ import torch
 from conftest import TEXT, load_tensors, run_job, settings
 from safetensors.torch import save_file
 
-from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig, StunError
+from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig, StunError
 from stun.prune import prune
 from stun.ranks import Ranks
 
@@ -87,7 +87,9 @@ CHECKPOINTS = {
     "index names a phantom": (edit_json("model.safetensors.index.json", phantom), "model.phantom; it does not"),
     "expert tensor missing": (edit_json("model.safetensors.index.json", index_without_expert), "layer 1, expert 3.*down_proj"),
     "norm missing": (edit_json("model.safetensors.index.json", index_without_norm), "layer 0: no tensor for input_layernorm"),
-    "unknown architecture": (edit_json("config.json", lambda c: c.update(model_type="gpt2")), "gpt2.*arctic, mixtral"),
+    "unknown architecture": (edit_json("config.json", lambda c: c.update(model_type="gpt2")), "gpt2.*arctic, .*mixtral"),
+    "family whose experts cannot be seen": (edit_json("config.json", lambda c: c.update(model_type="dbrx")), "dbrx.*observed"),
+    "family whose gate scales inputs": (edit_json("config.json", lambda c: c.update(model_type="llama4")), "llama4.*input"),
     "quantised": (edit_json("config.json", lambda c: c.update(quantization_config={"bits": 4})), "quantised"),
     "wrong expert count": (edit_json("config.json", lambda c: c.update(num_local_experts=9)), "holds 8 experts.*9"),
     "wrong width": (edit_json("config.json", lambda c: c.update(hidden_size=64)), "config.json asks for|must be"),
@@ -129,7 +131,6 @@ REQUESTS = {
     "no samples": ({"calibration": CalibrationConfig(path=str(TEXT), samples=0)}, r"calibration\.samples=0"),
     "unreachable": ({"target": 0.9, "sparsify": SparsifyConfig(scope=[Scope.attention])}, r"at most 0\.\d+"),
     "fewer than top-k": ({"target": 0.9, "experts": ExpertsConfig(fraction=1.0)}, r"top-k 2.*Lower experts\.fraction to 0\.\d+"),
-    "global budget, family without it": ({"experts": ExpertsConfig(budget=Budget["global"])}, r"budget=global.*uniform"),
     "model is no folder": ({"model": ModelConfig("/nowhere/at/all")}, "not a folder"),
     "calibration missing": ({"calibration": CalibrationConfig(path="/no/such.jsonl")}, "no such file"),
     "calibration of unknown kind": ({"calibration": CalibrationConfig(path=__file__)}, "unknown kind of file"),

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import SHAPE, TEXT, byte_tokenizer, run_job
+from conftest import TEXT, run_job
 from transformers import MixtralConfig
+from zoo import SHAPE, byte_tokenizer
 
 from stun.checkpoint import write_index, write_json, write_tensors
 

@@ -81,38 +81,54 @@ def test_distance_is_the_formula():
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    shape=st.lists(st.integers(4, 40), min_size=1, max_size=4),
+    group_sizes=st.lists(st.integers(4, 20), min_size=1, max_size=4),
     share=st.floats(0, 1),
     method=st.sampled_from(list(ExpertsMethod)),
     one_threshold=st.booleans(),
     floor=st.integers(1, 4),
+    groups=st.sampled_from([1, 1, 2, 4]),
 )
-def test_budget_is_met_exactly(seed, shape, share, method, one_threshold, floor):
+def test_budget_is_met_exactly(seed, group_sizes, share, method, one_threshold, floor, groups):
+    """... and with groups, every group of a layer keeps as many, and no cluster holds members of two."""
     rng = np.random.default_rng(seed)
-    distances = []
+    shape, distances = [groups * size for size in group_sizes], []
     for experts in shape:
         points = rng.normal(size=(experts, 6)) * rng.uniform(0.5, 2)
         distances.append(np.linalg.norm(points[:, None] - points[None], axis=-1))
-    most = [experts - floor for experts in shape]
-    drops = [int(share * limit) for limit in most]
+    most = [groups * (size - floor) for size in group_sizes]
+    drops = [groups * int(share * limit / groups) for limit in most]
     try:
-        clusters = select_clusters(method, distances, drops, most, one_threshold)
+        clusters = select_clusters(method, distances, drops, most, one_threshold, groups)
     except StunError:
         assert method is ExpertsMethod.stun_official  # may never merge that far, and says so
         return
     assert sum(shape) - sum(map(len, clusters)) == sum(drops)
-    for experts, groups, drop in zip(shape, clusters, drops, strict=True):
-        assert sorted(itertools.chain(*groups)) == list(range(experts)) and len(groups) >= floor
-        assert one_threshold or experts - len(groups) == drop
+    for experts, size, own, drop in zip(shape, group_sizes, clusters, drops, strict=True):
+        assert sorted(itertools.chain(*own)) == list(range(experts)) and len(own) >= groups * floor
+        assert one_threshold or experts - len(own) == drop
+        homes = [{expert // size for expert in cluster} for cluster in own]
+        assert all(len(home) == 1 for home in homes)
+        assert len({sum(home == {group} for home in homes) for group in range(groups)}) == 1
+
+
+def test_groups_are_clustered_apart():
+    """A layer of two groups falls into the clusters of its two halves."""
+    rng = np.random.default_rng(5)
+    points = rng.normal(size=(16, 4))
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    for method in ExpertsMethod:
+        (whole,) = select_clusters(method, [distance], [6], [12], False, 2)
+        halves = [select_clusters(method, [distance[h, h]], [3], [6], False)[0] for h in (slice(8), slice(8, 16))]
+        assert whole == sorted(halves[0] + [[8 + e for e in cluster] for cluster in halves[1]])
 
 
 def test_global_cut_takes_the_lowest_merges():
     rng = np.random.default_rng(3)
     distances = [np.linalg.norm(p[:, None] - p[None], axis=-1) for p in (rng.normal(size=(12, 3)), 5 * rng.normal(size=(12, 3)))]
-    sequences = [complete_linkage(d) for d in distances]
+    sequences = [[[merge] for merge in complete_linkage(d)] for d in distances]
     cut = cut_global(sequences, [10, 10], 9)
-    taken = [m.distance for s in cut for m in s]
-    left = [m.distance for s, c in zip(sequences, cut, strict=True) for m in s[len(c) : 10]]
+    taken = [m.distance for s in cut for (m,) in s]
+    left = [m.distance for s, c in zip(sequences, cut, strict=True) for (m,) in s[len(c) : 10]]
     assert len(taken) == 9 and max(taken) <= min(left)
     assert len(cut[0]) > len(cut[1])
     limited = cut_global(sequences, [3, 10], 9)

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import TEXT, load_tensors, make_checkpoint
+from conftest import TEXT, load_tensors
 from safetensors.torch import save_file
 from test_sparsify import naive_mask
 from transformers import AutoModelForCausalLM
+from zoo import FAMILIES, make_checkpoint
 
-from stun.arch import Architecture, _experts_module, renumber
+from stun.arch import Architecture, experts_of, renumber
 from stun.budget import layer_quotas, measure_layers
 from stun.checkpoint import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope
@@ -64,12 +65,12 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
     tokens = tokens_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     layers = {f"layer{i}": layer for i, layer in enumerate(model.model.layers)}
-    experts = {f"experts{i}": found[1] for i, layer in enumerate(model.model.layers) if (found := _experts_module(layer))}
+    experts = {f"experts{i}": found[1] for i, layer in enumerate(model.model.layers) if (found := experts_of(layer))}
     seen = captured(model, layers | experts, tokens)
 
     arch = Architecture(Checkpoint.open(folder))
     states = embed(arch, ranks, tokens, 2, arch.source.read)
-    stream = LayerStream(arch, ranks, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
     for layer in stream:
         stream.build(layer)
         states = stream.run(layer, states)
@@ -89,27 +90,39 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
         assert (statistics["outputs"][:, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
 
 
+@torch.no_grad()
 def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
-    count = module.num_experts
+    """Token by token; an expert's output is what transformers' own loop gives for this token and expert alone, with gate 1."""
+    count, one = module.num_experts, torch.ones(1, 1)
     coactivation, outputs = torch.zeros(count, count, dtype=torch.int64), torch.zeros(count, 5, dtype=torch.float64)
     for (hidden, index, weights), _ in calls:
-        for x, chosen, gates in zip(hidden, index.tolist(), weights, strict=True):
+        for x, chosen, gates in zip(hidden.view(len(index), -1), index.tolist(), weights.double().tolist(), strict=True):
             for i in chosen:
                 for j in chosen:
                     coactivation[i, j] += 1
-            for expert, gate in zip(chosen, gates.double(), strict=True):
-                norm = naive_expert(module, expert, x)[1].norm().double()
-                outputs[expert] += torch.stack([torch.ones_like(norm), gate, gate * norm, norm, norm**2])
+            for expert, gate in zip(chosen, gates, strict=True):
+                norm = float(module(x[None], torch.tensor([[expert]]), one).norm())
+                outputs[expert] += torch.tensor([1, gate, gate * norm, norm, norm**2], dtype=torch.float64)
     return {"coactivation": coactivation, "outputs": outputs}
 
 
-def naive_expert(module, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    gate, up = (module.gate_up_proj[expert] @ x).detach().chunk(2)
-    inner = module.act_fn(gate) * up
-    return inner, (module.down_proj[expert] @ inner).detach()
+def naive_inner(module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What reaches an expert's second matrix."""
+    gate_up = oriented(module, module.gate_up_proj[expert]) @ x
+    if module.has_bias:
+        gate_up = gate_up + module.gate_up_proj_bias[expert]
+    return module._apply_gate(gate_up).detach()
 
 
-@pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
+def oriented(module, weight: torch.Tensor) -> torch.Tensor:
+    """A view of a stored matrix with a row for each output."""
+    return weight.T if module.is_transposed else weight
+
+
+MASKS = [("arctic", ARCTIC_SEQUENTIAL), *((family, {}) for family in FAMILIES)]
+
+
+@pytest.mark.parametrize("family, changes", MASKS, ids=["arctic-sequential", *FAMILIES])
 def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, changes):
     folder = checkpoint(family, **changes)
     cfg = small_run(folder, tmp_path / "run", samples=5, length=40, fraction=0.5, target=0.45)
@@ -121,8 +134,8 @@ def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, 
     written, source, tokens = load_tensors(tmp_path / "run" / "model"), load_tensors(folder), tokens_of(folder)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32, experts_implementation="eager")
     copy_dense_weights(model, arch, source, kept)
-    for layout, layer, quota in zip(arch.layers, model.model.layers, quotas, strict=True):
-        found = _experts_module(layer)
+    for layout, layer, quota in zip(arch.layers, model.base_model.layers, quotas, strict=True):
+        found = experts_of(layer)
         modules = {name: layer.get_submodule(layout.dense[name].removesuffix(".weight")) for name in quota.dense}
         seen = captured(model, modules | ({"experts": found[1]} if found else {}), tokens)
         for name, module in modules.items():
@@ -135,15 +148,25 @@ def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, 
 
 def copy_dense_weights(model, arch, source, kept) -> None:
     """Undo the masks: every surviving weight back to its source value."""
-    for layout, layer in zip(arch.layers, model.model.layers, strict=True):
+    for layout, layer in zip(arch.layers, model.base_model.layers, strict=True):
+        inside_layer = layer.state_dict()
         for name, inside in layout.dense.items():
-            value = source[name][kept[layout.index]] if name in layout.routed else source[name]
-            layer.get_parameter(inside).data.copy_(value)
+            survivors = torch.tensor(kept[layout.index])
+            value = source[name].index_select(layout.routed[name], survivors) if name in layout.routed else source[name]
+            inside_layer[inside].copy_(value)
         if layout.experts:
-            module = _experts_module(layer)[1]
+            module = experts_of(layer)[1]
             for number, expert in enumerate(kept[layout.index]):
-                for part, names in layout.experts[expert].items():
-                    getattr(module, part).data[number] = torch.cat([source[name] for name in names])
+                for part in layout.experts[expert]:
+                    getattr(module, part).data[number] = stored(layout, source, expert, expert, part)
+
+
+def stored(layout, tensors, expert: int, number: int, part: str) -> torch.Tensor:
+    """A part of what was expert `expert` of the source, from a checkpoint in which it is number `number`."""
+    names = layout.experts[expert][part]
+    if part in layout.fused:
+        return tensors[names[0]][number]
+    return torch.cat([tensors[renumber(name, number)] for name in names])
 
 
 def apply_naive(weight: torch.Tensor, inputs: torch.Tensor, count: int) -> None:
@@ -154,15 +177,17 @@ def apply_naive(weight: torch.Tensor, inputs: torch.Tensor, count: int) -> None:
 def check_experts(layout, module, quota, calls, written, kept) -> None:
     for number, expert in enumerate(kept):
         inputs = [
-            x for (hidden, index, _), _ in calls for x, chosen in zip(hidden, index.tolist(), strict=True) if number in chosen
+            x
+            for (hidden, index, _), _ in calls
+            for x, chosen in zip(hidden.view(len(index), -1), index.tolist(), strict=True)
+            if number in chosen
         ]
         assert inputs, "every survivor must see a token here"
-        inner = [naive_expert(module, number, x)[0] for x in inputs]
+        inner = [naive_inner(module, number, x) for x in inputs]
         for part, rows in (("gate_up_proj", inputs), ("down_proj", inner)):
             weight = getattr(module, part).data[number]
-            apply_naive(weight, torch.stack(rows), quota.experts[number][part])
-            names = [renumber(name, number) for name in layout.experts[expert][part]]
-            assert torch.equal(weight, torch.cat([written[name] for name in names])), (layout.index, expert, part)
+            apply_naive(oriented(module, weight), torch.stack(rows), quota.experts[number][part])
+            assert torch.equal(weight, stored(layout, written, expert, number, part)), (layout.index, expert, part)
 
 
 def test_expert_without_tokens_falls_back_to_the_pool(checkpoint, ranks, tmp_path):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, load_tensors, run_job, same_tensors, settings
+from conftest import ROOT, load_tensors, run_job, same_tensors, settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import stun  # noqa: F401
@@ -66,10 +66,9 @@ def _check_written(run, read, source):
     assert max(read) < 0.6 * sum(read)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_nothing_to_prune_writes_the_source(checkpoint, tmp_path, family, dtype):
-    source = checkpoint(family, dtype=dtype)
+@pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_moe"])
+def test_nothing_to_prune_writes_the_source(checkpoint, tmp_path, family):
+    source = checkpoint(family, dtype=torch.bfloat16)
     run_job("prune", settings(source, tmp_path / "run", target=0), 2)
     same_tensors(source, tmp_path / "run" / "model")
     assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "run/model/config.json").read_text())

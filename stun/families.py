@@ -1,0 +1,65 @@
+"""What differs between model families: one entry of data each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stun.config import StunError
+
+HETEROGENEOUS = "stun_"  # before the model type of a checkpoint whose layers keep different numbers of experts
+COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Data of one model family.
+
+    `count`: the configuration's own name for the number of experts. `group_floor`: where routing is limited to groups of experts
+    (`n_group`), the fewest experts a group may hold; 0 where routers know no groups.
+    """
+
+    count: str
+    group_floor: int = 0
+
+
+FAMILIES: dict[str, Family] = {
+    "arctic": Family("num_local_experts"),
+    "deepseek_v2": Family("n_routed_experts", group_floor=1),  # a group is judged by its best expert
+    "deepseek_v3": Family("n_routed_experts", group_floor=2),  # ... by its two best
+    "dots1": Family("n_routed_experts", group_floor=2),
+    "ernie4_5_moe": Family("moe_num_experts"),
+    "exaone_moe": Family("num_experts", group_floor=2),
+    "glm4_moe": Family("n_routed_experts", group_floor=2),
+    "gpt_oss": Family("num_local_experts"),
+    "granitemoe": Family("num_local_experts"),
+    "hunyuan_v1_moe": Family("num_experts"),
+    "jamba": Family("num_experts"),
+    "lfm2_moe": Family("num_experts"),
+    "minimax_m2": Family("num_local_experts"),
+    "mixtral": Family("num_local_experts"),
+    "olmoe": Family("num_experts"),
+    "phimoe": Family("num_local_experts"),
+    "qwen2_moe": Family("num_experts"),
+    "qwen3_5_moe_text": Family("num_experts"),
+    "qwen3_moe": Family("num_experts"),
+    "qwen3_next": Family("num_experts"),
+}
+REFUSED = {
+    "dbrx": "its experts run in code of their own, where what each of them sees cannot be observed",
+    "llama4": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
+    "llama4_text": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
+}
+
+
+def family_of(folder: Path, config: dict) -> tuple[str, Family]:
+    """Name and entry of the family that a checkpoint's config.json describes. Raises StunError where it is none of `FAMILIES`."""
+    model_type, text = config.get("model_type"), config.get("text_config")
+    if isinstance(text, dict) and model_type not in REFUSED:
+        model_type = text.get("model_type")
+    name = str(model_type).removeprefix(HETEROGENEOUS)
+    if name in REFUSED:
+        raise StunError(f"{folder}: model_type {model_type!r} is not supported: {REFUSED[name]}")
+    if name not in FAMILIES:
+        raise StunError(f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
+    return name, FAMILIES[name]

@@ -1,0 +1,153 @@
+"""Every family: the stream against transformers' own forward, and what is written against the stock classes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, same_tensors, torchrun
+from family_runs import CALIBRATION, RUNS, run
+from test_stream import captured, naive_statistics
+from transformers import AutoModelForCausalLM
+from zoo import FAMILIES, make_checkpoint
+
+from stun.arch import Architecture, experts_of
+from stun.checkpoint import Checkpoint
+from stun.data import calibration_tokens, load_tokenizer
+from stun.passes import observe
+from stun.ranks import Ranks
+from stun.stream import LayerStream, embed, even_owners
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """(sources, runs): a checkpoint of every family, and all its runs on two ranks, made by one launch."""
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        make_checkpoint(folder / "sources" / family, family)
+    script = [str(ROOT / "tests" / "family_runs.py"), str(folder / "sources"), str(folder / "runs"), *FAMILIES]
+    done = subprocess.run(torchrun(2, script), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "sources", folder / "runs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(two_ranks, ranks, tmp_path, family):
+    source, runs = two_ranks[0] / family, two_ranks[1] / family
+    assert len(list(source.glob("model-*.safetensors"))) > 3, "several shards"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager").eval()
+    tokens = calibration_tokens(CALIBRATION, load_tokenizer(source), 260)
+    arch = Architecture(Checkpoint.open(source))
+    check_logits(arch, model, tokens, ranks)
+    check_statistics(arch, model, tokens, ranks, family)
+    for name in RUNS:
+        run(name, source, tmp_path / name, ranks)
+        same_tensors(tmp_path / name / "model", runs / name / "model")
+        assert (tmp_path / name / "plan.json").read_bytes() == (runs / name / "plan.json").read_bytes()
+    same_tensors(source, tmp_path / "identity" / "model")
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "identity/model/config.json").read_text())
+    check_survivors(arch, model, tokens, tmp_path / "experts")
+    summary = json.loads((tmp_path / "both" / "manifest.json").read_text())["summary"]
+    assert abs(summary["sparsity"] - 0.4) < 1e-4 and sum(summary["kept"]) < sum(summary["experts"])
+    load_stock(tmp_path / "both" / "model")
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return torch.cat([model(batch, use_cache=False).logits for batch in tokens.split(CALIBRATION.micro_batch)])
+
+
+def check_logits(arch, model, tokens, ranks):
+    """The stream's last hidden states, given to the full model's own norm and head, are its own logits."""
+    states = embed(arch, ranks, tokens, CALIBRATION.micro_batch, arch.source.read)
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    for layer in stream:
+        stream.build(layer)
+        states = stream.run(layer, states)
+    expected, hidden = logits_of(model, tokens), iter(states.hidden)
+    with contextlib.ExitStack() as replaced:
+        for layer in model.base_model.layers:
+            replaced.enter_context(mock.patch.object(layer, "forward", lambda hidden_states, *_, **__: hidden_states))
+        last = model.base_model.layers[-1]
+        replaced.enter_context(mock.patch.object(last, "forward", lambda *_, **__: next(hidden)))
+        streamed = logits_of(model, tokens)
+    assert expected.std() > 0.1, "the logits must vary, or equality proves nothing"
+    torch.testing.assert_close(streamed, expected, atol=1e-4, rtol=1e-4)
+
+
+def check_statistics(arch, model, tokens, ranks, family):
+    """Co-activation and output norms of every expert equal a loop over tokens and their experts."""
+    experts = {i: found[1] for i, layer in enumerate(model.base_model.layers) if (found := experts_of(layer))}
+    seen = captured(model, experts, tokens)
+    collected: dict[int, dict] = {}
+    observe(arch, embed(arch, ranks, tokens, CALIBRATION.micro_batch, arch.source.read), ranks, collected.__setitem__)
+    assert collected.keys() == seen.keys() and seen
+    for index, statistics in collected.items():
+        expected = naive_statistics(experts[index], seen[index])
+        assert torch.equal(statistics["coactivation"], expected["coactivation"])
+        torch.testing.assert_close(statistics["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)
+        reached = statistics["outputs"][:, 0].long()
+        print(f"{family} layer {index}: tokens of its experts {reached.tolist()}")
+        assert reached.min() > 0, "random inputs must reach every expert"
+
+
+def load_stock(folder):
+    """The checkpoint in transformers' own class for it, with nothing missing, left over or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return model.eval()
+
+
+def check_survivors(arch, model, tokens, folder):
+    """A checkpoint without some experts computes what the full model does when its routers cannot choose them.
+
+    The difference is that of a product with fewer router rows, which a matrix library may sum in another order.
+    """
+    plan = json.loads((folder / "plan.json").read_text())
+    kept = {index: layer["kept"] for index, layer in enumerate(plan["layers"]) if layer["experts"]}
+    assert kept and {len(k) for k in kept.values()} == {6}
+    pruned = load_stock(folder / "model")
+    with contextlib.ExitStack() as replaced:
+        for index, survivors in kept.items():
+            forbid(model.base_model.layers[index], survivors, replaced)
+        expected = logits_of(model, tokens)
+    torch.testing.assert_close(logits_of(pruned, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - logits_of(model, tokens)).abs().max() > 1e-3, "the dropped experts mattered"
+
+
+def forbid(layer, survivors, replaced):
+    """Make a layer's router give all others a logit of minus infinity, and a bias that never wins."""
+    count = experts_of(layer)[1].num_experts
+    gone = torch.tensor([expert not in survivors for expert in range(count)])
+    router = next(m for m in layer.modules() if hasattr(m, "top_k") and any(p.shape[0] == count for p in m.parameters()))
+    original, linear = router.forward, F.linear
+
+    def without(*args, **kwargs):
+        output = linear(*args, **kwargs)
+        return output.masked_fill(gone, -torch.inf) if output.shape[-1] == count else output
+
+    def forward(*args, **kwargs):
+        with mock.patch.object(F, "linear", without):
+            return original(*args, **kwargs)
+
+    replaced.enter_context(mock.patch.object(router, "forward", forward))
+    for name, tensor in layer.state_dict().items():
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
+            before = tensor.clone()
+            tensor.masked_fill_(gone, -torch.inf)
+            replaced.callback(tensor.copy_, before)
