@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from stun import serving
 from stun.arch import Architecture
 from stun.budget import LayerSize, experts_to_drop, floor_of, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
@@ -41,13 +42,16 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         return finished
 
     ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
+    _say_what_loads(cfg, arch, drops, ranks)
     if any(drops):
         _observe(cfg, arch, tokens, ranks, run)
     plan = ranks.on_first(lambda: _plan(cfg, arch, sizes, drops, run))
     result = _prune_and_write(cfg, arch, sizes, plan, tokens, ranks, run)
-    summary = _summary(plan, result, ranks, source, time.perf_counter() - started)
+    summary = _summary(arch, plan, result, ranks, time.perf_counter() - started)
     ranks.on_first(lambda: _finish(plan, result, run, summary))
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
+    for runtime, answer in summary["loads_in"].items():
+        ranks.log(f"loads in {runtime}: {answer}")
     return summary
 
 
@@ -57,6 +61,22 @@ def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> N
         raise StunError(
             f"experts.budget=global: {why}; layers cannot keep different numbers of experts. Use experts.budget=uniform"
         )
+
+
+def _say_what_loads(cfg: PruneConfig, arch: Architecture, drops: list[int], ranks: Ranks) -> None:
+    """Before the work, what its result will be unusual in."""
+    if arch.source.is_fp8:
+        ranks.log("the source is fp8: weights are multiplied out and written in bfloat16")
+    if arch.mtp and any(drops):
+        lose = "keep all experts" if cfg.experts.budget is Budget["global"] else "lose as many experts as a layer"
+        ranks.log(f"{len(arch.mtp)} multi-token-prediction heads {lose}, and no single weights")
+    experts = {layout.num_experts - drop for layout, drop in zip(arch.layers, drops, strict=True) if layout.experts}
+    if cfg.experts.budget is Budget.uniform and len(experts) == 1:
+        notice = serving.warning(max(layout.num_experts for layout in arch.layers), experts.pop())
+        if notice:
+            ranks.log(f"warning: {notice}")
+    elif any(drops):
+        ranks.log("warning: layers will keep different numbers of experts; only this package loads that")
 
 
 def _tokens(cfg: PruneConfig, arch: Architecture) -> torch.Tensor:
@@ -159,20 +179,22 @@ def _prune_and_write(
     return result
 
 
-def _summary(plan: Plan, result: PruneResult, ranks: Ranks, source: Checkpoint, seconds: float) -> dict:
+def _summary(arch: Architecture, plan: Plan, result: PruneResult, ranks: Ranks, seconds: float) -> dict:
+    kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
     return {
         "target": plan.target,
         "sparsity": 1 - result.nonzero / plan.parameters,
         "parameters": plan.parameters,
         "nonzero": result.nonzero,
         "experts": [layer.experts for layer in plan.layers],
-        "kept": [len(kept) for kept in result.kept[: len(plan.layers)]],
+        "kept": kept,
+        "loads_in": serving.runtimes(arch.model_type, kept),
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,
         "seconds": seconds,
         "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
-        "bytes_read": ranks.gather_objects(source.bytes_read),
+        "bytes_read": ranks.gather_objects(arch.source.bytes_read),
         "bytes_written": result.bytes_written,
     }
 

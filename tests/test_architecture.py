@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
     {"families"},
-    {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "table", "figure", "models"},
+    {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "serving", "table", "figure", "models"},
     {"arch", "run", "evaluate"},
     {"budget", "stream"},
     {"passes"},
