@@ -28,10 +28,7 @@ def test_runtimes():
     uniform = runtimes("qwen3_moe", [0, 102, 102])
     assert uniform["transformers"].startswith("yes") and "for 102 experts" in uniform["vLLM"]
     assert "over 2, 3, 6, 17, 34, 51 ranks" in uniform["vLLM"]
-    assert (
-        "fused router kernels" in runtimes("qwen3_moe", [96, 96])["vLLM"]
-        and "no fused" not in runtimes("qwen3_moe", [64])["vLLM"]
-    )
+    assert "no fused" not in runtimes("qwen3_moe", [64, 64])["vLLM"]
     assert "import stun" in runtimes("arctic", [8, 8])["transformers"]
     uneven = runtimes("mixtral", [6, 5])
     assert (
