@@ -6,6 +6,9 @@ Arctic, and checkpoints of any supported family whose layers keep different numb
 
 import os
 
+# Before OpenMP starts: threads that wait in a loop, its default, slow a rank down thirtyfold where anything else wants its cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # MKL's products must not depend on the number of threads a rank has; it reads this at its first call.

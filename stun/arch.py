@@ -7,13 +7,17 @@ touch. What a family needs beyond that is its entry in `stun.families`.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -87,6 +91,31 @@ def _kind(path: str) -> Scope:
     return Scope.mlp if any(word in first for word in ("mlp", "feed_forward", "moe")) else Scope.attention
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors are made on the meta device from the start.
+
+    `init_empty_weights` alone first allocates what it then drops, and one parameter of a released model (all experts of a
+    layer in float32) can be larger than the machine's memory.
+    """
+
+    LARGE = 2**22
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.randn):
+            shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
+            if math.prod(shape) > self.LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device, and real buffers (rotary frequencies)."""
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        yield
+
+
 class _Entered(Exception):
     """The model's own forward has called all layers."""
 
@@ -105,7 +134,7 @@ class Architecture:
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
             self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
-            with init_empty_weights(include_buffers=False):
+            with _without_weights():
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StunError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
@@ -294,7 +323,7 @@ class Architecture:
         config = copy.deepcopy(self.config)
         if num_experts:
             setattr(config, self.family.count, num_experts)
-        with init_empty_weights(include_buffers=False):
+        with _without_weights():
             layer = type(self.decoder.layers[index])(config, index)
         return layer.eval()
 

@@ -25,19 +25,19 @@ def warning(experts: int, kept: int) -> str:
 
 def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
     """Runtime -> what it makes of a checkpoint of this family with `counts` experts per layer (0: none)."""
-    distinct = {count for count in counts if count}
+    distinct, only_here = {count for count in counts if count}, model_type in ONLY_HERE
+    after_import = "after `import stun` only: it has no such family"
     if len(distinct) > 1:
         refused = "no: layers keep different numbers of experts; experts.budget=uniform makes one that loads"
-        return {"this package": "yes, after `import stun`", "transformers": refused, "vLLM": refused}
+        return {"this package": "yes", "transformers": after_import if only_here else refused, "vLLM": refused}
     (experts,) = distinct
     sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
     parallel = f"expert parallel over {', '.join(map(str, sizes))} ranks" if sizes else "no expert parallelism"
     kernels = (
         "fused router kernels" if experts in VLLM_COUNTS else f"no fused router kernel for {experts} experts (slower, or refused)"
     )
-    only_here = model_type in ONLY_HERE
     return {
-        "this package": "yes, after `import stun`",
-        "transformers": "after `import stun` only: it has no such family" if only_here else "yes, its own class",
+        "this package": "yes",
+        "transformers": after_import if only_here else "yes, its own class",
         "vLLM": f"where it has the family: {kernels}; {parallel}",
     }

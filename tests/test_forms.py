@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import shutil
 
 import pytest
@@ -11,7 +13,7 @@ from conftest import load_tensors
 from family_runs import CALIBRATION
 from safetensors.torch import save_file
 from test_families import load_stock
-from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from zoo import FAMILIES, SHAPE, byte_tokenizer, make_checkpoint, randomise
 
 from stun.arch import Architecture
@@ -255,3 +257,31 @@ def test_extra_files_travel(tmp_path, ranks):
     folder, _, _ = run(source, tmp_path / "run", ranks)
     for name in ("modeling_mine.py", "additional_chat_templates/tools.jinja", "tokenizer.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_opening_allocates_no_weights(tmp_path):
+    """A layer whose experts are larger than any machine's memory is described from its header: a file of holes."""
+    count, hidden, width = 2**10, 2**13, 2**14
+    config = AutoConfig.for_model("gpt_oss", **{**SHAPE, "num_hidden_layers": 1, "hidden_size": hidden, "head_dim": 64})
+    config.update({"num_local_experts": count, "intermediate_size": width, "layer_types": ["full_attention"]})
+    config.save_pretrained(tmp_path)
+    shapes = {"model.embed_tokens.weight": (260, hidden), "lm_head.weight": (260, hidden), "model.norm.weight": (hidden,)}
+    own = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,), "self_attn.sinks": (4,)}
+    own |= {f"self_attn.{name}_proj.weight": (rows, hidden) for name, rows in (("q", 256), ("k", 128), ("v", 128))}
+    own |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", 256), ("k", 128), ("v", 128), ("o", hidden))}
+    own |= {"self_attn.o_proj.weight": (hidden, 256), "mlp.router.weight": (count, hidden), "mlp.router.bias": (count,)}
+    own |= {"mlp.experts.gate_up_proj": (count, hidden, 2 * width), "mlp.experts.gate_up_proj_bias": (count, 2 * width)}
+    own |= {"mlp.experts.down_proj": (count, width, hidden), "mlp.experts.down_proj_bias": (count, hidden)}
+    header, end = {}, 0
+    for name, shape in (shapes | {f"model.layers.0.{name}": shape for name, shape in own.items()}).items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    packed = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        file.truncate(8 + len(packed) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arch = Architecture(Checkpoint.open(tmp_path))
+    assert arch.layers[0].num_experts == count and arch.parameters_of(arch.layers[0]) > 400e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
