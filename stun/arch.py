@@ -7,113 +7,29 @@ touch. What a family needs beyond that is its entry in `stun.families`.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.checkpoint import Checkpoint, TensorInfo
-from stun.config import Scope, StunError
+from stun.config import StunError
 from stun.families import COUNT_FIELDS, family_of
+from stun.layout import EXPERT_NUMBER, GATES, LayerLayout, renumber, scope_of
 from stun.models import heterogeneous
+from stun.models.empty import without_weights
 
 EXPERTS_IMPLEMENTATION = "stun"
-_EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
-# Small projections that steer rather than compute: the shared expert's gate, the time step of Mamba, the decay of linear
-# attention.
-_GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
-
-
-@dataclass
-class LayerLayout:
-    """The tensors of one decoder layer, by source name.
-
-    `dense` maps a name to the tensor inside the layer. `experts[e]` maps a parameter of the experts module (`gate_up_proj`,
-    `down_proj`, ...) to the tensors whose rows make up expert e's part of it, in order; for the parts in `fused` it is one
-    tensor, of which the expert has entry e. `routed` maps the dense names with one entry per expert to the dimension these lie
-    along; `router` is the one that holds the router's rows. `unused` are tensors the model has no parameter for; they are
-    copied.
-
-    A multi-token-prediction head with experts has a layout too (`is_mtp`): the experts and their router, which no forward runs.
-    """
-
-    index: int
-    dense: dict[str, str] = field(default_factory=dict)
-    experts: list[dict[str, tuple[str, ...]]] = field(default_factory=list)
-    fused: frozenset[str] = frozenset()
-    routed: dict[str, int] = field(default_factory=dict)
-    router: str = ""
-    unused: list[str] = field(default_factory=list)
-    linears: dict[str, Scope] = field(default_factory=dict)
-    is_mtp: bool = False
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.experts)
-
-    @property
-    def copied(self) -> list[str]:
-        """Names of all tensors but the experts', in a fixed order."""
-        return sorted([*self.dense, *self.unused])
-
-    @property
-    def fused_names(self) -> dict[str, str]:
-        """Tensors that hold a part of all experts, by part."""
-        return {part: self.experts[0][part][0] for part in sorted(self.fused)}
-
-
-def renumber(name: str, expert: int) -> str:
-    """The source name of an expert's tensor, for the expert that is number `expert` after pruning."""
-    return _EXPERT_NUMBER.sub(rf"\g<1>{expert}\g<3>", name, count=1)
 
 
 def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
     """Path and module of a layer's fused experts, None for a layer without experts."""
     return next(((path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")), None)
-
-
-def _kind(path: str) -> Scope:
-    """Which part of a layer a linear module belongs to, from its path. Whatever mixes tokens counts as attention."""
-    if "shared" in path:
-        return Scope.shared
-    first = path.split(".")[0]
-    return Scope.mlp if any(word in first for word in ("mlp", "feed_forward", "moe")) else Scope.attention
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """Large tensors are made on the meta device from the start.
-
-    `init_empty_weights` alone first allocates what it then drops, and one parameter of a released model (all experts of a
-    layer in float32) can be larger than the machine's memory.
-    """
-
-    LARGE = 2**22
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (torch.empty, torch.zeros, torch.ones, torch.randn):
-            shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
-            if math.prod(shape) > self.LARGE:
-                kwargs = {**kwargs, "device": "meta"}
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Modules built inside have their parameters on the meta device, and real buffers (rotary frequencies)."""
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        yield
 
 
 class _Entered(Exception):
@@ -134,7 +50,7 @@ class Architecture:
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
             self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
-            with _without_weights():
+            with without_weights():
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StunError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
@@ -206,7 +122,7 @@ class Architecture:
         parts: dict[int, dict[int, dict[str, list]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, parameters)
-            match, number = inside_layer.fullmatch(target), _EXPERT_NUMBER.search(name)
+            match, number = inside_layer.fullmatch(target), EXPERT_NUMBER.search(name)
             if not match or int(match[1]) >= len(self.layers):
                 self.outer[name] = target if target in parameters else ""
                 continue
@@ -259,8 +175,8 @@ class Architecture:
         layout.router = next((name for name in layout.routed if layout.dense[name].endswith(".weight")), "")
         linears = {f"{path}.weight": path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, inside in sorted(layout.dense.items()):
-            if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in _GATES:
-                layout.linears[name] = _kind(linears[inside])
+            if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in GATES:
+                layout.linears[name] = scope_of(linears[inside])
 
     def _check_experts(self, layout: LayerLayout, count: int, parts: dict[str, torch.Tensor]) -> None:
         where = f"{self.source.folder}: layer {layout.index}"
@@ -304,7 +220,7 @@ class Architecture:
         def here(known: str, expert: int = 0) -> str:
             return own + renumber(known, expert).removeprefix(block)
 
-        numbers = [int(match[2]) for name in strays if (match := _EXPERT_NUMBER.search(name))]
+        numbers = [int(match[2]) for name in strays if (match := EXPERT_NUMBER.search(name))]
         count = max(numbers) + 1 if numbers else self.info(strays[0]).shape[0]
         layout = LayerLayout(len(self.layers) + len(self.mtp), fused=model.fused, router=here(model.router), is_mtp=True)
         layout.dense = {here(known): model.dense[known] for known in model.routed}
@@ -323,7 +239,7 @@ class Architecture:
         config = copy.deepcopy(self.config)
         if num_experts:
             setattr(config, self.family.count, num_experts)
-        with _without_weights():
+        with without_weights():
             layer = type(self.decoder.layers[index])(config, index)
         return layer.eval()
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stun.arch import Architecture, LayerLayout, renumber
+from stun.arch import Architecture
 from stun.budget import LayerQuota
 from stun.config import StunError
+from stun.layout import LayerLayout, renumber
 from stun.plan import LayerPlan, representative
 from stun.ranks import Ranks
 from stun.sparsify import require_finite, smallest_per_row, wanda_scores

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stun.arch import EXPERTS_IMPLEMENTATION, Architecture, LayerLayout, experts_of
+from stun.arch import EXPERTS_IMPLEMENTATION, Architecture, experts_of
 from stun.checkpoint import write_tensors
+from stun.layout import LayerLayout
 from stun.ranks import Ranks
 from stun.sparsify import require_finite
 

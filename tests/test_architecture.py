@@ -15,7 +15,7 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"families"},
+    {"families", "layout"},
     {"checkpoint", "ranks", "stats", "sparsify", "plan", "data", "serving", "table", "figure", "models"},
     {"arch", "run", "evaluate"},
     {"budget", "stream"},

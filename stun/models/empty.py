@@ -1,0 +1,36 @@
+"""Modules without weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors are made on the meta device from the start.
+
+    `init_empty_weights` alone first allocates what it then drops, and one parameter of a released model (all experts of a
+    layer in float32) can be larger than the machine's memory.
+    """
+
+    LARGE = 2**22
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones, torch.randn):
+            shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
+            if math.prod(shape) > self.LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device, and real buffers (rotary frequencies)."""
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        yield
