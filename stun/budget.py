@@ -43,8 +43,7 @@ def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
 def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
     """Fewest experts a layer may keep: routing needs the model's top-k, and where it is limited to groups, enough in every
     group."""
-    wanted = max(arch.top_k, cfg.experts.keep_at_least)
-    return arch.groups * max(arch.group_floor, -(-wanted // arch.groups))
+    return arch.groups * max(arch.group_floor, -(-cfg.experts.keep_at_least // arch.groups))
 
 
 def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:

@@ -124,10 +124,12 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
     """Block size [rows, columns] of an fp8 checkpoint, None where weights are stored plainly. Raises StunError otherwise."""
-    texts = [config, config.get("text_config") or {}]
-    found = next((c["quantization_config"] for c in texts if c.get("quantization_config")), None)
-    if found is None:
+    text = config.get("text_config") or {}
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if not found:
         return None
+    if not isinstance(found, dict):
+        raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {found!r}")
     method, block = found.get("quant_method"), found.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
         return block[0], block[1]

@@ -15,12 +15,14 @@ COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 class Family:
     """Data of one model family.
 
-    `count`: the configuration's own name for the number of experts. `group_floor`: where routing is limited to groups of experts
-    (`n_group`), the fewest experts a group may hold; 0 where routers know no groups.
+    `count`: the configuration's own name for the number of experts. `group_floor`: where routing is limited to groups of
+    experts (`n_group`), the fewest experts a group may hold; 0 where routers know no groups. `floor`: the fewest experts that
+    the family's code can route to.
     """
 
     count: str
     group_floor: int = 0
+    floor: int = 1
 
 
 FAMILIES: dict[str, Family] = {
@@ -34,12 +36,12 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("num_local_experts"),
     "granitemoe": Family("num_local_experts"),
     "hunyuan_v1_moe": Family("num_experts"),
-    "jamba": Family("num_experts"),
+    "jamba": Family("num_experts", floor=2),  # one expert is built as a dense layer
     "lfm2_moe": Family("num_experts"),
     "minimax_m2": Family("num_local_experts"),
     "mixtral": Family("num_local_experts"),
     "olmoe": Family("num_experts"),
-    "phimoe": Family("num_local_experts"),
+    "phimoe": Family("num_local_experts", floor=2),  # its router picks a second one whatever top-k says
     "qwen2_moe": Family("num_experts"),
     "qwen3_5_moe_text": Family("num_experts"),
     "qwen3_moe": Family("num_experts"),

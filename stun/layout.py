@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+import torch
+
 from stun.config import Scope
 
 EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
@@ -21,7 +23,7 @@ class LayerLayout:
     `down_proj`, ...) to the tensors whose rows make up expert e's part of it, in order; for the parts in `fused` it is one
     tensor, of which the expert has entry e. `routed` maps the dense names with one entry per expert to the dimension these lie
     along; `router` is the one that holds the router's rows. `unused` are tensors the model has no parameter for; they are
-    copied.
+    copied. Experts' matrices that are stored with a row for each input are `is_transposed`.
 
     A multi-token-prediction head with experts has a layout too (`is_mtp`): the experts and their router, which no forward runs.
     """
@@ -34,6 +36,7 @@ class LayerLayout:
     router: str = ""
     unused: list[str] = field(default_factory=list)
     linears: dict[str, Scope] = field(default_factory=dict)
+    is_transposed: bool = False
     is_mtp: bool = False
 
     @property
@@ -49,6 +52,10 @@ class LayerLayout:
     def fused_names(self) -> dict[str, str]:
         """Tensors that hold a part of all experts, by part."""
         return {part: self.experts[0][part][0] for part in sorted(self.fused)}
+
+    def oriented(self, weight: torch.Tensor) -> torch.Tensor:
+        """A view [O, D] of an expert's matrix, whichever way it is stored."""
+        return weight.T if self.is_transposed else weight
 
 
 def renumber(name: str, expert: int) -> str:

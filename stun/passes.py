@@ -125,11 +125,6 @@ def _remove(weight_OD: torch.Tensor, squared_sum_D: torch.Tensor, count: int, wh
         weight_OD.masked_fill_(smallest_per_row(scores_OD, count), 0)
 
 
-def _oriented(weight: torch.Tensor, stream: LayerStream) -> torch.Tensor:
-    """A view [O, D] of an expert's matrix, whichever way it is stored."""
-    return weight.T if stream.arch.is_transposed else weight
-
-
 def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) -> int:
     """Measure the layer and zero what its quota asks for, in place; returns the number of experts that saw no token."""
     ranks = stream.ranks
@@ -151,7 +146,7 @@ def _mask(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) 
         if layer.owner[number] == ranks.rank:
             rows = moments.experts.get(number) or pooled
             for part, count in quota.experts[number].items():
-                weight_OD = _oriented(layer.experts[expert][part], stream)
+                weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 _remove(weight_OD, rows[part], count, f"layer {layer.layout.index} expert {expert} {part}")
     return unseen
 

@@ -65,18 +65,19 @@ def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> N
 
 def _say_what_loads(cfg: PruneConfig, arch: Architecture, drops: list[int], ranks: Ranks) -> None:
     """Before the work, what its result will be unusual in."""
+    is_global = cfg.experts.budget is Budget["global"]
     if arch.source.is_fp8:
         ranks.log("the source is fp8: weights are multiplied out and written in bfloat16")
     if arch.mtp and any(drops):
-        lose = "keep all experts" if cfg.experts.budget is Budget["global"] else "lose as many experts as a layer"
-        ranks.log(f"{len(arch.mtp)} multi-token-prediction heads {lose}, and no single weights")
+        keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
+        ranks.log(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; no single weights leave them")
     experts = {layout.num_experts - drop for layout, drop in zip(arch.layers, drops, strict=True) if layout.experts}
-    if cfg.experts.budget is Budget.uniform and len(experts) == 1:
+    if not is_global and len(experts) == 1:
         notice = serving.warning(max(layout.num_experts for layout in arch.layers), experts.pop())
         if notice:
             ranks.log(f"warning: {notice}")
     elif any(drops):
-        ranks.log("warning: layers will keep different numbers of experts; only this package loads that")
+        ranks.log("warning: layers may keep different numbers of experts; only this package loads that")
 
 
 def _tokens(cfg: PruneConfig, arch: Architecture) -> torch.Tensor:
@@ -115,7 +116,7 @@ def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: l
             clusters[index] = groups
     plan = make_budget(cfg, sizes, [len(groups) for groups in clusters])
     plan.layers = [_undecided(groups) for groups in clusters]
-    plan.mtp = [_undecided(groups) for groups in _mtp_clusters(cfg, arch, max(drops))]
+    plan.mtp = [_undecided(groups) for groups in _mtp_clusters(cfg, arch, [len(clusters[index]) for index in moe])]
     write_json(run.folder / "plan.json", plan.to_json())
     return plan
 
@@ -126,16 +127,17 @@ def _undecided(groups: list[list[int]]) -> LayerPlan:
     return LayerPlan(experts, groups, [group[0] for group in groups] if len(groups) == experts else [])
 
 
-def _mtp_clusters(cfg: PruneConfig, arch: Architecture, drop: int) -> list[list[list[int]]]:
+def _mtp_clusters(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[list[list[int]]]:
     """Clusters of the experts of multi-token-prediction heads, by their router rows: no forward runs a head.
 
-    A head loses as many experts as a decoder layer, since runtimes build it from the same count; with the global budget, which
-    has no such count, it keeps all.
+    Runtimes build a head from the same count of experts as the decoder layers, so it keeps as many. Where these keep different
+    numbers there is no such count, and a head keeps all.
     """
-    drop = 0 if cfg.experts.budget is Budget["global"] else drop
+    common = min(counts) if len(set(counts)) == 1 else None
     clusters = []
     for layout in arch.mtp:
         distance_EE = expert_distance(arch.source.read(layout.router).float(), None, 1.0, 0.0)
+        drop = 0 if common is None else layout.num_experts - common
         clusters += select_clusters(cfg.experts.method, [distance_EE], [drop], [drop], False, arch.groups)
     return clusters
 

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stun.arch import EXPERTS_IMPLEMENTATION, Architecture, experts_of
+from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
 from stun.checkpoint import write_tensors
 from stun.layout import LayerLayout
+from stun.names import experts_of
 from stun.ranks import Ranks
 from stun.sparsify import require_finite
 
@@ -114,17 +115,17 @@ class Exchange:
         return output_ND
 
     def _serve_expert(self, module: nn.Module, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor) -> torch.Tensor:
-        inner_nI = module._apply_gate(self._project(module, number, "gate_up_proj", input_nD))
-        output_nD = self._project(module, number, "down_proj", inner_nI)
+        inner_nI = module._apply_gate(self._project(number, "gate_up_proj", input_nD))
+        output_nD = self._project(number, "down_proj", inner_nI)
         if self.observer:
             self.observer.expert(number, input_nD, inner_nI, output_nD, gate_n)
         return output_nD
 
-    def _project(self, module: nn.Module, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
+    def _project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
         """Rows times one of an expert's matrices, plus its bias where the family has one."""
         parts = self.layer.experts[self.layer.kept[number]]
-        weight, bias = parts[part].to(self.dtype), parts.get(f"{part}_bias")
-        return F.linear(rows_nD, weight.T if module.is_transposed else weight, None if bias is None else bias.to(self.dtype))
+        weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
+        return F.linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
         """Take part in a round for which this rank has no micro-batch."""

@@ -67,7 +67,12 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
     index = folder / "model.safetensors.index.json"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(files):
+        own = load_file(folder / file)
+        assert not tensors.keys() & own.keys(), "a tensor stands in one file only"
+        tensors |= own
+    return tensors
 
 
 def same_tensors(one: Path, two: Path) -> None:

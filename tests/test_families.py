@@ -16,9 +16,10 @@ from test_stream import captured, naive_statistics
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
-from stun.arch import Architecture, experts_of
+from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
 from stun.data import calibration_tokens, load_tokenizer
+from stun.names import experts_of
 from stun.passes import observe
 from stun.ranks import Ranks
 from stun.stream import LayerStream, embed, even_owners

@@ -16,10 +16,11 @@ from test_families import check_statistics, forbid, load_stock, logits_of
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make_checkpoint
 
-from stun.arch import Architecture, experts_of
+from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
 from stun.config import Budget, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig
 from stun.data import calibration_tokens, load_tokenizer
+from stun.names import experts_of
 from stun.prune import prune
 from stun.ranks import Ranks
 

@@ -12,12 +12,13 @@ from test_sparsify import naive_mask
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
-from stun.arch import Architecture, experts_of
+from stun.arch import Architecture
 from stun.budget import layer_quotas, measure_layers
 from stun.checkpoint import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope
 from stun.data import calibration_tokens, load_tokenizer
 from stun.layout import renumber
+from stun.names import experts_of
 from stun.passes import observe
 from stun.prune import prune
 from stun.ranks import Ranks
