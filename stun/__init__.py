@@ -6,8 +6,8 @@ Arctic, and checkpoints of any supported family whose layers keep different numb
 
 import os
 
-# Before OpenMP starts. Its threads wait in a loop, by default for so long that one more busy process on the same cores slows a rank
-# down twentyfold (63 s for a run of 3 s, two cores). With this they soon sleep (10 s), and an idle machine shows no difference.
+# Before OpenMP starts. Its threads wait in a loop, by default for so long that one more busy process on the same cores slows a
+# rank down twentyfold (63 s for a run of 3 s, two cores). With this they soon sleep (10 s); an idle machine shows no difference.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch

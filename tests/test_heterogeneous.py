@@ -14,7 +14,8 @@ from conftest import load_tensors, same_tensors
 from family_runs import CALIBRATION
 from test_families import check_statistics, forbid, load_stock, logits_of
 from transformers import AutoConfig, AutoModelForCausalLM
-from zoo import make_checkpoint
+from zoo import FAMILIES as ZOO
+from zoo import SHAPE, make_checkpoint
 
 from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
@@ -132,6 +133,13 @@ def test_experts_implementation_follows_the_model(tmp_path, ranks):
     used = {experts_of(layer)[1].config._experts_implementation for layer in model.base_model.layers}
     assert used == {"batched_mm"}
     assert AutoConfig.from_pretrained(folder).experts_per_layer == [len(e) for e in _experts(folder)]
+
+
+def test_made_from_a_configuration():
+    config = AutoConfig.for_model("stun_mixtral", **{**SHAPE, **ZOO["mixtral"], "experts_per_layer": [3, 5, 4]})
+    model = AutoModelForCausalLM.from_config(config)
+    assert [experts_of(layer)[1].num_experts for layer in model.base_model.layers] == [3, 5, 4]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def _experts(folder):

@@ -93,8 +93,13 @@ def register() -> None:
     for name, family in FAMILIES.items():
 
         class Lazy(PreTrainedConfig):
+            """Stands for a class that is made when first needed: an instance, or the content of a config.json, is of that class."""
+
             model_type = HETEROGENEOUS + name
             _names = (name, family.count)
+
+            def __new__(cls, *arguments, **keywords):
+                return _classes(*cls._names)[0](*arguments, **keywords)
 
             @classmethod
             def from_dict(cls, config_dict, **keywords):
