@@ -93,7 +93,7 @@ def register() -> None:
     for name, family in FAMILIES.items():
 
         class Lazy(PreTrainedConfig):
-            """Stands for a class that is made when first needed: an instance, or the content of a config.json, is of that class."""
+            """Stands for a class that is made when first needed; whatever is made of it is of that class."""
 
             model_type = HETEROGENEOUS + name
             _names = (name, family.count)
