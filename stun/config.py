@@ -19,10 +19,33 @@ Budget.__doc__ = "uniform: every layer keeps the same number of experts; global:
 
 
 class ExpertsMethod(Enum):
-    """How experts are grouped: the paper's text, or the algorithm of the paper's published code."""
+    """How it is decided who leaves: clusters of alike experts by the paper's text or by the algorithm of its published code, or a
+    rank by score."""
 
     stun = "stun"
     stun_official = "stun_official"
+    rank = "rank"
+
+
+class Score(Enum):
+    """How much an expert is worth: stun.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta)."""
+
+    reap = "reap"
+    man = "man"
+    msan = "msan"
+    ean = "ean"
+    frequency = "frequency"
+    weighted_frequency = "weighted_frequency"
+    aimer = "aimer"
+    random = "random"
+    custom = "custom"
+
+
+class Representative(Enum):
+    """Who stays of a cluster: the member nearest the mean of its parameters, or the one with the best score."""
+
+    nearest = "nearest"
+    score = "score"
 
 
 class SparsifyMethod(Enum):
@@ -48,38 +71,85 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One part of a calibration mixture, which gets `weight` of all weights of the samples."""
+
+    path: str = MISSING
+    field: str = "text"
+    split: str = "train"
+    weight: float = 1.0
+
+
+@dataclass
 class CalibrationConfig:
     """Text the model is observed on.
 
-    `path` is a local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub; `field` holds either a
-    string or a list of chat messages. The text is packed into `samples` sequences of `length` tokens, which are run
-    `micro_batch` at a time. The result depends on the micro-batch (in the last bits) but not on the number of ranks.
+    `path` is a local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub; `field` holds either a string
+    or a list of chat messages. `mixture` names several such sources instead. The text is packed into `samples` sequences of
+    `length` tokens, which are run `micro_batch` at a time; with a `seed` its rows are shuffled first. The result depends on
+    the micro-batch (in the last bits) but not on the number of ranks.
     """
 
-    path: str = MISSING
+    path: str = ""
+    mixture: dict[str, SourceConfig] = field(default_factory=dict)
     field: str = "text"
     split: str = "train"
     samples: int = 128
     length: int = 2048
     micro_batch: int = 8
+    seed: int | None = None
+
+    @property
+    def sources(self) -> dict[str, SourceConfig]:
+        """The parts of the mixture by name; a single source is a mixture of one."""
+        return self.mixture or {"all": SourceConfig(self.path, self.field, self.split)}
+
+
+@dataclass
+class ProtectConfig:
+    """Experts that stay whatever is said of them.
+
+    `experts` lists them as "layer.expert". `super_experts`: those with extreme outputs, of a norm above a tenth of the largest
+    of all layers and above all but 0.5 % of the experts (arXiv 2507.23279). `domain_share`: those that serve at least this
+    share of some calibration source's routed tokens in their layer; 0 protects nobody.
+    """
+
+    experts: list[str] = field(default_factory=list)
+    super_experts: bool = False
+    domain_share: float = 0.0
 
 
 @dataclass
 class ExpertsConfig:
     """Structured half: `fraction` of the parameters to be removed leave as whole experts.
 
-    `lambda1` and `lambda2` weigh router-row distance and co-activation in the similarity of two experts (STUN, section 4.1).
-    Co-activation is off by default: on the reference model, whose tokens use two experts each, experts that serve the same tokens
-    complement each other, and merging them costs far more than it saves. `keep_at_least` is a floor on the experts of a layer,
-    beside the model's own top-k.
+    `method` decides who leaves, with `score` where worth counts: to rank, to represent a cluster, to break ties. `a`, `b`,
+    `beta` are those of the custom score, `seed` is the random one's. `source_weights` weighs the statistics of calibration
+    sources (1 where a source is not named).
+
+    `lambda1`, `lambda2` and `lambda3` weigh router-row distance, co-activation (STUN, section 4.1) and alike outputs in the
+    similarity of two experts. Co-activation is off by default: on the reference model, whose tokens use two experts each,
+    experts that serve the same tokens complement each other, and merging them costs far more than it saves. Layers left with
+    `kappa` clusters or fewer are reconstructed: a cluster's mean takes its representative's place. `keep_at_least` is a floor
+    on the experts of a layer, beside the model's own top-k.
     """
 
     method: ExpertsMethod = ExpertsMethod.stun
     fraction: float = 0.5
     budget: Budget = Budget.uniform
+    representative: Representative = Representative.nearest
+    score: Score = Score.reap
+    a: int = 1
+    b: float = 0.0
+    beta: int = 1
+    seed: int = 0
+    source_weights: dict[str, float] = field(default_factory=dict)
     lambda1: float = 1.0
     lambda2: float = 0.0
+    lambda3: float = 0.0
+    kappa: int = 3
     keep_at_least: int = 1
+    protect: ProtectConfig = field(default_factory=ProtectConfig)
 
 
 @dataclass
@@ -92,7 +162,10 @@ class SparsifyConfig:
 
 @dataclass
 class PruneConfig:
-    """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model."""
+    """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
+
+    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -100,6 +173,15 @@ class PruneConfig:
     sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
     target: float = MISSING
     run_dir: str = MISSING
+    plan: str = ""
+
+
+@dataclass
+class PlanConfig(PruneConfig):
+    """A plan from the statistics in the run folder `run_dir`, written to `output`; beside the plan file `compare` where given."""
+
+    output: str = MISSING
+    compare: str = ""
 
 
 @dataclass
@@ -146,6 +228,7 @@ def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     store = ConfigStore.instance()
     store.store(name="prune_schema", node=PruneConfig)
+    store.store(name="plan_schema", node=PlanConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="plot_schema", node=PlotConfig)
@@ -158,13 +241,32 @@ def _require(ok: bool, key: str, value: object, allowed: str) -> None:
 
 def validate(cfg: PruneConfig) -> None:
     """Refuse values that no model could be pruned with. Raises StunError."""
-    calibration, experts = cfg.calibration, cfg.experts
-    _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
-    _require(0 <= experts.fraction <= 1, "experts.fraction", experts.fraction, "a share of the removed parameters, 0 to 1")
-    _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
-    _require(experts.lambda1 >= 0, "experts.lambda1", experts.lambda1, "0 or more")
-    _require(experts.lambda2 >= 0, "experts.lambda2", experts.lambda2, "0 or more")
-    _require(experts.lambda1 + experts.lambda2 > 0, "experts.lambda1 and lambda2", 0, "one of them must be above 0")
+    calibration = cfg.calibration
+    validate_experts(cfg, list(calibration.sources))
     for key in ("samples", "length", "micro_batch"):
         value = getattr(calibration, key)
         _require(value >= 1, f"calibration.{key}", value, "at least 1")
+    _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
+    for name, source in calibration.mixture.items():
+        _require(source.weight > 0, f"calibration.mixture.{name}.weight", source.weight, "above 0")
+
+
+def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
+    """Refuse values that no plan could be made with; `sources` are the names of the calibration sources. Raises StunError."""
+    experts = cfg.experts
+    _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
+    _require(0 <= experts.fraction <= 1, "experts.fraction", experts.fraction, "a share of the removed parameters, 0 to 1")
+    _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
+    for key in ("lambda1", "lambda2", "lambda3", "kappa"):
+        _require(getattr(experts, key) >= 0, f"experts.{key}", getattr(experts, key), "0 or more")
+    _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
+    for key in ("a", "beta"):
+        _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
+    share = experts.protect.domain_share
+    _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")
+    unknown = sorted(experts.source_weights.keys() - set(sources))
+    _require(not unknown, "experts.source_weights", unknown, f"sources are {', '.join(sources)}")
+    for name, weight in experts.source_weights.items():
+        _require(weight >= 0, f"experts.source_weights.{name}", weight, "0 or more")
+    total = sum(experts.source_weights.get(name, 1.0) for name in sources)
+    _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")

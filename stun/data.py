@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stun.config import CalibrationConfig, StunError
+from stun.config import CalibrationConfig, SourceConfig, StunError
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -40,39 +41,85 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise StunError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 
 
-def _texts(rows: Dataset, cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, content in enumerate(rows[cfg.field]):
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples `tokens_ST` [S, T], those of each source together; `sources` maps its name to how many there are."""
+
+    tokens_ST: torch.Tensor
+    sources: dict[str, int]
+
+    def batches(self, micro_batch: int) -> list[torch.Tensor]:
+        """The micro-batches in their order, none with samples of two sources."""
+        parts = self.tokens_ST.split(list(self.sources.values()))
+        return [batch for part in parts for batch in part.split(micro_batch)]
+
+    def source_of_batch(self, micro_batch: int) -> list[int]:
+        """Number of the source of every micro-batch."""
+        counts = self.sources.values()
+        return [number for number, count in enumerate(counts) for _ in range(-(-count // micro_batch))]
+
+
+def _texts(rows: Dataset, source: SourceConfig, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for number, content in enumerate(rows[source.field]):
         if isinstance(content, list):
             content = tokenizer.apply_chat_template(content, tokenize=False)
         if not isinstance(content, str):
             kind = type(content).__name__
-            raise StunError(f"{cfg.path}: row {number}: field {cfg.field!r} is {kind}; a text or chat messages are needed")
+            raise StunError(
+                f"{key}.path={source.path}: row {number}: field {source.field!r} is {kind}; a text or chat messages are needed"
+            )
         yield content
 
 
-def calibration_tokens(cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
-    """[samples, length] token ids: texts in file order, each closed by the end-of-text token, packed without padding.
+def _shares(weights: list[float], total: int) -> list[int]:
+    """`total` in whole shares proportional to `weights`: rounded down, the largest remainders one more."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
 
-    Raises StunError if the text is empty or too short, or the tokenizer does not belong to the model.
+
+def calibration_samples(cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Samples:
+    """The samples of all sources, each source packed by itself.
+
+    Raises StunError if the text of a source is empty or too short, or the tokenizer does not belong to the model.
     """
-    rows = load_rows(cfg.path, "calibration.path", cfg.split)
-    if cfg.field not in rows.column_names:
-        raise StunError(f"calibration.field={cfg.field}: {cfg.path} has the fields {', '.join(rows.column_names)}")
-    need = cfg.samples * cfg.length
+    counts = _shares([source.weight for source in cfg.sources.values()], cfg.samples)
+    parts = []
+    for (name, source), count in zip(cfg.sources.items(), counts, strict=True):
+        key = f"calibration.mixture.{name}" if cfg.mixture else "calibration"
+        if not count:
+            raise StunError(f"{key}.weight={source.weight}: gets none of calibration.samples={cfg.samples}")
+        parts.append(_packed(source, key, count, cfg, tokenizer, vocab_size))
+    return Samples(torch.cat(parts), dict(zip(cfg.sources, counts, strict=True)))
+
+
+def _packed(
+    source: SourceConfig, key: str, samples: int, cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> torch.Tensor:
+    """[samples, length] token ids: texts in order, each closed by the end-of-text token, packed without padding."""
+    rows = load_rows(source.path, f"{key}.path", source.split)
+    if source.field not in rows.column_names:
+        raise StunError(f"{key}.field={source.field}: {source.path} has the fields {', '.join(rows.column_names)}")
+    if cfg.seed is not None:
+        rows = rows.shuffle(seed=cfg.seed)
+    need = samples * cfg.length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
-    for text in _texts(rows, cfg, tokenizer):
+    for text in _texts(rows, source, key, tokenizer):
         if text.strip():
             ids += tokenizer(text)["input_ids"] + end
         if len(ids) >= need:
             break
     if not ids:
-        raise StunError(f"calibration.path={cfg.path}: no text in field {cfg.field!r}")
+        raise StunError(f"{key}.path={source.path}: no text in field {source.field!r}")
     if len(ids) < need:
         raise StunError(
-            f"calibration.path={cfg.path}: {len(ids)} tokens, but calibration.samples={cfg.samples} of length {cfg.length} need "
+            f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of calibration.length={cfg.length} need "
             f"{need}; at most {len(ids) // cfg.length} samples of this length"
         )
     if max(ids) >= vocab_size:
         raise StunError(f"the tokenizer yields id {max(ids)}, the model's vocabulary has {vocab_size}")
-    return torch.tensor(ids[:need]).view(cfg.samples, cfg.length)
+    return torch.tensor(ids[:need]).view(samples, cfg.length)

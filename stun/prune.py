@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from stun import serving
 from stun.arch import Architecture
-from stun.budget import LayerSize, experts_to_drop, floor_of, layer_quotas, make_budget, measure_layers
+from stun.budget import LayerSize, experts_to_drop, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
 from stun.config import Budget, PruneConfig, StunError, validate
-from stun.data import calibration_tokens, load_tokenizer
-from stun.passes import PruneResult, observe, prune_layers, shard_files
-from stun.plan import LayerPlan, Plan, expert_distance, select_clusters
+from stun.data import Samples, calibration_samples, load_tokenizer
+from stun.passes import PruneResult, observe, prune_layers
+from stun.plan import Plan
+from stun.planning import make_plan, plan_from_file
 from stun.ranks import Ranks
-from stun.run import Run, fingerprint
-from stun.stats import saliency
-from stun.stream import ShardWriter, embed
+from stun.run import Run, fingerprint, model_digest
+from stun.shards import ShardWriter, shard_files
+from stun.stream import embed
 
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
@@ -31,22 +30,24 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     source = Checkpoint.open(cfg.model.path)
     arch = Architecture(source)
     sizes = measure_layers(arch, cfg.sparsify.scope)
-    drops = experts_to_drop(cfg, sizes, arch)
-    _check_loadable(cfg, arch, drops)
+    given = plan_from_file(cfg, arch, sizes) if cfg.plan else None
+    drops = [layer.experts - len(layer.clusters) for layer in given.layers] if given else experts_to_drop(cfg, sizes, arch)
+    if not given:
+        _check_loadable(cfg, arch, drops)
     budget = make_budget(cfg, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
-    tokens = ranks.on_first(lambda: _tokens(cfg, arch)) if cfg.target else None
-    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, tokens)))
+    samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
+    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
     finished = ranks.on_first(lambda: run.summary)
     if finished:
         ranks.log(f"{cfg.run_dir} is complete already")
         return finished
 
     ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
-    _say_what_loads(cfg, arch, drops, ranks)
-    if any(drops):
-        _observe(cfg, arch, tokens, ranks, run)
-    plan = ranks.on_first(lambda: _plan(cfg, arch, sizes, drops, run))
-    result = _prune_and_write(cfg, arch, sizes, plan, tokens, ranks, run)
+    _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
+    if any(drops) and not given:
+        _observe(cfg, arch, samples, ranks, run)
+    plan = ranks.on_first(lambda: _save_plan(given or make_plan(cfg, arch, sizes, drops, run.stats), run))
+    result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
     summary = _summary(arch, plan, result, ranks, time.perf_counter() - started)
     ranks.on_first(lambda: _finish(plan, result, run, summary))
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
@@ -63,9 +64,8 @@ def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> N
         )
 
 
-def _say_what_loads(cfg: PruneConfig, arch: Architecture, drops: list[int], ranks: Ranks) -> None:
+def _say_what_loads(arch: Architecture, drops: list[int], is_global: bool, ranks: Ranks) -> None:
     """Before the work, what its result will be unusual in."""
-    is_global = cfg.experts.budget is Budget["global"]
     if arch.source.is_fp8:
         ranks.log("the source is fp8: weights are multiplied out and written in bfloat16")
     if arch.mtp and any(drops):
@@ -80,8 +80,8 @@ def _say_what_loads(cfg: PruneConfig, arch: Architecture, drops: list[int], rank
         ranks.log("warning: layers may keep different numbers of experts; only this package loads that")
 
 
-def _tokens(cfg: PruneConfig, arch: Architecture) -> torch.Tensor:
-    return calibration_tokens(cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
+def _samples(cfg: PruneConfig, arch: Architecture) -> Samples:
+    return calibration_samples(cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
 
 
 def _describe(arch: Architecture, budget: Plan, drops: list[int]) -> str:
@@ -92,83 +92,36 @@ def _describe(arch: Architecture, budget: Plan, drops: list[int]) -> str:
     )
 
 
-def _observe(cfg: PruneConfig, arch: Architecture, tokens: torch.Tensor, ranks: Ranks, run: Run) -> None:
+def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Ranks, run: Run) -> None:
     """The first stream, unless its statistics are all on disk."""
-    layers = [layout.index for layout in arch.layers if layout.experts]
-    if not ranks.on_first(lambda: run.has_stats(layers)):
-        states = embed(arch, ranks, tokens, cfg.calibration.micro_batch, arch.source.read)
-        observe(arch, states, ranks, run.save_stats)
+    if not ranks.on_first(lambda: run.stats.complete):
+        size = cfg.calibration.micro_batch
+        states = embed(arch, ranks, samples.batches(size), arch.source.read)
+        observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size))
+        ranks.on_first(lambda: run.stats.finish(samples.sources, model_digest(arch.source)))
 
 
-def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], run: Run) -> Plan:
-    """Clusters of every layer from the saved statistics; every expert by itself where none leaves."""
-    clusters = [[[e] for e in range(layout.num_experts)] for layout in arch.layers]
-    moe = [layout.index for layout in arch.layers if layout.experts]
-    if any(drops):
-        statistics = [run.load_stats(index) for index in moe]
-        distances = [
-            expert_distance(s["router"], s["coactivation"], cfg.experts.lambda1, cfg.experts.lambda2) for s in statistics
-        ]
-        most = [max(0, sizes[index].experts - floor_of(cfg, arch)) for index in moe]
-        one_threshold = cfg.experts.budget is Budget["global"]
-        selected = select_clusters(cfg.experts.method, distances, [drops[i] for i in moe], most, one_threshold, arch.groups)
-        for index, groups in zip(moe, selected, strict=True):
-            clusters[index] = groups
-    plan = make_budget(cfg, sizes, [len(groups) for groups in clusters])
-    plan.layers = [_undecided(groups) for groups in clusters]
-    plan.mtp = [_undecided(groups) for groups in _mtp_clusters(cfg, arch, [len(clusters[index]) for index in moe])]
+def _save_plan(plan: Plan, run: Run) -> Plan:
     write_json(run.folder / "plan.json", plan.to_json())
     return plan
 
 
-def _undecided(groups: list[list[int]]) -> LayerPlan:
-    """A layer's plan as far as clustering can say: who is kept is known only where nobody leaves."""
-    experts = sum(map(len, groups))
-    return LayerPlan(experts, groups, [group[0] for group in groups] if len(groups) == experts else [])
-
-
-def _mtp_clusters(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[list[list[int]]]:
-    """Clusters of the experts of multi-token-prediction heads, by their router rows: no forward runs a head.
-
-    Runtimes build a head from the same count of experts as the decoder layers, so it keeps as many. Where these keep different
-    numbers there is no such count, and a head keeps all.
-    """
-    common = min(counts) if len(set(counts)) == 1 else None
-    clusters = []
-    for layout in arch.mtp:
-        distance_EE = expert_distance(arch.source.read(layout.router).float(), None, 1.0, 0.0)
-        drop = 0 if common is None else layout.num_experts - common
-        clusters += select_clusters(cfg.experts.method, [distance_EE], [drop], [drop], False, arch.groups)
-    return clusters
-
-
-def _saliencies(arch: Architecture, run: Run) -> list[list[float]]:
-    """REAP saliency of every expert, by layer; nothing where no statistics were taken."""
-    taken = run.has_stats([layout.index for layout in arch.layers if layout.experts])
-    return [
-        saliency(run.load_stats(layout.index)["outputs"], "reap").tolist()
-        if taken and layout.experts and not layout.is_mtp
-        else [0.0] * layout.num_experts
-        for layout in [*arch.layers, *arch.mtp]
-    ]
-
-
 def _prune_and_write(
-    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], plan: Plan, tokens, ranks: Ranks, run: Run
+    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], plan: Plan, samples, ranks: Ranks, run: Run
 ) -> PruneResult:
     """The second stream and the files around it; the index comes last."""
     ranks.on_first(run.clear_model)
     quotas = layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros)
-    saliencies = ranks.on_first(lambda: _saliencies(arch, run))
     plans = [*plan.layers, *plan.mtp]
     outer_file, files = shard_files(arch, plans, ranks.world)
     writer = ShardWriter(run.model)
     outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
-    states = embed(arch, ranks, tokens, cfg.calibration.micro_batch, outer.get) if plan.zeros else None
+    batches = samples.batches(cfg.calibration.micro_batch) if plan.zeros else []
+    states = embed(arch, ranks, batches, outer.get) if plan.zeros else None
     if outer:
         writer.submit(outer_file, outer)
     del outer
-    result = prune_layers(arch, states, plans, quotas, saliencies, ranks, writer, files)
+    result = prune_layers(arch, states, plans, quotas, ranks, writer, files)
     shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
     result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
 

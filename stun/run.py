@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 from stun.checkpoint import Checkpoint, write_atomically, write_json, write_tensors
 from stun.config import PruneConfig, StunError
+from stun.data import Samples
+from stun.stats import COSINE_UNIT
 
 
 def _plain(value: object) -> object:
@@ -35,14 +37,19 @@ def _plain(value: object) -> object:
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def fingerprint(cfg: PruneConfig, source: Checkpoint, tokens: torch.Tensor | None) -> dict:
+def model_digest(source: Checkpoint) -> str:
+    """Tells checkpoints of different shape apart, from config.json and the headers."""
+    shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
+    return hashlib.sha256(json.dumps([source.config, shapes], sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
     """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
     names = [f.name for f in fields(PruneConfig) if f.name != "run_dir"]
     config = {name: _plain(getattr(cfg, name)) for name in names}
-    shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
-    digest = hashlib.sha256(json.dumps([source.config, shapes], sort_keys=True).encode()).hexdigest()
-    text = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return {"config": config, "source": digest, "calibration_tokens": text}
+    text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
+    plan = hashlib.sha256(Path(cfg.plan).read_bytes()).hexdigest() if cfg.plan else None
+    return {"config": config, "source": model_digest(source), "calibration_tokens": text, "plan_content": plan}
 
 
 def _differences(old: object, new: object, where: str = "") -> list[str]:
@@ -56,7 +63,7 @@ class Run:
     """An open run folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self.model, self.stats = folder, folder / "model", folder / "stats"
+        self.folder, self.model, self.stats = folder, folder / "model", Statistics(folder / "stats")
 
     @classmethod
     def open(cls, run_dir: str, identity: dict) -> Run:
@@ -76,7 +83,7 @@ class Run:
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
             run.model.mkdir(parents=True, exist_ok=True)
-            run.stats.mkdir(exist_ok=True)
+            run.stats.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
@@ -97,14 +104,45 @@ class Run:
         shutil.rmtree(self.model)
         self.model.mkdir()
 
-    def stats_file(self, layer: int) -> Path:
-        return self.stats / f"layer-{layer:05d}.safetensors"
 
-    def save_stats(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
-        write_tensors(self.stats_file(layer), statistics)
+class Statistics:
+    """What the first stream saw, in the folder `stats` of a run: a file a layer, and about.json, which is written last.
 
-    def load_stats(self, layer: int) -> dict[str, torch.Tensor]:
-        return load_file(self.stats_file(layer))
+    A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` and `agreement` [S, E, E]
+    int64 (the latter in units of 1 / `cosine_unit`), `powers` [S, E, 3, 3] and `peak` [S, E] float64
+    (stun.stats.OutputPowers), `weights` [E, 3] float64 (stun.stats.weight_sums).
+    """
 
-    def has_stats(self, layers: list[int]) -> bool:
-        return all(self.stats_file(layer).is_file() for layer in layers)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._about = folder / "about.json"
+
+    @property
+    def complete(self) -> bool:
+        return self._about.is_file()
+
+    @property
+    def about(self) -> dict:
+        """The calibration sources (name -> samples), the model's digest, the unit of cosines."""
+        return json.loads(self._about.read_text())
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.about["sources"])
+
+    @property
+    def cosine_unit(self) -> int:
+        return self.about["cosine_unit"]
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def save(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
+        write_tensors(self._file(layer), statistics)
+
+    def load(self, layer: int) -> dict[str, torch.Tensor]:
+        return load_file(self._file(layer))
+
+    def finish(self, sources: dict[str, int], model: str) -> None:
+        """Declare the statistics complete."""
+        write_json(self._about, {"sources": sources, "model": model, "cosine_unit": COSINE_UNIT})

@@ -1,52 +1,74 @@
-"""Pure accumulators of calibration statistics.
+"""Pure accumulators of calibration statistics, kept apart for every calibration source.
 
-Shapes: T tokens, n tokens of one expert, D hidden, I expert width, E experts, K top-k. Sums are kept in float64 and added in
-the order of the calls, so the same calls give the same bits. No reduction here runs over all elements at once: torch splits
-such sums by thread count, while a sum over rows does not depend on it.
+Shapes: T tokens, n tokens of one expert, D hidden, I expert width, E experts, K top-k, S calibration sources. Sums are kept in
+float64 and added in the order of the calls, or as integers, whose order does not matter; so the same calls give the same bits.
+No reduction here runs over all elements at once: torch splits such sums by thread count, while a sum over rows does not depend
+on it.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+COSINE_UNIT = 2**30  # cosines are summed as multiples of 1 / COSINE_UNIT
+_TOKENS = 1024  # looked at together by Agreement, which bounds its memory
 
 
 class CoActivation:
     """How often two experts serve the same token, for any top-k: hit.T @ hit with hit [T, E] in {0, 1} (STUN, eq. 8)."""
 
-    def __init__(self, num_experts: int, device: torch.device | str = "cpu"):
-        self.counts_EE = torch.zeros(num_experts, num_experts, dtype=torch.int64, device=device)
+    def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
+        self.counts_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
 
-    def add(self, index_TK: torch.Tensor) -> None:
+    def add(self, source: int, index_TK: torch.Tensor) -> None:
         """Count the chosen experts of T tokens; the diagonal holds how often each expert was chosen."""
-        hit_TE = torch.zeros(len(index_TK), len(self.counts_EE), device=index_TK.device)
+        hit_TE = torch.zeros(len(index_TK), self.counts_SEE.shape[1], device=index_TK.device)
         hit_TE.scatter_(1, index_TK, 1.0)
-        self.counts_EE += (hit_TE.T @ hit_TE).to(torch.int64)
+        self.counts_SEE[source] += (hit_TE.T @ hit_TE).to(torch.int64)
 
 
-class OutputNorms:
-    """Per expert: tokens, sum of g, of g ||f||, of ||f||, of ||f||^2, with f the expert's output and g its gate weight.
+class Agreement:
+    """Sum, over the tokens two experts share, of the cosine of their outputs, in units of 1 / COSINE_UNIT."""
 
-    REAP (arXiv 2510.13999, eq. 5) is the third over the first, MSAN (arXiv 2606.15716) the fifth over the first.
-    """
+    def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
+        self.sums_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
 
-    COLUMNS = ("tokens", "gate", "gated_norm", "norm", "squared_norm")
+    def add(self, source: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
+        """Add T tokens, whose K experts gave `output_TKD`."""
+        flat = self.sums_SEE[source].view(-1)
+        for index_tK, output_tKD in zip(index_TK.split(_TOKENS), output_TKD.split(_TOKENS), strict=True):
+            unit_tKD = torch.nn.functional.normalize(output_tKD.float(), dim=-1)
+            for first in range(index_tK.shape[1]):
+                cosine_tK = (unit_tKD * unit_tKD[:, first, None]).sum(-1).double()
+                place_tK = index_tK[:, first, None] * self.sums_SEE.shape[1] + index_tK
+                flat.index_add_(0, place_tK.flatten(), (cosine_tK * COSINE_UNIT).round().long().flatten())
 
-    def __init__(self, num_experts: int, device: torch.device | str = "cpu"):
-        self.sums_E5 = torch.zeros(num_experts, len(self.COLUMNS), dtype=torch.float64, device=device)
 
-    def add(self, expert: int, output_nD: torch.Tensor, gate_n: torch.Tensor) -> None:
+class OutputPowers:
+    """Per expert, the sums over its tokens of g^a ||f||^beta for a and beta from 0 to 2, with f the expert's output and g its
+    gate weight, and the largest ||f||."""
+
+    def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
+        self.sums_SE33 = torch.zeros(sources, num_experts, 3, 3, dtype=torch.float64, device=device)
+        self.peak_SE = torch.zeros(sources, num_experts, dtype=torch.float64, device=device)
+
+    def add(self, source: int, expert: int, output_nD: torch.Tensor, gate_n: torch.Tensor) -> None:
         """Add the tokens of one expert from one micro-batch."""
-        norm_n = output_nD.float().norm(dim=-1).double()
-        gate_n = gate_n.double()
-        columns = (torch.ones_like(norm_n), gate_n, gate_n * norm_n, norm_n, norm_n.square())
-        self.sums_E5[expert] += torch.stack(columns, dim=1).sum(0)
+        norm_n, gate_n = output_nD.float().norm(dim=-1).double(), gate_n.double()
+        norms_n3 = torch.stack([torch.ones_like(norm_n), norm_n, norm_n.square()], dim=1)
+        gates_n3 = torch.stack([torch.ones_like(gate_n), gate_n, gate_n.square()], dim=1)
+        self.sums_SE33[source, expert] += (gates_n3[:, :, None] * norms_n3[:, None, :]).sum(0)
+        self.peak_SE[source, expert] = torch.maximum(self.peak_SE[source, expert], norm_n.max())
 
 
-def saliency(sums_E5: torch.Tensor, kind: str) -> torch.Tensor:
-    """[E] mean over an expert's tokens: kind 'reap' of g ||f||, 'msan' of ||f||^2; 0 for an expert without tokens."""
-    column = {"reap": "gated_norm", "msan": "squared_norm"}[kind]
-    tokens_E = sums_E5[:, 0]
-    return sums_E5[:, OutputNorms.COLUMNS.index(column)] / tokens_E.clamp(min=1)
+def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
+    """Sum of |w|, sum of w^2 and number of the weights of an expert; summed by row and then exactly."""
+    rows = [torch.atleast_2d(part.float()) for part in parts]
+    absolute = math.fsum(value for part in rows for value in part.abs().sum(1).tolist())
+    squared = math.fsum(value for part in rows for value in part.square().sum(1).tolist())
+    return absolute, squared, sum(part.numel() for part in rows)
 
 
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:

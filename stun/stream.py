@@ -1,4 +1,4 @@
-"""One decoder layer at a time: read, spread over the ranks, run expert-parallel, release, write.
+"""One decoder layer at a time: read, spread over the ranks, run expert-parallel, release.
 
 Every expert is read, run and written by its owner alone; every dense tensor is read by one rank and broadcast. While a layer
 computes, the next one is read and the one before is written.
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -25,7 +24,6 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
-from stun.checkpoint import write_tensors
 from stun.layout import LayerLayout
 from stun.names import experts_of
 from stun.ranks import Ranks
@@ -33,15 +31,21 @@ from stun.sparsify import require_finite
 
 
 class Observer(Protocol):
-    """What a pass may watch while a layer runs. Calls come in micro-batch order."""
+    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order."""
 
-    def routing(self, index_TK: torch.Tensor) -> None:
-        """Experts chosen for the tokens of one of this rank's micro-batches."""
+    def routed(self, micro_batch: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
+        """Experts chosen for the tokens of one of this rank's micro-batches, and what they gave."""
 
     def expert(
-        self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, output_nD: torch.Tensor, gate_n: torch.Tensor
+        self,
+        micro_batch: int,
+        expert: int,
+        input_nD: torch.Tensor,
+        inner_nI: torch.Tensor,
+        output_nD: torch.Tensor,
+        gate_n: torch.Tensor,
     ) -> None:
-        """One of this rank's experts served n tokens of one micro-batch; `gate_n` multiplies the outputs later."""
+        """One of this rank's experts served n tokens of a micro-batch; `gate_n` multiplies the outputs later."""
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Exchange:
     def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
         self.layer, self.ranks, self.dtype = layer, ranks, dtype
         self.observer: Observer | None = None
+        self.turn = 0  # of the round of micro-batches, one a rank, that is being run
         owner_E = torch.tensor(layer.owner)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
         self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
@@ -85,8 +90,6 @@ class Exchange:
         self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """Sum over a token's K experts, in top-k order, of weight times output: [T, D]."""
-        if self.observer and len(index_TK):
-            self.observer.routing(index_TK)
         top_k = index_TK.shape[1]
         order_N = torch.argsort(self.place_E[index_TK.flatten()], stable=True)
         counts_E = torch.bincount(self.place_E[index_TK.flatten()], minlength=len(self.place_E))
@@ -100,25 +103,31 @@ class Exchange:
         back_ND = self.ranks.exchange(served_ND, receive, send)
         output_ND = torch.empty_like(back_ND)
         output_ND[order_N] = back_ND
-        weighted_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1]) * weights_TK[..., None]
+        output_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1])
+        if self.observer and len(index_TK):
+            self.observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, output_TKD)
+        weighted_TKD = output_TKD * weights_TK[..., None]
         return weighted_TKD.sum(1).to(hidden_TD.dtype)
 
     def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
         """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch."""
         output_ND, start = torch.empty_like(rows_ND), 0
-        for counts_e in counts_Re.tolist():
+        for rank, counts_e in enumerate(counts_Re.tolist()):
+            micro_batch = self.turn * self.ranks.world + rank
             for number, count in zip(self.mine, counts_e, strict=True):
                 if count:
                     rows = slice(start, start + count)
-                    output_ND[rows] = self._serve_expert(module, number, rows_ND[rows], gates_N[rows])
+                    output_ND[rows] = self._serve_expert(module, micro_batch, number, rows_ND[rows], gates_N[rows])
                     start += count
         return output_ND
 
-    def _serve_expert(self, module: nn.Module, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor) -> torch.Tensor:
+    def _serve_expert(
+        self, module: nn.Module, micro_batch: int, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor
+    ) -> torch.Tensor:
         inner_nI = module._apply_gate(self._project(number, "gate_up_proj", input_nD))
         output_nD = self._project(number, "down_proj", inner_nI)
         if self.observer:
-            self.observer.expert(number, input_nD, inner_nI, output_nD, gate_n)
+            self.observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
         return output_nD
 
     def _project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
@@ -239,6 +248,8 @@ class LayerStream:
             experts.exchange.observer = observer
         outputs = []
         for turn in range(-(-states.total // self.ranks.world)):
+            if experts is not None:
+                experts.exchange.turn = turn
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
                 arguments = states.arguments[hidden_BTD.shape[0]][layer.layout.index]
@@ -263,52 +274,18 @@ class States:
     total: int
 
 
-def embed(
-    arch: Architecture, ranks: Ranks, tokens_ST: torch.Tensor, micro_batch: int, read: Callable[[str], torch.Tensor]
-) -> States:
-    """The samples [S, T] of this rank's micro-batches as they reach the first layer. The first rank gets the embedding's
-    weight from `read` and broadcasts it."""
+def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
+    """This rank's share of the micro-batches [B, T] as they reach the first layer. The first rank gets the embedding's weight
+    from `read` and broadcasts it."""
     dtype, info = compute_dtype(arch, ranks.device), arch.info(arch.embedding)
     if ranks.is_first:
         weight_VD = read(arch.embedding).to(ranks.device)
     else:
         weight_VD = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
     weight_VD = ranks.broadcast(weight_VD, 0).to(dtype)
-    batches, hidden, arguments = tokens_ST.split(micro_batch), [], {}
+    hidden, arguments = [], {}
     for batch in batches[ranks.rank :: ranks.world]:
         states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
         arguments.setdefault(len(batch), of_layers)
     return States(hidden, arguments, len(batches))
-
-
-class ShardWriter:
-    """Writes shards behind the computation, one at a time; at most one waits, so memory stays bounded."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.written: dict[str, dict[str, int]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._pending: Future | None = None
-
-    def submit(self, file: str, tensors: dict[str, torch.Tensor]) -> float:
-        """Queue one file once the one before is on disk; returns the seconds waited. The tensors must not change any more."""
-        start = time.perf_counter()
-        self.wait()
-        waited = time.perf_counter() - start
-        self.written[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
-        self._pending = self._pool.submit(self._write, self.folder / file, tensors)
-        return waited
-
-    @staticmethod
-    def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write_tensors(file, {name: tensor.cpu() for name, tensor in tensors.items()})
-
-    def wait(self) -> None:
-        """Return once everything submitted is on disk; raises what writing raised."""
-        if self._pending:
-            self._pending.result()
-
-    def close(self) -> None:
-        self.wait()
-        self._pool.shutdown()

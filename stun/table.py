@@ -1,4 +1,4 @@
-"""The table that evaluation and comparison jobs end in."""
+"""The tables that jobs end in."""
 
 from __future__ import annotations
 
@@ -27,6 +27,40 @@ def results_table(results: dict[str, dict]) -> str:
         line("experts kept", lambda r: _of(r, lambda p: f"{sum(p['kept'])}/{sum(p['experts'])}"))
         line("seconds to prune", lambda r: _of(r, lambda p: f"{p['seconds']:.1f}"))
         line("peak memory, GiB", lambda r: _of(r, lambda p: f"{p['peak_bytes'] / 2**30:.2f}"))
+    return _printed(table)
+
+
+def plan_table(plans: dict) -> str:
+    """A column per plan, a line per layer with experts: how many stay, and, against the first plan, how many of them it keeps
+    too."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", *plans):
+        table.add_column(title, justify="right" if title else "left")
+    first = next(iter(plans.values())).plan
+
+    def cell(layer, other) -> str:
+        count = f"{len(layer.clusters)}/{layer.experts}"
+        both = len(set(layer.kept) & set(other.kept))
+        return count if layer is other or not layer.kept or not other.kept else f"{count} ({both} the same)"
+
+    for number, layer in enumerate(first.layers):
+        if layer.experts:
+            table.add_row(f"layer {number}", *(cell(d.plan.layers[number], layer) for d in plans.values()))
+    for number, layer in enumerate(first.mtp):
+        table.add_row(f"prediction head {number}", *(cell(d.plan.mtp[number], layer) for d in plans.values()))
+    rows = {
+        "experts kept": lambda d: f"{sum(len(x.clusters) for x in d.plan.layers)}/{sum(x.experts for x in d.plan.layers)}",
+        "of the parameters, leave as experts": lambda d: f"{d.plan.dropped / d.plan.parameters:.4f}",
+        "... and as single weights": lambda d: f"{d.plan.zeros / d.plan.parameters:.4f}",
+        "of the weights left in scope": lambda d: f"{d.plan.ratio:.4f}",
+        "size on disk, GB": lambda d: f"{d.nbytes / 1e9:.3f}",
+    }
+    for title, show in rows.items():
+        table.add_row(title, *(show(described) for described in plans.values()))
+    return _printed(table)
+
+
+def _printed(table: Table) -> str:
     text = StringIO()
     Console(file=text, width=200).print(table)
     return text.getvalue()

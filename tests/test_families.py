@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, same_tensors, torchrun
 from family_runs import CALIBRATION, RUNS, run
-from test_stream import captured, naive_statistics
+from test_stream import captured, compare_statistics, naive_statistics
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
 from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
-from stun.data import calibration_tokens, load_tokenizer
+from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.passes import observe
 from stun.ranks import Ranks
@@ -50,7 +50,7 @@ def test_family(two_ranks, ranks, tmp_path, family):
     source, runs = two_ranks[0] / family, two_ranks[1] / family
     assert len(list(source.glob("model-*.safetensors"))) > 3, "several shards"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager").eval()
-    tokens = calibration_tokens(CALIBRATION, load_tokenizer(source), 260)
+    tokens = calibration_samples(CALIBRATION, load_tokenizer(source), 260).tokens_ST
     arch = Architecture(Checkpoint.open(source))
     check_logits(arch, model, tokens, ranks)
     check_statistics(arch, model, tokens, ranks, family)
@@ -73,7 +73,7 @@ def logits_of(model, tokens):
 
 def check_logits(arch, model, tokens, ranks):
     """The stream's last hidden states, given to the full model's own norm and head, are its own logits."""
-    states = embed(arch, ranks, tokens, CALIBRATION.micro_batch, arch.source.read)
+    states = embed(arch, ranks, tokens.split(CALIBRATION.micro_batch), arch.source.read)
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
     for layer in stream:
         stream.build(layer)
@@ -94,13 +94,12 @@ def check_statistics(arch, model, tokens, ranks, family):
     experts = {i: found[1] for i, layer in enumerate(model.base_model.layers) if (found := experts_of(layer))}
     seen = captured(model, experts, tokens)
     collected: dict[int, dict] = {}
-    observe(arch, embed(arch, ranks, tokens, CALIBRATION.micro_batch, arch.source.read), ranks, collected.__setitem__)
+    observe(arch, embed(arch, ranks, tokens.split(CALIBRATION.micro_batch), arch.source.read), ranks, collected.__setitem__)
     assert collected.keys() == seen.keys() and seen
     for index, statistics in collected.items():
         expected = naive_statistics(experts[index], seen[index])
-        assert torch.equal(statistics["coactivation"], expected["coactivation"])
-        torch.testing.assert_close(statistics["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)
-        reached = statistics["outputs"][:, 0].long()
+        compare_statistics(statistics, expected)
+        reached = statistics["powers"][0, :, 0, 0].long()
         print(f"{family} layer {index}: tokens of its experts {reached.tolist()}")
         assert reached.min() > 0, "random inputs must reach every expert"
 

@@ -20,7 +20,7 @@ from zoo import SHAPE, make_checkpoint
 from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
 from stun.config import Budget, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig
-from stun.data import calibration_tokens, load_tokenizer
+from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.prune import prune
 from stun.ranks import Ranks
@@ -36,7 +36,7 @@ def ranks():
 
 def pruned(source, run_dir, ranks, **changes):
     """Whole experts only, by one threshold over all layers."""
-    experts = ExpertsConfig(fraction=1.0, budget=Budget["global"])
+    experts = ExpertsConfig(fraction=1.0, budget=Budget["global"], kappa=0)
     request = {"target": 0.2, "experts": experts, "sparsify": SparsifyConfig(scope=[]), **changes}
     prune(PruneConfig(ModelConfig(str(source)), CALIBRATION, run_dir=str(run_dir), **request), ranks)
     return run_dir / "model", [layer["kept"] for layer in json.loads((run_dir / "plan.json").read_text())["layers"]]
@@ -81,7 +81,7 @@ def test_computes_what_the_survivors_do(tmp_path, ranks, family):
     source = steep(tmp_path / "source", family)
     folder, kept = pruned(source, tmp_path / "run", ranks, target=target_of(source, 8))
     assert sum(map(len, kept)) == sum(x.num_experts for x in Architecture(Checkpoint.open(source)).layers) - 8
-    model, tokens = load_stock(source), calibration_tokens(CALIBRATION, load_tokenizer(source), 260)
+    model, tokens = load_stock(source), calibration_samples(CALIBRATION, load_tokenizer(source), 260).tokens_ST
     with contextlib.ExitStack() as replaced:
         for layer, survivors in zip(model.base_model.layers, kept, strict=True):
             if experts_of(layer):
@@ -105,7 +105,7 @@ def test_as_a_source(tmp_path, ranks):
     folder, kept = pruned(source, tmp_path / "one", ranks, target=target_of(source, 6), experts=experts)
     assert len({len(k) for k in kept if k}) > 1
     arch = Architecture(Checkpoint.open(folder))
-    tokens = calibration_tokens(CALIBRATION, load_tokenizer(folder), 260)
+    tokens = calibration_samples(CALIBRATION, load_tokenizer(folder), 260).tokens_ST
     assert [layout.num_experts for layout in arch.layers] == [len(k) for k in kept]
     check_statistics(arch, load_stock(folder), tokens, ranks, "heterogeneous qwen3_moe")
     level = sum(len(k) for k in kept) - 4 * len([k for k in kept if k])

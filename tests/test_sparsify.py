@@ -7,7 +7,7 @@ import torch
 
 from stun.config import StunError
 from stun.sparsify import quotas, require_finite, smallest_per_row, wanda_scores
-from stun.stats import CoActivation, OutputNorms, saliency, squared_sum
+from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, squared_sum, weight_sums
 
 
 def naive_mask(scores: torch.Tensor, total: int) -> torch.Tensor:
@@ -56,27 +56,41 @@ def test_non_finite_names_the_place():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_coactivation_is_a_loop_over_tokens(top_k):
+def test_coactivation_and_agreement_are_loops_over_tokens(top_k):
     generator = torch.Generator().manual_seed(top_k)
     index = torch.rand(200, 9, generator=generator).topk(top_k).indices
-    counts = CoActivation(9)
-    for part in index.split(64):
-        counts.add(part)
-    expected = torch.zeros(9, 9, dtype=torch.int64)
-    for token in index.tolist():
-        for i in token:
-            for j in token:
+    outputs = torch.randn(200, top_k, 6, generator=generator)
+    counts, agreement = CoActivation(2, 9), Agreement(2, 9)
+    for part, given in zip(index.split(64), outputs.split(64), strict=True):
+        counts.add(1, part)
+        agreement.add(1, part, given)
+    expected, cosines = torch.zeros(9, 9, dtype=torch.int64), torch.zeros(9, 9, dtype=torch.float64)
+    for token, given in zip(index.tolist(), outputs.double(), strict=True):
+        for i, f in zip(token, given, strict=True):
+            for j, other in zip(token, given, strict=True):
                 expected[i, j] += 1
-    assert torch.equal(counts.counts_EE, expected)
+                cosines[i, j] += f @ other / (f.norm() * other.norm())
+    assert torch.equal(counts.counts_SEE[1], expected) and not counts.counts_SEE[0].any()
+    torch.testing.assert_close(agreement.sums_SEE[1].double() / COSINE_UNIT, cosines, atol=1e-5, rtol=1e-5)
 
 
-def test_saliencies_are_means_over_routed_tokens():
+def test_output_powers_are_sums_over_tokens():
     generator = torch.Generator().manual_seed(1)
     outputs, gates = torch.randn(30, 6, generator=generator), torch.rand(30, generator=generator)
-    norms = OutputNorms(3)
-    norms.add(1, outputs[:10], gates[:10])
-    norms.add(1, outputs[10:], gates[10:])
-    reap = sum(gates[t] * outputs[t].norm() for t in range(30)) / 30
-    msan = sum(outputs[t].norm() ** 2 for t in range(30)) / 30
-    torch.testing.assert_close(saliency(norms.sums_E5, "reap"), torch.tensor([0.0, reap, 0.0]).double(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(saliency(norms.sums_E5, "msan")[1], msan.double(), atol=1e-5, rtol=0)
+    powers = OutputPowers(1, 3)
+    powers.add(0, 1, outputs[:10], gates[:10])
+    powers.add(0, 1, outputs[10:], gates[10:])
+    for a in range(3):
+        for beta in range(3):
+            naive = sum(gates[t].double() ** a * outputs[t].double().norm() ** beta for t in range(30))
+            torch.testing.assert_close(powers.sums_SE33[0, 1, a, beta], naive, atol=1e-4, rtol=1e-5)
+    assert powers.peak_SE[0, 1].item() == pytest.approx(float(outputs.norm(dim=1).max()))
+    assert not powers.sums_SE33[0, [0, 2]].any()
+
+
+def test_weight_sums():
+    parts = [torch.randn(4, 5), torch.randn(7)]
+    absolute, squared, count = weight_sums(parts)
+    together = torch.cat([part.flatten() for part in parts]).double()
+    assert count == 27
+    assert (absolute, squared) == (pytest.approx(float(together.abs().sum())), pytest.approx(float(together.square().sum())))

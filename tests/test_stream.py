@@ -16,13 +16,15 @@ from stun.arch import Architecture
 from stun.budget import layer_quotas, measure_layers
 from stun.checkpoint import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope
-from stun.data import calibration_tokens, load_tokenizer
+from stun.data import calibration_samples, load_tokenizer
+from stun.experts.distances import router_distance
 from stun.layout import renumber
 from stun.names import experts_of
 from stun.passes import observe
 from stun.prune import prune
 from stun.ranks import Ranks
 from stun.sparsify import wanda_scores
+from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
@@ -37,7 +39,7 @@ def ranks():
 
 def tokens_of(folder) -> torch.Tensor:
     cfg = CalibrationConfig(path=str(TEXT), samples=5, length=40, micro_batch=2)
-    return calibration_tokens(cfg, load_tokenizer(folder), 260)
+    return calibration_samples(cfg, load_tokenizer(folder), 260).tokens_ST
 
 
 def small_run(folder, run_dir, samples: int, length: int, fraction: float, target: float) -> PruneConfig:
@@ -71,7 +73,7 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
     seen = captured(model, layers | experts, tokens)
 
     arch = Architecture(Checkpoint.open(folder))
-    states = embed(arch, ranks, tokens, 2, arch.source.read)
+    states = embed(arch, ranks, tokens.split(2), arch.source.read)
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
     for layer in stream:
         stream.build(layer)
@@ -80,32 +82,49 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
             torch.testing.assert_close(mine, full, atol=2e-5, rtol=1e-5)
 
     collected: dict[int, dict] = {}
-    observe(arch, embed(arch, ranks, tokens, 2, arch.source.read), ranks, lambda i, s: collected.update({i: s}))
+    observe(arch, embed(arch, ranks, tokens.split(2), arch.source.read), ranks, lambda i, s: collected.update({i: s}))
     assert collected.keys() == {int(name.removeprefix("experts")) for name in experts}
     for index, statistics in collected.items():
         module = experts[f"experts{index}"]
         expected = naive_statistics(module, seen[f"experts{index}"])
-        assert torch.equal(statistics["coactivation"], expected["coactivation"])
-        torch.testing.assert_close(statistics["outputs"], expected["outputs"], rtol=1e-5, atol=1e-5)
+        compare_statistics(statistics, expected)
         routed = next(name for name in load_tensors(folder) if f"layers.{index}." in name and name.endswith("gate.weight"))
-        assert torch.equal(statistics["router"], load_tensors(folder)[routed])
-        assert (statistics["outputs"][:, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+        assert torch.equal(statistics["router_distance"], router_distance(load_tensors(folder)[routed]))
+        assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+
+
+def compare_statistics(statistics, expected) -> None:
+    """One calibration source's statistics against the naive ones."""
+    assert torch.equal(statistics["coactivation"][0], expected["coactivation"])
+    cosines = statistics["agreement"][0].double() / COSINE_UNIT
+    torch.testing.assert_close(cosines, expected["agreement"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistics["powers"][0], expected["powers"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics["peak"][0], expected["peak"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
     """Token by token; an expert's output is what transformers' own loop gives for this token and expert alone, with gate 1."""
     count, one = module.num_experts, torch.ones(1, 1)
-    coactivation, outputs = torch.zeros(count, count, dtype=torch.int64), torch.zeros(count, 5, dtype=torch.float64)
+    coactivation, agreement = torch.zeros(count, count, dtype=torch.int64), torch.zeros(count, count, dtype=torch.float64)
+    powers, peak = torch.zeros(count, 3, 3, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for (hidden, index, weights), _ in calls:
         for x, chosen, gates in zip(hidden.view(len(index), -1), index.tolist(), weights.double().tolist(), strict=True):
-            for i in chosen:
-                for j in chosen:
+            outputs = [module(x[None], torch.tensor([[expert]]), one)[0].double() for expert in chosen]
+            for i, f in zip(chosen, outputs, strict=True):
+                for j, other in zip(chosen, outputs, strict=True):
                     coactivation[i, j] += 1
-            for expert, gate in zip(chosen, gates, strict=True):
-                norm = float(module(x[None], torch.tensor([[expert]]), one).norm())
-                outputs[expert] += torch.tensor([1, gate, gate * norm, norm, norm**2], dtype=torch.float64)
-    return {"coactivation": coactivation, "outputs": outputs}
+                    agreement[i, j] += f @ other / (f.norm() * other.norm())
+            for expert, gate, f in zip(chosen, gates, outputs, strict=True):
+                norm = float(f.norm())
+                powers[expert] += torch.tensor([[gate**a * norm**b for b in range(3)] for a in range(3)], dtype=torch.float64)
+                peak[expert] = max(float(peak[expert]), norm)
+    parts = [parameter.double().flatten(1) for parameter in module.parameters()]
+    sums = [sum(part.abs().sum(1) for part in parts), sum(part.square().sum(1) for part in parts)]
+    numbers = torch.full((count,), float(sum(part.shape[1] for part in parts)), dtype=torch.float64)
+    weights = torch.stack([*sums, numbers], dim=1)
+    return {"coactivation": coactivation, "agreement": agreement, "powers": powers, "peak": peak, "weights": weights}
 
 
 def naive_inner(module, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,20 @@
+"""Make a plan from saved statistics: python -m jobs.plan run_dir=runs/x model.path=... target=0.4 output=plan.json
+[compare=other.json]"""
+
+from pathlib import Path
+
+from jobs import launch
+from stun.planning import plan_from_run
+from stun.table import plan_table
+
+
+def work(cfg, ranks) -> None:
+    def plan() -> None:
+        plans = plan_from_run(cfg, Path(cfg.output))
+        print(plan_table(plans))
+
+    ranks.on_first(plan)
+
+
+if __name__ == "__main__":
+    launch("plan", work)

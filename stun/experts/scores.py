@@ -1,0 +1,54 @@
+"""How much an expert is worth. A higher score is kept.
+
+Shapes: E experts; `powers_E33[e, a, beta]` is the sum over expert e's tokens of g^a ||f||^beta, with f its output and g the gate
+weight it is multiplied by; a and beta run from 0 to 2, so [e, 0, 0] counts the tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stun.config import Score
+
+# (a, b, beta) of S = n^b * mean(g^a ||f||^beta), n the expert's tokens.
+PRESETS = {
+    Score.reap: (1, 0, 1),  # arXiv 2510.13999, eq. 5
+    Score.man: (0, 0, 1),  # arXiv 2606.15716
+    Score.msan: (0, 0, 2),  # arXiv 2606.15716
+    Score.ean: (0, 1, 1),  # summed instead of averaged
+    Score.frequency: (0, 1, 0),
+    Score.weighted_frequency: (1, 1, 0),
+}
+
+
+def moment_score(powers_E33: torch.Tensor, a: int, b: float, beta: int) -> torch.Tensor:
+    """[E] float64 n^b * mean(g^a ||f||^beta); 0 for an expert without tokens."""
+    tokens_E = powers_E33[:, 0, 0]
+    mean_E = powers_E33[:, a, beta] / tokens_E.clamp(min=1)
+    return torch.where(tokens_E > 0, tokens_E**b * mean_E, 0.0)
+
+
+def aimer_score(weights_E3: torch.Tensor) -> torch.Tensor:
+    """[E] minus ||w||_1 / (sqrt(N) ||w||_2), from the sum of |w|, the sum of w^2 and N of each expert (arXiv 2603.18492).
+
+    The quotient is largest where all weights are alike; AIMER prunes those first.
+    """
+    absolute_E, squared_E, count_E = weights_E3.double().unbind(1)
+    return -absolute_E / (count_E * squared_E).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def random_score(experts: int, layer: int, seed: int) -> torch.Tensor:
+    """[E] uniform in [0, 1): the control that every comparison needs. The same for the same layer and seed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.rand(experts, generator=generator, dtype=torch.float64)
+
+
+def score_experts(
+    score: Score, powers_E33: torch.Tensor, weights_E3: torch.Tensor, layer: int, seed: int, custom: tuple[int, float, int]
+) -> torch.Tensor:
+    """[E] one layer's scores; `custom` is (a, b, beta) for Score.custom."""
+    if score is Score.aimer:
+        return aimer_score(weights_E3)
+    if score is Score.random:
+        return random_score(len(powers_E33), layer, seed)
+    return moment_score(powers_E33, *(custom if score is Score.custom else PRESETS[score]))
