@@ -9,11 +9,7 @@ from stun.table import plan_table
 
 
 def work(cfg, ranks) -> None:
-    def plan() -> None:
-        plans = plan_from_run(cfg, Path(cfg.output))
-        print(plan_table(plans))
-
-    ranks.on_first(plan)
+    ranks.on_first(lambda: print(plan_table(plan_from_run(cfg, Path(cfg.output), cfg.compare))))
 
 
 if __name__ == "__main__":

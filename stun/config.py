@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 class StunError(Exception):
@@ -217,6 +218,18 @@ class CompareConfig(PruneConfig):
 
 
 @dataclass
+class StudyConfig(PruneConfig):
+    """Compare ways to choose experts. `methods` maps a name to overrides of the configuration, all of them tried at every one of
+    `targets`, on calibration texts in the orders of `seeds`. `table` is the Markdown file to write."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    methods: dict[str, list[str]] = field(default_factory=dict)
+    targets: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    table: str = ""
+
+
+@dataclass
 class PlotConfig:
     """`comparisons`: the comparison.json files of several targets; `output`: the PNG to draw."""
 
@@ -231,7 +244,16 @@ def register() -> None:
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
+    store.store(name="study_schema", node=StudyConfig)
     store.store(name="plot_schema", node=PlotConfig)
+
+
+def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
+    """A copy of a configuration with some entries changed, each written as on the command line. Raises StunError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides)))
+    except OmegaConfBaseException as error:
+        raise StunError(f"overrides {overrides}: {error}") from error
 
 
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:

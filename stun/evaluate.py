@@ -99,5 +99,7 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
         "average": sum(by_group.values()) / len(by_group),
         "perplexity": math.exp(nll / tokens),
         "rows": len(rows),
+        "right": [right[row] for row in range(len(rows))],
+        "groups": [str(row.get(cfg.group, "all")) for row in rows],
         "seconds": time.perf_counter() - started,
     }

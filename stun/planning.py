@@ -11,7 +11,7 @@ import torch
 from stun.arch import Architecture
 from stun.budget import LayerSize, experts_to_drop, floor_of, make_budget, measure_layers
 from stun.checkpoint import Checkpoint, write_json
-from stun.config import Budget, ExpertsMethod, PlanConfig, PruneConfig, Representative, StunError, validate_experts
+from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError, validate_experts
 from stun.experts.distances import expert_distance, router_distance
 from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
@@ -42,15 +42,14 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
 
 @dataclass(frozen=True)
 class Described:
-    """A plan beside what it makes of the checkpoint: bytes of the tensors as written, and parameters of the decoder layers
-    left."""
+    """A plan, and the bytes of all tensors of the checkpoint it makes."""
 
     plan: Plan
     nbytes: int
 
 
-def plan_from_run(cfg: PlanConfig, output: Path) -> dict[str, Described]:
-    """Make a plan from the statistics of `cfg.run_dir` and write it to `output`; the plan `cfg.compare` beside it, where given.
+def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str, Described]:
+    """Make a plan from the statistics of `cfg.run_dir` and write it to `output`; the plan file `compare` beside it, where given.
 
     Raises StunError where the statistics are missing or belong to another model.
     """
@@ -67,9 +66,9 @@ def plan_from_run(cfg: PlanConfig, output: Path) -> dict[str, Described]:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, plan.to_json())
     plans = {str(output): Described(plan, _bytes_written(arch, plan))}
-    if cfg.compare:
-        other = plan_from_file(replace(cfg, plan=cfg.compare), arch, sizes)
-        plans[cfg.compare] = Described(other, _bytes_written(arch, other))
+    if compare:
+        other = plan_from_file(replace(cfg, plan=compare), arch, sizes)
+        plans[compare] = Described(other, _bytes_written(arch, other))
     return plans
 
 

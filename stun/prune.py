@@ -101,6 +101,15 @@ def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Rank
         ranks.on_first(lambda: run.stats.finish(samples.sources, model_digest(arch.source)))
 
 
+def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
+    """The first stream alone: `cfg.run_dir`/stats, from which plans of any kind can be made."""
+    validate(cfg)
+    arch = Architecture(Checkpoint.open(cfg.model.path))
+    samples = ranks.on_first(lambda: _samples(cfg, arch))
+    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, arch.source, samples)))
+    _observe(cfg, arch, samples, ranks, run)
+
+
 def _save_plan(plan: Plan, run: Run) -> Plan:
     write_json(run.folder / "plan.json", plan.to_json())
     return plan

@@ -31,8 +31,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def plan_table(plans: dict) -> str:
-    """A column per plan, a line per layer with experts: how many stay, and, against the first plan, how many of them it keeps
-    too."""
+    """A column per plan, a line per layer with experts: how many stay, and how many of the first plan's a later one keeps too."""
     table = Table(box=None, pad_edge=False)
     for title in ("", *plans):
         table.add_column(title, justify="right" if title else "left")
