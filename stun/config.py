@@ -122,7 +122,7 @@ class ProtectConfig:
 
 @dataclass
 class ExpertsConfig:
-    """Structured half: `fraction` of the parameters to be removed leave as whole experts.
+    """Structured half: `fraction` of the parameters to be removed leave as whole experts; `auto` searches for it.
 
     `method` decides who leaves, with `score` where worth counts: to rank, to represent a cluster, to break ties. `a`, `b`,
     `beta` are those of the custom score, `seed` is the random one's. `source_weights` weighs the statistics of calibration
@@ -136,7 +136,7 @@ class ExpertsConfig:
     """
 
     method: ExpertsMethod = ExpertsMethod.stun
-    fraction: float = 0.5
+    fraction: float | str = 0.5
     budget: Budget = Budget.uniform
     representative: Representative = Representative.nearest
     score: Score = Score.reap
@@ -277,7 +277,9 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     """Refuse values that no plan could be made with; `sources` are the names of the calibration sources. Raises StunError."""
     experts = cfg.experts
     _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
-    _require(0 <= experts.fraction <= 1, "experts.fraction", experts.fraction, "a share of the removed parameters, 0 to 1")
+    share = experts.fraction
+    known = share == "auto" or (isinstance(share, (int, float)) and 0 <= share <= 1)
+    _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto")
     _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
     for key in ("lambda1", "lambda2", "lambda3", "kappa"):
         _require(getattr(experts, key) >= 0, f"experts.{key}", getattr(experts, key), "0 or more")

@@ -1,4 +1,4 @@
-"""The picture of a comparison: exact match against total sparsity."""
+"""Pictures: exact match against total sparsity, and the error of every split of a target."""
 
 from __future__ import annotations
 
@@ -38,4 +38,23 @@ def comparison_figure(comparisons: list[str], output: str) -> None:
     axes.grid(alpha=0.25)
     axes.legend(loc="lower left")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+
+
+def curve_figure(error: dict[str, float], output: Path) -> None:
+    """Draw held-out error against the share of the removed parameters that leaves as whole experts, into a PNG."""
+    fractions, errors = [float(fraction) for fraction in error], list(error.values())
+    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(fractions, errors, marker="o", color=COLORS["STUN"])
+    best = min(range(len(errors)), key=errors.__getitem__)
+    axes.plot(fractions[best], errors[best], marker="o", markersize=11, fillstyle="none", color=COLORS["experts only"])
+    axes.annotate(
+        f"chosen: {fractions[best]}", (fractions[best], errors[best]), xytext=(0, -20), textcoords="offset points", ha="center"
+    )
+    axes.set(
+        xlabel="share of the removed parameters that leaves as whole experts", ylabel="held-out error of the layers' outputs"
+    )
+    axes.set_ylim(bottom=0, top=1.1 * max(errors))
+    axes.grid(alpha=0.25)
     figure.savefig(output)

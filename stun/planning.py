@@ -61,6 +61,8 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     if stats.about["model"] != model_digest(source):
         raise StunError(f"run_dir={cfg.run_dir}: its statistics belong to another model than {cfg.model.path}")
     validate_experts(cfg, list(stats.sources))
+    if cfg.experts.fraction == "auto":
+        raise StunError("experts.fraction=auto: a search runs the model; jobs.prune does that")
     sizes = measure_layers(arch, cfg.sparsify.scope)
     plan = make_plan(cfg, arch, sizes, experts_to_drop(cfg, sizes, arch), stats)
     output.parent.mkdir(parents=True, exist_ok=True)

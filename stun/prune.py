@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 
 from stun import serving
 from stun.arch import Architecture
@@ -10,11 +12,13 @@ from stun.budget import LayerSize, experts_to_drop, layer_quotas, make_budget, m
 from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
 from stun.config import Budget, PruneConfig, StunError, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
+from stun.figure import curve_figure
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planning import make_plan, plan_from_file
 from stun.ranks import Ranks
 from stun.run import Run, fingerprint, model_digest
+from stun.search import reachable, search_fraction
 from stun.shards import ShardWriter, shard_files
 from stun.stream import embed
 
@@ -31,10 +35,10 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     arch = Architecture(source)
     sizes = measure_layers(arch, cfg.sparsify.scope)
     given = plan_from_file(cfg, arch, sizes) if cfg.plan else None
-    drops = [layer.experts - len(layer.clusters) for layer in given.layers] if given else experts_to_drop(cfg, sizes, arch)
-    if not given:
-        _check_loadable(cfg, arch, drops)
-    budget = make_budget(cfg, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+    is_auto = cfg.experts.fraction == "auto" and not given
+    fractions = reachable(cfg, arch, sizes) if is_auto else []
+    drops, budget = ([], None) if is_auto else _request(cfg, arch, sizes, given)
+    _check_loadable(cfg, arch, bool(given))
     samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
     finished = ranks.on_first(lambda: run.summary)
@@ -42,6 +46,10 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         ranks.log(f"{cfg.run_dir} is complete already")
         return finished
 
+    if is_auto:
+        _observe(cfg, arch, samples, ranks, run)
+        cfg = _search(cfg, arch, sizes, samples, fractions, ranks, run)
+        drops, budget = _request(cfg, arch, sizes, None)
     ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
     _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
     if any(drops) and not given:
@@ -56,9 +64,32 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     return summary
 
 
-def _check_loadable(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
+def _request(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], given: Plan | None) -> tuple[list[int], Plan]:
+    """Experts to drop by layer, and what must leave beside them. Raises StunError where that cannot be."""
+    drops = [layer.experts - len(layer.clusters) for layer in given.layers] if given else experts_to_drop(cfg, sizes, arch)
+    return drops, make_budget(cfg, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+
+
+def _search(
+    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], samples: Samples, fractions: list[float], ranks: Ranks, run: Run
+) -> PruneConfig:
+    """The configuration with the fraction of least held-out error; the curve goes into search.json and search.png."""
+    file = run.folder / "search.json"
+    curve = ranks.on_first(lambda: json.loads(file.read_text())["error"] if file.is_file() else None)
+    if curve is None:
+        found = search_fraction(cfg, arch, sizes, samples, fractions, ranks, run.stats)
+        curve = {str(fraction): error for fraction, error in found.items()}
+        ranks.on_first(lambda: curve_figure(curve, run.folder / "search.png"))
+        ranks.on_first(lambda: write_json(file, {"error": curve}))
+    best = float(min(curve, key=curve.get))
+    for fraction, error in curve.items():
+        ranks.log(f"experts.fraction={fraction}: held-out error {error:.5f}{' <- chosen' if float(fraction) == best else ''}")
+    return replace(cfg, experts=replace(cfg.experts, fraction=best))
+
+
+def _check_loadable(cfg: PruneConfig, arch: Architecture, is_given: bool) -> None:
     why = arch.cannot_differ
-    if any(drops) and cfg.experts.budget is Budget["global"] and why:
+    if cfg.experts.budget is Budget["global"] and cfg.experts.fraction and why and not is_given:
         raise StunError(
             f"experts.budget=global: {why}; layers cannot keep different numbers of experts. Use experts.budget=uniform"
         )

@@ -21,8 +21,9 @@ ORDER = [
     {"arch"},
     {"budget", "stream"},
     {"planning", "mask", "shards", "progress"},
-    {"passes"},
+    {"passes", "search"},
     {"prune"},
+    {"study"},
 ]
 PURE = {"stats", "plan", "sparsify", "clusters", "distances", "scores", "select"}
 PURE_IMPORTS = {"torch", "numpy", "scipy", "stun", "__future__", "collections", "dataclasses", "json", "math", "pathlib"}

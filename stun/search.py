@@ -1,0 +1,134 @@
+"""How much of a target should leave as whole experts: the split with the least error on held-out calibration samples.
+
+One stream over the dense model serves all candidates. Each layer gets the dense model's own inputs, is pruned as each candidate
+says, and its outputs are compared with the dense layer's on samples that were not used for pruning. A cluster is represented by
+its member of most worth here, whatever the run itself will do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from stun.arch import Architecture
+from stun.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget
+from stun.config import PruneConfig, Representative, StunError
+from stun.data import Samples
+from stun.mask import mask_layer
+from stun.plan import Plan
+from stun.planning import make_plan
+from stun.progress import Progress
+from stun.ranks import Ranks
+from stun.run import Statistics
+from stun.stream import Layer, LayerStream, States, embed, even_owners
+
+FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
+_HELD_OUT = 8  # one sample in so many
+
+
+def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:
+    """The fractions of `FRACTIONS` that the model and the target allow. Raises StunError where none is."""
+    fractions = []
+    for fraction in FRACTIONS:
+        own = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
+        try:
+            drops = experts_to_drop(own, sizes, arch)
+            make_budget(own, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+            fractions.append(fraction)
+        except StunError:
+            continue  # this split cannot be; the others may
+    if not fractions:
+        raise StunError(f"experts.fraction=auto: no split of target={cfg.target} into experts and weights can be met")
+    return fractions
+
+
+def search_fraction(
+    cfg: PruneConfig,
+    arch: Architecture,
+    sizes: list[LayerSize],
+    samples: Samples,
+    fractions: list[float],
+    ranks: Ranks,
+    stats: Statistics,
+) -> dict[float, float]:
+    """The error at each of `fractions`: the mean over layers of ||Y' - Y||^2 / ||Y - X||^2.
+
+    X is a layer's input, Y its output, Y' the pruned layer's. All ranks call this together. Raises StunError where a calibration
+    source has too few samples.
+    """
+    plans = ranks.on_first(lambda: _candidates(cfg, arch, sizes, fractions, stats))
+    quotas = {f: layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros) for f, plan in plans.items()}
+    kept_back, held_out = _split(samples)
+    size, read = cfg.calibration.micro_batch, arch.source.read
+    states, held = (embed(arch, ranks, part.batches(size), read) for part in (kept_back, held_out))
+    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
+    errors: dict[float, list[float]] = {fraction: [] for fraction in plans}
+    for layer in stream:
+        stream.build(layer)
+        outputs, dense = stream.run(layer, states), stream.run(layer, held)
+        for fraction, plan in plans.items():
+            quota = quotas[fraction][layer.layout.index]
+            pruned = _pruned(stream, layer, plan, quota, states, held)
+            errors[fraction].append(_relative_error(pruned, dense, held, ranks))
+        states, held = outputs, dense
+        progress.layer(layer, f"{len(plans)} fractions")
+    return {fraction: math.fsum(own) / len(own) for fraction, own in errors.items()}
+
+
+def _candidates(
+    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], fractions: list[float], stats: Statistics
+) -> dict[float, Plan]:
+    """A plan for each fraction whose representatives are known without looking at weights."""
+    plans = {}
+    for fraction in fractions:
+        how = replace(cfg.experts, fraction=fraction, representative=Representative.score, kappa=0)
+        own = replace(cfg, experts=how)
+        plans[fraction] = make_plan(own, arch, sizes, experts_to_drop(own, sizes, arch), stats)
+    return plans
+
+
+def _split(samples: Samples) -> tuple[Samples, Samples]:
+    """The samples without the last eighth of every source, and these. Raises StunError where a source has fewer than eight."""
+    parts = list(zip(samples.sources, samples.tokens_ST.split(list(samples.sources.values())), strict=True))
+    for name, part in parts:
+        if len(part) < _HELD_OUT:
+            raise StunError(
+                f"experts.fraction=auto: source {name!r} has {len(part)} samples; {_HELD_OUT} are needed to hold some out"
+            )
+    cuts = {name: len(part) - len(part) // _HELD_OUT for name, part in parts}
+    first = Samples(torch.cat([part[: cuts[name]] for name, part in parts]), cuts)
+    last = Samples(torch.cat([part[cuts[name] :] for name, part in parts]), {n: len(part) - cuts[n] for n, part in parts})
+    return first, last
+
+
+def _pruned(stream: LayerStream, layer: Layer, plan: Plan, quota: LayerQuota, states: States, held: States) -> States:
+    """What a copy of the layer gives for the held-out samples, pruned by a plan on the other samples."""
+    kept = plan.layers[layer.layout.index].kept
+    own = Layer(
+        layer.layout,
+        {name: tensor.clone() for name, tensor in layer.dense.items()},
+        {e: {part: t.clone() for part, t in parts.items()} for e, parts in layer.experts.items() if e in set(kept)},
+        {},
+        list(layer.kept),
+        list(layer.owner),
+    )
+    stream.keep(own, kept)
+    stream.build(own)
+    mask_layer(stream, own, states, quota)
+    stream.build(own)
+    output = stream.run(own, held)
+    own.release()
+    return output
+
+
+def _relative_error(pruned: States, dense: States, inputs: States, ranks: Ranks) -> float:
+    """||Y' - Y||^2 / ||Y - X||^2 over all ranks; a sum per token, and then exactly, so that no order matters."""
+    totals = []
+    for one, other in ((pruned, dense), (dense, inputs)):
+        squares = [(a.float() - b.float()).square().sum(-1) for a, b in zip(one.hidden, other.hidden, strict=True)]
+        own = [value for tokens in squares for value in tokens.flatten().tolist()]
+        totals.append(math.fsum(value for part in ranks.gather_objects(own) for value in part))
+    return totals[0] / totals[1] if totals[1] else 0.0

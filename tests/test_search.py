@@ -1,0 +1,106 @@
+"""The search for the share of experts: its error against the full model in memory, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+import torch
+from conftest import TEXT, run_job, same_tensors, settings
+from test_families import forbid, load_stock
+from test_heterogeneous import target_of
+from test_stream import captured
+from zoo import make_checkpoint
+
+from stun.arch import Architecture
+from stun.budget import measure_layers
+from stun.checkpoint import Checkpoint
+from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig, StunError
+from stun.data import calibration_samples, load_tokenizer
+from stun.names import experts_of
+from stun.planning import plan_from_run
+from stun.prune import prune, take_statistics
+from stun.ranks import Ranks
+from stun.run import Statistics
+from stun.search import reachable, search_fraction
+
+CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks() as started:
+        yield started
+
+
+def config(source, run_dir, target, **changes) -> PruneConfig:
+    experts = ExpertsConfig(fraction="auto")
+    return PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, target=target, run_dir=str(run_dir), **changes)
+
+
+def test_error_is_brute_force(tmp_path, ranks):
+    """Whole experts only: what each layer gives for the dense model's inputs when its router may choose survivors alone."""
+    source = make_checkpoint(tmp_path / "source", "qwen3_moe")
+    cfg = config(source, tmp_path / "run", target_of(source, 4), sparsify=SparsifyConfig(scope=[]))
+    take_statistics(cfg, ranks)
+    arch, stats = Architecture(Checkpoint.open(source)), Statistics(tmp_path / "run" / "stats")
+    sizes = measure_layers(arch, [])
+    fractions = reachable(cfg, arch, sizes)
+    assert fractions[-1] == 1.0 and 0.5 not in fractions, "without single weights to remove only whole experts reach the target"
+    samples = calibration_samples(CALIBRATION, load_tokenizer(source), 260)
+    (found,) = set(search_fraction(cfg, arch, sizes, samples, fractions, ranks, stats).values())  # all drop the same experts
+
+    cfg.experts.fraction, cfg.experts.kappa = 1.0, 0
+    cfg.experts.representative = type(cfg.experts.representative).score
+    (described,) = plan_from_run(cfg, tmp_path / "plan.json").values()
+    model, held_out = load_stock(source), samples.tokens_ST[14:]
+    layers = {str(i): layer for i, layer in enumerate(model.base_model.layers)}
+    dense, errors = captured(model, layers, held_out), []
+    for name, layer in layers.items():
+        ((arguments, output),) = dense[name]
+        recorded: dict = {}
+        hook = layer.register_forward_pre_hook(lambda m, a, k, seen=recorded: seen.update(k), with_kwargs=True)
+        model(held_out, use_cache=False)
+        hook.remove()
+        with contextlib.ExitStack() as replaced, torch.no_grad():
+            if experts_of(layer):
+                forbid(layer, described.plan.layers[int(name)].kept, replaced)
+            pruned = layer(arguments[0], **recorded)
+        square = lambda x: float(x.double().square().sum())  # noqa: E731
+        errors.append(square(pruned - output) / square(output - arguments[0]))
+    assert max(errors) > 1e-3
+    assert found == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_too_few_samples_to_hold_some_out(tmp_path, ranks):
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    cfg = config(source, tmp_path / "run", 0.4)
+    cfg.calibration = CalibrationConfig(path=str(TEXT), samples=7, length=40, micro_batch=2)
+    with pytest.raises(StunError, match="source 'all' has 7 samples; 8 are needed"):
+        prune(cfg, ranks)
+
+
+def test_unreachable_by_any_split(tmp_path, ranks):
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    with pytest.raises(StunError, match=r"no split of target=0\.999"):
+        prune(config(source, tmp_path / "run", 0.999), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.launch
+def test_auto_on_the_command_line(checkpoint, tmp_path):
+    source, how = checkpoint("mixtral"), {"experts__fraction": "auto", "calibration__samples": 17}
+    for ranks in (1, 2):
+        done = run_job("prune", settings(source, tmp_path / str(ranks), **how), ranks)
+        assert done.stdout.count("held-out error") >= 5 and done.stdout.count("<- chosen") == 1
+    same_tensors(tmp_path / "1" / "model", tmp_path / "2" / "model")
+    curve = (tmp_path / "1" / "search.json").read_bytes()
+    assert curve == (tmp_path / "2" / "search.json").read_bytes()
+    assert (tmp_path / "1" / "search.png").read_bytes().startswith(b"\x89PNG")
+    error = json.loads(curve)["error"]
+    plan = json.loads((tmp_path / "1" / "plan.json").read_text())
+    asked = float(min(error, key=error.get)) * plan["target"]
+    assert plan["dropped"] / plan["parameters"] == pytest.approx(asked, abs=0.06), "as near as whole experts allow"
+    refused = run_job("plan", [*settings(source, tmp_path / "1", **how), f"output={tmp_path}/p.json"], check=False)
+    assert refused.returncode == 2 and "jobs.prune does that" in refused.stderr
