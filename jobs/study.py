@@ -1,18 +1,19 @@
-"""Compare ways to choose experts: torchrun --nproc-per-node 2 -m jobs.study experiment=study table=docs/selection.md"""
+"""Compare ways to choose experts: torchrun --nproc-per-node 2 -m jobs.study scores=docs/selection.json"""
 
 from pathlib import Path
 
 from jobs import launch
-from stun.study import study
+from stun.checkpoint import write_json
+from stun.study import markdown, study
 
 
 def work(cfg, ranks) -> None:
-    table = study(cfg, ranks)
+    scores = study(cfg, ranks)
 
     def report() -> None:
-        print(table)
-        if cfg.table:
-            Path(cfg.table).write_text(table)
+        print(markdown(scores))
+        if cfg.scores:
+            write_json(Path(cfg.scores), scores)
 
     ranks.on_first(report)
 

@@ -37,6 +37,7 @@ class Score(Enum):
     ean = "ean"
     frequency = "frequency"
     weighted_frequency = "weighted_frequency"
+    energy = "energy"
     aimer = "aimer"
     random = "random"
     custom = "custom"
@@ -136,7 +137,7 @@ class ExpertsConfig:
     """
 
     method: ExpertsMethod = ExpertsMethod.stun
-    fraction: float | str = 0.5
+    fraction: int | float | str = 0.5
     budget: Budget = Budget.uniform
     representative: Representative = Representative.nearest
     score: Score = Score.reap
@@ -220,13 +221,13 @@ class CompareConfig(PruneConfig):
 @dataclass
 class StudyConfig(PruneConfig):
     """Compare ways to choose experts. `methods` maps a name to overrides of the configuration, all of them tried at every one of
-    `targets`, on calibration texts in the orders of `seeds`. `table` is the Markdown file to write."""
+    `targets`, on calibration texts in the orders of `seeds`. `scores` is the JSON file to write."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     methods: dict[str, list[str]] = field(default_factory=dict)
     targets: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    table: str = ""
+    scores: str = ""
 
 
 @dataclass

@@ -42,10 +42,12 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
 
 @dataclass(frozen=True)
 class Described:
-    """A plan, and the bytes of all tensors of the checkpoint it makes."""
+    """A plan, the bytes of all tensors of the checkpoint it makes, and by calibration source the experts that serve most of its
+    tokens: how many there are, and how many of them stay (where that is decided already)."""
 
     plan: Plan
     nbytes: int
+    needs: dict[str, tuple[int, int]]
 
 
 def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str, Described]:
@@ -67,10 +69,11 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     plan = make_plan(cfg, arch, sizes, experts_to_drop(cfg, sizes, arch), stats)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, plan.to_json())
-    plans = {str(output): Described(plan, _bytes_written(arch, plan))}
+    describe = lambda made: Described(made, _bytes_written(arch, made), _needs(arch, made, stats))  # noqa: E731
+    plans = {str(output): describe(plan)}
     if compare:
         other = plan_from_file(replace(cfg, plan=compare), arch, sizes)
-        plans[compare] = Described(other, _bytes_written(arch, other))
+        plans[compare] = describe(other)
     return plans
 
 
@@ -83,6 +86,20 @@ def _bytes_written(arch: Architecture, plan: Plan) -> int:
             entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
             total -= (layer.experts - len(layer.clusters)) * (pieces + entries)
     return total
+
+
+def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9) -> dict[str, tuple[int, int]]:
+    """For each source the fewest experts of all layers that serve `share` of its routed tokens, and how many of them stay."""
+    needs = {name: (0, 0) for name in stats.sources}
+    for layout in (layout for layout in arch.layers if layout.experts):
+        served_SE = stats.load(layout.index)["coactivation"].diagonal(dim1=1, dim2=2).double()
+        kept = set(plan.layers[layout.index].kept)
+        for name, served_E in zip(needs, served_SE, strict=True):
+            order = served_E.argsort(descending=True, stable=True)
+            enough = int((served_E[order].cumsum(0) < share * served_E.sum()).sum()) + 1
+            needed, stay = needs[name]
+            needs[name] = (needed + enough, stay + len(kept.intersection(order[:enough].tolist())))
+    return needs
 
 
 def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> list[Evidence]:

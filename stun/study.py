@@ -20,8 +20,8 @@ from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
 
 
-def study(cfg: StudyConfig, ranks: Ranks) -> str:
-    """Run what is missing of the study in `cfg.run_dir`; returns its table in Markdown.
+def study(cfg: StudyConfig, ranks: Ranks) -> dict:
+    """Run what is missing of the study in `cfg.run_dir`; returns its scores, from which `markdown` makes the table.
 
     One stream of statistics a seed serves all methods and sparsities. A result, once there, is not computed again.
     """
@@ -29,7 +29,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> str:
         raise StunError("study: methods, targets and seeds are needed")
     folder = Path(cfg.run_dir)
     dense = _once(folder / "dense.json", lambda: evaluate(cfg.model.path, cfg.task, ranks), ranks)
-    results = {}
+    scores: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     for seed in cfg.seeds:
         seeded = replace(cfg, calibration=replace(cfg.calibration, seed=seed), run_dir=str(folder / f"seed-{seed}"))
         take_statistics(seeded, ranks)
@@ -37,11 +37,10 @@ def study(cfg: StudyConfig, ranks: Ranks) -> str:
             for method, overrides in cfg.methods.items():
                 own = replace(with_overrides(seeded, overrides), target=target)
                 cell = folder / f"seed-{seed}" / f"{target} {method}"
-                results[method, target, seed] = _once(
-                    cell.with_name(cell.name + ".json"), lambda own=own, cell=cell: _cell(own, cell, cfg, ranks), ranks
-                )
-                ranks.log(f"{method} at {target}, seed {seed}: {_score(results[method, target, seed], 1):.3f}")
-    return markdown(cfg, dense, results)
+                result = _once(Path(f"{cell}.json"), lambda own=own, cell=cell: _cell(own, cell, cfg, ranks), ranks)
+                scores[method][str(target)].append(_halves(result))
+                ranks.log(f"{method} at {target}, seed {seed}: {_halves(result)[1]:.3f}")
+    return {"dense": _halves(dense), "seeds": list(cfg.seeds), "scores": scores}
 
 
 def _once(file: Path, compute, ranks: Ranks) -> dict:
@@ -55,7 +54,7 @@ def _once(file: Path, compute, ranks: Ranks) -> dict:
 
 def _cell(own: StudyConfig, cell: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
     """One method at one sparsity on one seed: plan, prune, evaluate; the pruned checkpoint is not kept."""
-    plan = cell.with_name(cell.name + ".plan.json")
+    plan = Path(f"{cell}.plan.json")
     if own.experts.fraction:
         ranks.on_first(lambda: plan_from_run(own, plan) and None)
         own = replace(own, plan=str(plan))
@@ -65,27 +64,26 @@ def _cell(own: StudyConfig, cell: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
     return result
 
 
-def _score(result: dict, half: int) -> float:
-    """Exact match, averaged over the groups of the rows whose number has remainder `half`."""
-    groups: dict[str, list[bool]] = defaultdict(list)
+def _halves(result: dict) -> list[float]:
+    """Exact match, averaged over the groups, on the even rows and on the odd ones."""
+    groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
     for number, (group, right) in enumerate(zip(result["groups"], result["right"], strict=True)):
-        if number % 2 == half:
-            groups[group].append(right)
-    return mean(mean(hits) for hits in groups.values())
+        groups[number % 2][group].append(right)
+    return [mean(mean(hits) for hits in half.values()) for half in groups]
 
 
-def markdown(cfg: StudyConfig, dense: dict, results: dict) -> str:
+def markdown(scores: dict) -> str:
     """The table: a line per method, a column per sparsity, the mean over seeds and their standard deviation."""
-    lines = []
-    for half, title in ((1, "reported (odd rows)"), (0, "chosen by (even rows)")):
-        lines += [f"| {title}; dense {_score(dense, half):.3f} | {' | '.join(map(str, cfg.targets))} |"]
-        lines += ["|---" * (len(cfg.targets) + 1) + "|"]
-        for method in cfg.methods:
+    lines, seeds = [], ", ".join(map(str, scores["seeds"]))
+    targets = list(next(iter(scores["scores"].values())))
+    for half, title in ((1, "Reported: the odd rows"), (0, "For choosing: the even rows")):
+        lines += [f"{title}. Dense: {scores['dense'][half]:.3f}. Seeds of the calibration text: {seeds}.", ""]
+        lines += [f"| total sparsity | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
+        for method, by_target in scores["scores"].items():
             cells = []
-            for target in cfg.targets:
-                scores = [_score(results[method, target, seed], half) for seed in cfg.seeds]
-                spread = f" ± {stdev(scores):.3f}" if len(scores) > 1 else ""
-                cells.append(f"{mean(scores):.3f}{spread}")
+            for target in targets:
+                own = [pair[half] for pair in by_target[target]]
+                cells.append(f"{mean(own):.3f}" + (f" ± {stdev(own):.3f}" if len(own) > 1 else ""))
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -85,11 +85,20 @@ def composed(job: str, overrides: list[str]):
 @pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")))
 @pytest.mark.parametrize("job", ["prune", "compare"])
 def test_every_experiment_composes(job, name):
-    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 4 if job == "compare" else 3]
+    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 3 if job == "prune" else 4]
     cfg = composed(job, [f"experiment={name}", *missing])
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
     stun.config.validate(typed)
+
+
+@pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])
+def test_fractions_on_the_command_line(value):
+    typed = OmegaConf.to_object(
+        composed("prune", [f"experts.fraction={value}", "model.path=m", "calibration.path=c", "target=0.4", "run_dir=r"])
+    )
+    stun.config.validate(typed)
+    assert str(typed.experts.fraction) == value
 
 
 @pytest.mark.parametrize("wrong", ["experts.fractoin=0.3", "tarrget=0.4", "experts.budget=globl", "calibration.samples=few"])

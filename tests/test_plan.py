@@ -98,6 +98,7 @@ def test_scores_are_brute_force(score):
         Score.ean: lambda own: sum(f for _, f in own),
         Score.frequency: len,
         Score.weighted_frequency: lambda own: sum(g for g, _ in own),
+        Score.energy: lambda own: sum((g * f) ** 2 for g, f in own),
     }[score]
     for expert, own in enumerate(seen):
         assert found[expert].item() == pytest.approx(naive(own) if own else 0.0)

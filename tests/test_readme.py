@@ -75,6 +75,23 @@ def test_prune_your_own_model(checkpoint, tmp_path):
     assert 0 <= json.loads((tmp_path / "arctic" / "result.json").read_text())["average"] <= 1
 
 
+@pytest.mark.launch
+def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
+    """The two commands of the plan block, after a run that took statistics."""
+    plan, take = commands("plan")[0].splitlines()
+    small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
+    model = {"model.path": str(checkpoint("arctic"))}
+    run(here(commands("own")[1], {**small, **model, "run_dir": str(tmp_path / "arctic")}))
+    files = {
+        "run_dir": str(tmp_path / "arctic"),
+        "output": str(tmp_path / "p.json"),
+        "compare": str(tmp_path / "arctic" / "plan.json"),
+    }
+    assert "experts kept" in run(here(plan, {**model, **files}))
+    run(here(take, {**small, **model, "plan": str(tmp_path / "p.json"), "run_dir": str(tmp_path / "energy")}))
+    assert (tmp_path / "energy" / "manifest.json").is_file()
+
+
 def test_ci_runs_the_readme_test_command():
     (command,) = commands("tests")
     assert command.startswith("python3 -m venv .venv && .venv/bin/pip install") and command.endswith("-m pytest")
@@ -85,7 +102,7 @@ def test_settings_in_the_readme_exist():
     from stun.config import PruneConfig
 
     table = README.partition("| setting |")[2].partition("\n\n")[0]
-    keys = re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    keys = re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert "experts.lambda2" in keys
     for key in (f"calibration{key}" if key.startswith(".") else key for key in keys):
         node = PruneConfig()

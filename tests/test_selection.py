@@ -188,10 +188,25 @@ def test_a_mixture_keeps_its_sources_apart(observed, tmp_path, ranks):
         only = replace(ranked, source_weights={other: 0.0 for other in together.sources if other != name})
         plan_from_run(config(source, tmp_path / "mixed", experts=only), tmp_path / "weighed.json")
         plan_from_run(config(source, tmp_path / name, experts=ranked), tmp_path / "alone.json")
+        (described,) = plan_from_run(config(source, tmp_path / "mixed", experts=only), tmp_path / "again.json").values()
+        assert described.needs[name] == naive_need(single, read_layers(tmp_path / "alone.json")[0])
         assert read_layers(tmp_path / "weighed.json") == read_layers(tmp_path / "alone.json")
     with pytest.raises(StunError, match=r"source_weights.*sources are numbers, letters"):
         unknown = ExpertsConfig(source_weights={"code": 1.0})
         plan_from_run(config(source, tmp_path / "mixed", experts=unknown), tmp_path / "plan.json")
+
+
+def naive_need(stats: Statistics, layers) -> tuple[int, int]:
+    """Experts taken by how often they were chosen until they serve 90 % of the choices, and how many of these are kept."""
+    needed = stay = 0
+    for number, layer in enumerate(layers):
+        counts = stats.load(number)["coactivation"][0].diagonal().tolist()
+        order, served = sorted(range(12), key=lambda e: (-counts[e], e)), 0
+        for expert in order:
+            if served >= 0.9 * sum(counts):
+                break
+            served, needed, stay = served + counts[expert], needed + 1, stay + (expert in layer.kept)
+    return needed, stay
 
 
 WRONG_CALIBRATION = {

@@ -18,6 +18,7 @@ PRESETS = {
     Score.ean: (0, 1, 1),  # summed instead of averaged
     Score.frequency: (0, 1, 0),
     Score.weighted_frequency: (1, 1, 0),
+    Score.energy: (2, 1, 2),  # what the expert adds to the layer's output, squared and summed
 }
 
 
