@@ -129,15 +129,23 @@ class _Usage:
     share_SE: np.ndarray
 
 
-def _protected(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:
-    """Experts that must stay, by layer. Raises StunError for a listed expert that does not exist."""
-    rule, protected = cfg.experts.protect, {index: set() for index in moe}
-    for entry in rule.experts:
+def listed_experts(cfg: PruneConfig, arch: Architecture) -> list[tuple[int, int]]:
+    """(layer, expert) of every entry of `experts.protect.experts`. Raises StunError for one that names no expert."""
+    found = []
+    for entry in cfg.experts.protect.experts:
         layer, _, expert = entry.partition(".")
-        known = layer.isdigit() and expert.isdigit() and int(layer) in protected
+        known = layer.isdigit() and expert.isdigit() and int(layer) < len(arch.layers)
         if not known or int(expert) >= arch.layers[int(layer)].num_experts:
             raise StunError(f"experts.protect.experts: {entry!r} names no expert; the form is layer.expert, counted from 0")
-        protected[int(layer)].add(int(expert))
+        found.append((int(layer), int(expert)))
+    return found
+
+
+def _protected(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:
+    """Experts that must stay, by layer."""
+    rule, protected = cfg.experts.protect, {index: set() for index in moe}
+    for layer, expert in listed_experts(cfg, arch):
+        protected[layer].add(expert)
     if rule.super_experts or rule.domain_share:
         usage = {index: _usage(stats.load(index), arch.top_k) for index in moe}
         peaks = np.concatenate([usage[index].peak_E for index in moe])

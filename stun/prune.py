@@ -15,7 +15,7 @@ from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
-from stun.planning import make_plan, plan_from_file
+from stun.planning import listed_experts, make_plan, plan_from_file
 from stun.ranks import Ranks
 from stun.run import Run, fingerprint, model_digest
 from stun.search import reachable, search_fraction
@@ -39,6 +39,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     drops, budget = ([], None) if is_auto else _request(cfg, arch, sizes, given)
     _check_loadable(cfg, arch, bool(given))
+    listed_experts(cfg, arch)
     samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
     finished = ranks.on_first(lambda: run.summary)

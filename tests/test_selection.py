@@ -237,7 +237,7 @@ def test_a_seed_shuffles_the_text(observed, tmp_path, ranks):
     assert len(digests) == 3
 
 
-def test_protected_experts_stay(observed, tmp_path):
+def test_protected_experts_stay(observed, tmp_path, ranks):
     source, run_dir = observed
     stats = [Statistics(run_dir / "stats").load(layer) for layer in range(3)]
     peaks = torch.cat([layer["peak"][0] for layer in stats])
@@ -257,7 +257,8 @@ def test_protected_experts_stay(observed, tmp_path):
     for wrong in ("3", "0.12", "7.0", "a.b"):
         with pytest.raises(StunError, match=f"{wrong!r} names no expert"):
             experts = ExpertsConfig(protect=ProtectConfig(experts=[wrong]))
-            plan_from_run(config(source, run_dir, experts=experts), tmp_path / "plan.json")
+            prune(config(source, tmp_path / "run", experts=experts), ranks)
+        assert not (tmp_path / "run").exists()
 
 
 def members_of(layout, tensors, expert: int, part: str) -> torch.Tensor:
