@@ -1,8 +1,9 @@
 """How much of a target should leave as whole experts: the split with the least error on held-out calibration samples.
 
-One stream over the dense model serves all candidates. Each layer gets the dense model's own inputs, is pruned as each candidate
-says, and its outputs are compared with the dense layer's on samples that were not used for pruning. A cluster is represented by
-its member of most worth here, whatever the run itself will do.
+One stream over the dense model serves all candidates. Each candidate prunes every layer on the hidden states that its own pruned
+layers before it produce, as the real run does, and takes along samples that were not used for pruning; the error is how far
+these are from the dense model's after the last layer. A cluster is represented by its member of most worth here, whatever the run
+itself will do.
 """
 
 from __future__ import annotations
@@ -53,29 +54,25 @@ def search_fraction(
     ranks: Ranks,
     stats: Statistics,
 ) -> dict[float, float]:
-    """The error at each of `fractions`: the mean over layers of ||Y' - Y||^2 / ||Y - X||^2.
+    """The error at each of `fractions`: ||Y' - Y||^2 / ||Y||^2, with Y the dense last layer's output and Y' the pruned one's.
 
-    X is a layer's input, Y its output, Y' the pruned layer's. All ranks call this together. Raises StunError where a calibration
-    source has too few samples.
+    All ranks call this together. Raises StunError where a calibration source has too few samples.
     """
     plans = ranks.on_first(lambda: _candidates(cfg, arch, sizes, fractions, stats))
     quotas = {f: layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros) for f, plan in plans.items()}
-    kept_back, held_out = _split(samples)
     size, read = cfg.calibration.micro_batch, arch.source.read
-    states, held = (embed(arch, ranks, part.batches(size), read) for part in (kept_back, held_out))
+    states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(samples))
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
-    errors: dict[float, list[float]] = {fraction: [] for fraction in plans}
+    own = {fraction: (states, held) for fraction in plans}
     for layer in stream:
         stream.build(layer)
-        outputs, dense = stream.run(layer, states), stream.run(layer, held)
+        held = stream.run(layer, held)
         for fraction, plan in plans.items():
-            quota = quotas[fraction][layer.layout.index]
-            pruned = _pruned(stream, layer, plan, quota, states, held)
-            errors[fraction].append(_relative_error(pruned, dense, held, ranks))
-        states, held = outputs, dense
+            kept = plan.layers[layer.layout.index].kept
+            own[fraction] = _through(stream, layer, kept, quotas[fraction][layer.layout.index], *own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
-    return {fraction: math.fsum(own) / len(own) for fraction, own in errors.items()}
+    return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}
 
 
 def _candidates(
@@ -104,13 +101,14 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     return first, last
 
 
-def _pruned(stream: LayerStream, layer: Layer, plan: Plan, quota: LayerQuota, states: States, held: States) -> States:
-    """What a copy of the layer gives for the held-out samples, pruned by a plan on the other samples."""
-    kept = plan.layers[layer.layout.index].kept
+def _through(
+    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, states: States, held: States
+) -> tuple[States, States]:
+    """The states and the held-out ones after a pruned copy of the layer."""
     own = Layer(
         layer.layout,
         {name: tensor.clone() for name, tensor in layer.dense.items()},
-        {e: {part: t.clone() for part, t in parts.items()} for e, parts in layer.experts.items() if e in set(kept)},
+        {e: {part: t.clone() for part, t in layer.experts[e].items()} for e in kept if e in layer.experts},
         {},
         list(layer.kept),
         list(layer.owner),
@@ -119,16 +117,16 @@ def _pruned(stream: LayerStream, layer: Layer, plan: Plan, quota: LayerQuota, st
     stream.build(own)
     mask_layer(stream, own, states, quota)
     stream.build(own)
-    output = stream.run(own, held)
+    after = stream.run(own, states), stream.run(own, held)
     own.release()
-    return output
+    return after
 
 
-def _relative_error(pruned: States, dense: States, inputs: States, ranks: Ranks) -> float:
-    """||Y' - Y||^2 / ||Y - X||^2 over all ranks; a sum per token, and then exactly, so that no order matters."""
+def _relative_error(pruned: States, dense: States, ranks: Ranks) -> float:
+    """||Y' - Y||^2 / ||Y||^2 over all ranks; a sum per token, and then exactly, so that no order matters."""
+    pairs = list(zip(pruned.hidden, dense.hidden, strict=True))
     totals = []
-    for one, other in ((pruned, dense), (dense, inputs)):
-        squares = [(a.float() - b.float()).square().sum(-1) for a, b in zip(one.hidden, other.hidden, strict=True)]
-        own = [value for tokens in squares for value in tokens.flatten().tolist()]
-        totals.append(math.fsum(value for part in ranks.gather_objects(own) for value in part))
+    for part in ([a.float() - b.float() for a, b in pairs], [b.float() for _, b in pairs]):
+        own = [value for hidden in part for value in hidden.square().sum(-1).flatten().tolist()]
+        totals.append(math.fsum(value for values in ranks.gather_objects(own) for value in values))
     return totals[0] / totals[1] if totals[1] else 0.0

@@ -1,0 +1,59 @@
+"""The study of selections: it runs, continues, and the committed table is what its committed scores say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT, run_job
+from zoo import make_checkpoint
+
+from stun.study import markdown
+
+HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
+
+
+def test_committed_table_is_rendered_from_committed_scores():
+    scores = json.loads((ROOT / "docs" / "selection.json").read_text())
+    page = (ROOT / "docs" / "selection.md").read_text()
+    assert markdown(scores).strip() in page
+    assert "-m jobs.study scores=docs/selection.json" in page
+
+
+def test_markdown():
+    scores = {"dense": [0.9, 0.8], "seeds": [0, 1], "scores": {"a": {"0.5": [[0.1, 0.2], [0.3, 0.4]]}}}
+    table = markdown(scores)
+    assert "| a | 0.300 ± 0.141 |" in table and "| a | 0.200 ± 0.141 |" in table
+    assert table.index("0.300") < table.index("0.200") and "Dense: 0.800" in table
+
+
+@pytest.mark.launch
+def test_study_runs_and_continues(tmp_path):
+    """Every method at every sparsity and seed from one stream a seed; a second call computes nothing again."""
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:12]))
+    arguments = [
+        f"model.path={source}",
+        f"task.path={rows}",
+        "task.max_new_tokens=2",
+        "calibration.samples=8",
+        "calibration.length=40",
+        "targets=[0.3]",
+        "seeds=[0,1]",
+        "experts.budget=uniform",
+        "~methods",
+        "+methods={weights:['experts.fraction=0'],rank:['experts.method=rank'],plain:[]}",
+        f"run_dir={tmp_path / 'study'}",
+        f"scores={tmp_path / 'scores.json'}",
+    ]
+    first = run_job("study", arguments, 2)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {m: {t: len(pairs) for t, pairs in by.items()} for m, by in scores["scores"].items()} == {
+        m: {"0.3": 2} for m in ("weights", "rank", "plain")
+    }
+    assert first.stdout.count("prune 01/3") == 6 and first.stdout.count("observe 01/3") == 2
+    assert not list((tmp_path / "study").glob("seed-*/*/model")), "pruned checkpoints are not kept"
+    second = run_job("study", arguments, 1)
+    assert "prune 01/3" not in second.stdout and "observe 01/3" not in second.stdout
+    assert markdown(scores).strip() in second.stdout
