@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.planning import plan_from_run
+from stun.planfile import plan_from_run
 from stun.table import plan_table
 
 

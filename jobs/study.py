@@ -13,6 +13,7 @@ def work(cfg, ranks) -> None:
     def report() -> None:
         print(markdown(scores))
         if cfg.scores:
+            Path(cfg.scores).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(cfg.scores), scores)
 
     ranks.on_first(report)

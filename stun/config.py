@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 
 class StunError(Exception):
@@ -87,9 +87,9 @@ class CalibrationConfig:
     """Text the model is observed on.
 
     `path` is a local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub; `field` holds either a string
-    or a list of chat messages. `mixture` names several such sources instead. The text is packed into `samples` sequences of
-    `length` tokens, which are run `micro_batch` at a time; with a `seed` its rows are shuffled first. The result depends on
-    the micro-batch (in the last bits) but not on the number of ranks.
+    or a list of chat messages. `mixture` names several such sources instead, each with a path, field and split of its own.
+    The text is packed into `samples` sequences of `length` tokens, which are run `micro_batch` at a time; with a `seed` its
+    rows are shuffled first. The result depends on the micro-batch (in the last bits) but not on the number of ranks.
     """
 
     path: str = ""
@@ -111,9 +111,10 @@ class CalibrationConfig:
 class ProtectConfig:
     """Experts that stay whatever is said of them.
 
-    `experts` lists them as "layer.expert". `super_experts`: those with extreme outputs, of a norm above a tenth of the largest
-    of all layers and above all but 0.5 % of the experts (arXiv 2507.23279). `domain_share`: those that serve at least this
-    share of some calibration source's routed tokens in their layer; 0 protects nobody.
+    `experts` lists them by layer and number, counted from 0: L3E10. `super_experts`: those with extreme outputs, of a norm above
+    a tenth of the largest of all layers and above all but 0.5 % of the experts (arXiv 2507.23279). `domain_share`: those that
+    serve at least this share of some calibration source's routed tokens in their layer, whatever that source weighs; 0 protects
+    nobody.
     """
 
     experts: list[str] = field(default_factory=list)
@@ -253,7 +254,7 @@ def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
     """A copy of a configuration with some entries changed, each written as on the command line. Raises StunError."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides)))
-    except OmegaConfBaseException as error:
+    except Exception as error:  # of OmegaConf or of the YAML parser below it
         raise StunError(f"overrides {overrides}: {error}") from error
 
 
@@ -271,7 +272,8 @@ def validate(cfg: PruneConfig) -> None:
         _require(value >= 1, f"calibration.{key}", value, "at least 1")
     _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
     for name, source in calibration.mixture.items():
-        _require(source.weight > 0, f"calibration.mixture.{name}.weight", source.weight, "above 0")
+        _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
+    _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
 
 
 def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
@@ -279,11 +281,13 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     experts = cfg.experts
     _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
     share = experts.fraction
-    known = share == "auto" or (isinstance(share, (int, float)) and 0 <= share <= 1)
-    _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto")
+    known = (share == "auto" and cfg.target > 0) or (isinstance(share, (int, float)) and 0 <= share <= 1)
+    _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto for a target above 0")
     _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
     for key in ("lambda1", "lambda2", "lambda3", "kappa"):
-        _require(getattr(experts, key) >= 0, f"experts.{key}", getattr(experts, key), "0 or more")
+        value = getattr(experts, key)
+        _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
+    _require(abs(experts.b) <= 8, "experts.b", experts.b, "an exponent from -8 to 8")
     _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
     for key in ("a", "beta"):
         _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
@@ -292,6 +296,6 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     unknown = sorted(experts.source_weights.keys() - set(sources))
     _require(not unknown, "experts.source_weights", unknown, f"sources are {', '.join(sources)}")
     for name, weight in experts.source_weights.items():
-        _require(weight >= 0, f"experts.source_weights.{name}", weight, "0 or more")
+        _require(0 <= weight < math.inf, f"experts.source_weights.{name}", weight, "a number, 0 or more")
     total = sum(experts.source_weights.get(name, 1.0) for name in sources)
     _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")

@@ -64,13 +64,13 @@ class Plan:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan]]:
-    """The decoder layers and prediction heads of a plan file, which may have been edited by hand. Raises StunError."""
+def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
+    """The decoder layers, prediction heads and target of a plan file, which may have been edited by hand. Raises StunError."""
     try:
         content = json.loads(file.read_text())
-        return [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])], [
-            _read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))
-        ]
+        layers = [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])]
+        heads = [_read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
+        return layers, heads, float(content.get("target", 0.0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StunError(f"plan={file}: cannot be read as a plan: {type(error).__name__}: {error}") from error
 
@@ -80,6 +80,11 @@ def _read_layer(file: Path, number: int | str, entry: dict) -> LayerPlan:
     if entry.keys() - known:
         raise StunError(f"{where}: unknown entries {sorted(entry.keys() - known)}; known: {sorted(known)}")
     plan = LayerPlan(**entry)
+    lists = [plan.clusters, plan.kept, *(plan.clusters if type(plan.clusters) is list else [])]
+    if not all(type(part) is list for part in lists) or not all(type(flag) is bool for flag in (plan.nearest, plan.mean)):
+        raise StunError(f"{where}: clusters and kept must be lists, nearest and mean true or false")
+    if not all(type(e) is int for e in [plan.experts, *plan.kept, *(e for cluster in plan.clusters for e in cluster)]):
+        raise StunError(f"{where}: experts are whole numbers")
     members = [expert for cluster in plan.clusters for expert in cluster]
     if len(set(members)) != len(members) or not set(members) <= set(range(plan.experts)) or [] in plan.clusters:
         raise StunError(f"{where}: clusters must be lists of experts 0 to {plan.experts - 1}, each in one cluster at most")

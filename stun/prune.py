@@ -10,15 +10,17 @@ from stun import serving
 from stun.arch import Architecture
 from stun.budget import LayerSize, experts_to_drop, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
-from stun.config import Budget, PruneConfig, StunError, validate
+from stun.config import Budget, PruneConfig, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
-from stun.planning import listed_experts, make_plan, plan_from_file
+from stun.planfile import read_plan
+from stun.planning import check_loadable, make_plan
+from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.run import Run, fingerprint, model_digest
-from stun.search import reachable, search_fraction
+from stun.search import check_samples, reachable, search_fraction
 from stun.shards import ShardWriter, shard_files
 from stun.stream import embed
 
@@ -34,13 +36,16 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     source = Checkpoint.open(cfg.model.path)
     arch = Architecture(source)
     sizes = measure_layers(arch, cfg.sparsify.scope)
-    given = plan_from_file(cfg, arch, sizes) if cfg.plan else None
+    given = read_plan(cfg.plan, arch, sizes, cfg, cfg.target) if cfg.plan else None
     is_auto = cfg.experts.fraction == "auto" and not given
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     drops, budget = ([], None) if is_auto else _request(cfg, arch, sizes, given)
-    _check_loadable(cfg, arch, bool(given))
-    listed_experts(cfg, arch)
+    if not given:
+        check_loadable(cfg, arch)
+        check_listed(cfg, arch, drops or [0] * len(arch.layers))
     samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
+    if is_auto:
+        check_samples(samples)
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
     finished = ranks.on_first(lambda: run.summary)
     if finished:
@@ -86,14 +91,6 @@ def _search(
     for fraction, error in curve.items():
         ranks.log(f"experts.fraction={fraction}: held-out error {error:.5f}{' <- chosen' if float(fraction) == best else ''}")
     return replace(cfg, experts=replace(cfg.experts, fraction=best))
-
-
-def _check_loadable(cfg: PruneConfig, arch: Architecture, is_given: bool) -> None:
-    why = arch.cannot_differ
-    if cfg.experts.budget is Budget["global"] and cfg.experts.fraction and why and not is_given:
-        raise StunError(
-            f"experts.budget=global: {why}; layers cannot keep different numbers of experts. Use experts.budget=uniform"
-        )
 
 
 def _say_what_loads(arch: Architecture, drops: list[int], is_global: bool, ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stun.checkpoint import Checkpoint, write_atomically, write_json, write_tensors
@@ -79,14 +80,15 @@ class Run:
             differences = _differences(yaml.safe_load(config.read_text()), identity)
             if differences:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(differences)}); choose another folder")
-        elif run.folder.is_dir() and any(run.folder.iterdir()):
+        elif run.folder.is_dir() and any(file.name != f".{config.name}.tmp" for file in run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
-            run.model.mkdir(parents=True, exist_ok=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
+            run.model.mkdir(exist_ok=True)
             run.stats.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
-        write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
         return run
 
     @property
@@ -124,7 +126,10 @@ class Statistics:
     @property
     def about(self) -> dict:
         """The calibration sources (name -> samples), the model's digest, the unit of cosines."""
-        return json.loads(self._about.read_text())
+        try:
+            return json.loads(self._about.read_text())
+        except (OSError, ValueError) as error:
+            raise StunError(f"{self._about}: cannot be read: {error}") from error
 
     @property
     def sources(self) -> list[str]:
@@ -141,7 +146,10 @@ class Statistics:
         write_tensors(self._file(layer), statistics)
 
     def load(self, layer: int) -> dict[str, torch.Tensor]:
-        return load_file(self._file(layer))
+        try:
+            return load_file(self._file(layer))
+        except (OSError, SafetensorError) as error:
+            raise StunError(f"{self._file(layer)}: cannot be read: {error}") from error
 
     def finish(self, sources: dict[str, int], model: str) -> None:
         """Declare the statistics complete."""

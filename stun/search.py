@@ -56,7 +56,7 @@ def search_fraction(
 ) -> dict[float, float]:
     """The error at each of `fractions`: ||Y' - Y||^2 / ||Y||^2, with Y the dense last layer's output and Y' the pruned one's.
 
-    All ranks call this together. Raises StunError where a calibration source has too few samples.
+    All ranks call this together; `check_samples` has found nothing.
     """
     plans = ranks.on_first(lambda: _candidates(cfg, arch, sizes, fractions, stats))
     quotas = {f: layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros) for f, plan in plans.items()}
@@ -78,23 +78,31 @@ def search_fraction(
 def _candidates(
     cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], fractions: list[float], stats: Statistics
 ) -> dict[float, Plan]:
-    """A plan for each fraction whose representatives are known without looking at weights."""
-    plans = {}
+    """A plan, its representatives known without looking at weights, for each fraction that protected experts allow."""
+    plans, refused = {}, None
     for fraction in fractions:
         how = replace(cfg.experts, fraction=fraction, representative=Representative.score, kappa=0)
         own = replace(cfg, experts=how)
-        plans[fraction] = make_plan(own, arch, sizes, experts_to_drop(own, sizes, arch), stats)
+        try:
+            plans[fraction] = make_plan(own, arch, sizes, experts_to_drop(own, sizes, arch), stats)
+        except StunError as error:
+            refused = error  # this split cannot be; the others may
+    if not plans:
+        raise refused
     return plans
 
 
+def check_samples(samples: Samples) -> None:
+    """Raises StunError where a calibration source has too few samples to hold any out."""
+    for name, count in samples.sources.items():
+        if count < _HELD_OUT:
+            few = f"source {name!r} has {count} samples"
+            raise StunError(f"experts.fraction=auto: {few}; {_HELD_OUT} are needed to hold some out")
+
+
 def _split(samples: Samples) -> tuple[Samples, Samples]:
-    """The samples without the last eighth of every source, and these. Raises StunError where a source has fewer than eight."""
+    """The samples without the last eighth of every source, and these."""
     parts = list(zip(samples.sources, samples.tokens_ST.split(list(samples.sources.values())), strict=True))
-    for name, part in parts:
-        if len(part) < _HELD_OUT:
-            raise StunError(
-                f"experts.fraction=auto: source {name!r} has {len(part)} samples; {_HELD_OUT} are needed to hold some out"
-            )
     cuts = {name: len(part) - len(part) // _HELD_OUT for name, part in parts}
     first = Samples(torch.cat([part[: cuts[name]] for name, part in parts]), cuts)
     last = Samples(torch.cat([part[cuts[name] :] for name, part in parts]), {n: len(part) - cuts[n] for n, part in parts})

@@ -5,17 +5,18 @@ The rows of the task are halved: methods are chosen by the even rows, and report
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
 from stun.checkpoint import write_json
-from stun.config import StudyConfig, StunError, with_overrides
+from stun.config import StudyConfig, StunError, validate, with_overrides
 from stun.evaluate import evaluate
-from stun.planning import plan_from_run
+from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
 
@@ -28,40 +29,54 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     if not (cfg.methods and cfg.targets and cfg.seeds):
         raise StunError("study: methods, targets and seeds are needed")
     folder = Path(cfg.run_dir)
-    dense = _once(folder / "dense.json", lambda: evaluate(cfg.model.path, cfg.task, ranks), ranks)
+    ways = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
+    for own, target in itertools.product(ways.values(), cfg.targets):
+        validate(replace(own, target=target))
+        if own.experts.fraction == "auto":
+            raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
+    task = asdict(cfg.task)
+    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(cfg.model.path, cfg.task, ranks), ranks)
     scores: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     for seed in cfg.seeds:
-        seeded = replace(cfg, calibration=replace(cfg.calibration, seed=seed), run_dir=str(folder / f"seed-{seed}"))
-        take_statistics(seeded, ranks)
-        for target in cfg.targets:
-            for method, overrides in cfg.methods.items():
-                own = replace(with_overrides(seeded, overrides), target=target)
-                cell = folder / f"seed-{seed}" / f"{target} {method}"
-                result = _once(Path(f"{cell}.json"), lambda own=own, cell=cell: _cell(own, cell, cfg, ranks), ranks)
-                scores[method][str(target)].append(_halves(result))
-                ranks.log(f"{method} at {target}, seed {seed}: {_halves(result)[1]:.3f}")
+        calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
+        take_statistics(replace(cfg, calibration=calibration, run_dir=base), ranks)
+        for target, (method, own) in itertools.product(cfg.targets, ways.items()):
+            cell = replace(own, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
+            identity = {"task": task, "overrides": list(cfg.methods[method])}
+            compute = lambda cell=cell, base=base: _cell(cell, base, cfg, ranks)  # noqa: E731
+            result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
+            ranks.on_first(lambda cell=cell: shutil.rmtree(cell.run_dir, ignore_errors=True))
+            scores[method][str(target)].append(_halves(result))
+            ranks.log(f"{method} at {target}, seed {seed}: {_halves(result)[1]:.3f}")
     return {"dense": _halves(dense), "seeds": list(cfg.seeds), "scores": scores}
 
 
-def _once(file: Path, compute, ranks: Ranks) -> dict:
-    """The content of a result file, computed and written where it is not there."""
-    known = ranks.on_first(lambda: json.loads(file.read_text()) if file.is_file() else None)
-    if known is None:
-        known = compute()
-        ranks.on_first(lambda: (file.parent.mkdir(parents=True, exist_ok=True), write_json(file, known)))
-    return known
+def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
+    """The result in a file, computed and written where it is not there. Raises StunError where it is another's."""
 
+    def known() -> dict | None:
+        content = json.loads(file.read_text()) if file.is_file() else None
+        if content and content["of"] != identity:
+            raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
+        return content and content["result"]
 
-def _cell(own: StudyConfig, cell: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
-    """One method at one sparsity on one seed: plan, prune, evaluate; the pruned checkpoint is not kept."""
-    plan = Path(f"{cell}.plan.json")
-    if own.experts.fraction:
-        ranks.on_first(lambda: plan_from_run(own, plan) and None)
-        own = replace(own, plan=str(plan))
-    summary = prune(replace(own, run_dir=str(cell)), ranks)
-    result = evaluate(f"{cell}/model", cfg.task, ranks) | {"prune": summary}
-    ranks.on_first(lambda: shutil.rmtree(cell))
+    result = ranks.on_first(known)
+    if result is None:
+        result = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        ranks.on_first(lambda: write_json(file, {"of": identity, "result": result}))
     return result
+
+
+def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
+    """One method at one sparsity on one seed, from the statistics in `base`: plan, prune, evaluate."""
+    run_dir = own.run_dir
+    if own.experts.fraction:
+        plan = Path(f"{run_dir}.plan.json")
+        ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
+        own = replace(own, plan=str(plan))
+    summary = prune(own, ranks)
+    return evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
 
 
 def _halves(result: dict) -> list[float]:

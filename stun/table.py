@@ -57,7 +57,7 @@ def plan_table(plans: dict) -> str:
     for title, show in rows.items():
         table.add_row(title, *(show(described) for described in plans.values()))
     for source in next(iter(plans.values())).needs:
-        cells = (f"{d.needs[source][1]} of {d.needs[source][0]}" for d in plans.values())
+        cells = (f"{'?' if d.needs[source][1] is None else d.needs[source][1]} of {d.needs[source][0]}" for d in plans.values())
         table.add_row(f"kept of those serving 90 % of {source!r}", *cells)
     return _printed(table)
 

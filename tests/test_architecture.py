@@ -20,8 +20,9 @@ ORDER = [
     {"names", "run", "evaluate"},
     {"arch"},
     {"budget", "stream"},
-    {"planning", "mask", "shards", "progress"},
-    {"passes", "search"},
+    {"protect", "mask", "shards", "progress"},
+    {"planning"},
+    {"planfile", "passes", "search"},
     {"prune"},
     {"study"},
 ]

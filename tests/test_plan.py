@@ -114,6 +114,19 @@ def test_custom_score(a, b, beta):
     assert torch.equal(found, moment_score(powers, a, b, beta))
 
 
+@pytest.mark.parametrize("score", list(PRESETS))
+def test_means_do_not_depend_on_the_scale_of_source_weights(score):
+    """All weights times a constant change no order, and no mean at all; counts may be fractions below one."""
+    powers, _ = random_powers(9, 12, 3)
+    whole = score_experts(score, powers, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
+    for scale in (0.001, 0.1, 3.0):
+        scaled = score_experts(score, powers * scale, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
+        assert scaled.argsort().equal(whole.argsort())
+        assert PRESETS[score][1] or torch.allclose(scaled, whole)
+    agreement, shared = torch.rand(4, 4), torch.randint(1, 3, (4, 4)).double()
+    torch.testing.assert_close(mean_cosine(agreement * 0.01, shared * 0.01), mean_cosine(agreement, shared))
+
+
 def test_aimer_keeps_the_uneven():
     """||w||_1 / (sqrt(N) ||w||_2) is 1 where all weights are alike: such an expert goes first."""
     alike, uneven = torch.full((4, 6), 0.3), torch.zeros(4, 6)
@@ -121,6 +134,7 @@ def test_aimer_keeps_the_uneven():
     sums = torch.tensor([[w.abs().sum(), w.square().sum(), w.numel()] for w in (alike, uneven)])
     scores = aimer_score(sums)
     assert scores.tolist() == pytest.approx([-1.0, -1 / 24**0.5])
+    assert aimer_score(torch.tensor([[0.0, 0.0, 24.0]])).item() == -1, "a dead expert goes first too"
 
 
 def test_random_scores_are_seeded():
@@ -248,7 +262,7 @@ def test_global_cut_takes_the_lowest_merges():
 
 def test_protecting_too_many_is_an_error():
     layer = evidence(np.random.default_rng(0), 8, protected=range(6))
-    with pytest.raises(StunError, match="3 experts are to leave, but without the protected ones only 2 may"):
+    with pytest.raises(StunError, match=r"3 experts are to leave layer 0 .*without the protected ones only 2 may"):
         select(ExpertsMethod.rank, [layer], [3], [6])
 
 
@@ -270,6 +284,9 @@ WRONG_PLANS = {
     "expert that does not exist": ({"clusters": [[0], [9]], "kept": []}, "experts 0 to 3"),
     "two of a cluster": ({"kept": [0, 1, 2, 3]}, "of every cluster one member"),
     "nobody of a cluster": ({"kept": [1, 2]}, "of every cluster one member"),
+    "a float for an expert": ({"clusters": [[0.0], [2], [3]]}, "whole numbers"),
+    "a text for a flag": ({"mean": "false"}, "true or false"),
+    "kept is null": ({"kept": None}, "must be lists"),
     "not ascending": ({"kept": [2, 1, 3]}, "ascending"),
     "nobody": ({"kept": []}, "nobody is kept"),
 }
@@ -286,5 +303,5 @@ def test_wrong_plan_files(tmp_path, name):
 
 def test_plan_file(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
-    layers, heads = read_layers(tmp_path / "plan.json")
+    layers, heads, _ = read_layers(tmp_path / "plan.json")
     assert layers[1] == LayerPlan(4, [[1, 0], [2], [3]], [1, 2, 3]) and not heads

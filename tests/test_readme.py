@@ -92,6 +92,20 @@ def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
     assert (tmp_path / "energy" / "manifest.json").is_file()
 
 
+@pytest.mark.launch
+def test_mixture_weights_and_protection_on_the_command_line(checkpoint, tmp_path):
+    (command,) = commands("mixture")
+    for name in ("text", "code"):
+        (tmp_path / f"{name}.jsonl").write_text(HELDOUT.read_text())
+        command = command.replace(f"/data/{name}.jsonl", str(tmp_path / f"{name}.jsonl"))
+    small = {"calibration.samples": "9", "calibration.length": "32"}
+    run(here(command, {**small, "model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "run")}))
+    about = json.loads((tmp_path / "run" / "stats" / "about.json").read_text())
+    assert about["sources"] == {"math": 6, "code": 3}
+    layers = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
+    assert 3 in layers[0]["kept"] and 2 in layers[1]["kept"]
+
+
 def test_ci_runs_the_readme_test_command():
     (command,) = commands("tests")
     assert command.startswith("python3 -m venv .venv && .venv/bin/pip install") and command.endswith("-m pytest")

@@ -18,7 +18,7 @@ from stun.checkpoint import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
-from stun.planning import plan_from_run
+from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
 from stun.run import Statistics

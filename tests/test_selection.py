@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ from stun.config import (
     StunError,
 )
 from stun.plan import read_layers
-from stun.planning import plan_from_run
+from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
 from stun.run import Statistics
@@ -211,7 +212,7 @@ def naive_need(stats: Statistics, layers) -> tuple[int, int]:
 
 WRONG_CALIBRATION = {
     "path and mixture": ({"path": str(TEXT)}, "calibration.path=.*give it, or a mixture"),
-    "no weight": ({"weight": 0.0}, r"mixture\.numbers\.weight=0\.0: above 0"),
+    "no weight": ({"weight": 0.0}, r"mixture\.numbers\.weight=0\.0: a number above 0"),
     "gets no sample": ({"weight": 1e-6}, r"mixture\.numbers\.weight=1e-06: gets none"),
     "no such file": ({"file": "/no/such.jsonl"}, r"calibration\.mixture\.numbers\.path=/no/such\.jsonl: no such file"),
 }
@@ -244,7 +245,7 @@ def test_protected_experts_stay(observed, tmp_path, ranks):
     extreme = max(float(peaks.max()) / 10, float(torch.quantile(peaks, 0.995)))
     shares = [layer["coactivation"][0].diagonal().double() / (8 * 40) for layer in stats]
     rules = {
-        "list": (ProtectConfig(experts=["0.3", "2.11"]), [{3}, set(), {11}]),
+        "list": (ProtectConfig(experts=["L0E3", "L2E11"]), [{3}, set(), {11}]),
         "super": (ProtectConfig(super_experts=True), [set((s["peak"][0] > extreme).nonzero().flatten().tolist()) for s in stats]),
         "domain": (ProtectConfig(domain_share=0.3), [set((share >= 0.3).nonzero().flatten().tolist()) for share in shares]),
     }
@@ -254,7 +255,7 @@ def test_protected_experts_stay(observed, tmp_path, ranks):
         plan_from_run(config(source, run_dir, experts=experts), tmp_path / "plan.json")
         for layer, stay in zip(read_layers(tmp_path / "plan.json")[0], expected, strict=True):
             assert stay <= set(layer.kept) and all([expert] in layer.clusters for expert in stay), (method, name)
-    for wrong in ("3", "0.12", "7.0", "a.b"):
+    for wrong in ("3", "L0E12", "L7E0", "0.1", "L0E²"):
         with pytest.raises(StunError, match=f"{wrong!r} names no expert"):
             experts = ExpertsConfig(protect=ProtectConfig(experts=[wrong]))
             prune(config(source, tmp_path / "run", experts=experts), ranks)
@@ -265,12 +266,83 @@ def members_of(layout, tensors, expert: int, part: str) -> torch.Tensor:
     return torch.cat([tensors[name] for name in layout.experts[expert][part]])
 
 
+LISTED = [f"L0E{expert}" for expert in range(11)]
+IMPOSSIBLE = {
+    "listed too many": ({"protect": ProtectConfig(experts=LISTED)}, "layer 0: 3 experts are to leave.*allows 0; list fewer"),
+    "listed too many of all": (
+        {"protect": ProtectConfig(experts=[f"L{i}E{e}" for i in range(3) for e in range(11)]), "budget": Budget["global"]},
+        "experts are to leave, but experts.protect.experts allows 0",
+    ),
+    "infinite lambda": ({"lambda1": float("inf")}, "experts.lambda1=inf"),
+    "exponent": ({"b": 500.0}, r"experts\.b=500"),
+    "no number": ({"b": float("nan")}, r"experts\.b=nan"),
+    "source that is none": ({"source_weights": {"code": 1.0}}, "sources are all"),
+    "infinite weight": ({"source_weights": {"all": float("inf")}}, "source_weights.all=inf"),
+    "auto for nothing": ({"fraction": "auto", "target": 0.0}, "auto for a target above 0"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_selections_are_refused_before_work(observed, tmp_path, ranks, name):
+    change, message = IMPOSSIBLE[name]
+    target = change.get("target", 0.4)
+    experts = ExpertsConfig(**{key: value for key, value in change.items() if key != "target"})
+    with pytest.raises(StunError, match=message):
+        prune(config(observed[0], tmp_path / "run", target, experts), ranks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_large_seeds(observed, tmp_path):
+    experts = ExpertsConfig(method=ExpertsMethod.rank, score=Score.random, seed=10**15)
+    assert plan_from_run(config(*observed, experts=experts), tmp_path / "plan.json")
+
+
+def test_the_plan_of_the_run_itself_is_not_overwritten(observed, tmp_path):
+    source, run_dir = observed
+    with pytest.raises(StunError, match="choose another file"):
+        plan_from_run(config(source, run_dir), run_dir / "plan.json")
+    plan_from_run(config(source, run_dir, 0.6), tmp_path / "more.json")
+    with pytest.raises(StunError, match="choose another file"):
+        plan_from_run(config(source, run_dir), tmp_path / "more.json", str(tmp_path / "more.json"))
+    described = plan_from_run(config(source, run_dir, 0.3), tmp_path / "less.json", str(tmp_path / "more.json"))
+    assert [d.plan.target for d in described.values()] == [0.3, 0.6], "each by its own target"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StunError, match="cannot be written"):
+        plan_from_run(config(source, run_dir), tmp_path / "folder")
+
+
+def test_broken_statistics(observed, tmp_path):
+    source, run_dir = observed
+    shutil.copytree(run_dir, tmp_path / "copy")
+    (tmp_path / "copy" / "stats" / "layer-00001.safetensors").write_bytes(b"torn")
+    with pytest.raises(StunError, match=r"layer-00001\.safetensors: cannot be read"):
+        plan_from_run(config(source, tmp_path / "copy"), tmp_path / "plan.json")
+    (tmp_path / "copy" / "stats" / "about.json").write_text("{")
+    with pytest.raises(StunError, match=r"about\.json: cannot be read"):
+        plan_from_run(config(source, tmp_path / "copy"), tmp_path / "plan.json")
+
+
+def test_a_run_interrupted_at_its_start_continues(observed, tmp_path, ranks, monkeypatch):
+    """Killed while it wrote what it is: nothing else is in its folder yet."""
+    cfg = config(observed[0], tmp_path / "run")
+
+    def killed(file, write):
+        write(file.with_name(f".{file.name}.tmp"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stun.run.write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(cfg, ranks)
+    assert prune(cfg, ranks)["sparsity"] == pytest.approx(0.4, abs=1e-4)
+
+
 def test_the_nearest_to_the_mean_stays(observed, tmp_path, ranks):
     """Brute force over all parameters of a cluster's members."""
     source = observed[0]
     experts = ExpertsConfig(fraction=1.0, kappa=0)
     prune(config(source, tmp_path / "run", target_of(source, 18), experts, sparsify=SparsifyConfig(scope=[])), ranks)
-    layers, _ = read_layers(tmp_path / "run" / "plan.json")
+    layers, *_ = read_layers(tmp_path / "run" / "plan.json")
     tensors, arch, decided = load_tensors(source), Architecture(Checkpoint.open(source)), 0
     for layout, layer in zip(arch.layers, layers, strict=True):
         for cluster in (members for members in layer.clusters if len(members) > 2):
@@ -290,7 +362,7 @@ def test_reconstruction_takes_the_cluster_mean(tmp_path, ranks, family):
     target = {"ernie4_5_moe": 0.3}.get(family, 0.45)
     experts = ExpertsConfig(fraction=1.0, kappa=8, representative=Representative.score)
     prune(config(source, tmp_path / "run", target, experts, sparsify=SparsifyConfig(scope=list(Scope))), ranks)
-    layers, _ = read_layers(tmp_path / "run" / "plan.json")
+    layers, *_ = read_layers(tmp_path / "run" / "plan.json")
     before, after = load_tensors(source), load_tensors(tmp_path / "run" / "model")
     arch, pruned = Architecture(Checkpoint.open(source)), Architecture(Checkpoint.open(tmp_path / "run" / "model"))
     merged = 0

@@ -57,3 +57,6 @@ def test_study_runs_and_continues(tmp_path):
     second = run_job("study", arguments, 1)
     assert "prune 01/3" not in second.stdout and "observe 01/3" not in second.stdout
     assert markdown(scores).strip() in second.stdout
+    other = [a.replace("rank:['experts.method=rank']", "rank:['experts.score=ean']") for a in arguments]
+    refused = run_job("study", other, check=False)
+    assert refused.returncode == 2 and "choose another run_dir" in refused.stderr, "a name is no proof of what was done"

@@ -14,7 +14,8 @@ def router_distance(router_ED: torch.Tensor) -> torch.Tensor:
 
 def mean_cosine(agreement_EE: torch.Tensor, coactivation_EE: torch.Tensor) -> torch.Tensor:
     """[E, E] mean cosine of two experts' outputs over the tokens both serve; 0 where they share none."""
-    return agreement_EE.double() / coactivation_EE.double().clamp(min=1)
+    shared_EE = coactivation_EE.double()  # weighed, so perhaps a fraction of one
+    return agreement_EE.double() / torch.where(shared_EE > 0, shared_EE, 1.0)
 
 
 def expert_distance(

@@ -24,23 +24,23 @@ PRESETS = {
 
 def moment_score(powers_E33: torch.Tensor, a: int, b: float, beta: int) -> torch.Tensor:
     """[E] float64 n^b * mean(g^a ||f||^beta); 0 for an expert without tokens."""
-    tokens_E = powers_E33[:, 0, 0]
-    mean_E = powers_E33[:, a, beta] / tokens_E.clamp(min=1)
-    return torch.where(tokens_E > 0, tokens_E**b * mean_E, 0.0)
+    tokens_E = powers_E33[:, 0, 0]  # weighed, so perhaps a fraction of one
+    some_E = torch.where(tokens_E > 0, tokens_E, 1.0)
+    return torch.where(tokens_E > 0, some_E**b * powers_E33[:, a, beta] / some_E, 0.0)
 
 
 def aimer_score(weights_E3: torch.Tensor) -> torch.Tensor:
     """[E] minus ||w||_1 / (sqrt(N) ||w||_2), from the sum of |w|, the sum of w^2 and N of each expert (arXiv 2603.18492).
 
-    The quotient is largest where all weights are alike; AIMER prunes those first.
+    The quotient is largest, 1, where all weights are alike, as those of a dead expert are; AIMER prunes these first.
     """
     absolute_E, squared_E, count_E = weights_E3.double().unbind(1)
-    return -absolute_E / (count_E * squared_E).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(squared_E > 0, -absolute_E / (count_E * squared_E).sqrt(), -1.0)
 
 
 def random_score(experts: int, layer: int, seed: int) -> torch.Tensor:
     """[E] uniform in [0, 1): the control that every comparison needs. The same for the same layer and seed."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
     return torch.rand(experts, generator=generator, dtype=torch.float64)
 
 

@@ -71,7 +71,10 @@ def _rank_steps(evidence: Evidence, groups: int) -> list[Step]:
 
 
 def _official_steps(layers: list[Evidence], groups: int, enough: Callable[[list[list[Step]]], bool]) -> list[list[Step]]:
-    """Steps of the published code's merges at the lowest threshold (one for all given layers) for which `enough` holds."""
+    """Steps of the published code's merges at a low threshold (one for all given layers) for which `enough` holds.
+
+    It is the lowest wherever a higher threshold never merges less, which the algorithm does not promise.
+    """
     edges = [e.distance_EE[np.triu_indices(e.experts, 1)] for e in layers]
     thresholds = np.append(np.unique(np.concatenate(edges)), np.inf)
 
@@ -138,14 +141,24 @@ def select_experts(
     """
     wanted, limits = [count // groups for count in drops], [count // groups for count in most]
     sequences = _sequences(method, layers, wanted, limits, one_threshold, groups)
-    if _available(sequences, limits if one_threshold else wanted) < sum(wanted):
-        free = groups * _available(sequences, limits)
-        raise StunError(f"{sum(drops)} experts are to leave, but without the protected ones only {free} may; protect fewer")
+    _check_room(sequences, wanted, limits, one_threshold, groups)
     taken = cut_global(sequences, limits, sum(wanted)) if one_threshold else wanted
     return [
         _layer_plan(evidence, steps[:count], representative, kappa)
         for evidence, steps, count in zip(layers, sequences, taken, strict=True)
     ]
+
+
+def _check_room(layers: list[list[Step]], wanted: list[int], most: list[int], one_threshold: bool, groups: int) -> None:
+    """Raises StunError where protected experts leave fewer to go than are to leave."""
+    free = [min(len(steps), limit) for steps, limit in zip(layers, most, strict=True)]
+    if one_threshold and sum(free) < sum(wanted):
+        asked, may = groups * sum(wanted), groups * sum(free)
+        raise StunError(f"{asked} experts are to leave, but without the protected ones only {may} may; protect fewer")
+    for number, (count, room) in enumerate(zip(wanted, free, strict=True)):
+        if not one_threshold and room < count:
+            here = f"{groups * count} experts are to leave layer {number} of those with experts"
+            raise StunError(f"{here}, but without the protected ones only {groups * room} may; protect fewer")
 
 
 def _layer_plan(evidence: Evidence, steps: list[Step], representative: Representative, kappa: int) -> LayerPlan:
