@@ -1,6 +1,6 @@
 """Compares ways to choose experts: every method at every sparsity, on several orders of the calibration text.
 
-The rows of the task are halved: methods are chosen by the even rows, and reported on the odd ones.
+The rows of the task are halved, so that a choice made on one half can be checked on the other.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def markdown(scores: dict) -> str:
     """The table: a line per method, a column per sparsity, the mean over seeds and their standard deviation."""
     lines, seeds = [], ", ".join(map(str, scores["seeds"]))
     targets = list(next(iter(scores["scores"].values())))
-    for half, title in ((1, "Reported: the odd rows"), (0, "For choosing: the even rows")):
+    for half, title in ((1, "Odd rows"), (0, "Even rows")):
         lines += [f"{title}. Dense: {scores['dense'][half]:.3f}. Seeds of the calibration text: {seeds}.", ""]
         lines += [f"| total sparsity | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
         for method, by_target in scores["scores"].items():
