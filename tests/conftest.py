@@ -12,8 +12,17 @@ import pytest
 import torch
 from zoo import make_checkpoint
 
+from stun.ranks import Ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "stun" / "reference" / "calibration.jsonl"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """This process as the only rank."""
+    with Ranks() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,6 @@ from safetensors.torch import save_file
 
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig, StunError
 from stun.prune import prune
-from stun.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def no_safetensors(folder):

@@ -21,16 +21,9 @@ from stun.checkpoint import Checkpoint
 from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.passes import observe
-from stun.ranks import Ranks
 from stun.stream import LayerStream, embed, even_owners
 
 pytestmark = pytest.mark.launch
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,8 @@ from stun.budget import measure_layers
 from stun.checkpoint import Checkpoint, write_index
 from stun.config import Budget, ExpertsConfig, ModelConfig, PruneConfig, Scope, StunError
 from stun.prune import prune
-from stun.ranks import Ranks
 
 UNIFORM = ExpertsConfig(fraction=0.5)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def run(source, run_dir, ranks, target=0.4, experts=UNIFORM):

@@ -23,15 +23,8 @@ from stun.config import Budget, ExpertsConfig, ModelConfig, PruneConfig, Scope, 
 from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.prune import prune
-from stun.ranks import Ranks
 
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_next"]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def pruned(source, run_dir, ranks, **changes):

@@ -20,17 +20,10 @@ from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
-from stun.ranks import Ranks
 from stun.run import Statistics
 from stun.search import reachable, search_fraction
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def config(source, run_dir, target, **changes) -> PruneConfig:

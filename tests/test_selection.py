@@ -34,16 +34,9 @@ from stun.config import (
 from stun.plan import read_layers
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
-from stun.ranks import Ranks
 from stun.run import Statistics
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def config(source, run_dir, target=0.4, experts=None, **changes) -> PruneConfig:

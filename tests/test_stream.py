@@ -22,19 +22,12 @@ from stun.layout import renumber
 from stun.names import experts_of
 from stun.passes import observe
 from stun.prune import prune
-from stun.ranks import Ranks
 from stun.sparsify import wanda_scores
 from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
 CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3_moe", {})]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def tokens_of(folder) -> torch.Tensor:
