@@ -39,28 +39,35 @@ def official_merges(distance_EE: np.ndarray, threshold: float) -> list[Merge]:
 
     Repeatedly the closest pair (v1, v2) below the threshold is taken. Its clusters C1, C2 merge only if every distance from C1
     to v2 and from C2 to v1 is below the threshold; other cross pairs are not looked at. These distances become infinite once
-    used, as does that of a refused pair. Since a distance only ever becomes infinite, the pairs are sorted once.
+    used, as does that of a refused pair. Since a distance only ever becomes infinite, the pairs are sorted once. Sets of experts
+    are bits of integers.
     """
-    working = distance_EE.copy()
-    np.fill_diagonal(working, np.inf)
-    experts = len(working)
-    pairs = np.flatnonzero(working < threshold)
-    pairs = pairs[np.argsort(working.ravel()[pairs], kind="stable")]
-    cluster = [[e] for e in range(experts)]
+    near_EE = distance_EE < threshold
+    np.fill_diagonal(near_EE, False)
+    near = [int.from_bytes(row.tobytes(), "little") for row in np.packbits(near_EE, axis=1, bitorder="little")]
+    bit = [1 << expert for expert in range(len(near))]
+    cluster, members = list(bit), [[expert] for expert in range(len(near))]
+    firsts, seconds = np.nonzero(np.triu(near_EE))
+    heights = distance_EE[firsts, seconds]
+    order = np.argsort(heights, kind="stable")
     merges = []
-    for first, second in zip((pairs // experts).tolist(), (pairs % experts).tolist(), strict=True):
-        if not working[first, second] < threshold:
+    for height, v1, v2 in zip(heights[order].tolist(), firsts[order].tolist(), seconds[order].tolist(), strict=True):
+        if not near[v1] & bit[v2]:
             continue
-        one, two = cluster[first], cluster[second]
-        fits = (working[one, second] < threshold).all() and (working[two, first] < threshold).all()
-        if one is not two and fits:
-            merges.append(Merge(float(working[first, second]), *sorted((first, second))))
-            working[one, second] = working[second, one] = np.inf
-            working[two, first] = working[first, two] = np.inf
-            one += two
-            for c in two:
-                cluster[c] = one
-        working[first, second] = working[second, first] = np.inf
+        one, two = cluster[v1], cluster[v2]
+        if one != two and near[v2] & one == one and near[v1] & two == two:
+            merges.append(Merge(height, v1, v2))
+            near[v2] &= ~one
+            near[v1] &= ~two
+            for expert in members[v1]:
+                near[expert] &= ~bit[v2]
+            for expert in members[v2]:
+                near[expert] &= ~bit[v1]
+            members[v1] += members[v2]
+            for expert in members[v1]:
+                cluster[expert], members[expert] = one | two, members[v1]
+        near[v1] &= ~bit[v2]
+        near[v2] &= ~bit[v1]
     return merges
 
 

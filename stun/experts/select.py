@@ -70,27 +70,35 @@ def _rank_steps(evidence: Evidence, groups: int) -> list[Step]:
     ]
 
 
-def _official_steps(layers: list[Evidence], groups: int, enough: Callable[[list[list[Step]]], bool]) -> list[list[Step]]:
-    """Steps of the published code's merges at a low threshold (one for all given layers) for which `enough` holds.
+def _official_steps(layers: list[Evidence], groups: int, count: Callable[[list[list[Step]]], int], wanted: int):
+    """Steps [layer] of the published code's merges at one threshold for all given layers, of which `count` says `wanted`.
 
-    It is the lowest wherever a higher threshold never merges less, which the algorithm does not promise.
+    At most a thousandth more where that is soon found, else the fewest at a distance that occurs. More merges at a higher
+    threshold is what usually happens, which makes the search short; the algorithm does not promise it. Raises StunError where
+    no threshold merges that much.
     """
     edges = [e.distance_EE[np.triu_indices(e.experts, 1)] for e in layers]
     thresholds = np.append(np.unique(np.concatenate(edges)), np.inf)
+    last = len(thresholds) - 1
 
     def merged(at: int) -> list[list[Step]]:
         limit = float(thresholds[at])
         return [_merge_steps(e, groups, lambda d: official_merges(d, limit)) for e in layers]
 
-    low, high = 0, 0
-    while not enough(merged(high)):  # from small thresholds up: few pairs are below them, and they are soon looked through
-        if high == len(thresholds) - 1:
+    low, under, high = -1, 0, min(wanted, last)  # from small thresholds up: the pairs below them are soon looked through
+    while (over := count(found := merged(high))) < wanted:
+        if high == last:
             raise StunError("experts.method=stun_official: no threshold drops that many experts; lower experts.fraction")
-        low, high = high + 1, min(2 * high + 64, len(thresholds) - 1)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(merged(middle)) else (middle + 1, high)
-    return merged(high)
+        low, under, high = high, over, min(4 * high + 64, last)
+    while over > wanted + wanted // 1000 and high - low > 1:
+        share = min(max((wanted - under) / (over - under), 0.1), 0.9)  # counts grow about as the logarithm of the pairs
+        middle = min(max(int((low + 2) ** (1 - share) * (high + 2) ** share) - 2, low + 1), high - 1)
+        steps = merged(middle)
+        if (here := count(steps)) < wanted:
+            low, under = middle, here
+        else:
+            high, over, found = middle, here, steps
+    return found
 
 
 def cut_global(layers: list[list[Step]], most: list[int], total: int) -> list[int]:
@@ -120,8 +128,8 @@ def _sequences(
     if method is ExpertsMethod.rank:
         return [_rank_steps(e, groups) for e in layers]
     if one_threshold:
-        return _official_steps(layers, groups, lambda s: _available(s, most) >= sum(wanted))
-    return [_official_steps([e], groups, lambda s, n=n: len(s[0]) >= n)[0] for e, n in zip(layers, wanted, strict=True)]
+        return _official_steps(layers, groups, lambda steps: _available(steps, most), sum(wanted))
+    return [_official_steps([e], groups, lambda steps: len(steps[0]), n)[0] for e, n in zip(layers, wanted, strict=True)]
 
 
 def select_experts(

@@ -1,4 +1,4 @@
-"""Training of the embedded reference model: tokenizer, packed batches, and an AdamW loop."""
+"""Training of a small MoE model on the synthetic tasks, the embedded reference model first: tokenizer, batches, an AdamW loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from stun.models.arctic import ArcticConfig, ArcticForCausalLM
 from stun.reference.tasks import TASKS, Sample, generate
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -23,7 +22,8 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 @dataclass
 class TrainConfig:
-    """Everything that shapes the reference model; the defaults made the committed one."""
+    """Everything that shapes the model; the defaults made the committed one. `model` holds what differs from the defaults of
+    `model_type`'s configuration in transformers."""
 
     output: str = "stun/reference"
     seed: int = 0
@@ -41,6 +41,7 @@ class TrainConfig:
     calibration_samples: int = 1500
     heldout_samples: int = 1000
     vocab_size: int = 512
+    model_type: str = "arctic"
     model: dict = field(
         default_factory=lambda: {
             "hidden_size": 128,
@@ -97,7 +98,7 @@ def packed_batches(
         ids, weights = ids[need:], weights[need:]
 
 
-def _loss(model: ArcticForCausalLM, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
+def _loss(model: PreTrainedModel, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
     """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers)."""
     out = model(ids_BT, output_router_logits=True, use_cache=False)
     loss_N = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
@@ -119,7 +120,7 @@ def _write_jsonl(path: Path, samples: list[Sample]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def train(cfg: TrainConfig) -> ArcticForCausalLM:
+def train(cfg: TrainConfig) -> PreTrainedModel:
     """Write `heldout.jsonl`, `calibration.jsonl` and the trained `model/` under `cfg.output`; return the model."""
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
@@ -135,7 +136,8 @@ def train(cfg: TrainConfig) -> ArcticForCausalLM:
     texts = [s.question + s.answer for s in itertools.islice(generate(cfg.seed + 3), 20000)]
     tokenizer = train_tokenizer(texts, cfg.vocab_size)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = ArcticForCausalLM(ArcticConfig(vocab_size=len(tokenizer), **special, **cfg.model))
+    config = AutoConfig.for_model(cfg.model_type, vocab_size=len(tokenizer), **special, **cfg.model)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -171,7 +173,7 @@ def _distinct(samples: Iterator[Sample], count: int) -> list[Sample]:
     raise AssertionError("generate() is endless")
 
 
-def _save(model: ArcticForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """bf16 in several shards, the layout of large checkpoints on the hub."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="3MB")
     tokenizer.save_pretrained(folder)
