@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stun.arch import Architecture
 from stun.config import Budget, PruneConfig, Scope, StunError
 from stun.plan import Plan
-from stun.sparsify import quotas
+from stun.sparsify.select import quotas
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,14 @@ class Representative(Enum):
 
 
 class SparsifyMethod(Enum):
-    """How single weights are scored."""
+    """How single weights are chosen: by their size; by Wanda's score; by the same on inputs multiplied by their gate weights
+    (MoE-Pruner); or, with the remaining weights updated, by SparseGPT or ALPS."""
 
+    magnitude = "magnitude"
     wanda = "wanda"
+    moe_pruner = "moe_pruner"
+    sparsegpt = "sparsegpt"
+    alps = "alps"
 
 
 class Scope(Enum):
@@ -157,10 +162,43 @@ class ExpertsConfig:
 
 @dataclass
 class SparsifyConfig:
-    """Unstructured half: `method` scores weights in the matrices of `scope`."""
+    """Unstructured half: `method` chooses weights in the matrices of `scope`.
+
+    `pattern`, such as 2:4, makes two of every four neighbouring inputs stay; whole experts then make up what it leaves of the
+    target. `ratios` says how the removals are spread over the layers: `uniform`, `owl` (layers with more outliers lose less:
+    arXiv 2310.05175, with its threshold `outlier` and its bound `spread`), or a JSON file with a number per decoder layer, to
+    all of which the same amount is added to meet the target. `per_expert` spreads a layer's removals over its experts by the
+    same rule.
+
+    `swaps` exchanges up to so many removed weights a row for kept ones (SparseSwaps); `reconstruct` refits the kept ones to the
+    outputs of the dense layer. Both, SparseGPT and ALPS hold a Gram matrix per matrix of an expert, of as many experts at once
+    as fit into `gram_gib`; the layer runs once for each such group.
+    """
 
     method: SparsifyMethod = SparsifyMethod.wanda
     scope: list[Scope] = field(default_factory=lambda: list(Scope))
+    pattern: str = ""
+    ratios: str = "uniform"
+    outlier: float = 5.0
+    spread: float = 0.08
+    per_expert: bool = False
+    swaps: int = 0
+    reconstruct: bool = False
+    gram_gib: float = 16.0
+
+    @property
+    def reads_grams(self) -> bool:
+        """Whether the Gram matrices of the inputs are needed, not only their norms."""
+        return self.method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps) or self.swaps > 0 or self.reconstruct
+
+    @property
+    def reads_inputs(self) -> bool:
+        return self.method is not SparsifyMethod.magnitude or self.reads_grams
+
+    @property
+    def counts_outliers(self) -> bool:
+        """Whether the first stream must count outliers."""
+        return self.ratios == "owl" or self.per_expert
 
 
 @dataclass
@@ -291,6 +329,7 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
     for key in ("a", "beta"):
         _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
+    _validate_sparsify(cfg.sparsify, experts)
     share = experts.protect.domain_share
     _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")
     unknown = sorted(experts.source_weights.keys() - set(sources))
@@ -299,3 +338,17 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
         _require(0 <= weight < math.inf, f"experts.source_weights.{name}", weight, "a number, 0 or more")
     total = sum(experts.source_weights.get(name, 1.0) for name in sources)
     _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")
+
+
+def _validate_sparsify(how: SparsifyConfig, experts: ExpertsConfig) -> None:
+    """Refuse values that no weights could be removed with. Raises StunError."""
+    numbers = how.pattern.split(":")
+    fits = len(numbers) == 2 and all(n.isdecimal() for n in numbers) and 0 < int(numbers[0]) < int(numbers[1]) <= 64
+    _require(not how.pattern or fits, "sparsify.pattern", how.pattern, "N:M with N below M, such as 2:4; M up to 64")
+    plain = how.ratios == "uniform" and not how.per_expert
+    _require(not how.pattern or plain, "sparsify.pattern", how.pattern, "a pattern fixes every matrix; leave ratios uniform")
+    _require(not how.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target decides")
+    _require(1 <= how.outlier < math.inf, "sparsify.outlier", how.outlier, "a multiple of the mean score, 1 or more")
+    _require(0 <= how.spread <= 0.5, "sparsify.spread", how.spread, "0 to 0.5")
+    _require(how.swaps >= 0, "sparsify.swaps", how.swaps, "0 or more")
+    _require(0 < how.gram_gib < math.inf, "sparsify.gram_gib", how.gram_gib, "GiB, above 0")

@@ -14,6 +14,9 @@ EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
 # attention.
 GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 
+# Linear modules whose output is that of their block: attention, an MLP, a shared expert.
+CLOSING = {"o_proj", "out_proj", "down_proj", "w2"}
+
 
 @dataclass
 class LayerLayout:
@@ -52,6 +55,10 @@ class LayerLayout:
     def fused_names(self) -> dict[str, str]:
         """Tensors that hold a part of all experts, by part."""
         return {part: self.experts[0][part][0] for part in sorted(self.fused)}
+
+    def closes(self, name: str) -> bool:
+        """Whether a dense matrix gives its block's output."""
+        return self.dense[name].split(".")[-2] in CLOSING
 
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
         """A view [O, D] of an expert's matrix, whichever way it is stored."""

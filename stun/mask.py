@@ -1,106 +1,107 @@
-"""Single weights of one layer: measure what its matrices see, and zero what its quota asks for."""
+"""Single weights of one layer: measure what its matrices see, and remove what its quota asks for."""
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 import torch
 
 from stun.budget import LayerQuota
-from stun.config import StunError
+from stun.config import SparsifyConfig, SparsifyMethod
+from stun.moments import Moments
 from stun.ranks import Ranks
-from stun.sparsify import require_finite, smallest_per_row, wanda_scores
-from stun.stats import squared_sum
+from stun.reconstruct import Reconstruction
+from stun.sparsify.matrix import sparsify
 from stun.stream import Layer, LayerStream, States
 
 
-class _Moments:
-    """Collects, for every matrix of a layer, the sum of squares of each column of its inputs."""
+def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, how: SparsifyConfig) -> int:
+    """Remove what the quota asks for, in place; returns the number of experts that saw no token.
 
-    def __init__(self, layer: Layer):
-        self.experts: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
-        self.dense: dict[str, list[torch.Tensor]] = defaultdict(list)
-
-    def routed(self, micro_batch, index_TK, output_TKD) -> None:
-        pass
-
-    def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
-        self.tokens[expert] += len(input_nD)
-        for part, rows in (("gate_up_proj", input_nD), ("down_proj", inner_nI)):
-            add, own = squared_sum(rows), self.experts[expert]
-            own[part] = own[part] + add if part in own else add
-
-    def hook(self, name: str):
-        """A forward pre-hook that records one micro-batch's inputs of the linear module whose weight is `name`."""
-        return lambda module, arguments: self.dense[name].append(squared_sum(arguments[0].flatten(0, -2)))
-
-
-def _measure(stream: LayerStream, layer: Layer, states: States, names: list[str]) -> _Moments:
-    """Run the layer once for its moments; its outputs are discarded, since its weights are about to change."""
-    moments = _Moments(layer)
-    modules = {name: layer.module.get_submodule(layer.layout.dense[name].rpartition(".")[0]) for name in names}
-    hooks = [module.register_forward_pre_hook(moments.hook(name)) for name, module in modules.items()]
-    stream.run(layer, states, moments)
-    for hook in hooks:
-        hook.remove()
-    for name in names:
-        if len(moments.dense[name]) != len(states.hidden):
-            raise StunError(
-                f"{name}: ran {len(moments.dense[name])} times in {len(states.hidden)} micro-batches; its inputs are not known"
-            )
-    return moments
-
-
-def _sum_over_micro_batches(partial: list[torch.Tensor], states: States, ranks: Ranks, width: int) -> torch.Tensor:
-    """[D] total of the micro-batches of all ranks, added in their order."""
-    turns = -(-states.total // ranks.world)
-    own_MD = torch.zeros(turns, width, dtype=torch.float64, device=ranks.device)
-    for turn, row_D in enumerate(partial):
-        own_MD[turn] = row_D
-    return ranks.all_gather(own_MD).transpose(0, 1).reshape(-1, width)[: states.total].sum(0)
-
-
-def _pooled(moments: _Moments, layer: Layer, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The layer's moments over all experts, the stand-in for an expert that saw no token; added in expert order."""
-    own = {expert: {part: row.cpu() for part, row in parts.items()} for expert, parts in moments.experts.items()}
-    everyone = {expert: parts for gathered in ranks.gather_objects(own) for expert, parts in gathered.items()}
-    pooled: dict[str, torch.Tensor] = {}
-    for expert in sorted(everyone):
-        for part, row in everyone[expert].items():
-            pooled[part] = pooled[part] + row if part in pooled else row
-    return {part: row.to(ranks.device) for part, row in pooled.items()}
-
-
-def _remove(weight_OD: torch.Tensor, squared_sum_D: torch.Tensor, count: int, what: str) -> None:
-    """Zero the `count` weights of a matrix with the lowest scores, in place."""
-    if count:
-        scores_OD = wanda_scores(weight_OD, squared_sum_D)
-        require_finite(scores_OD, f"{what}: Wanda score")
-        weight_OD.masked_fill_(smallest_per_row(scores_OD, count), 0)
-
-
-def mask_layer(stream: LayerStream, layer: Layer, states: States, quota: LayerQuota) -> int:
-    """Measure the layer and zero what its quota asks for, in place; returns the number of experts that saw no token."""
-    ranks = stream.ranks
+    `states` may be None where `how` reads no inputs. All ranks call this together.
+    """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
         return 0
-    moments = _measure(stream, layer, states, names)
-    owners = stream.writer_of(layer.layout)
+    blocks = expert_blocks(layer, how, stream.ranks)
+    reconstruction = Reconstruction(stream, layer, names) if how.reconstruct else None
+    tokens, dense, norms = _mask_experts(stream, layer, states, names, quota, how, blocks, reconstruction)
     for name in names:
-        weight = layer.dense[name]
-        total_D = _sum_over_micro_batches(moments.dense[name], states, ranks, weight.shape[1])
-        if owners[name] == ranks.rank:
-            _remove(weight, total_D, quota.dense[name], name)
-        ranks.broadcast(weight, owners[name])
-    tokens_E = ranks.sum_integers(moments.tokens.to(ranks.device)).cpu()
-    unseen = int((tokens_E == 0).sum())
-    pooled = _pooled(moments, layer, ranks) if unseen else {}
-    for number, expert in enumerate(layer.kept):
-        if layer.owner[number] == ranks.rank:
-            rows = moments.experts.get(number) or pooled
-            for part, count in quota.experts[number].items():
-                weight_OD = layer.layout.oriented(layer.experts[expert][part])
-                _remove(weight_OD, rows[part], count, f"layer {layer.layout.index} expert {expert} {part}")
+        weight_OD = layer.dense[name]
+        if stream.writer_of(layer.layout)[name] == stream.ranks.rank:
+            moment = dense[name]["inputs"] if how.reads_inputs else None
+            weight_OD.copy_(sparsify(how, weight_OD, moment, quota.dense[name], name))
+        stream.ranks.broadcast(weight_OD, stream.writer_of(layer.layout)[name])
+    unseen = _mask_unseen(layer, tokens, norms, quota, how, stream.ranks) if how.reads_inputs else 0
+    if reconstruction:
+        reconstruction.refit(states, blocks)
     return unseen
+
+
+def expert_blocks(layer: Layer, how: SparsifyConfig, ranks: Ranks) -> list[list[int]]:
+    """This rank's experts in the groups that are measured together: as many blocks on every rank, the last ones perhaps empty."""
+    mine = [number for number, owner in enumerate(layer.owner) if owner == ranks.rank]
+    size = max(1, len(mine))
+    if mine and how.reads_grams:
+        parts = [layer.layout.oriented(weight) for weight in layer.experts[layer.kept[mine[0]]].values() if weight.dim() > 1]
+        needed = sum(4 * weight.shape[1] * (weight.shape[1] + (weight.shape[0] if how.reconstruct else 0)) for weight in parts)
+        size = max(1, int(how.gram_gib * 2**30 / needed))
+    blocks = [mine[start : start + size] for start in range(0, len(mine), size)]
+    return blocks + [[] for _ in range(max(1, *ranks.gather_objects(len(blocks))) - len(blocks))]
+
+
+def _mask_experts(stream, layer: Layer, states, names, quota: LayerQuota, how: SparsifyConfig, blocks, reconstruction):
+    """Measure and prune the experts that saw tokens, block by block; the first block measures the dense matrices as well.
+
+    Returns the tokens of every expert of this rank, the moments of the dense matrices, and the inputs' sums of squares of every
+    expert that saw tokens, by part.
+    """
+    tokens, dense, norms = torch.zeros(len(layer.kept), dtype=torch.int64), {}, {}
+    for place, block in enumerate(blocks):
+        moments = None
+        if how.reads_inputs:
+            gated = how.method is SparsifyMethod.moe_pruner
+            remember = reconstruction.names if reconstruction and not place else ()
+            moments = Moments(stream, layer, [] if place else names, block, how.reads_grams, gated, remember)
+            moments.run(states)
+            if not place:
+                tokens, dense = moments.tokens, moments.dense
+            if remember:
+                reconstruction.inputs = moments.inputs
+        for number in block:
+            sums = moments.experts.get(number) if moments else {}
+            if sums is not None:
+                _mask_expert(layer, number, sums, quota, how)
+                norms[number] = {part: sum_.diagonal().clone() if sum_.dim() == 2 else sum_ for part, sum_ in sums.items()}
+    return tokens, dense, norms
+
+
+def _mask_expert(layer: Layer, number: int, sums: dict[str, torch.Tensor], quota: LayerQuota, how: SparsifyConfig) -> None:
+    expert = layer.kept[number]
+    for part, count in quota.experts[number].items():
+        if count:
+            weight_OD = layer.layout.oriented(layer.experts[expert][part])
+            what = f"layer {layer.layout.index} expert {expert} {part}"
+            weight_OD.copy_(sparsify(how, weight_OD, sums.get(part), count, what))
+
+
+def _mask_unseen(layer: Layer, tokens, norms, quota: LayerQuota, how: SparsifyConfig, ranks: Ranks) -> int:
+    """Prune the experts that saw no token by the inputs of all others together; returns how many there are."""
+    seen_E = ranks.sum_integers(tokens.to(ranks.device)).cpu() > 0
+    if seen_E.all():
+        return 0
+    pooled = _pooled(norms, ranks)
+    for number in (~seen_E).nonzero().flatten().tolist():
+        if layer.owner[number] == ranks.rank:
+            sums = {part: norm_D.diag().float() if how.reads_grams else norm_D for part, norm_D in pooled.items()}
+            _mask_expert(layer, number, sums, quota, how)
+    return int((~seen_E).sum())
+
+
+def _pooled(norms: dict[int, dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The sums of squares over the experts of all ranks, the stand-in for an expert that saw no token; added in expert order."""
+    own = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
+    everyone = {number: parts for gathered in ranks.gather_objects(own) for number, parts in gathered.items()}
+    pooled: dict[str, torch.Tensor] = {}
+    for number in sorted(everyone):
+        for part, row in everyone[number].items():
+            pooled[part] = pooled[part] + row if part in pooled else row
+    return {part: row.to(ranks.device) for part, row in pooled.items()}

@@ -11,6 +11,7 @@ import torch
 
 from stun.arch import Architecture
 from stun.budget import LayerQuota
+from stun.config import SparsifyConfig
 from stun.experts.distances import router_distance
 from stun.mask import mask_layer
 from stun.plan import LayerPlan, nearest_member
@@ -28,6 +29,12 @@ class _Watcher:
         shape = (max(sources, default=0) + 1, num_experts, device)
         self.sources = sources
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
+
+    def round_starts(self, turn) -> None:
+        pass
+
+    def round_ends(self, turn) -> None:
+        pass
 
     def routed(self, micro_batch, index_TK, output_TKD) -> None:
         self.coactivation.add(self.sources[micro_batch], index_TK)
@@ -137,6 +144,7 @@ def prune_layers(
     states: States | None,
     plans: list[LayerPlan],
     quotas: list[LayerQuota],
+    how: SparsifyConfig,
     ranks: Ranks,
     writer: ShardWriter,
     shards: list[list[str | None]],
@@ -144,7 +152,8 @@ def prune_layers(
     """Prune and write every layer on the hidden states that the already pruned layers before it produce, then the experts of
     multi-token-prediction heads, which lose experts but no single weights.
 
-    `shards[l][r]` is the file of rank r's part of layer l. Without `states` nothing is measured: the quotas must all be zero.
+    `shards[l][r]` is the file of rank r's part of layer l. Without `states` nothing is measured: the quotas must all be zero, or
+    `how` one that reads no inputs.
     """
     layouts = [*arch.layers, *arch.mtp]
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
@@ -157,11 +166,13 @@ def prune_layers(
             _reconstruct(layer, plans[index], kept)
         stream.keep(layer, kept)
         result.kept.append(kept)
-        if states is not None and not layer.layout.is_mtp:
-            stream.build(layer)
-            result.unseen += mask_layer(stream, layer, states, quotas[index])
-            stream.build(layer)
-            states = stream.run(layer, states)
+        if not layer.layout.is_mtp:
+            if states is not None:
+                stream.build(layer)
+            result.unseen += mask_layer(stream, layer, states, quotas[index], how)
+            if states is not None:
+                stream.build(layer)
+                states = stream.run(layer, states)
         layer.seconds["compute"] = time.perf_counter() - start
         tensors = own_tensors(stream, layer)
         own = torch.tensor([sum(int(t.count_nonzero()) for t in tensors.values())], device=ranks.device)

@@ -154,12 +154,12 @@ def _prune_and_write(
     outer_file, files = shard_files(arch, plans, ranks.world)
     writer = ShardWriter(run.model)
     outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
-    batches = samples.batches(cfg.calibration.micro_batch) if plan.zeros else []
-    states = embed(arch, ranks, batches, outer.get) if plan.zeros else None
+    measures = plan.zeros and cfg.sparsify.reads_inputs
+    states = embed(arch, ranks, samples.batches(cfg.calibration.micro_batch), outer.get) if measures else None
     if outer:
         writer.submit(outer_file, outer)
     del outer
-    result = prune_layers(arch, states, plans, quotas, ranks, writer, files)
+    result = prune_layers(arch, states, plans, quotas, cfg.sparsify, ranks, writer, files)
     shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
     result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
 

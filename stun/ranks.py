@@ -123,6 +123,16 @@ class Ranks:
             self._comm.recv(received.view(torch.uint8), source)
             like.copy_(received)
 
+    def moved(
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
+    ) -> torch.Tensor | None:
+        """`tensor` of rank `source` on rank `target`, None elsewhere."""
+        if self.rank == source == target:
+            return tensor
+        like = torch.empty(shape if self.rank == target else 0, dtype=dtype, device=self.device)
+        self.move(tensor, like, source, target)
+        return like if self.rank == target else None
+
     def broadcast_object(self, value: object, source: int = 0) -> object:
         """A small Python object from rank `source` to all."""
         box = [value]

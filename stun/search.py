@@ -15,7 +15,7 @@ import torch
 
 from stun.arch import Architecture
 from stun.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget
-from stun.config import PruneConfig, Representative, StunError
+from stun.config import PruneConfig, Representative, SparsifyConfig, StunError
 from stun.data import Samples
 from stun.mask import mask_layer
 from stun.plan import Plan
@@ -70,7 +70,8 @@ def search_fraction(
         held = stream.run(layer, held)
         for fraction, plan in plans.items():
             kept = plan.layers[layer.layout.index].kept
-            own[fraction] = _through(stream, layer, kept, quotas[fraction][layer.layout.index], *own[fraction])
+            quota = quotas[fraction][layer.layout.index]
+            own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, *own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
     return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}
 
@@ -110,7 +111,7 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def _through(
-    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, states: States, held: States
+    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, how: SparsifyConfig, states: States, held: States
 ) -> tuple[States, States]:
     """The states and the held-out ones after a pruned copy of the layer."""
     own = Layer(
@@ -123,7 +124,7 @@ def _through(
     )
     stream.keep(own, kept)
     stream.build(own)
-    mask_layer(stream, own, states, quota)
+    mask_layer(stream, own, states, quota, how)
     stream.build(own)
     after = stream.run(own, states), stream.run(own, held)
     own.release()

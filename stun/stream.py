@@ -27,11 +27,18 @@ from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
 from stun.layout import LayerLayout
 from stun.names import experts_of
 from stun.ranks import Ranks
-from stun.sparsify import require_finite
+from stun.sparsify.scores import require_finite
 
 
 class Observer(Protocol):
-    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order."""
+    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order.
+
+    A round is one micro-batch on every rank that has one left; all ranks see it start and end.
+    """
+
+    def round_starts(self, turn: int) -> None: ...
+
+    def round_ends(self, turn: int) -> None: ...
 
     def routed(self, micro_batch: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
         """Experts chosen for the tokens of one of this rank's micro-batches, and what they gave."""
@@ -124,13 +131,17 @@ class Exchange:
     def _serve_expert(
         self, module: nn.Module, micro_batch: int, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor
     ) -> torch.Tensor:
-        inner_nI = module._apply_gate(self._project(number, "gate_up_proj", input_nD))
-        output_nD = self._project(number, "down_proj", inner_nI)
+        inner_nI = self.inner(module, number, input_nD)
+        output_nD = self.project(number, "down_proj", inner_nI)
         if self.observer:
             self.observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
         return output_nD
 
-    def _project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
+    def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
+        """What an expert's `down_proj` is applied to: [n, I]."""
+        return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
+
+    def project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
         """Rows times one of an expert's matrices, plus its bias where the family has one."""
         parts = self.layer.experts[self.layer.kept[number]]
         weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
@@ -250,6 +261,8 @@ class LayerStream:
         for turn in range(-(-states.total // self.ranks.world)):
             if experts is not None:
                 experts.exchange.turn = turn
+            if observer is not None:
+                observer.round_starts(turn)
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
                 arguments = states.arguments[hidden_BTD.shape[0]][layer.layout.index]
@@ -259,6 +272,8 @@ class LayerStream:
                 outputs.append(output)
             elif experts is not None:
                 experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
+            if observer is not None:
+                observer.round_ends(turn)
         return States(outputs, states.arguments, states.total)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stun.config import StunError
-from stun.sparsify import quotas, require_finite, smallest_per_row, wanda_scores
+from stun.sparsify.scores import require_finite, wanda_scores
+from stun.sparsify.select import quotas, smallest_per_row
 from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, squared_sum, weight_sums
 
 

@@ -22,7 +22,7 @@ from stun.layout import renumber
 from stun.names import experts_of
 from stun.passes import observe
 from stun.prune import prune
-from stun.sparsify import wanda_scores
+from stun.sparsify.scores import wanda_scores
 from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
 

@@ -1,0 +1,128 @@
+"""What the matrices of one layer see: sums over the calibration tokens, held by the rank that prunes each matrix.
+
+Sums run in the order of the micro-batches whatever the number of ranks: an expert's owner serves them in that order, and the
+owner of a dense matrix receives each micro-batch's part on its turn.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from stun.config import StunError
+from stun.stats import squared_sum
+from stun.stream import Layer, LayerStream, States
+
+
+def gram(rows_TD: torch.Tensor) -> torch.Tensor:
+    """[D, D] sum of x x^T over the rows, in float32."""
+    rows_TD = rows_TD.float()
+    return rows_TD.T @ rows_TD
+
+
+class Sums:
+    """Watches a layer and adds up what `of_expert` and `of_dense` make of a micro-batch, by name of the sum.
+
+    `experts[number]` holds the sums of the experts in `numbers` that saw tokens, on their owner; `dense[name]` those of the dense
+    matrices, on the rank that writes them. `tokens` counts the tokens of this rank's experts.
+    """
+
+    def __init__(self, stream: LayerStream, layer: Layer, names: list[str], numbers: list[int]):
+        self.stream, self.layer, self.names, self.numbers = stream, layer, names, set(numbers)
+        self.owners = stream.writer_of(layer.layout)
+        self.experts: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.dense: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
+        self._turn: dict[str, dict[str, torch.Tensor]] = {}
+        self._last: tuple[torch.Tensor | None, dict] = (None, {})
+
+    def of_expert(self, number: int, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def of_dense(self, name: str, turn: int, input_TD) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the sums of a dense matrix [rows, columns]."""
+        raise NotImplementedError
+
+    def routed(self, micro_batch, index_TK, output_TKD) -> None:
+        pass
+
+    def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
+        self.tokens[expert] += len(input_nD)
+        if expert in self.numbers:
+            own = self.experts[expert]
+            for key, part in self.of_expert(expert, input_nD, inner_nI, gate_n).items():
+                own[key] = own[key].add_(part) if key in own else part
+
+    def run(self, states: States) -> None:
+        """Run the layer once; its outputs are discarded, since its weights are about to change."""
+        modules = {name: self.module_of(name) for name in self.names}
+        hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+        self._states = states
+        self.stream.run(self.layer, states, self)
+        for hook in hooks:
+            hook.remove()
+
+    def module_of(self, name: str) -> nn.Module:
+        """The linear module whose weight is `name`."""
+        return self.layer.module.get_submodule(self.layer.layout.dense[name].rpartition(".")[0])
+
+    def _hook(self, name: str):
+        def hook(module, arguments) -> None:
+            if name in self._turn:
+                raise StunError(f"{name}: ran more than once in a micro-batch; its inputs are not known")
+            self._turn[name] = self.of_dense(name, self._now, arguments[0])
+
+        return hook
+
+    def round_starts(self, turn: int) -> None:
+        self._now = turn
+
+    def round_ends(self, turn: int) -> None:
+        """Send every dense matrix' part of this round to its owner."""
+        ranks = self.stream.ranks
+        busy = min(ranks.world, self._states.total - turn * ranks.world)
+        own, self._turn, self._last = self._turn, {}, (None, {})
+        if ranks.rank < busy and len(own) < len(self.names):
+            raise StunError(f"{sorted(set(self.names) - own.keys())[0]}: did not run in a micro-batch; its inputs are not known")
+        for name in self.names:
+            for key, (shape, dtype) in self.shapes(*self.layer.dense[name].shape).items():
+                for rank in range(busy):
+                    mine = own[name][key] if rank == ranks.rank else None
+                    part = ranks.moved(mine, shape, dtype, rank, self.owners[name])
+                    if part is not None:
+                        sums = self.dense[name]
+                        sums[key] = sums[key].add_(part) if key in sums else part.clone()
+
+
+class Moments(Sums):
+    """Of the inputs of every matrix the sums of squares [D] or, with `grams`, of outer products [D, D]; with `gated`, of the
+    experts' inputs times their gate weights. Experts have one for each part. `inputs` are those of the dense matrices in
+    `remember`, by turn."""
+
+    def __init__(self, stream, layer, names, numbers, grams: bool, gated: bool, remember: Sequence[str] = ()):
+        super().__init__(stream, layer, names, numbers)
+        self.grams, self.gated = grams, gated
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
+
+    def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        return gram(rows_TD) if self.grams else squared_sum(rows_TD)
+
+    def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+        parts = {"gate_up_proj": input_nD, "down_proj": inner_nI}
+        return {part: self._of(rows.float() * gate_n[:, None] if self.gated else rows) for part, rows in parts.items()}
+
+    def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
+        if name in self.inputs:
+            self.inputs[name].append(input_TD)
+        if self._last[0] is not input_TD:  # the projections of attention, for one, share their input
+            self._last = (input_TD, {"inputs": self._of(input_TD.flatten(0, -2))})
+        return self._last[1]
+
+    def shapes(self, rows, columns):
+        return {"inputs": ((columns, columns), torch.float32) if self.grams else ((columns,), torch.float64)}

@@ -1,0 +1,63 @@
+"""Masks from scores: exact counts, ties to the lower column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: of every `of` neighbouring inputs, `keep` stay."""
+
+    keep: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern | None:
+        """2:4 -> Pattern(2, 4); None for an empty text."""
+        return cls(*map(int, text.split(":"))) if text else None
+
+    def zeros(self, size: int) -> int:
+        """How many of `size` weights go."""
+        return size // self.of * (self.of - self.keep)
+
+
+def smallest_per_row(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
+    """Mask [O, D], true for the `total` entries to remove: the smallest of each row, ties to the lower column.
+
+    Every row loses total / O entries; where that is not whole, the extra ones are spread evenly over the rows.
+    """
+    rows, columns = scores_OD.shape
+    edges = torch.arange(rows + 1, device=scores_OD.device) * total // rows
+    count_O = edges[1:] - edges[:-1]
+    order_OD = scores_OD.sort(dim=1, stable=True).indices
+    leaves_OD = torch.arange(columns, device=scores_OD.device) < count_O[:, None]
+    return torch.zeros_like(leaves_OD).scatter_(1, order_OD, leaves_OD)
+
+
+def smallest_overall(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
+    """Mask [O, D] of the `total` smallest entries of the whole matrix; ties to the lower column, then to the lower row."""
+    order = scores_OD.T.flatten().sort(stable=True).indices[:total]
+    mask_DO = torch.zeros(scores_OD.T.shape, dtype=torch.bool, device=scores_OD.device)
+    mask_DO.view(-1)[order] = True
+    return mask_DO.T
+
+
+def smallest_of_pattern(scores_OD: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Mask [O, D] of the entries that leave every group of `pattern.of` columns: its smallest, ties to the lower column."""
+    groups = scores_OD.reshape(-1, pattern.of)
+    order = groups.sort(dim=1, stable=True).indices[:, : pattern.of - pattern.keep]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores_OD.shape)
+
+
+def quotas(sizes: list[int], total: int) -> list[int]:
+    """Share `total` removals over matrices in proportion to their sizes, as integers that add up to `total` exactly."""
+    whole, shares, seen, given = sum(sizes), [], 0, 0
+    for size in sizes:
+        seen += size
+        upto = total * seen // whole
+        shares.append(upto - given)
+        given = upto
+    return shares

@@ -1,0 +1,45 @@
+"""SparseGPT: weights leave column by column, and the columns to their right make up for it (Frantar and Alistarh, ICML 2023)."""
+
+from __future__ import annotations
+
+import torch
+
+from stun.sparsify.scores import damped, one_thread
+from stun.sparsify.select import Pattern, quotas, smallest_of_pattern, smallest_overall
+
+BLOCK = 128
+
+
+def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pattern | None = None) -> torch.Tensor:
+    """The pruned and updated weights [O, D], of which `total` are zero, in the dtype of the Gram matrix (algorithm 1).
+
+    As in the published code, a block of 128 columns gets its share of `total`, and its weights are compared over all rows.
+    """
+    weight_OD = weight_OD.to(gram_DD.dtype, copy=True)
+    columns = weight_OD.shape[1]
+    with one_thread():
+        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram_DD)))
+        upper_DD = torch.linalg.cholesky(inverse_DD, upper=True)
+    width = BLOCK - BLOCK % pattern.of if pattern else BLOCK
+    blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+    shares = quotas([len(weight_OD) * (block.stop - block.start) for block in blocks], total)
+    for block, share in zip(blocks, shares, strict=True):
+        error_OB = _prune_block(weight_OD[:, block], upper_DD[block, block], share, pattern)
+        weight_OD[:, block.stop :] -= error_OB @ upper_DD[block, block.stop :]
+    return weight_OD
+
+
+def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:
+    """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks make up for."""
+    scale_B = upper_BB.diagonal()
+    mask_OB = smallest_overall((weight_OB / scale_B).square(), share) if pattern is None else None
+    error_OB = torch.zeros_like(weight_OB)
+    for column in range(weight_OB.shape[1]):
+        if pattern and column % pattern.of == 0:
+            group = slice(column, column + pattern.of)
+            leaves_OG = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
+        gone_O = leaves_OG[:, column % pattern.of] if pattern else mask_OB[:, column]
+        error_OB[:, column] = weight_OB[:, column].where(gone_O, 0) / scale_B[column]
+        weight_OB[:, column:] -= error_OB[:, column, None] * upper_BB[column, column:]
+        weight_OB[:, column].masked_fill_(gone_O, 0)
+    return error_OB
