@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from stun.arch import Architecture
-from stun.config import Budget, PruneConfig, Scope, StunError
-from stun.plan import Plan
-from stun.sparsify.select import quotas
+from stun.config import Budget, PruneConfig, Scope, SparsifyConfig, StunError
+from stun.plan import LayerPlan, Plan
+from stun.sparsify.select import Pattern, quotas
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,49 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     moe = [size for size in sizes if size.experts]
     if not moe:
         raise StunError("model.path: no decoder layer of this checkpoint has experts")
-    remove = cfg.target * sum(size.total for size in sizes)
-    wanted, floor, groups = cfg.experts.fraction * remove, floor_of(cfg, arch), arch.groups
-    is_global = cfg.experts.budget is Budget["global"]
-    if is_global:
-        unit = sum(size.expert for size in moe) / len(moe)
-        room = sum(max(0, size.experts - floor) for size in moe)
-    else:
-        unit = sum(size.expert for size in moe)
-        room = min(max(0, size.experts - floor) for size in moe)
-    count = groups * min(round(wanted / unit / groups), int(remove / unit / groups))
+    floor, groups, is_global = floor_of(cfg, arch), arch.groups, cfg.experts.budget is Budget["global"]
+    room = (sum if is_global else min)(max(0, size.experts - floor) for size in moe)
+    count = groups * _groups_to_drop(cfg, sizes, groups * unit_of(cfg, sizes))
     if count > room:
         per_layer = "" if is_global else " of every layer"
-        most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
         in_groups = f", in {groups} groups of at least {arch.group_floor}" if groups > 1 else ""
+        why, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
+        if not cfg.sparsify.pattern:
+            most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
+            why, advice = f"experts.fraction={cfg.experts.fraction}", f"Lower experts.fraction to {most} or less"
         raise StunError(
-            f"target={cfg.target} with experts.fraction={cfg.experts.fraction} drops {count} experts{per_layer}, but only {room} "
-            f"may go: a layer must keep {floor} (top-k {arch.top_k}{in_groups}, experts.keep_at_least "
-            f"{cfg.experts.keep_at_least}). Lower experts.fraction to {most} or less"
+            f"target={cfg.target} with {why} drops {count} experts{per_layer}, but only {room} may go: a layer must keep {floor} "
+            f"(top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
         )
     if is_global:
         return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
     return [count if size.experts else 0 for size in sizes]
+
+
+def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:
+    """Parameters that leave with one more expert (global budget) or one more of every layer (uniform). With a pattern: without
+    those it would have removed anyway."""
+    pattern = Pattern.parse(cfg.sparsify.pattern)
+    own = [
+        size.expert - (sum(map(pattern.zeros, size.expert_parts.values())) if pattern else 0) for size in sizes if size.experts
+    ]
+    return sum(own) / len(own) if cfg.experts.budget is Budget["global"] else sum(own)
+
+
+def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> int:
+    """How many times `unit` parameters leave as whole experts: `experts.fraction` of the target, or what a pattern leaves of it.
+
+    Raises StunError where the pattern alone removes more than the target.
+    """
+    total = sum(size.total for size in sizes)
+    remove, pattern = cfg.target * total, Pattern.parse(cfg.sparsify.pattern)
+    if not pattern:
+        return min(round(cfg.experts.fraction * remove / unit), int(remove / unit))
+    alone = sum(map(pattern.zeros, matrix_sizes(sizes, [size.experts for size in sizes])))
+    if alone - remove > unit / 2:
+        share = math.ceil(alone / total * 10000) / 10000
+        raise StunError(f"target={cfg.target}: sparsify.pattern={cfg.sparsify.pattern} alone removes {share}; raise the target")
+    return max(0, round((remove - alone) / unit))
 
 
 def _spread(count: int, room: list[int], step: int) -> list[int]:
@@ -92,13 +113,17 @@ def _spread(count: int, room: list[int], step: int) -> list[int]:
 
 
 def make_budget(cfg: PruneConfig, sizes: list[LayerSize], kept: list[int]) -> Plan:
-    """A plan without clusters: how many single weights must go beside the dropped experts to meet the target exactly.
+    """A plan without clusters: how many single weights must go beside the dropped experts to meet the target exactly, or, with a
+    pattern, what the pattern removes.
 
     Raises StunError, naming the largest reachable target, where the scope is too small.
     """
     total = sum(size.total for size in sizes)
     dropped = sum((size.experts - count) * size.expert for size, count in zip(sizes, kept, strict=True))
     scope_size = sum(matrix_sizes(sizes, kept))
+    pattern = Pattern.parse(cfg.sparsify.pattern)
+    if pattern:
+        return Plan(cfg.target, total, dropped, sum(map(pattern.zeros, matrix_sizes(sizes, kept))), scope_size, [])
     zeros = max(0, round(cfg.target * total) - dropped)
     if zeros > scope_size:
         scope = ", ".join(kind.name for kind in cfg.sparsify.scope)
@@ -125,9 +150,13 @@ class LayerQuota:
     experts: list[dict[str, int]]
 
 
-def layer_quotas(sizes: list[LayerSize], kept: list[int], zeros: int) -> list[LayerQuota]:
-    """Share `zeros` removals over all matrices in proportion to their sizes; the sum is exact."""
-    shares = iter(quotas(matrix_sizes(sizes, kept), zeros))
+def layer_quotas(sizes: list[LayerSize], plan: Plan) -> list[LayerQuota]:
+    """Share the plan's removals over all matrices, in proportion to their sizes or as its ratios say; the sum is exact.
+
+    Where a layer has ratios for its experts, its quotas stand by cluster.
+    """
+    kept = [len(layer.clusters) for layer in plan.layers]
+    shares = iter(quotas(matrix_sizes(sizes, kept), plan.zeros, _matrix_ratios(sizes, plan)))
     return [
         LayerQuota(
             {name: next(shares) for name in sorted(size.dense)},
@@ -135,3 +164,37 @@ def layer_quotas(sizes: list[LayerSize], kept: list[int], zeros: int) -> list[La
         )
         for size, count in zip(sizes, kept, strict=True)
     ]
+
+
+def quota_of(plan: LayerPlan, kept: list[int], quota: LayerQuota) -> LayerQuota:
+    """A layer's quota with its experts in the order of `kept`: it stands by cluster where experts have ratios of their own."""
+    if not plan.expert_ratios:
+        return quota
+    home = {expert: place for place, cluster in enumerate(plan.clusters) for expert in cluster}
+    return LayerQuota(quota.dense, [quota.experts[home[expert]] for expert in kept])
+
+
+def check_pattern(how: SparsifyConfig, arch: Architecture) -> None:
+    """Raises StunError where the inputs of a matrix cannot be cut into the groups of the pattern."""
+    pattern = Pattern.parse(how.pattern)
+    for layout in arch.layers if pattern else []:
+        widths = {name: arch.info(name).shape[-1] for name, kind in layout.linears.items() if kind in how.scope}
+        if layout.experts and Scope.experts in how.scope:
+            shapes = {part: arch.piece(layout, 0, part)[0].shape for part in layout.experts[0]}
+            inputs = 0 if layout.is_transposed else 1
+            widths |= {f"layer {layout.index}: {p} of the experts": s[inputs] for p, s in shapes.items() if len(s) > 1}
+        for name, width in widths.items():
+            if width % pattern.of:
+                raise StunError(f"sparsify.pattern={how.pattern}: {name} has {width} inputs, not a multiple of {pattern.of}")
+
+
+def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
+    """The ratio of every matrix, in the order of `matrix_sizes`; None where all are the same."""
+    if all(layer.ratio is None for layer in plan.layers):
+        return None
+    ratios = []
+    for size, layer in zip(sizes, plan.layers, strict=True):
+        own = plan.ratio if layer.ratio is None else layer.ratio
+        ratios += [own] * len(size.dense)
+        ratios += [ratio for ratio in layer.expert_ratios or [own] * len(layer.clusters) for _ in size.expert_parts]
+    return ratios

@@ -6,7 +6,7 @@ import torch
 
 from stun.budget import LayerQuota
 from stun.config import SparsifyConfig, SparsifyMethod
-from stun.moments import Moments
+from stun.moments import Moments, pooled
 from stun.ranks import Ranks
 from stun.reconstruct import Reconstruction
 from stun.sparsify.matrix import sparsify
@@ -88,20 +88,9 @@ def _mask_unseen(layer: Layer, tokens, norms, quota: LayerQuota, how: SparsifyCo
     seen_E = ranks.sum_integers(tokens.to(ranks.device)).cpu() > 0
     if seen_E.all():
         return 0
-    pooled = _pooled(norms, ranks)
+    stand_in = pooled(norms, ranks)
     for number in (~seen_E).nonzero().flatten().tolist():
         if layer.owner[number] == ranks.rank:
-            sums = {part: norm_D.diag().float() if how.reads_grams else norm_D for part, norm_D in pooled.items()}
+            sums = {part: norm_D.diag().float() if how.reads_grams else norm_D for part, norm_D in stand_in.items()}
             _mask_expert(layer, number, sums, quota, how)
     return int((~seen_E).sum())
-
-
-def _pooled(norms: dict[int, dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The sums of squares over the experts of all ranks, the stand-in for an expert that saw no token; added in expert order."""
-    own = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
-    everyone = {number: parts for gathered in ranks.gather_objects(own) for number, parts in gathered.items()}
-    pooled: dict[str, torch.Tensor] = {}
-    for number in sorted(everyone):
-        for part, row in everyone[number].items():
-            pooled[part] = pooled[part] + row if part in pooled else row
-    return {part: row.to(ranks.device) for part, row in pooled.items()}

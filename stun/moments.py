@@ -14,7 +14,8 @@ from torch import nn
 
 from stun.config import StunError
 from stun.stats import squared_sum
-from stun.stream import Layer, LayerStream, States
+from stun.ranks import Ranks
+from stun.stream import Layer, LayerStream, Observer, States
 
 
 def gram(rows_TD: torch.Tensor) -> torch.Tensor:
@@ -59,14 +60,15 @@ class Sums:
             for key, part in self.of_expert(expert, input_nD, inner_nI, gate_n).items():
                 own[key] = own[key].add_(part) if key in own else part
 
-    def run(self, states: States) -> None:
-        """Run the layer once; its outputs are discarded, since its weights are about to change."""
+    def run(self, states: States, *others: Observer) -> States:
+        """Run the layer once, watched by `others` too; returns its outputs."""
         modules = {name: self.module_of(name) for name in self.names}
         hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
         self._states = states
-        self.stream.run(self.layer, states, self)
+        outputs = self.stream.run(self.layer, states, self, *others)
         for hook in hooks:
             hook.remove()
+        return outputs
 
     def module_of(self, name: str) -> nn.Module:
         """The linear module whose weight is `name`."""
@@ -126,3 +128,14 @@ class Moments(Sums):
 
     def shapes(self, rows, columns):
         return {"inputs": ((columns, columns), torch.float32) if self.grams else ((columns,), torch.float64)}
+
+
+def pooled(norms: dict[int, dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The sums of squares over the experts of all ranks, the stand-in for an expert that saw no token; added in expert order."""
+    own = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
+    everyone = {number: parts for gathered in ranks.gather_objects(own) for number, parts in gathered.items()}
+    sums: dict[str, torch.Tensor] = {}
+    for number in sorted(everyone):
+        for part, row in everyone[number].items():
+            sums[part] = sums[part] + row if part in sums else row
+    return {part: row.to(ranks.device) for part, row in sums.items()}

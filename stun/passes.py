@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from stun.arch import Architecture
-from stun.budget import LayerQuota
+from stun.budget import LayerQuota, quota_of
 from stun.config import SparsifyConfig
 from stun.experts.distances import router_distance
 from stun.mask import mask_layer
+from stun.outliers import OutlierCounter
 from stun.plan import LayerPlan, nearest_member
 from stun.progress import Progress
 from stun.ranks import Ranks
@@ -65,8 +66,10 @@ def observe(
     ranks: Ranks,
     save: Callable[[int, dict[str, torch.Tensor]], None],
     sources: list[int] | None = None,
+    outliers: bool = False,
 ) -> None:
-    """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts.
+    """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts, or with `outliers` for
+    every layer.
 
     `sources[m]` numbers the calibration source of micro-batch m; there is one where it is not given. stun.run.Statistics says
     what the statistics are.
@@ -78,12 +81,16 @@ def observe(
         watcher = _Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
         stream.build(layer)
         start = time.perf_counter()
-        states = stream.run(layer, states, watcher if layer.kept else None)
+        watchers = (watcher,) if layer.kept else ()
+        if outliers:
+            counter = OutlierCounter(stream, layer)
+            states = counter.run(states, *watchers)
+        else:
+            states = stream.run(layer, states, *watchers)
         layer.seconds["compute"] = time.perf_counter() - start
-        if layer.kept:
-            totals = watcher.totals(layer, ranks)
-            if ranks.is_first:
-                save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
+        if ranks.is_first and totals:
+            save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
         progress.layer(layer, f"experts {len(layer.kept)}")
 
 
@@ -169,7 +176,8 @@ def prune_layers(
         if not layer.layout.is_mtp:
             if states is not None:
                 stream.build(layer)
-            result.unseen += mask_layer(stream, layer, states, quotas[index], how)
+            quota = quota_of(plans[index], kept, quotas[index])
+            result.unseen += mask_layer(stream, layer, states, quota, how)
             if states is not None:
                 stream.build(layer)
                 states = stream.run(layer, states)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stun.arch import Architecture
-from stun.budget import LayerSize, experts_to_drop, floor_of, make_budget, measure_layers
+from stun.budget import LayerSize, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
 from stun.checkpoint import Checkpoint, write_json
 from stun.config import PruneConfig, StunError, validate_experts
 from stun.plan import LayerPlan, Plan, read_layers
@@ -107,6 +107,10 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
             )
     asked = own_target if target is None else target
     plan = make_budget(replace(cfg, target=asked), sizes, [len(layer.clusters) for layer in layers])
+    removed = plan.dropped + plan.zeros
+    if cfg.sparsify.pattern and abs(removed - asked * plan.parameters) > 0.51 * arch.groups * unit_of(cfg, sizes):
+        both = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.4f}"
+        raise StunError(f"{where}: {both}, not target={asked}; set the target to that")
     if plan.dropped > round(asked * plan.parameters):
         share = plan.dropped / plan.parameters
         raise StunError(f"{where}: the experts that leave are {share:.4f} of the parameters, more than target={asked}")

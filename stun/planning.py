@@ -13,6 +13,7 @@ from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
 from stun.plan import LayerPlan, Plan
 from stun.protect import protected_experts
+from stun.allocation import set_ratios
 from stun.run import Statistics
 
 
@@ -26,7 +27,7 @@ def check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
 def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], stats: Statistics | None) -> Plan:
     """The plan for `drops` experts to leave each layer (with the global budget only their sum counts).
 
-    `stats` may be None where nobody leaves. Raises StunError where protected experts do not allow it.
+    `stats` may be None where nobody leaves and no outliers are counted. Raises StunError where protected experts do not allow it.
     """
     layers = [LayerPlan.of(layout.num_experts, [[e] for e in range(layout.num_experts)]) for layout in arch.layers]
     moe = [layout.index for layout in arch.layers if layout.experts]
@@ -41,6 +42,7 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
             layers[index] = plan
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     plan.layers, plan.mtp = layers, _plan_heads(cfg, arch, [len(layers[index].clusters) for index in moe])
+    set_ratios(plan, cfg.sparsify, arch, sizes, stats)
     return plan
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from stun import serving
 from stun.arch import Architecture
-from stun.budget import LayerSize, experts_to_drop, layer_quotas, make_budget, measure_layers
+from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
 from stun.config import Budget, PruneConfig, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
@@ -19,6 +19,7 @@ from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.ranks import Ranks
+from stun.allocation import check_ratios, set_ratios
 from stun.run import Run, fingerprint, model_digest
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import ShardWriter, shard_files
@@ -40,6 +41,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     is_auto = cfg.experts.fraction == "auto" and not given
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     drops, budget = ([], None) if is_auto else _request(cfg, arch, sizes, given)
+    check_ratios(cfg.sparsify, arch)
+    check_pattern(cfg.sparsify, arch)
     if not given:
         check_loadable(cfg, arch)
         check_listed(cfg, arch, drops or [0] * len(arch.layers))
@@ -58,9 +61,9 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         drops, budget = _request(cfg, arch, sizes, None)
     ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
     _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
-    if any(drops) and not given:
+    if (any(drops) and not given) or (budget.zeros and cfg.sparsify.counts_outliers):
         _observe(cfg, arch, samples, ranks, run)
-    plan = ranks.on_first(lambda: _save_plan(given or make_plan(cfg, arch, sizes, drops, run.stats), run))
+    plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
     result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
     summary = _summary(arch, plan, result, ranks, time.perf_counter() - started)
     ranks.on_first(lambda: _finish(plan, result, run, summary))
@@ -126,7 +129,7 @@ def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Rank
     if not ranks.on_first(lambda: run.stats.complete):
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, samples.batches(size), arch.source.read)
-        observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size))
+        observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size), cfg.sparsify.counts_outliers)
         ranks.on_first(lambda: run.stats.finish(samples.sources, model_digest(arch.source)))
 
 
@@ -139,6 +142,13 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     _observe(cfg, arch, samples, ranks, run)
 
 
+def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], given: Plan | None, run: Run) -> Plan:
+    """The plan given, with its ratios, or one made from the statistics."""
+    if given:
+        set_ratios(given, cfg.sparsify, arch, sizes, run.stats)
+    return given or make_plan(cfg, arch, sizes, drops, run.stats)
+
+
 def _save_plan(plan: Plan, run: Run) -> Plan:
     write_json(run.folder / "plan.json", plan.to_json())
     return plan
@@ -149,7 +159,7 @@ def _prune_and_write(
 ) -> PruneResult:
     """The second stream and the files around it; the index comes last."""
     ranks.on_first(run.clear_model)
-    quotas = layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros)
+    quotas = layer_quotas(sizes, plan)
     plans = [*plan.layers, *plan.mtp]
     outer_file, files = shard_files(arch, plans, ranks.world)
     writer = ShardWriter(run.model)

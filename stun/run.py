@@ -112,7 +112,10 @@ class Statistics:
 
     A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` and `agreement` [S, E, E]
     int64 (the latter in units of 1 / `cosine_unit`), `powers` [S, E, 3, 3] and `peak` [S, E] float64
-    (stun.stats.OutputPowers), `weights` [E, 3] float64 (stun.stats.weight_sums).
+    (stun.stats.OutputPowers), `weights` [E, 3] float64 (stun.stats.weight_sums). Where outliers were asked for, a layer with or
+    without experts also holds histograms of Wanda's scores per token and the sums of these scores (stun.outliers):
+    `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME` [bins] and `sum of NAME` [] of every dense
+    matrix.
     """
 
     def __init__(self, folder: Path):

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from stun.arch import Architecture
-from stun.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget
+from stun.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget, quota_of
 from stun.config import PruneConfig, Representative, SparsifyConfig, StunError
 from stun.data import Samples
 from stun.mask import mask_layer
@@ -59,7 +59,7 @@ def search_fraction(
     All ranks call this together; `check_samples` has found nothing.
     """
     plans = ranks.on_first(lambda: _candidates(cfg, arch, sizes, fractions, stats))
-    quotas = {f: layer_quotas(sizes, [len(p.clusters) for p in plan.layers], plan.zeros) for f, plan in plans.items()}
+    quotas = {f: layer_quotas(sizes, plan) for f, plan in plans.items()}
     size, read = cfg.calibration.micro_batch, arch.source.read
     states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(samples))
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
@@ -70,7 +70,7 @@ def search_fraction(
         held = stream.run(layer, held)
         for fraction, plan in plans.items():
             kept = plan.layers[layer.layout.index].kept
-            quota = quotas[fraction][layer.layout.index]
+            quota = quota_of(plan.layers[layer.layout.index], kept, quotas[fraction][layer.layout.index])
             own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, *own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
     return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}

@@ -84,7 +84,7 @@ class Exchange:
 
     def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
         self.layer, self.ranks, self.dtype = layer, ranks, dtype
-        self.observer: Observer | None = None
+        self.observers: tuple[Observer, ...] = ()
         self.turn = 0  # of the round of micro-batches, one a rank, that is being run
         owner_E = torch.tensor(layer.owner)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
@@ -111,8 +111,8 @@ class Exchange:
         output_ND = torch.empty_like(back_ND)
         output_ND[order_N] = back_ND
         output_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1])
-        if self.observer and len(index_TK):
-            self.observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, output_TKD)
+        for observer in self.observers if len(index_TK) else ():
+            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, output_TKD)
         weighted_TKD = output_TKD * weights_TK[..., None]
         return weighted_TKD.sum(1).to(hidden_TD.dtype)
 
@@ -133,8 +133,8 @@ class Exchange:
     ) -> torch.Tensor:
         inner_nI = self.inner(module, number, input_nD)
         output_nD = self.project(number, "down_proj", inner_nI)
-        if self.observer:
-            self.observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
+        for observer in self.observers:
+            observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
         return output_nD
 
     def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
@@ -251,17 +251,17 @@ class LayerStream:
             found[1].exchange = Exchange(layer, self.ranks, self.dtype)
 
     @torch.no_grad()
-    def run(self, layer: Layer, states: States, observer: Observer | None = None) -> States:
+    def run(self, layer: Layer, states: States, *observers: Observer) -> States:
         """`layer` applied to every micro-batch of this rank; all ranks take part in every round."""
         found = experts_of(layer.module)
         experts = found[1] if found else None
         if experts is not None:
-            experts.exchange.observer = observer
+            experts.exchange.observers = observers
         outputs = []
         for turn in range(-(-states.total // self.ranks.world)):
             if experts is not None:
                 experts.exchange.turn = turn
-            if observer is not None:
+            for observer in observers:
                 observer.round_starts(turn)
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
@@ -272,7 +272,7 @@ class LayerStream:
                 outputs.append(output)
             elif experts is not None:
                 experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
-            if observer is not None:
+            for observer in observers:
                 observer.round_ends(turn)
         return States(outputs, states.arguments, states.total)
 

@@ -20,15 +20,15 @@ ORDER = [
     {"names", "run", "evaluate", "compressed"},
     {"arch"},
     {"budget", "stream"},
-    {"protect", "moments", "shards", "progress"},
-    {"reconstruct"},
+    {"protect", "moments", "shards", "progress", "allocation"},
+    {"reconstruct", "outliers"},
     {"mask"},
     {"planning"},
     {"planfile", "passes", "search"},
     {"prune"},
     {"study"},
 ]
-PURE = {"stats", "plan", "clusters", "distances", "scores", "select", "sparsegpt", "alps", "swaps", "refit", "matrix"}
+PURE = {"stats", "plan", "clusters", "distances", "scores", "select", "sparsegpt", "alps", "swaps", "refit", "matrix", "ratios"}
 PURE_IMPORTS = {
     "torch",
     "numpy",

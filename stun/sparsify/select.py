@@ -52,12 +52,20 @@ def smallest_of_pattern(scores_OD: torch.Tensor, pattern: Pattern) -> torch.Tens
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores_OD.shape)
 
 
-def quotas(sizes: list[int], total: int) -> list[int]:
-    """Share `total` removals over matrices in proportion to their sizes, as integers that add up to `total` exactly."""
-    whole, shares, seen, given = sum(sizes), [], 0, 0
-    for size in sizes:
-        seen += size
-        upto = total * seen // whole
-        shares.append(upto - given)
-        given = upto
+def quotas(sizes: list[int], total: int, ratios: list[float] | None = None) -> list[int]:
+    """Share `total` removals over matrices in proportion to their sizes, or to size times ratio where ratios are given.
+
+    The shares are integers, none above its size, and add up to `total` exactly where the sizes do not forbid it.
+    """
+    weights = sizes if ratios is None else [size * round(ratio * 2**40) for size, ratio in zip(sizes, ratios, strict=True)]
+    whole, shares, seen, given = sum(weights), [], 0, 0
+    for size, weight in zip(sizes, weights, strict=True):
+        seen += weight
+        share = min(size, total * seen // whole - given) if whole else 0
+        shares.append(share)
+        given += share
+    for place, size in enumerate(sizes):  # what rounding has left, where matrices are removed whole
+        more = min(size - shares[place], total - given)
+        shares[place] += more
+        given += more
     return shares

@@ -1,0 +1,42 @@
+"""Every way to remove single weights, one run each, in one launch: torchrun method_runs.py SOURCE RUNS."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
+from stun.config import SparsifyMethod as Method
+from stun.prune import prune
+from stun.ranks import Ranks
+
+TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
+CALIBRATION = CalibrationConfig(path=str(TEXT), samples=9, length=48, micro_batch=2)
+TINY = 1e-6  # GiB: experts are measured one at a time
+TARGET = 0.5
+METHODS = {
+    **{method.name: SparsifyConfig(method=method) for method in Method},
+    "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
+    "swaps": SparsifyConfig(swaps=20),
+    "moe_pruner swaps": SparsifyConfig(method=Method.moe_pruner, swaps=5),
+    "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
+    "everything": SparsifyConfig(method=Method.alps, swaps=5, reconstruct=True, ratios="owl", per_expert=True),
+    "owl": SparsifyConfig(ratios="owl"),
+    "per_expert": SparsifyConfig(method=Method.magnitude, per_expert=True),
+    **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
+    "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", swaps=5, reconstruct=True),
+}
+
+
+def request(source: str, run_dir: Path, name: str) -> PruneConfig:
+    """The run of `METHODS` with that name."""
+    how = METHODS[name]
+    target = {"": TARGET, "2:4": 0.6, "1:4": 0.8}[how.pattern]
+    experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"])
+    return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name))
+
+
+if __name__ == "__main__":
+    with Ranks() as ranks:
+        for name in METHODS:
+            prune(request(sys.argv[1], Path(sys.argv[2]), name), ranks)
