@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from stun.config import StunError
 
 INDEX = "model.safetensors.index.json"
+COMPRESSED_INDEX = "model.bitmask.index.json"  # stun.compressed: what no other runtime takes for weights
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
 _TEMPLATES = "additional_chat_templates"  # where transformers keeps all chat templates but the first
@@ -95,7 +96,8 @@ def _parse_header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _load_json(file: Path) -> dict:
+def load_json(file: Path) -> dict:
+    """The JSON object in a file. Raises StunError."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -106,7 +108,7 @@ def _load_json(file: Path) -> dict:
 
 
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
-    weight_map = _load_json(folder / INDEX).get("weight_map")
+    weight_map = load_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StunError(f"{folder / INDEX}: has no weight_map")
     headers: dict[str, dict[str, TensorInfo]] = {}
@@ -181,7 +183,7 @@ class Checkpoint:
             tensors = _parse_header(folder / SINGLE)
         else:
             raise StunError(_no_weights(folder))
-        config = _load_json(folder / "config.json")
+        config = load_json(folder / "config.json")
         block = _quantisation(folder, config)
         return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
@@ -241,6 +243,8 @@ def _no_weights(folder: Path) -> str:
             f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. Convert them "
             "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
         )
+    if (folder / COMPRESSED_INDEX).is_file():
+        return f"{folder}: is compressed; python -m jobs.expand model.path={folder} output=... makes an ordinary checkpoint of it"
     return f"{folder}: holds neither {INDEX} nor {SINGLE}"
 
 
@@ -258,23 +262,23 @@ def write_json(file: Path, content: dict) -> None:
     write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write one safetensors file, atomically; readable by whoever may read its folder."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(path: Path) -> None:
-        save_file(contiguous, path, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata=metadata or {"format": "pt"})
         path.chmod(0o644)
 
     write_atomically(file, write)
 
 
-def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
-    """Write the index: `shards` maps a file name to the bytes of each of its tensors."""
+def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = INDEX) -> None:
+    """Write the index under `name`: `shards` maps a file name to the bytes of each of its tensors."""
     weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
     total = sum(size for sizes in shards.values() for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX, index)
+    write_json(folder / name, index)
 
 
 def copy_extras(source: Path, target: Path, skip: Iterable[str] = ("config.json", INDEX)) -> None:

@@ -205,7 +205,8 @@ class SparsifyConfig:
 class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
-    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`.
+    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. With `compress` the
+    checkpoint holds bitmasks and values (stun.compressed) in place of zeros.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -215,6 +216,7 @@ class PruneConfig:
     target: float = MISSING
     run_dir: str = MISSING
     plan: str = ""
+    compress: bool = False
 
 
 @dataclass
@@ -251,6 +253,14 @@ class EvaluateConfig:
 
 
 @dataclass
+class ExpandConfig:
+    """Write the compressed checkpoint at `model.path` to the new or empty folder `output` as an ordinary one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    output: str = MISSING
+
+
+@dataclass
 class CompareConfig(PruneConfig):
     """Prune one model three ways (STUN, whole experts only, weights only) at one target and evaluate all of them."""
 
@@ -282,6 +292,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="prune_schema", node=PruneConfig)
     store.store(name="plan_schema", node=PlanConfig)
+    store.store(name="expand_schema", node=ExpandConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="study_schema", node=StudyConfig)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from stun.compressed import is_compressed, load_model
 from stun.config import StunError, TaskConfig
 from stun.data import load_rows, load_tokenizer
 from stun.ranks import Ranks
@@ -84,7 +85,8 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
     tokenizer = load_tokenizer(Path(path))
     dtype = torch.float32 if ranks.device.type == "cpu" else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
+        load = load_model if is_compressed(path) else AutoModelForCausalLM.from_pretrained
+        model = load(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
     except (OSError, ValueError) as error:
         raise StunError(f"{path}: cannot be loaded for evaluation: {error}") from error
     right = _from_all(ranks, _exact_matches(model, tokenizer, rows, cfg, ranks))

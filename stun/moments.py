@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from stun.config import StunError
-from stun.stats import squared_sum
 from stun.ranks import Ranks
+from stun.stats import squared_sum
 from stun.stream import Layer, LayerStream, Observer, States
 
 

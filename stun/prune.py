@@ -9,7 +9,8 @@ from dataclasses import replace
 from stun import serving
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
-from stun.checkpoint import Checkpoint, copy_extras, write_index, write_json
+from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
+from stun.compressed import mark
 from stun.config import Budget, PruneConfig, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
@@ -65,7 +66,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         _observe(cfg, arch, samples, ranks, run)
     plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
     result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
-    summary = _summary(arch, plan, result, ranks, time.perf_counter() - started)
+    summary = _summary(arch, plan, result, cfg.compress, ranks, time.perf_counter() - started)
     ranks.on_first(lambda: _finish(plan, result, run, summary))
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
     for runtime, answer in summary["loads_in"].items():
@@ -162,7 +163,7 @@ def _prune_and_write(
     quotas = layer_quotas(sizes, plan)
     plans = [*plan.layers, *plan.mtp]
     outer_file, files = shard_files(arch, plans, ranks.world)
-    writer = ShardWriter(run.model)
+    writer = ShardWriter(run.model, cfg.compress)
     outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
     measures = plan.zeros and cfg.sparsify.reads_inputs
     states = embed(arch, ranks, samples.batches(cfg.calibration.micro_batch), outer.get) if measures else None
@@ -175,14 +176,15 @@ def _prune_and_write(
 
     def write_around() -> None:
         copy_extras(arch.source.folder, run.model)
-        write_json(run.model / "config.json", arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]]))
-        write_index(run.model, dict(sorted(shards.items())))
+        config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
+        write_json(run.model / "config.json", mark(config) if cfg.compress else config)
+        write_index(run.model, dict(sorted(shards.items())), COMPRESSED_INDEX if cfg.compress else INDEX)
 
     ranks.on_first(write_around)
     return result
 
 
-def _summary(arch: Architecture, plan: Plan, result: PruneResult, ranks: Ranks, seconds: float) -> dict:
+def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bool, ranks: Ranks, seconds: float) -> dict:
     kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
     return {
         "target": plan.target,
@@ -191,7 +193,7 @@ def _summary(arch: Architecture, plan: Plan, result: PruneResult, ranks: Ranks, 
         "nonzero": result.nonzero,
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
-        "loads_in": serving.runtimes(arch.model_type, kept),
+        "loads_in": serving.COMPRESSED if compressed else serving.runtimes(arch.model_type, kept),
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,

@@ -7,6 +7,8 @@ from __future__ import annotations
 # (vllm-project/vllm issue 51521, pull request 50982).
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
+# Of a run with compress=true.
+COMPRESSED = {"this package": "stun.compressed.load_model; jobs.expand makes an ordinary checkpoint, for this and any runtime"}
 
 
 def nearest_counts(experts: int) -> list[int]:

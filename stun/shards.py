@@ -10,6 +10,7 @@ import torch
 
 from stun.arch import Architecture
 from stun.checkpoint import write_tensors
+from stun.compressed import compress
 from stun.layout import LayerLayout, renumber
 from stun.plan import LayerPlan
 from stun.stream import Layer, LayerStream
@@ -79,10 +80,13 @@ def _is_fused(layout: LayerLayout) -> bool:
 
 
 class ShardWriter:
-    """Writes shards behind the computation, one at a time; at most one waits, so memory stays bounded."""
+    """Writes shards behind the computation, one at a time; at most one waits, so memory stays bounded.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    After `close`, `written` maps every file to the bytes of each tensor in it.
+    """
+
+    def __init__(self, folder: Path, is_compressed: bool = False):
+        self.folder, self.is_compressed = folder, is_compressed
         self.written: dict[str, dict[str, int]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: Future | None = None
@@ -92,13 +96,15 @@ class ShardWriter:
         start = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - start
-        self.written[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._pending = self._pool.submit(self._write, self.folder / file, tensors)
         return waited
 
-    @staticmethod
-    def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write_tensors(file, {name: tensor.cpu() for name, tensor in tensors.items()})
+    def _write(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        stored, metadata = {name: tensor.cpu() for name, tensor in tensors.items()}, None
+        if self.is_compressed:
+            stored, metadata = compress(stored)
+        write_tensors(file, stored, metadata)
+        self.written[file.name] = {name: tensor.nbytes for name, tensor in stored.items()}
 
     def wait(self) -> None:
         """Return once everything submitted is on disk; raises what writing raised."""

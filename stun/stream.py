@@ -86,7 +86,7 @@ class Exchange:
         self.layer, self.ranks, self.dtype = layer, ranks, dtype
         self.observers: tuple[Observer, ...] = ()
         self.turn = 0  # of the round of micro-batches, one a rank, that is being run
-        owner_E = torch.tensor(layer.owner)
+        owner_E = torch.tensor(layer.owner, dtype=torch.int64)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
         self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
         self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
