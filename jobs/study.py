@@ -1,4 +1,4 @@
-"""Compare ways to choose experts: torchrun --nproc-per-node 2 -m jobs.study scores=docs/selection.json"""
+"""Compare ways to prune: torchrun --nproc-per-node 2 -m jobs.study scores=docs/selection.json (or --config-name study_weights)"""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def work(cfg, ranks) -> None:
     scores = study(cfg, ranks)
 
     def report() -> None:
-        print(markdown(scores))
+        print(markdown(scores, cfg.measures))
         if cfg.scores:
             Path(cfg.scores).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(cfg.scores), scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from stun.allocation import set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, floor_of, make_budget
 from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
@@ -13,7 +14,6 @@ from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
 from stun.plan import LayerPlan, Plan
 from stun.protect import protected_experts
-from stun.allocation import set_ratios
 from stun.run import Statistics
 
 

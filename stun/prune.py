@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from stun import serving
+from stun.allocation import check_ratios, set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
@@ -20,7 +21,6 @@ from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.ranks import Ranks
-from stun.allocation import check_ratios, set_ratios
 from stun.run import Run, fingerprint, model_digest
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import ShardWriter, shard_files

@@ -1,4 +1,4 @@
-"""Compares ways to choose experts: every method at every sparsity, on several orders of the calibration text.
+"""Compares ways to prune: every method at every sparsity, on several orders of the calibration text.
 
 The rows of the task are halved, so that a choice made on one half can be checked on the other.
 """
@@ -36,19 +36,21 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)
     dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(cfg.model.path, cfg.task, ranks), ranks)
-    scores: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
+    results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
+    outliers = any(own.sparsify.counts_outliers for own in ways.values())
+    base_how = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
     for seed in cfg.seeds:
         calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
-        take_statistics(replace(cfg, calibration=calibration, run_dir=base), ranks)
+        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_how), ranks)
         for target, (method, own) in itertools.product(cfg.targets, ways.items()):
             cell = replace(own, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
             identity = {"task": task, "overrides": list(cfg.methods[method])}
             compute = lambda cell=cell, base=base: _cell(cell, base, cfg, ranks)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
             ranks.on_first(lambda cell=cell: shutil.rmtree(cell.run_dir, ignore_errors=True))
-            scores[method][str(target)].append(_halves(result))
-            ranks.log(f"{method} at {target}, seed {seed}: {_halves(result)[1]:.3f}")
-    return {"dense": _halves(dense), "seeds": list(cfg.seeds), "scores": scores}
+            results[method][str(target)].append(_measures(result))
+            ranks.log(f"{method} at {target}, seed {seed}: {_measures(result)['odd']:.3f}")
+    return {"dense": _measures(dense), "seeds": list(cfg.seeds), "results": results}
 
 
 def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
@@ -71,34 +73,55 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
 def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
     """One method at one sparsity on one seed, from the statistics in `base`: plan, prune, evaluate."""
     run_dir = own.run_dir
-    if own.experts.fraction:
+    if own.experts.fraction or own.sparsify.counts_outliers:
         plan = Path(f"{run_dir}.plan.json")
         ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
-        own = replace(own, plan=str(plan))
+        told = replace(own.sparsify, ratios="uniform", per_expert=False)  # the plan has the ratios
+        own = replace(own, plan=str(plan), sparsify=told)
     summary = prune(own, ranks)
     return evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
 
 
-def _halves(result: dict) -> list[float]:
-    """Exact match, averaged over the groups, on the even rows and on the odd ones."""
+def _measures(result: dict) -> dict[str, float]:
+    """Exact match, averaged over the groups, on the even rows and on the odd ones; perplexity; of a pruned model the sparsity it
+    has, and what pruning took."""
     groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
     for number, (group, right) in enumerate(zip(result["groups"], result["right"], strict=True)):
         groups[number % 2][group].append(right)
-    return [mean(mean(hits) for hits in half.values()) for half in groups]
+    even, odd = (mean(mean(hits) for hits in half.values()) for half in groups)
+    measures = {"odd": odd, "even": even, "perplexity": result["perplexity"]}
+    if "prune" in result:
+        pruned = result["prune"]
+        own = {"sparsity": pruned["sparsity"], "seconds": pruned["seconds"], "GiB": pruned["peak_bytes"] / 2**30}
+        measures |= own
+    return measures
 
 
-def markdown(scores: dict) -> str:
-    """The table: a line per method, a column per sparsity, the mean over seeds and their standard deviation."""
+TITLES = {
+    "odd": "Exact match, odd rows",
+    "even": "Exact match, even rows",
+    "perplexity": "Perplexity, all rows",
+    "seconds": "Seconds to prune",
+    "GiB": "Peak memory of a rank, GiB",
+}
+
+
+def markdown(scores: dict, measures: list[str]) -> str:
+    """A table for each of `measures` (of `TITLES`): a line per method, a column per sparsity, mean over seeds and deviation."""
     lines, seeds = [], ", ".join(map(str, scores["seeds"]))
-    targets = list(next(iter(scores["scores"].values())))
-    for half, title in ((1, "Odd rows"), (0, "Even rows")):
-        lines += [f"{title}. Dense: {scores['dense'][half]:.3f}. Seeds of the calibration text: {seeds}.", ""]
+    targets = list(next(iter(scores["results"].values())))
+    for measure in measures:
+        dense = f" Dense: {scores['dense'][measure]:.3f}." if measure in scores["dense"] else ""
+        lines += [f"{TITLES[measure]}.{dense} Seeds of the calibration text: {seeds}.", ""]
         lines += [f"| total sparsity | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
-        for method, by_target in scores["scores"].items():
-            cells = []
-            for target in targets:
-                own = [pair[half] for pair in by_target[target]]
-                cells.append(f"{mean(own):.3f}" + (f" ± {stdev(own):.3f}" if len(own) > 1 else ""))
+        for method, by_target in scores["results"].items():
+            cells = [_cell_text([result[measure] for result in by_target[target]], measure) for target in targets]
             lines.append(f"| {method} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell_text(values: list[float], measure: str) -> str:
+    digits = {"seconds": 1, "GiB": 2}.get(measure, 3)
+    spread = len(values) > 1 and measure not in ("seconds", "GiB")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.3f}" if spread else "")

@@ -16,15 +16,17 @@ HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
 def test_committed_table_is_rendered_from_committed_scores():
     scores = json.loads((ROOT / "docs" / "selection.json").read_text())
     page = (ROOT / "docs" / "selection.md").read_text()
-    assert markdown(scores).strip() in page
+    assert markdown(scores, ["odd", "even"]).strip() in page
     assert "-m jobs.study scores=docs/selection.json" in page
 
 
 def test_markdown():
-    scores = {"dense": [0.9, 0.8], "seeds": [0, 1], "scores": {"a": {"0.5": [[0.1, 0.2], [0.3, 0.4]]}}}
-    table = markdown(scores)
+    results = [{"even": 0.1, "odd": 0.2, "seconds": 1.0}, {"even": 0.3, "odd": 0.4, "seconds": 2.0}]
+    scores = {"dense": {"even": 0.9, "odd": 0.8}, "seeds": [0, 1], "results": {"a": {"0.5": results}}}
+    table = markdown(scores, ["odd", "even", "seconds"])
     assert "| a | 0.300 ± 0.141 |" in table and "| a | 0.200 ± 0.141 |" in table
     assert table.index("0.300") < table.index("0.200") and "Dense: 0.800" in table
+    assert "| a | 1.5 |" in table
 
 
 @pytest.mark.launch
@@ -43,20 +45,20 @@ def test_study_runs_and_continues(tmp_path):
         "seeds=[0,1]",
         "experts.budget=uniform",
         "~methods",
-        "+methods={weights:['experts.fraction=0'],rank:['experts.method=rank'],plain:[]}",
+        "+methods={weights:['experts.fraction=0'],rank:['experts.method=rank'],owl:['sparsify.ratios=owl']}",
         f"run_dir={tmp_path / 'study'}",
         f"scores={tmp_path / 'scores.json'}",
     ]
     first = run_job("study", arguments, 2)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert {m: {t: len(pairs) for t, pairs in by.items()} for m, by in scores["scores"].items()} == {
-        m: {"0.3": 2} for m in ("weights", "rank", "plain")
+    assert {m: {t: len(pairs) for t, pairs in by.items()} for m, by in scores["results"].items()} == {
+        m: {"0.3": 2} for m in ("weights", "rank", "owl")
     }
     assert first.stdout.count("prune 01/3") == 6 and first.stdout.count("observe 01/3") == 2
     assert not list((tmp_path / "study").glob("seed-*/*/model")), "pruned checkpoints are not kept"
     second = run_job("study", arguments, 1)
     assert "prune 01/3" not in second.stdout and "observe 01/3" not in second.stdout
-    assert markdown(scores).strip() in second.stdout
+    assert markdown(scores, ["odd", "even"]).strip() in second.stdout
     other = [a.replace("rank:['experts.method=rank']", "rank:['experts.score=ean']") for a in arguments]
     refused = run_job("study", other, check=False)
     assert refused.returncode == 2 and "choose another run_dir" in refused.stderr, "a name is no proof of what was done"
