@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conftest import TEXT, load_tensors
-from safetensors.torch import save_file
-from test_sparsify import naive_mask
 from transformers import AutoModelForCausalLM
-from zoo import FAMILIES, make_checkpoint
 
 from stun.arch import Architecture
-from stun.budget import layer_quotas, measure_layers
 from stun.checkpoint import Checkpoint
-from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope
+from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig
 from stun.data import calibration_samples, load_tokenizer
 from stun.experts.distances import router_distance
-from stun.layout import renumber
 from stun.names import experts_of
 from stun.passes import observe
-from stun.prune import prune
-from stun.sparsify.scores import wanda_scores
 from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
 
@@ -131,95 +122,3 @@ def naive_inner(module, expert: int, x: torch.Tensor) -> torch.Tensor:
 def oriented(module, weight: torch.Tensor) -> torch.Tensor:
     """A view of a stored matrix with a row for each output."""
     return weight.T if module.is_transposed else weight
-
-
-MASKS = [("arctic", ARCTIC_SEQUENTIAL), *((family, {}) for family in FAMILIES)]
-
-
-@pytest.mark.parametrize("family, changes", MASKS, ids=["arctic-sequential", *FAMILIES])
-def test_masks_equal_naive_wanda_in_memory(checkpoint, ranks, tmp_path, family, changes):
-    folder = checkpoint(family, **changes)
-    cfg = small_run(folder, tmp_path / "run", samples=5, length=40, fraction=0.5, target=0.45)
-    prune(cfg, ranks)
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    arch = Architecture(Checkpoint.open(folder))
-    sizes, kept = measure_layers(arch, list(Scope)), [layer["kept"] for layer in plan["layers"]]
-    quotas = layer_quotas(sizes, [len(k) for k in kept], plan["zeros"])
-    written, source, tokens = load_tensors(tmp_path / "run" / "model"), load_tensors(folder), tokens_of(folder)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32, experts_implementation="eager")
-    copy_dense_weights(model, arch, source, kept)
-    for layout, layer, quota in zip(arch.layers, model.base_model.layers, quotas, strict=True):
-        found = experts_of(layer)
-        modules = {name: layer.get_submodule(layout.dense[name].removesuffix(".weight")) for name in quota.dense}
-        seen = captured(model, modules | ({"experts": found[1]} if found else {}), tokens)
-        for name, module in modules.items():
-            inputs = torch.cat([args[0].flatten(0, -2) for args, _ in seen[name]])
-            apply_naive(module.weight.data, inputs, quota.dense[name])
-            assert torch.equal(module.weight.data, written[name]), name
-        if found:
-            check_experts(layout, found[1], quota, seen["experts"], written, kept[layout.index])
-
-
-def copy_dense_weights(model, arch, source, kept) -> None:
-    """Undo the masks: every surviving weight back to its source value."""
-    for layout, layer in zip(arch.layers, model.base_model.layers, strict=True):
-        inside_layer = layer.state_dict()
-        for name, inside in layout.dense.items():
-            survivors = torch.tensor(kept[layout.index])
-            value = source[name].index_select(layout.routed[name], survivors) if name in layout.routed else source[name]
-            inside_layer[inside].copy_(value)
-        if layout.experts:
-            module = experts_of(layer)[1]
-            for number, expert in enumerate(kept[layout.index]):
-                for part in layout.experts[expert]:
-                    getattr(module, part).data[number] = stored(layout, source, expert, expert, part)
-
-
-def stored(layout, tensors, expert: int, number: int, part: str) -> torch.Tensor:
-    """A part of what was expert `expert` of the source, from a checkpoint in which it is number `number`."""
-    names = layout.experts[expert][part]
-    if part in layout.fused:
-        return tensors[names[0]][number]
-    return torch.cat([tensors[renumber(name, number)] for name in names])
-
-
-def apply_naive(weight: torch.Tensor, inputs: torch.Tensor, count: int) -> None:
-    squared = sum(x.double() ** 2 for x in inputs)
-    weight[naive_mask(wanda_scores(weight, squared), count)] = 0
-
-
-def check_experts(layout, module, quota, calls, written, kept) -> None:
-    for number, expert in enumerate(kept):
-        inputs = [
-            x
-            for (hidden, index, _), _ in calls
-            for x, chosen in zip(hidden.view(len(index), -1), index.tolist(), strict=True)
-            if number in chosen
-        ]
-        assert inputs, "every survivor must see a token here"
-        inner = [naive_inner(module, number, x) for x in inputs]
-        for part, rows in (("gate_up_proj", inputs), ("down_proj", inner)):
-            weight = getattr(module, part).data[number]
-            apply_naive(oriented(module, weight), torch.stack(rows), quota.experts[number][part])
-            assert torch.equal(weight, stored(layout, written, expert, number, part)), (layout.index, expert, part)
-
-
-def test_expert_without_tokens_falls_back_to_the_pool(checkpoint, ranks, tmp_path):
-    """A router row that can never win: the expert is pruned to the same sparsity, by the layer's pooled input norms."""
-    folder = tmp_path / "model"
-    make_checkpoint(folder, "mixtral", num_hidden_layers=1, tie_word_embeddings=False, shard="1GB")
-    tensors = load_tensors(folder)
-    gate = "model.layers.0.block_sparse_moe.gate.weight"
-    direction = tensors[gate][0].clone()
-    tensors[gate][[0, 1]], tensors[gate][[2, 3]] = 9 * direction, -9 * direction  # for any token, two of these beat a small row
-    tensors[gate][5] *= 1e-6
-    tensors["model.layers.0.block_sparse_moe.experts.5.w2.weight"].fill_(0.5)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    cfg = small_run(folder, tmp_path / "run", samples=4, length=32, fraction=0.0, target=0.5)
-    summary = prune(cfg, ranks)
-    if not summary["experts_without_tokens"]:
-        pytest.fail("the starved expert was reached; the test proves nothing")
-    assert abs(summary["sparsity"] - 0.5) < 1e-4
-    down = load_tensors(tmp_path / "run" / "model")["model.layers.0.block_sparse_moe.experts.5.w2.weight"]
-    lost = (down == 0).all(0)
-    assert lost.any() and not lost[: int(lost.sum())].all(), "columns follow the pooled norms, not their order"
