@@ -282,6 +282,27 @@ class StudyConfig(PruneConfig):
 
 
 @dataclass
+class CheckpointShape:
+    """A checkpoint of random weights."""
+
+    hidden: int = 512
+    expert_width: int = 512
+    experts: int = 16
+    top_k: int = 2
+    layers: int = 4
+    vocabulary: int = 512
+
+
+@dataclass
+class BenchmarkConfig(PruneConfig):
+    """Time `methods` (a name to overrides of the configuration) on a checkpoint of `shape`, which gets the tokenizer of
+    `model.path`. Everything is written to the new folder `run_dir`; weights.json stays."""
+
+    shape: CheckpointShape = field(default_factory=CheckpointShape)
+    methods: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
 class PlotConfig:
     """`comparisons`: the comparison.json files of several targets; `output`: the PNG to draw."""
 
@@ -298,6 +319,7 @@ def register() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="study_schema", node=StudyConfig)
+    store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(name="plot_schema", node=PlotConfig)
 
 

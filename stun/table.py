@@ -62,6 +62,18 @@ def plan_table(plans: dict) -> str:
     return _printed(table)
 
 
+def benchmark_table(result: dict) -> str:
+    """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "seconds", "/ read and write", "peak, GiB"):
+        table.add_column(title, justify="right" if title else "left")
+    disk = result["disk_seconds"]
+    table.add_row(f"read and write {result['bytes'] / 1e6:.0f} MB", f"{disk:.2f}", "1.0", "")
+    for method, row in result["methods"].items():
+        table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / 2**30:.2f}")
+    return f"{result['device']}, {result['ranks']} ranks\n{_printed(table)}"
+
+
 def _printed(table: Table) -> str:
     text = StringIO()
     Console(file=text, width=200).print(table)

@@ -26,7 +26,7 @@ ORDER = [
     {"planning"},
     {"planfile", "passes", "search"},
     {"prune"},
-    {"study"},
+    {"study", "benchmark"},
 ]
 PURE = {"stats", "plan", "clusters", "distances", "scores", "select", "sparsegpt", "alps", "swaps", "refit", "matrix", "ratios"}
 PURE_IMPORTS = {
@@ -42,7 +42,7 @@ PURE_IMPORTS = {
     "math",
     "pathlib",
 }
-PURE_FROM_STUN = {"config", "plan", "experts", "sparsify"}
+PURE_FROM_STUN = {"config", "plan", "experts", "sparsify", "select_kernel"}
 
 
 def imported(file: Path) -> set[str]:

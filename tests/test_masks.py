@@ -143,7 +143,8 @@ def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, method):
 
 @pytest.mark.parametrize("family", ["arctic", "qwen2_moe", "gpt_oss", "jamba"])
 def test_reconstruction_lowers_the_error_of_blocks(checkpoint, ranks, tmp_path, family):
-    """Attention and experts of the first layer against the unpruned layer on the same inputs: at no place worse, in sum better."""
+    """Attention and experts of the first layer against the unpruned layer on the same inputs: at no place worse, in sum
+    better."""
     folder, errors = checkpoint(family), {}
     dense = blocks_of(folder, folder)
     for way in (False, True):

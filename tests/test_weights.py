@@ -14,7 +14,7 @@ from stun.sparsify.matrix import sparsify
 from stun.sparsify.ratios import BINS, LOWEST, OCTAVE, meet, owl, score_histogram, share_above
 from stun.sparsify.refit import refit
 from stun.sparsify.scores import damped, output_error
-from stun.sparsify.select import Pattern, quotas, smallest_of_pattern, smallest_overall
+from stun.sparsify.select import Pattern, quotas, smallest_of_matrix, smallest_of_pattern
 from stun.sparsify.sparsegpt import BLOCK, sparsegpt
 from stun.sparsify.swaps import swap
 
@@ -59,8 +59,8 @@ def test_selection_in_groups_and_overall(tied):
         mask = smallest_of_pattern(scores, pattern)
         assert torch.equal(mask, naive_pattern(scores, pattern)) and int(mask.sum()) == pattern.zeros(scores.numel())
     for total in (0, 1, 50, 143, 144):
-        assert torch.equal(smallest_overall(scores, total), naive_overall(scores, total))
-    assert smallest_overall(torch.ones(3, 4), 7)[:, 0].all(), "of equals the first columns leave, not the first rows"
+        assert torch.equal(smallest_of_matrix(scores, total), naive_overall(scores, total))
+    assert smallest_of_matrix(torch.ones(3, 4), 7)[:, 0].all(), "of equals the first columns leave, not the first rows"
 
 
 def naive_sparsegpt(weight, gram, total: int, pattern: Pattern | None, width: int):

@@ -6,7 +6,7 @@ import torch
 
 from stun.sparsify.refit import conjugate_gradient
 from stun.sparsify.scores import damped, one_thread
-from stun.sparsify.select import Pattern, smallest_of_pattern, smallest_overall
+from stun.sparsify.select import Pattern, smallest_of_matrix, smallest_of_pattern
 
 ROUNDS, CHECK_EVERY, SETTLED_AFTER = 300, 3, 30
 REFIT_STEPS = 10
@@ -29,7 +29,7 @@ def alps(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pa
 def _project(value_OD: torch.Tensor, total: int, pattern: Pattern | None) -> torch.Tensor:
     """The nearest matrix with `total` zeros."""
     scores_OD = value_OD.square()
-    mask_OD = smallest_of_pattern(scores_OD, pattern) if pattern else smallest_overall(scores_OD, total)
+    mask_OD = smallest_of_pattern(scores_OD, pattern) if pattern else smallest_of_matrix(scores_OD, total)
     return value_OD.masked_fill(mask_OD, 0)
 
 

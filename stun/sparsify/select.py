@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stun.select_kernel import smallest_overall, smallest_per_row_gpu
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -32,17 +34,16 @@ def smallest_per_row(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
     rows, columns = scores_OD.shape
     edges = torch.arange(rows + 1, device=scores_OD.device) * total // rows
     count_O = edges[1:] - edges[:-1]
+    if scores_OD.is_cuda:
+        return smallest_per_row_gpu(scores_OD, count_O)
     order_OD = scores_OD.sort(dim=1, stable=True).indices
     leaves_OD = torch.arange(columns, device=scores_OD.device) < count_O[:, None]
     return torch.zeros_like(leaves_OD).scatter_(1, order_OD, leaves_OD)
 
 
-def smallest_overall(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
+def smallest_of_matrix(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
     """Mask [O, D] of the `total` smallest entries of the whole matrix; ties to the lower column, then to the lower row."""
-    order = scores_OD.T.flatten().sort(stable=True).indices[:total]
-    mask_DO = torch.zeros(scores_OD.T.shape, dtype=torch.bool, device=scores_OD.device)
-    mask_DO.view(-1)[order] = True
-    return mask_DO.T
+    return smallest_overall(scores_OD.T, total).T
 
 
 def smallest_of_pattern(scores_OD: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stun.sparsify.scores import damped, one_thread
-from stun.sparsify.select import Pattern, quotas, smallest_of_pattern, smallest_overall
+from stun.sparsify.select import Pattern, quotas, smallest_of_matrix, smallest_of_pattern
 
 BLOCK = 128
 
@@ -32,7 +32,7 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:
     """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks make up for."""
     scale_B = upper_BB.diagonal()
-    mask_OB = smallest_overall((weight_OB / scale_B).square(), share) if pattern is None else None
+    mask_OB = smallest_of_matrix((weight_OB / scale_B).square(), share) if pattern is None else None
     error_OB = torch.zeros_like(weight_OB)
     for column in range(weight_OB.shape[1]):
         if pattern and column % pattern.of == 0:

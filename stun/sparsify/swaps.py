@@ -7,7 +7,7 @@ import torch
 from stun.sparsify.scores import output_error
 from stun.sparsify.select import Pattern
 
-CANDIDATES = 64  # a row looks at pairs of so many kept and as many removed weights, those that alone would cost least
+CANDIDATES = 32  # a row looks at pairs of so many kept and as many removed weights, those that alone would cost least
 
 
 def swap(
@@ -21,11 +21,11 @@ def swap(
     old_OD, dense_OD = weight_OD.to(gram_DD.dtype), dense_OD.to(gram_DD.dtype)
     value_OD, stays_OD = old_OD.clone(), weight_OD != 0
     slope_OD = (dense_OD - value_OD) @ gram_DD
-    rows = torch.arange(len(value_OD), device=value_OD.device)
+    rows_r = torch.arange(len(value_OD), device=value_OD.device)  # those that still get better
     for _ in range(most):
-        gone_R, back_R, gain_R = _best_pairs(value_OD, dense_OD, slope_OD, stays_OD, gram_DD, pattern)
-        better_R = gain_R < 0
-        rows_r, gone_r, back_r = (x[better_R] for x in (rows, gone_R, back_R))
+        own = (matrix_OD[rows_r] for matrix_OD in (value_OD, dense_OD, slope_OD, stays_OD))
+        gone_r, back_r, gain_r = _best_pairs(*own, gram_DD, pattern)
+        rows_r, gone_r, back_r = (x[gain_r < 0] for x in (rows_r, gone_r, back_r))
         if not len(rows_r):
             break
         slope_OD[rows_r] += value_OD[rows_r, gone_r, None] * gram_DD[gone_r] - dense_OD[rows_r, back_r, None] * gram_DD[back_r]
@@ -49,8 +49,8 @@ def _best_pairs(value_OD, dense_OD, slope_OD, stays_OD, gram_DD, pattern: Patter
         kept_OGC, lost_OGC = columns, columns
     else:
         width = min(CANDIDATES, len(gram_DD))
-        kept_OGC = removal_OD.sort(dim=1, stable=True).indices[:, None, :width]
-        lost_OGC = return_OD.sort(dim=1, stable=True).indices[:, None, :width]
+        kept_OGC = removal_OD.topk(width, largest=False).indices[:, None]
+        lost_OGC = return_OD.topk(width, largest=False).indices[:, None]
 
     def at(matrix_OD: torch.Tensor, place_OGC: torch.Tensor) -> torch.Tensor:
         return matrix_OD.gather(1, place_OGC.flatten(1)).view(place_OGC.shape)
