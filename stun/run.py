@@ -49,8 +49,9 @@ def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -
     names = [f.name for f in fields(PruneConfig) if f.name != "run_dir"]
     config = {name: _plain(getattr(cfg, name)) for name in names}
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
-    plan = hashlib.sha256(Path(cfg.plan).read_bytes()).hexdigest() if cfg.plan else None
-    return {"config": config, "source": model_digest(source), "calibration_tokens": text, "plan_content": plan}
+    files = {"plan_content": cfg.plan, "ratios_content": "" if cfg.sparsify.ratios in ("uniform", "owl") else cfg.sparsify.ratios}
+    contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
+    return {"config": config, "source": model_digest(source), "calibration_tokens": text, **contents}
 
 
 def _differences(old: object, new: object, where: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_tensors
+from conftest import ROOT, load_tensors, same_tensors
 
 README = (ROOT / "README.md").read_text()
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
@@ -90,6 +90,22 @@ def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
     assert "experts kept" in run(here(plan, {**model, **files}))
     run(here(take, {**small, **model, "plan": str(tmp_path / "p.json"), "run_dir": str(tmp_path / "energy")}))
     assert (tmp_path / "energy" / "manifest.json").is_file()
+
+
+@pytest.mark.launch
+def test_benchmark_and_expand(checkpoint, tmp_path):
+    """The benchmark prints a ratio for every method; a compressed run is expanded to what an ordinary one writes."""
+    small = {"calibration.samples": "8", "calibration.length": "32", "calibration.micro_batch": "2"}
+    shape = {"shape.hidden": "64", "shape.expert_width": "32", "shape.layers": "2", "shape.experts": "4"}
+    output = run(here(commands("benchmark")[0], {**small, **shape, "run_dir": str(tmp_path / "benchmark")}))
+    result = json.loads((tmp_path / "benchmark" / "weights.json").read_text())
+    assert len(result["methods"]) == 9 and all(abs(row["sparsity"] - 0.5) < 1e-4 for row in result["methods"].values())
+    assert "/ read and write" in output and [f.name for f in (tmp_path / "benchmark").iterdir()] == ["weights.json"]
+    for name, flag in (("small", "true"), ("plain", "false")):
+        own = {"model.path": str(checkpoint("qwen3_moe")), "calibration.path": str(HELDOUT), "run_dir": str(tmp_path / name)}
+        run(here(commands("own")[0], {**small, **own, "compress": flag}))
+    run(here(commands("expand")[0], {"model.path": str(tmp_path / "small/model"), "output": str(tmp_path / "dense")}))
+    same_tensors(tmp_path / "plain" / "model", tmp_path / "dense")
 
 
 @pytest.mark.launch
