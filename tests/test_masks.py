@@ -118,8 +118,15 @@ def check_experts(how: SparsifyConfig, layout, module, quota, calls, written, ke
             check_matrix(how, weight, seen, quota.experts[number][part], oriented(module, own))
 
 
-@pytest.mark.parametrize("method", [SparsifyMethod.wanda, SparsifyMethod.sparsegpt])
-def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, method):
+STARVED = {
+    "wanda": SparsifyConfig(),
+    "sparsegpt": SparsifyConfig(method=SparsifyMethod.sparsegpt, reconstruct=True),
+    "owl": SparsifyConfig(ratios="owl", per_expert=True),
+}
+
+
+@pytest.mark.parametrize("way", STARVED)
+def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, way):
     """A router row that can never win: the expert is pruned to the same sparsity, by the layer's pooled input norms."""
     folder = tmp_path / "model"
     make_checkpoint(folder, "mixtral", num_hidden_layers=1, tie_word_embeddings=False, shard="1GB")
@@ -131,7 +138,7 @@ def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, method):
     tensors["model.layers.0.block_sparse_moe.experts.5.w2.weight"].fill_(0.5)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     cfg = small_run(folder, tmp_path / "run", samples=4, length=32, fraction=0.0, target=0.5)
-    cfg.sparsify = SparsifyConfig(method=method, reconstruct=method is SparsifyMethod.sparsegpt)
+    cfg.sparsify = STARVED[way]
     summary = prune(cfg, ranks)
     if not summary["experts_without_tokens"]:
         pytest.fail("the starved expert was reached; the test proves nothing")
