@@ -42,7 +42,7 @@ def expert_blocks(layer: Layer, how: SparsifyConfig, ranks: Ranks) -> list[list[
     size = max(1, len(mine))
     if mine and how.reads_grams:
         parts = [layer.layout.oriented(weight) for weight in layer.experts[layer.kept[mine[0]]].values() if weight.dim() > 1]
-        needed = sum(4 * weight.shape[1] * (weight.shape[1] + (weight.shape[0] if how.reconstruct else 0)) for weight in parts)
+        needed = sum(4 * weight.shape[1] ** 2 for weight in parts) * (2 if how.reconstruct else 1)
         size = max(1, int(how.gram_gib * 2**30 / needed))
     blocks = [mine[start : start + size] for start in range(0, len(mine), size)]
     return blocks + [[] for _ in range(max(1, *ranks.gather_objects(len(blocks))) - len(blocks))]

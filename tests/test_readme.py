@@ -15,9 +15,9 @@ README = (ROOT / "README.md").read_text()
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
 
 
-def commands(mark: str) -> list[str]:
+def commands(mark: str, page: str = README) -> list[str]:
     """The commands in the fenced blocks that follow `<!-- mark -->`."""
-    return [block.strip() for block in re.findall(rf"<!-- {mark} -->\n+```sh\n(.*?)```", README, re.S)]
+    return [block.strip() for block in re.findall(rf"<!-- {mark} -->\n+```sh\n(.*?)```", page, re.S)]
 
 
 def here(command: str, replace: dict[str, str]) -> list[str]:
@@ -120,6 +120,18 @@ def test_mixture_weights_and_protection_on_the_command_line(checkpoint, tmp_path
     assert about["sources"] == {"math": 6, "code": 3}
     layers = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
     assert 3 in layers[0]["kept"] and 2 in layers[1]["kept"]
+
+
+@pytest.mark.launch
+def test_train_another_model(tmp_path):
+    """The command that made the second model of docs/selection.md, for two steps; the result can be pruned."""
+    train, _ = commands("train", (ROOT / "docs" / "selection.md").read_text())[0].splitlines()
+    words = [*shlex.split(train)[1:], f"output={tmp_path / 'tiny'}", "steps=2", "heldout_samples=50", "calibration_samples=60"]
+    words = [word for word in words if word != "output=runs/qwen3_tiny"]
+    run([sys.executable, *words])
+    model = {"model.path": str(tmp_path / "tiny" / "model"), "calibration.path": str(tmp_path / "tiny" / "calibration.jsonl")}
+    small = {"calibration.samples": "8", "calibration.length": "32", "run_dir": str(tmp_path / "run"), "target": "0.6"}
+    run(here(commands("own")[0], {**model, **small}))
 
 
 def test_ci_runs_the_readme_test_command():

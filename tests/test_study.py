@@ -13,11 +13,12 @@ from stun.study import markdown
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
 
 
-def test_committed_table_is_rendered_from_committed_scores():
-    scores = json.loads((ROOT / "docs" / "selection.json").read_text())
+@pytest.mark.parametrize("name", ["selection", "selection-qwen3"])
+def test_committed_table_is_rendered_from_committed_scores(name):
+    scores = json.loads((ROOT / "docs" / f"{name}.json").read_text())
     page = (ROOT / "docs" / "selection.md").read_text()
     assert markdown(scores, ["odd", "even"]).strip() in page
-    assert "-m jobs.study scores=docs/selection.json" in page
+    assert f"scores=docs/{name}.json" in page
 
 
 def test_markdown():
