@@ -189,3 +189,30 @@ def test_on_the_command_line(checkpoint, tmp_path):
     unreachable = run_job("prune", settings(source, tmp_path / "run", target=0.999), ranks=2, check=False)
     assert unreachable.returncode != 0 and unreachable.stderr.count("error: target") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "how, target, says",
+    [
+        ({"ratios": "RATIOS"}, 0.4, "a list of 3 numbers"),
+        ({"ratios": "nowhere.json"}, 0.4, r"sparsify\.ratios=nowhere\.json"),
+        ({"pattern": "2:4"}, 0.3, "alone removes"),
+        ({"pattern": "2:5"}, 0.7, "not a multiple of 5"),
+        ({"pattern": "2:4"}, 0.98, "Lower target"),
+        ({"pattern": "4:2"}, 0.6, r"sparsify\.pattern=4:2"),
+        ({"pattern": "half"}, 0.6, r"sparsify\.pattern=half"),
+        ({"pattern": "2:4", "ratios": "owl"}, 0.6, "leave ratios uniform"),
+        ({"swaps": -1}, 0.4, r"sparsify\.swaps"),
+        ({"spread": 0.7}, 0.4, r"sparsify\.spread"),
+        ({"outlier": 0.0}, 0.4, r"sparsify\.outlier"),
+        ({"gram_gib": 0.0}, 0.4, r"sparsify\.gram_gib"),
+    ],
+)
+def test_impossible_weights(checkpoint, ranks, tmp_path, how, target, says):
+    (tmp_path / "ratios.json").write_text("[0.2, 0.5]")
+    how = {key: str(tmp_path / "ratios.json") if value == "RATIOS" else value for key, value in how.items()}
+    model, text = ModelConfig(str(checkpoint("mixtral"))), CalibrationConfig(path=str(TEXT), samples=4, length=32)
+    cfg = PruneConfig(model, text, sparsify=SparsifyConfig(**how), target=target, run_dir=str(tmp_path / "run"))
+    with pytest.raises(StunError, match=says):
+        prune(cfg, ranks)
+    assert not (tmp_path / "run").exists()
