@@ -5,12 +5,15 @@ from pathlib import Path
 
 from jobs import launch
 from stun.checkpoint import write_json
+from stun.config import StunError
 from stun.evaluate import evaluate
 from stun.prune import prune
 from stun.table import results_table
 
 
 def work(cfg, ranks) -> None:
+    if cfg.sparsify.pattern:
+        raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: decides how many experts leave; there is nothing to compare")
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
     results = {"dense": evaluate(cfg.model.path, cfg.task, ranks)}
     for name, fraction in shares.items():

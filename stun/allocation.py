@@ -50,9 +50,11 @@ def set_ratios(plan: Plan, how: SparsifyConfig, arch: Architecture, sizes: list[
         given = _read(how.ratios, len(arch.layers))
     for index, ratio in enumerate(meet(given, scope, plan.zeros)):
         layer, own = plan.layers[index], sum(sizes[index].expert_parts.values())
-        layer.ratio = ratio
+        layer.ratio, each = ratio, [own] * len(layer.clusters)
         if how.per_expert and layer.clusters and own:
-            layer.expert_ratios = owl(counted[index][1], [own] * len(layer.clusters), ratio, how.spread)
+            layer.expert_ratios = owl(counted[index][1], each, ratio, how.spread)
+        elif layer.expert_ratios:
+            layer.expert_ratios = meet(layer.expert_ratios, each, ratio * sum(each))
 
 
 def _in_scope(size: LayerSize, experts: int) -> int:
@@ -64,9 +66,7 @@ def _count(plan: Plan, index: int, how: SparsifyConfig, sizes: list[LayerSize], 
 
     Where it is not yet known which member of a cluster stays, the members stand for it together, as one expert.
     """
-    layer, found = plan.layers[index], stats.load(index)
-    if "outlier_sums" not in found:
-        raise StunError(f"{stats.folder}: its statistics hold no outliers; a run with sparsify.ratios=owl takes them")
+    layer, found = plan.layers[index], stats.outliers(index)
     parts = [(found[f"outliers of {name}"].double(), float(found[f"sum of {name}"])) for name in sorted(sizes[index].dense)]
     clusters_CB = []
     for cluster in layer.clusters if sizes[index].expert_parts else []:

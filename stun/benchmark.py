@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stun.checkpoint import Checkpoint, write_json
 from stun.config import BenchmarkConfig, CheckpointShape, PruneConfig, StunError, validate, with_overrides
+from stun.data import load_tokenizer
 from stun.prune import prune
 from stun.ranks import Ranks
 
@@ -50,23 +51,34 @@ def disk_seconds(folder: Path, scratch: Path) -> float:
     return time.perf_counter() - start
 
 
+def _check(cfg: BenchmarkConfig, ways: dict[str, PruneConfig]) -> None:
+    """Raises StunError where something of the request cannot be, before anything is made."""
+    folder, shape = Path(cfg.run_dir), cfg.shape
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StunError(f"run_dir={cfg.run_dir}: holds something; choose an empty or new folder")
+    if min(shape.expert_width, shape.layers, shape.top_k, shape.vocabulary, shape.hidden // 64) < 1 or shape.hidden % 64:
+        raise StunError(f"shape={shape}: numbers above 0 are needed, and hidden a multiple of 64")
+    if shape.top_k > shape.experts:
+        raise StunError(f"shape.top_k={shape.top_k}: at most shape.experts={shape.experts}")
+    load_tokenizer(Path(cfg.model.path))
+    for own in ways.values():
+        validate(own)
+
+
 def benchmark_weights(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and the seconds that its bytes need alone.
 
     No expert leaves, so that one stream does all the work. All ranks call this together.
     """
     folder = Path(cfg.run_dir)
-    if folder.exists() and ranks.on_first(lambda: any(folder.iterdir())):
-        raise StunError(f"run_dir={cfg.run_dir}: holds something; choose an empty or new folder")
     model = folder / "source"
+    ways = {m: with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), o) for m, o in cfg.methods.items()}
+    ranks.on_first(lambda: _check(cfg, ways))
     ranks.on_first(lambda: random_checkpoint(model, cfg.shape, Path(cfg.model.path)))
     disk = ranks.on_first(lambda: disk_seconds(model, folder / "scratch"))
     rows = {}
-    for method, overrides in cfg.methods.items():
-        own: PruneConfig = with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), overrides)
-        own = replace(own, run_dir=str(folder / "run"))
-        validate(own)
-        summary = prune(own, ranks)
+    for method, own in ways.items():
+        summary = prune(replace(own, run_dir=str(folder / "run")), ranks)
         rows[method] = {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sparsity": summary["sparsity"]}
         ranks.on_first(lambda: shutil.rmtree(folder / "run"))
     nbytes = sum(info.nbytes for info in Checkpoint.open(str(model)).tensors.values())

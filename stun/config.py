@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -326,7 +327,9 @@ def register() -> None:
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
     """A copy of a configuration with some entries changed, each written as on the command line. Raises StunError."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(overrides)))
+        # YAML takes 2:4 for a number in base 60.
+        quoted = [re.sub(r"=(\d+:\d+)$", r"='\1'", override) for override in overrides]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(quoted)))
     except Exception as error:  # of OmegaConf or of the YAML parser below it
         raise StunError(f"overrides {overrides}: {error}") from error
 

@@ -21,7 +21,7 @@ def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: 
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
         return 0
-    blocks = expert_blocks(layer, how, stream.ranks)
+    blocks = expert_blocks(layer, quota, how, stream.ranks)
     reconstruction = Reconstruction(stream, layer, names) if how.reconstruct else None
     tokens, dense, norms = _mask_experts(stream, layer, states, names, quota, how, blocks, reconstruction)
     for name in names:
@@ -36,9 +36,10 @@ def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: 
     return unseen
 
 
-def expert_blocks(layer: Layer, how: SparsifyConfig, ranks: Ranks) -> list[list[int]]:
-    """This rank's experts in the groups that are measured together: as many blocks on every rank, the last ones perhaps empty."""
-    mine = [number for number, owner in enumerate(layer.owner) if owner == ranks.rank]
+def expert_blocks(layer: Layer, quota: LayerQuota, how: SparsifyConfig, ranks: Ranks) -> list[list[int]]:
+    """This rank's experts that lose weights, in the groups that are measured together: as many blocks on every rank, the last
+    ones perhaps empty."""
+    mine = [n for n, owner in enumerate(layer.owner) if owner == ranks.rank and any(quota.experts[n].values())]
     size = max(1, len(mine))
     if mine and how.reads_grams:
         parts = [layer.layout.oriented(weight) for weight in layer.experts[layer.kept[mine[0]]].values() if weight.dim() > 1]

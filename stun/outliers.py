@@ -6,7 +6,7 @@ import torch
 
 from stun.moments import Moments, pooled
 from stun.sparsify.ratios import BINS, score_histogram
-from stun.sparsify.scores import wanda_scores
+from stun.sparsify.scores import require_finite, wanda_scores
 from stun.stream import Layer, LayerStream
 
 
@@ -33,7 +33,9 @@ class OutlierCounter(Moments):
             counts_B = torch.zeros(BINS, dtype=torch.int64, device=ranks.device)
             total = torch.zeros((), dtype=torch.float64, device=ranks.device)
             if self.owners[name] == ranks.rank:
-                counts_B, sum_ = score_histogram(wanda_scores(self.layer.dense[name], self.dense[name]["inputs"] / tokens))
+                scores_OD = wanda_scores(self.layer.dense[name], self.dense[name]["inputs"] / tokens)
+                require_finite(scores_OD, f"{name}: score")
+                counts_B, sum_ = score_histogram(scores_OD)
                 total += sum_
             found[f"outliers of {name}"] = ranks.sum_integers(counts_B).to(torch.int32)
             found[f"sum of {name}"] = ranks.all_gather(total).sum(0)
@@ -50,7 +52,9 @@ class OutlierCounter(Moments):
             for part, squares_D in sums.items():
                 weight_OD = layer.layout.oriented(layer.experts[layer.kept[number]][part])
                 count = tokens_E[number] or sum(tokens_E)
-                counts_B, sum_ = score_histogram(wanda_scores(weight_OD, squares_D / count))
+                scores_OD = wanda_scores(weight_OD, squares_D / count)
+                require_finite(scores_OD, f"layer {layer.layout.index} expert {layer.kept[number]} {part}: score")
+                counts_B, sum_ = score_histogram(scores_OD)
                 counts_EB[number] += counts_B
                 sums_E[number] += sum_
         return {"outliers": ranks.sum_integers(counts_EB).to(torch.int32), "outlier_sums": ranks.all_gather(sums_E).sum(0)}

@@ -75,7 +75,10 @@ def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
         content = json.loads(file.read_text())
         layers = [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])]
         heads = [_read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
-        return layers, heads, float(content.get("target", 0.0))
+        target = float(content.get("target", 0.0))
+        if not 0 <= target < 1:
+            raise StunError(f"plan={file}: target={target}: total sparsity lies in [0, 1)")
+        return layers, heads, target
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StunError(f"plan={file}: cannot be read as a plan: {type(error).__name__}: {error}") from error
 
@@ -88,7 +91,7 @@ def _read_layer(file: Path, number: int | str, entry: dict) -> LayerPlan:
     lists = [plan.clusters, plan.kept, *(plan.clusters if type(plan.clusters) is list else [])]
     if not all(type(part) is list for part in lists) or not all(type(flag) is bool for flag in (plan.nearest, plan.mean)):
         raise StunError(f"{where}: clusters and kept must be lists, nearest and mean true or false")
-    shares = [*(plan.expert_ratios if type(plan.expert_ratios) is list else [None]), plan.ratio or 0.0]
+    shares = [*(plan.expert_ratios if type(plan.expert_ratios) is list else [None]), 0.0 if plan.ratio is None else plan.ratio]
     if not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares):
         raise StunError(f"{where}: ratio and expert_ratios are shares from 0 to 1")
     if plan.expert_ratios and (len(plan.expert_ratios) != len(plan.clusters) or plan.ratio is None):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stun.allocation import check_ratios
 from stun.arch import Architecture
-from stun.budget import LayerSize, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
+from stun.budget import LayerSize, check_pattern, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
 from stun.checkpoint import Checkpoint, write_json
 from stun.config import PruneConfig, StunError, validate_experts
 from stun.plan import LayerPlan, Plan, read_layers
@@ -43,6 +44,8 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     if cfg.experts.fraction == "auto":
         raise StunError("experts.fraction=auto: a search runs the model; jobs.prune does that")
     check_loadable(cfg, arch)
+    check_ratios(cfg.sparsify, arch)
+    check_pattern(cfg.sparsify, arch)
     sizes = measure_layers(arch, cfg.sparsify.scope)
     other = read_plan(compare, arch, sizes, cfg, None) if compare else None
     drops = experts_to_drop(cfg, sizes, arch)
@@ -96,6 +99,8 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
         if layer.experts and len(layer.clusters) < floor and len(layer.clusters) < layer.experts:
             raise StunError(f"{where}: layer {layout.index} keeps {len(layer.clusters)} experts; at least {floor} are needed")
         _check_groups(layer, arch.groups, f"{where}: layer {layout.index}")
+    if cfg.sparsify.pattern and any(layer.ratio is not None for layer in layers):
+        raise StunError(f"{where}: has ratios, and sparsify.pattern={cfg.sparsify.pattern} fixes every matrix; leave one out")
     counts = {len(layer.clusters) for layer in layers if layer.experts}
     if len(counts) > 1 and arch.cannot_differ:
         raise StunError(f"{where}: layers keep different numbers of experts; {arch.cannot_differ}, so they cannot")
@@ -109,7 +114,7 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
     plan = make_budget(replace(cfg, target=asked), sizes, [len(layer.clusters) for layer in layers])
     removed = plan.dropped + plan.zeros
     if cfg.sparsify.pattern and abs(removed - asked * plan.parameters) > 0.51 * arch.groups * unit_of(cfg, sizes):
-        both = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.4f}"
+        both = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.7f}"
         raise StunError(f"{where}: {both}, not target={asked}; set the target to that")
     if plan.dropped > round(asked * plan.parameters):
         share = plan.dropped / plan.parameters

@@ -19,7 +19,7 @@ from stun.run import Statistics
 
 def check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
     """Raises StunError where the budget asks for what the checkpoint's form cannot hold."""
-    if cfg.experts.budget is Budget["global"] and cfg.experts.fraction and arch.cannot_differ:
+    if cfg.experts.budget is Budget["global"] and (cfg.experts.fraction or cfg.sparsify.pattern) and arch.cannot_differ:
         why = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
         raise StunError(f"experts.budget=global: {why}. Use experts.budget=uniform")
 

@@ -119,9 +119,11 @@ def _samples(cfg: PruneConfig, arch: Architecture) -> Samples:
 
 def _describe(arch: Architecture, budget: Plan, drops: list[int]) -> str:
     experts = sum(layout.num_experts for layout in arch.layers)
+    planned = (budget.dropped + budget.zeros) / budget.parameters
+    reached = "" if abs(planned - budget.target) < 5e-5 else f" ({planned:.4f} with the pattern)"
     return (
         f"{arch.config.model_type}, {len(arch.layers)} layers, {budget.parameters / 1e6:.1f}M parameters in them | target "
-        f"{budget.target:g}: {sum(drops)} of {experts} experts leave, then {budget.ratio:.3f} of the weights left in scope"
+        f"{budget.target:g}{reached}: {sum(drops)} of {experts} experts leave, then {budget.ratio:.3f} of the weights in scope"
     )
 
 
@@ -186,6 +188,7 @@ def _prune_and_write(
 
 def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bool, ranks: Ranks, seconds: float) -> dict:
     kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
+    loads = serving.runtimes(arch.model_type, kept)
     return {
         "target": plan.target,
         "sparsity": 1 - result.nonzero / plan.parameters,
@@ -193,7 +196,7 @@ def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bo
         "nonzero": result.nonzero,
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
-        "loads_in": serving.COMPRESSED if compressed else serving.runtimes(arch.model_type, kept),
+        "loads_in": serving.of_compressed(loads) if compressed else loads,
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,

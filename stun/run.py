@@ -1,7 +1,7 @@
 """The run folder: what a run was asked, what it has finished.
 
 <run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
-<run_dir>/stats/          statistics of the first stream, one file a layer with experts
+<run_dir>/stats/          statistics of the first stream, one file a layer that has any
 <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
 <run_dir>/model/          the pruned checkpoint
 <run_dir>/manifest.json   written last: its existence means that the run is complete
@@ -48,6 +48,7 @@ def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -
     """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
     names = [f.name for f in fields(PruneConfig) if f.name != "run_dir"]
     config = {name: _plain(getattr(cfg, name)) for name in names}
+    config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
     files = {"plan_content": cfg.plan, "ratios_content": "" if cfg.sparsify.ratios in ("uniform", "owl") else cfg.sparsify.ratios}
     contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
@@ -154,6 +155,13 @@ class Statistics:
             return load_file(self._file(layer))
         except (OSError, SafetensorError) as error:
             raise StunError(f"{self._file(layer)}: cannot be read: {error}") from error
+
+    def outliers(self, layer: int) -> dict[str, torch.Tensor]:
+        """The statistics of a layer, which hold outliers. Raises StunError where they were not asked for."""
+        found = self.load(layer) if self._file(layer).is_file() else {}
+        if not any(name.startswith("outlier") for name in found):
+            raise StunError(f"{self.folder}: its statistics hold no outliers; a run with sparsify.ratios=owl takes them")
+        return found
 
     def finish(self, sources: dict[str, int], model: str) -> None:
         """Declare the statistics complete."""

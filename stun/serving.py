@@ -7,8 +7,6 @@ from __future__ import annotations
 # (vllm-project/vllm issue 51521, pull request 50982).
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
-# Of a run with compress=true.
-COMPRESSED = {"this package": "stun.compressed.load_model; jobs.expand makes an ordinary checkpoint, for this and any runtime"}
 
 
 def nearest_counts(experts: int) -> list[int]:
@@ -43,3 +41,9 @@ def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
         "transformers": after_import if only_here else "yes, its own class",
         "vLLM": f"where it has the family: {kernels}; {parallel}",
     }
+
+
+def of_compressed(answers: dict[str, str]) -> dict[str, str]:
+    """What `runtimes` says, for a run with compress=true."""
+    others = {name: f"after jobs.expand: {answer}" for name, answer in answers.items() if name != "this package"}
+    return {"this package": "through stun.compressed.load_model", **others}

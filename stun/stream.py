@@ -28,6 +28,7 @@ from stun.layout import LayerLayout
 from stun.names import experts_of
 from stun.ranks import Ranks
 from stun.sparsify.scores import require_finite
+from stun.steady import steady
 
 
 class Observer(Protocol):
@@ -266,12 +267,14 @@ class LayerStream:
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
                 arguments = states.arguments[hidden_BTD.shape[0]][layer.layout.index]
-                output = layer.module(hidden_BTD, **arguments)
+                with steady(self.ranks.device):
+                    output = layer.module(hidden_BTD, **arguments)
                 output = output[0] if isinstance(output, tuple) else output
                 require_finite(output, f"layer {layer.layout.index}: output of micro-batch {turn}")
                 outputs.append(output)
             elif experts is not None:
-                experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
+                with steady(self.ranks.device):
+                    experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
             for observer in observers:
                 observer.round_ends(turn)
         return States(outputs, states.arguments, states.total)
@@ -300,7 +303,8 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     weight_VD = ranks.broadcast(weight_VD, 0).to(dtype)
     hidden, arguments = [], {}
     for batch in batches[ranks.rank :: ranks.world]:
-        states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
+        with steady(ranks.device):
+            states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
         arguments.setdefault(len(batch), of_layers)
     return States(hidden, arguments, len(batches))

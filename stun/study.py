@@ -30,8 +30,20 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         raise StunError("study: methods, targets and seeds are needed")
     folder = Path(cfg.run_dir)
     ways = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
-    for own, target in itertools.product(ways.values(), cfg.targets):
-        validate(replace(own, target=target))
+    unknown = sorted(set(cfg.measures) - TITLES.keys())
+    if unknown:
+        raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
+    for method, own in ways.items():
+        if (own.model, own.calibration, own.target, own.run_dir, own.plan) != (
+            cfg.model,
+            cfg.calibration,
+            cfg.target,
+            cfg.run_dir,
+            cfg.plan,
+        ):
+            raise StunError(f"study: methods.{method} may change experts and sparsify only")
+    for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
+        validate(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
         if own.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)

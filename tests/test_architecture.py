@@ -15,7 +15,7 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"families", "layout", "plan", "stats", "select_kernel"},
+    {"families", "layout", "plan", "stats", "select_kernel", "steady"},
     {"checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
     {"names", "run", "compressed"},
     {"arch", "evaluate"},

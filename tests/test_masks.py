@@ -15,7 +15,7 @@ from zoo import FAMILIES, make_checkpoint
 from stun.arch import Architecture
 from stun.budget import LayerQuota, layer_quotas, measure_layers
 from stun.checkpoint import Checkpoint
-from stun.config import Scope, SparsifyConfig, SparsifyMethod
+from stun.config import Scope, SparsifyConfig, SparsifyMethod, StunError
 from stun.layout import renumber
 from stun.names import experts_of
 from stun.plan import LayerPlan, Plan
@@ -197,3 +197,36 @@ def test_every_block_has_a_matrix_that_closes_it(checkpoint, family):
     for layout in arch.layers:
         blocks = {layout.dense[name].rsplit(".", 2)[0] for name in layout.linears}
         assert blocks == {layout.dense[name].rsplit(".", 2)[0] for name in layout.linears if layout.closes(name)}
+
+
+def test_ratios_of_a_plan_move_with_its_target(checkpoint, ranks, tmp_path):
+    """A plan whose experts have ratios, used for another target: all of them move, and nothing is removed whole."""
+    first = small_run(checkpoint("mixtral"), tmp_path / "first", samples=4, length=32, fraction=0.3, target=0.3)
+    first.sparsify = SparsifyConfig(per_expert=True)
+    prune(first, ranks)
+    again = small_run(checkpoint("mixtral"), tmp_path / "again", samples=4, length=32, fraction=0.3, target=0.6)
+    again.plan = str(tmp_path / "first" / "plan.json")
+    assert prune(again, ranks)["sparsity"] == pytest.approx(0.6, abs=1e-4)
+    for layer in json.loads((tmp_path / "again" / "plan.json").read_text())["layers"]:
+        mean = sum(layer["expert_ratios"]) / len(layer["expert_ratios"])
+        assert mean == pytest.approx(layer["ratio"]) and len(set(layer["expert_ratios"])) > 1
+    for name, tensor in load_tensors(tmp_path / "again" / "model").items():
+        assert "proj" not in name or 0.3 < (tensor == 0).float().mean() < 0.8, name
+    again.sparsify, again.run_dir = SparsifyConfig(pattern="2:4"), str(tmp_path / "no")
+    with pytest.raises(StunError, match="has ratios"):
+        prune(again, ranks)
+
+
+@pytest.mark.parametrize("swaps, reconstruct", [(25, False), (25, True)])
+def test_a_sparse_source_meets_its_target(checkpoint, ranks, tmp_path, swaps, reconstruct):
+    """Weights that are zero already are no exchange for others, and experts outside the scope stay as they are."""
+    first = small_run(checkpoint("mixtral"), tmp_path / "first", samples=4, length=32, fraction=0.0, target=0.3)
+    prune(first, ranks)
+    second = small_run(tmp_path / "first" / "model", tmp_path / "second", samples=4, length=32, fraction=0.0, target=0.5)
+    second.sparsify = SparsifyConfig(swaps=swaps, reconstruct=reconstruct)
+    assert prune(second, ranks)["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    third = small_run(checkpoint("mixtral"), tmp_path / "third", samples=4, length=32, fraction=0.0, target=0.01)
+    third.sparsify = SparsifyConfig(swaps=swaps, reconstruct=reconstruct, scope=[Scope.attention])
+    prune(third, ranks)
+    source, written = load_tensors(checkpoint("mixtral")), load_tensors(tmp_path / "third" / "model")
+    assert all(torch.equal(source[name], written[name]) for name in source if ".experts." in name)

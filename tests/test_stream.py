@@ -12,6 +12,7 @@ from stun.checkpoint import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig
 from stun.data import calibration_samples, load_tokenizer
 from stun.experts.distances import router_distance
+from stun.moments import Moments
 from stun.names import experts_of
 from stun.passes import observe
 from stun.stats import COSINE_UNIT
@@ -75,6 +76,29 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
         routed = next(name for name in load_tensors(folder) if f"layers.{index}." in name and name.endswith("gate.weight"))
         assert torch.equal(statistics["router_distance"], router_distance(load_tensors(folder)[routed]))
         assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+
+
+@pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
+def test_the_number_of_threads_does_not_matter(checkpoint, ranks, family):
+    """Tensors large enough to be cut into a piece a thread, at places that no vector width divides."""
+    arch = Architecture(Checkpoint.open(checkpoint(family)))
+    tokens = torch.randint(0, 260, (33, 121), generator=torch.Generator().manual_seed(0))
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        states = embed(arch, ranks, [tokens], arch.source.read)
+        stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
+        sums = []
+        for layer in stream:
+            stream.build(layer)
+            names = sorted(layer.layout.linears)
+            moments = Moments(stream, layer, names, list(range(len(layer.kept))), True, False)
+            states = moments.run(states)
+            sums += [*states.hidden, *(own["inputs"].clone() for own in moments.dense.values())]
+            sums += [part.clone() for own in moments.experts.values() for part in own.values()]
+        found.append(sums)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 def compare_statistics(statistics, expected) -> None:

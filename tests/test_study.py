@@ -21,6 +21,34 @@ def test_committed_table_is_rendered_from_committed_scores(name):
     assert f"scores=docs/{name}.json" in page
 
 
+@pytest.mark.parametrize(
+    "name, measures", [("weights", ["odd", "even", "perplexity"]), ("best", ["odd", "even"]), ("best-qwen3", ["odd", "even"])]
+)
+def test_committed_tables_of_weights(name, measures):
+    scores = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    page = (ROOT / "docs" / "weights.md").read_text()
+    assert markdown(scores, measures).strip() in page and f"scores=docs/{name}.json" in page
+    if name == "weights":
+        cost = json.loads((ROOT / "docs" / "weights-cost.json").read_text())["results"]
+        assert cost.keys() == scores["results"].keys()
+        for method, ((row,),) in ((method, tuple(by_target.values())) for method, by_target in cost.items()):
+            assert f"| {method} | {row['seconds']:.1f} | {row['GiB']:.2f} |" in page
+
+
+def test_best_beats_the_paper():
+    """... at every sparsity from 0.4 up, on both halves of the prompts, on both models; and the experiment is what was
+    measured."""
+    for best, paper in (("best", "selection"), ("best-qwen3", "selection-qwen3")):
+        ours, theirs = (json.loads((ROOT / "docs" / f"{name}.json").read_text())["results"] for name in (best, paper))
+        for target in ("0.4", "0.5", "0.6", "0.65"):
+            for half in ("odd", "even"):
+                mean = lambda rows, half=half: sum(row[half] for row in rows) / len(rows)  # noqa: E731
+                assert mean(ours["best"][target]) > mean(theirs["paper"][target]), (best, target, half)
+    page, experiment = (ROOT / "docs" / "weights.md").read_text(), (ROOT / "conf/experiment/best.yaml").read_text()
+    for setting in ("method=rank", "score=energy", "fraction=0.4", "method=alps", "reconstruct=true"):
+        assert setting in page and setting.replace("=", ": ") in experiment
+
+
 def test_markdown():
     results = [{"even": 0.1, "odd": 0.2, "seconds": 1.0}, {"even": 0.3, "odd": 0.4, "seconds": 2.0}]
     scores = {"dense": {"even": 0.9, "odd": 0.8}, "seeds": [0, 1], "results": {"a": {"0.5": results}}}

@@ -262,6 +262,18 @@ def test_degenerate_inputs(method, pattern):
         sparsify(SparsifyConfig(method=method, pattern=pattern), weight, gram, 48, "matrix")
 
 
+def test_tiny_inputs():
+    """Gram matrices far from 1 in size, and columns far from each other."""
+    weight, gram = case(4, 16, 32, tokens=8)
+    uneven = gram.clone()
+    uneven[3] *= 1e-22
+    uneven[:, 3] *= 1e-22
+    for method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps):
+        for moment in (gram * 1e-40, uneven, gram * 1e30):
+            found = sparsify(SparsifyConfig(method=method, swaps=2, reconstruct=True), weight.float(), moment.float(), 256, "m")
+            assert torch.isfinite(found).all() and int((found == 0).sum()) == 256
+
+
 def test_histogram_counts_outliers():
     scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
     counts, total = score_histogram(scores)
@@ -285,6 +297,7 @@ def test_owl_is_the_formula():
     assert sum(r * n for r, n in zip(found, sizes, strict=True)) == pytest.approx(ratio * 600)
     assert max(found) - min(found) == pytest.approx(2 * spread)
     assert owl([0.02] * 3, sizes, 0.3, 0.08) == [0.3] * 3
+    assert owl([0.5, *outliers], [0, *sizes], ratio, spread)[1:] == pytest.approx(found), "a part without weights has no say"
     cut = owl([0.0, 1.0], [10, 1000], 0.97, 0.5)
     assert all(0 <= r <= 1 for r in cut) and cut[0] * 10 + cut[1] * 1000 == pytest.approx(0.97 * 1010)
 

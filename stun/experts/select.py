@@ -70,22 +70,26 @@ def _rank_steps(evidence: Evidence, groups: int) -> list[Step]:
     ]
 
 
+_LOOKED_AT = 1 << 20  # distances that may become a threshold
+
+
 def _official_steps(layers: list[Evidence], groups: int, count: Callable[[list[list[Step]]], int], wanted: int):
     """Steps [layer] of the published code's merges at one threshold for all given layers, of which `count` says `wanted`.
 
-    At most a thousandth more where that is soon found, else the fewest at a distance that occurs. More merges at a higher
-    threshold is what usually happens, which makes the search short; the algorithm does not promise it. Raises StunError where
-    no threshold merges that much.
+    At most a thousandth more where that is soon found, else the fewest at one of the distances (a part of them, evenly taken,
+    where they are millions). More merges at a higher threshold is what usually happens, which makes the search short; the
+    algorithm does not promise it. Raises StunError where no threshold merges that much.
     """
-    edges = [e.distance_EE[np.triu_indices(e.experts, 1)] for e in layers]
-    thresholds = np.append(np.unique(np.concatenate(edges)), np.inf)
+    edges = np.concatenate([e.distance_EE[np.triu_indices(e.experts, 1)] for e in layers])
+    thresholds = np.append(np.unique(edges[:: 1 + len(edges) // _LOOKED_AT]), np.inf)
     last = len(thresholds) - 1
 
     def merged(at: int) -> list[list[Step]]:
         limit = float(thresholds[at])
         return [_merge_steps(e, groups, lambda d: official_merges(d, limit)) for e in layers]
 
-    low, under, high = -1, 0, min(wanted, last)  # from small thresholds up: the pairs below them are soon looked through
+    # From small thresholds up: the pairs below them are soon looked through.
+    low, under, high = -1, 0, min(2 * wanted * last // max(1, len(edges)), last)
     while (over := count(found := merged(high))) < wanted:
         if high == last:
             raise StunError("experts.method=stun_official: no threshold drops that many experts; lower experts.fraction")

@@ -10,12 +10,15 @@ import math
 
 import torch
 
+from stun.sparsify.scores import one_thread
+
 BINS, OCTAVE, LOWEST = 512, 8, -40  # bins of an eighth of an octave, from 2^-40 to 2^24; beyond, the outermost ones
 
 
 def score_histogram(scores_OD: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Counts [BINS] int64 of the scores on a logarithmic scale, and their exact sum."""
-    place_OD = ((scores_OD.log2() - LOWEST) * OCTAVE).clamp(0, BINS - 1).long()
+    with one_thread():  # of the logarithm's last bits (stun.steady)
+        place_OD = ((scores_OD.log2() - LOWEST) * OCTAVE).clamp(0, BINS - 1).long()
     return torch.bincount(place_OD.flatten(), minlength=BINS), math.fsum(scores_OD.double().sum(1).tolist())
 
 
@@ -30,10 +33,11 @@ def share_above(counts_B: torch.Tensor, threshold: float) -> float:
 def owl(outliers: list[float], sizes: list[int], ratio: float, spread: float) -> list[float]:
     """The share each part loses: `ratio` on average (weighed by size), less where there are more outliers, within `spread` of
     it. The outliers' shares are stretched to [0, 2 * spread]; if all are equal, every part loses `ratio`."""
-    low, high, whole = min(outliers), max(outliers), sum(sizes)
-    if high == low or not whole:
+    counted = [share for share, size in zip(outliers, sizes, strict=True) if size]
+    low, high, whole = min(counted, default=0.0), max(counted, default=0.0), sum(sizes)
+    if high == low:
         return [ratio] * len(outliers)
-    stretched = [(share - low) / (high - low) * 2 * spread for share in outliers]
+    stretched = [(min(max(share, low), high) - low) / (high - low) * 2 * spread for share in outliers]
     mean = math.fsum(s * size for s, size in zip(stretched, sizes, strict=True)) / whole
     return meet([ratio - (s - mean) for s in stretched], sizes, ratio * whole)
 

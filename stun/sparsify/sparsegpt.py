@@ -15,10 +15,12 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 
     As in the published code, a block of 128 columns gets its share of `total`, and its weights are compared over all rows.
     """
-    weight_OD = weight_OD.to(gram_DD.dtype, copy=True)
+    gram_DD = damped(gram_DD)
+    norm_D = gram_DD.diagonal().sqrt()  # inputs of unit norm give the same result from better conditioned factors
+    weight_OD = weight_OD.to(gram_DD.dtype) * norm_D
     columns = weight_OD.shape[1]
     with one_thread():
-        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram_DD)))
+        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD / norm_D / norm_D[:, None]))
         upper_DD = torch.linalg.cholesky(inverse_DD, upper=True)
     width = BLOCK - BLOCK % pattern.of if pattern else BLOCK
     blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
@@ -26,7 +28,7 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
     for block, share in zip(blocks, shares, strict=True):
         error_OB = _prune_block(weight_OD[:, block], upper_DD[block, block], share, pattern)
         weight_OD[:, block.stop :] -= error_OB @ upper_DD[block, block.stop :]
-    return weight_OD
+    return weight_OD / norm_D
 
 
 def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:

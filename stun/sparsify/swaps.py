@@ -43,7 +43,7 @@ def _best_pairs(value_OD, dense_OD, slope_OD, stays_OD, gram_DD, pattern: Patter
     """
     diagonal_D = gram_DD.diagonal()
     removal_OD = (2 * value_OD * slope_OD + value_OD.square() * diagonal_D).masked_fill(~stays_OD, torch.inf)
-    return_OD = (dense_OD.square() * diagonal_D - 2 * dense_OD * slope_OD).masked_fill(stays_OD, torch.inf)
+    return_OD = (dense_OD.square() * diagonal_D - 2 * dense_OD * slope_OD).masked_fill(stays_OD | (dense_OD == 0), torch.inf)
     if pattern:
         columns = torch.arange(len(gram_DD), device=gram_DD.device).view(1, -1, pattern.of).expand(len(value_OD), -1, -1)
         kept_OGC, lost_OGC = columns, columns
