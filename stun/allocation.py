@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stun.arch import Architecture
-from stun.budget import LayerSize
+from stun.budget import LayerSize, matrix_sizes
 from stun.config import SparsifyConfig, StunError
 from stun.plan import Plan
 from stun.run import Statistics
@@ -18,8 +18,8 @@ from stun.sparsify.ratios import BINS, meet, owl, share_above
 
 def check_ratios(how: SparsifyConfig, arch: Architecture) -> None:
     """Raises StunError where `sparsify.ratios` names a file that holds no ratio for every layer."""
-    if how.ratios not in ("uniform", "owl"):
-        _read(how.ratios, len(arch.layers))
+    if how.ratios_file:
+        _read(how.ratios_file, len(arch.layers))
 
 
 def _read(file: str, layers: int) -> list[float]:
@@ -39,15 +39,15 @@ def set_ratios(plan: Plan, how: SparsifyConfig, arch: Architecture, sizes: list[
     All of them are shifted by the same amount so that the plan's zeros are met. Raises StunError where the statistics hold no
     outliers.
     """
-    scope = [_in_scope(size, len(layer.clusters)) for size, layer in zip(sizes, plan.layers, strict=True)]
+    scope = [sum(matrix_sizes([size], [len(layer.clusters)])) for size, layer in zip(sizes, plan.layers, strict=True)]
     given = [plan.ratio if layer.ratio is None else layer.ratio for layer in plan.layers]
     if not plan.zeros or (how.ratios == "uniform" and not how.per_expert and all(layer.ratio is None for layer in plan.layers)):
         return
     counted = [_count(plan, index, how, sizes, stats) for index in range(len(sizes))] if how.counts_outliers else []
     if how.ratios == "owl":
         given = owl([layer for layer, _ in counted], scope, plan.ratio, how.spread)
-    elif how.ratios != "uniform":
-        given = _read(how.ratios, len(arch.layers))
+    elif how.ratios_file:
+        given = _read(how.ratios_file, len(arch.layers))
     for index, ratio in enumerate(meet(given, scope, plan.zeros)):
         layer, own = plan.layers[index], sum(sizes[index].expert_parts.values())
         layer.ratio, each = ratio, [own] * len(layer.clusters)
@@ -55,10 +55,6 @@ def set_ratios(plan: Plan, how: SparsifyConfig, arch: Architecture, sizes: list[
             layer.expert_ratios = owl(counted[index][1], each, ratio, how.spread)
         elif layer.expert_ratios:
             layer.expert_ratios = meet(layer.expert_ratios, each, ratio * sum(each))
-
-
-def _in_scope(size: LayerSize, experts: int) -> int:
-    return sum(size.dense.values()) + experts * sum(size.expert_parts.values())
 
 
 def _count(plan: Plan, index: int, how: SparsifyConfig, sizes: list[LayerSize], stats: Statistics) -> tuple[float, list[float]]:

@@ -28,7 +28,7 @@ def random_checkpoint(folder: Path, shape: CheckpointShape, tokenizer: Path) -> 
         num_hidden_layers=shape.layers,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
-        num_attention_heads=max(1, shape.hidden // 64),
+        num_attention_heads=shape.hidden // 64,
         num_key_value_heads=max(1, shape.hidden // 128),
         head_dim=64,
     )

@@ -120,10 +120,10 @@ def make_budget(cfg: PruneConfig, sizes: list[LayerSize], kept: list[int]) -> Pl
     """
     total = sum(size.total for size in sizes)
     dropped = sum((size.experts - count) * size.expert for size, count in zip(sizes, kept, strict=True))
-    scope_size = sum(matrix_sizes(sizes, kept))
-    pattern = Pattern.parse(cfg.sparsify.pattern)
+    matrices, pattern = matrix_sizes(sizes, kept), Pattern.parse(cfg.sparsify.pattern)
+    scope_size = sum(matrices)
     if pattern:
-        return Plan(cfg.target, total, dropped, sum(map(pattern.zeros, matrix_sizes(sizes, kept))), scope_size, [])
+        return Plan(cfg.target, total, dropped, sum(map(pattern.zeros, matrices)), scope_size, [])
     zeros = max(0, round(cfg.target * total) - dropped)
     if zeros > scope_size:
         scope = ", ".join(kind.name for kind in cfg.sparsify.scope)

@@ -197,6 +197,11 @@ class SparsifyConfig:
         return self.method is not SparsifyMethod.magnitude or self.reads_grams
 
     @property
+    def ratios_file(self) -> str:
+        """The file that `ratios` names, empty where it names a rule."""
+        return "" if self.ratios in ("uniform", "owl") else self.ratios
+
+    @property
     def counts_outliers(self) -> bool:
         """Whether the first stream must count outliers."""
         return self.ratios == "owl" or self.per_expert

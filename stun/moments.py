@@ -24,7 +24,7 @@ def gram(rows_TD: torch.Tensor) -> torch.Tensor:
     return rows_TD.T @ rows_TD
 
 
-class Sums:
+class Sums(Observer):
     """Watches a layer and adds up what `of_expert` and `of_dense` make of a micro-batch, by name of the sum.
 
     `experts[number]` holds the sums of the experts in `numbers` that saw tokens, on their owner; `dense[name]` those of the dense
@@ -38,7 +38,6 @@ class Sums:
         self.dense: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
         self._turn: dict[str, dict[str, torch.Tensor]] = {}
-        self._last: tuple[torch.Tensor | None, dict] = (None, {})
 
     def of_expert(self, number: int, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
         raise NotImplementedError
@@ -50,9 +49,6 @@ class Sums:
         """Shape and dtype of the sums of a dense matrix [rows, columns]."""
         raise NotImplementedError
 
-    def routed(self, micro_batch, index_TK, output_TKD) -> None:
-        pass
-
     def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
         self.tokens[expert] += len(input_nD)
         if expert in self.numbers:
@@ -62,15 +58,14 @@ class Sums:
 
     def run(self, states: States, *others: Observer) -> States:
         """Run the layer once, watched by `others` too; returns its outputs."""
-        modules = {name: self.module_of(name) for name in self.names}
-        hooks = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+        hooks = [self._linear(name).register_forward_pre_hook(self._hook(name)) for name in self.names]
         self._states = states
         outputs = self.stream.run(self.layer, states, self, *others)
         for hook in hooks:
             hook.remove()
         return outputs
 
-    def module_of(self, name: str) -> nn.Module:
+    def _linear(self, name: str) -> nn.Module:
         """The linear module whose weight is `name`."""
         return self.layer.module.get_submodule(self.layer.layout.dense[name].rpartition(".")[0])
 
@@ -89,7 +84,7 @@ class Sums:
         """Send every dense matrix' part of this round to its owner."""
         ranks = self.stream.ranks
         busy = min(ranks.world, self._states.total - turn * ranks.world)
-        own, self._turn, self._last = self._turn, {}, (None, {})
+        own, self._turn = self._turn, {}
         if ranks.rank < busy and len(own) < len(self.names):
             raise StunError(f"{sorted(set(self.names) - own.keys())[0]}: did not run in a micro-batch; its inputs are not known")
         for name in self.names:
@@ -111,6 +106,7 @@ class Moments(Sums):
         super().__init__(stream, layer, names, numbers)
         self.grams, self.gated = grams, gated
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
+        self._last: tuple[torch.Tensor | None, dict] = (None, {})  # the projections of attention, for one, share their input
 
     def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
         return gram(rows_TD) if self.grams else squared_sum(rows_TD)
@@ -122,9 +118,13 @@ class Moments(Sums):
     def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
         if name in self.inputs:
             self.inputs[name].append(input_TD)
-        if self._last[0] is not input_TD:  # the projections of attention, for one, share their input
+        if self._last[0] is not input_TD:
             self._last = (input_TD, {"inputs": self._of(input_TD.flatten(0, -2))})
         return self._last[1]
+
+    def round_ends(self, turn) -> None:
+        super().round_ends(turn)
+        self._last = (None, {})
 
     def shapes(self, rows, columns):
         return {"inputs": ((columns, columns), torch.float32) if self.grams else ((columns,), torch.float64)}

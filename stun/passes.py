@@ -20,22 +20,16 @@ from stun.progress import Progress
 from stun.ranks import Ranks
 from stun.shards import ShardWriter, cluster_owners, own_tensors
 from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
-from stun.stream import Layer, LayerStream, States, even_owners
+from stun.stream import Layer, LayerStream, Observer, States, even_owners
 
 
-class _Watcher:
+class _Watcher(Observer):
     """Collects selection statistics of one layer; `sources[m]` is the calibration source of micro-batch m."""
 
     def __init__(self, num_experts: int, sources: list[int], device: torch.device):
         shape = (max(sources, default=0) + 1, num_experts, device)
         self.sources = sources
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
-
-    def round_starts(self, turn) -> None:
-        pass
-
-    def round_ends(self, turn) -> None:
-        pass
 
     def routed(self, micro_batch, index_TK, output_TKD) -> None:
         self.coactivation.add(self.sources[micro_batch], index_TK)

@@ -20,23 +20,25 @@ from stun.stream import Exchange, Layer, LayerStream, States
 class Reconstruction:
     """Keeps what a layer was before it is pruned, and refits it afterwards.
 
-    `names` are the dense matrices to refit, and `inputs` what they saw in the dense layer on this rank, by turn.
+    `names` are the dense matrices to refit, and `inputs` what they saw in the dense layer on this rank, by turn. `blocks` are
+    this rank's experts to refit, in the groups that are measured together.
     """
 
-    def __init__(self, stream: LayerStream, layer: Layer, names: list[str]):
-        self.stream, self.layer = stream, layer
+    def __init__(self, stream: LayerStream, layer: Layer, names: list[str], blocks: list[list[int]]):
+        self.stream, self.layer, self.blocks = stream, layer, blocks
         self.names = [name for name in names if layer.layout.closes(name)]
         self.inputs: dict[str, list[torch.Tensor]] = {}
-        owners = stream.writer_of(layer.layout)
-        self.dense = {name: layer.dense[name].clone() for name in self.names if owners[name] == stream.ranks.rank}
-        experts = {e: {part: weight.clone() for part, weight in parts.items()} for e, parts in layer.experts.items()}
+        self.owners = stream.writer_of(layer.layout)
+        self.dense = {name: layer.dense[name].clone() for name in self.names if self.owners[name] == stream.ranks.rank}
+        mine = [layer.kept[number] for block in blocks for number in block]
+        experts = {e: {part: weight.clone() for part, weight in layer.experts[e].items()} for e in mine}
         self.before = Layer(layer.layout, {}, experts, {}, layer.kept, layer.owner)
 
-    def refit(self, states: States, blocks: list[list[int]]) -> None:
+    def refit(self, states: States) -> None:
         """Run the pruned layer, once for each block of experts, and refit what closes its blocks."""
         stream, layer, oriented = self.stream, self.layer, self.layer.layout.oriented
         stream.build(layer)
-        for place, block in enumerate(blocks):
+        for place, block in enumerate(self.blocks):
             sums = _Pairs(self, [] if place else self.names, block)
             sums.run(states)
             for number, own in sums.experts.items():
@@ -47,7 +49,7 @@ class Reconstruction:
         for name in self.names:
             if name in self.dense:
                 _refit(layer.dense[name], self.dense[name], dense[name])
-            stream.ranks.broadcast(layer.dense[name], stream.writer_of(layer.layout)[name])
+            stream.ranks.broadcast(layer.dense[name], self.owners[name])
 
 
 def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:

@@ -50,7 +50,7 @@ def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -
     config = {name: _plain(getattr(cfg, name)) for name in names}
     config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
-    files = {"plan_content": cfg.plan, "ratios_content": "" if cfg.sparsify.ratios in ("uniform", "owl") else cfg.sparsify.ratios}
+    files = {"plan_content": cfg.plan, "ratios_content": cfg.sparsify.ratios_file}
     contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
     return {"config": config, "source": model_digest(source), "calibration_tokens": text, **contents}
 

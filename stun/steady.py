@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stun.sparsify.scores import one_thread
+
 _NAMES = "silu gelu sigmoid tanh exp exp2 expm1 erf log log2 log1p softplus mish hardswish elu sin cos pow rsqrt reciprocal"
 _UNSTEADY = {
     getattr(torch.ops.aten, name + suffix)
@@ -27,12 +29,8 @@ class Steady(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.overloadpacket not in _UNSTEADY:
             return function(*arguments, **(keywords or {}))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             return function(*arguments, **(keywords or {}))
-        finally:
-            torch.set_num_threads(threads)
 
 
 def steady(device: torch.device) -> AbstractContextManager:

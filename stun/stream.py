@@ -34,7 +34,8 @@ from stun.steady import steady
 class Observer(Protocol):
     """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order.
 
-    A round is one micro-batch on every rank that has one left; all ranks see it start and end.
+    A round is one micro-batch on every rank that has one left; all ranks see it start and end. What an observer does not define
+    does nothing.
     """
 
     def round_starts(self, turn: int) -> None: ...

@@ -34,13 +34,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     if unknown:
         raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
     for method, own in ways.items():
-        if (own.model, own.calibration, own.target, own.run_dir, own.plan) != (
-            cfg.model,
-            cfg.calibration,
-            cfg.target,
-            cfg.run_dir,
-            cfg.plan,
-        ):
+        if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan")):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
     for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
         validate(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
@@ -104,8 +98,7 @@ def _measures(result: dict) -> dict[str, float]:
     measures = {"odd": odd, "even": even, "perplexity": result["perplexity"]}
     if "prune" in result:
         pruned = result["prune"]
-        own = {"sparsity": pruned["sparsity"], "seconds": pruned["seconds"], "GiB": pruned["peak_bytes"] / 2**30}
-        measures |= own
+        measures |= {"sparsity": pruned["sparsity"], "seconds": pruned["seconds"], "GiB": pruned["peak_bytes"] / 2**30}
     return measures
 
 

@@ -15,9 +15,9 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"families", "layout", "plan", "stats", "select_kernel", "steady"},
+    {"families", "layout", "plan", "stats", "select_kernel"},
     {"checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
-    {"names", "run", "compressed"},
+    {"names", "run", "compressed", "steady"},
     {"arch", "evaluate"},
     {"budget", "stream"},
     {"protect", "moments", "shards", "progress", "allocation"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stun.sparsify.refit import conjugate_gradient
-from stun.sparsify.scores import damped, one_thread
+from stun.sparsify.scores import one_thread, unit_norm
 from stun.sparsify.select import Pattern, smallest_of_matrix, smallest_of_pattern
 
 ROUNDS, CHECK_EVERY, SETTLED_AFTER = 300, 3, 30
@@ -17,9 +17,7 @@ def alps(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pa
 
     Inputs are scaled to unit norm first; weights are compared over the whole matrix, or within the groups of the pattern.
     """
-    gram_DD = damped(gram_DD)
-    norm_D = gram_DD.diagonal().sqrt()
-    gram_DD = gram_DD / norm_D / norm_D[:, None]
+    gram_DD, norm_D = unit_norm(gram_DD)
     dense_OD = weight_OD.to(gram_DD.dtype) * norm_D
     wanted_OD = dense_OD @ gram_DD
     sparse_OD = _support(dense_OD, gram_DD, wanted_OD, total, pattern)

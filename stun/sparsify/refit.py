@@ -36,19 +36,17 @@ def refit(
     gram_DD: torch.Tensor,
     cross_OD: torch.Tensor | None = None,
     steps: int = 20,
-    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Kept values that bring the matrix's outputs nearer to those wanted (arXiv 2510.14444), rounded to `dtype`.
+    """Kept values, in the dtype of `weight_OD`, that bring the matrix's outputs nearer to those wanted (arXiv 2510.14444).
 
     Wanted are the outputs of `dense_OD` on the same inputs, or, with `cross_OD` [O, D] = sum of y x^T, any outputs y. A row
     changes only where its error, damping aside and after rounding, falls.
     """
-    dtype = dtype or weight_OD.dtype
     old_OD, dense_OD = weight_OD.to(gram_DD.dtype), dense_OD.to(gram_DD.dtype)
     wanted_OD = dense_OD @ gram_DD if cross_OD is None else cross_OD
     damped_DD = damped(gram_DD)
     towards_OD = wanted_OD + dense_OD @ (damped_DD - gram_DD)
-    new_OD = conjugate_gradient(old_OD, damped_DD, towards_OD, steps).to(dtype).to(gram_DD.dtype)
+    new_OD = conjugate_gradient(old_OD, damped_DD, towards_OD, steps).to(weight_OD.dtype).to(gram_DD.dtype)
     change_OD = new_OD - old_OD
     rise_O = output_error(change_OD, gram_DD) + 2 * (change_OD * (old_OD @ gram_DD - wanted_OD)).sum(1)
-    return torch.where((rise_O < 0)[:, None], new_OD, old_OD).to(dtype)
+    return torch.where((rise_O < 0)[:, None], new_OD, old_OD).to(weight_OD.dtype)

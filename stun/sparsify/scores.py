@@ -47,9 +47,17 @@ def damped(gram_DD: torch.Tensor) -> torch.Tensor:
     return gram_DD + torch.diag(damp_D.where(damp_D > 0, mean.where(mean > 0, 1.0)))
 
 
+def unit_norm(gram_DD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped Gram matrix of inputs scaled to unit norm, and their norms [D]: a weight times its input's norm acts on the
+    scaled input as the weight did."""
+    gram_DD = damped(gram_DD)
+    norm_D = gram_DD.diagonal().sqrt()
+    return gram_DD / norm_D / norm_D[:, None], norm_D
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK's factorisations give other last bits with another number of threads: here they have one."""
+    """What gives other last bits with another number of threads, as LAPACK's factorisations do, has one here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

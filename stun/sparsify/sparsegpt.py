@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stun.sparsify.scores import damped, one_thread
+from stun.sparsify.scores import one_thread, unit_norm
 from stun.sparsify.select import Pattern, quotas, smallest_of_matrix, smallest_of_pattern
 
 BLOCK = 128
@@ -15,12 +15,11 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 
     As in the published code, a block of 128 columns gets its share of `total`, and its weights are compared over all rows.
     """
-    gram_DD = damped(gram_DD)
-    norm_D = gram_DD.diagonal().sqrt()  # inputs of unit norm give the same result from better conditioned factors
+    gram_DD, norm_D = unit_norm(gram_DD)  # the same result from better conditioned factors
     weight_OD = weight_OD.to(gram_DD.dtype) * norm_D
     columns = weight_OD.shape[1]
     with one_thread():
-        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD / norm_D / norm_D[:, None]))
+        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD))
         upper_DD = torch.linalg.cholesky(inverse_DD, upper=True)
     width = BLOCK - BLOCK % pattern.of if pattern else BLOCK
     blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
