@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from selections import config
 from zoo import make_checkpoint
 
+from stun.prune import take_statistics
 from stun.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,15 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory, ranks):
+    """(checkpoint, run folder with its statistics)."""
+    folder = tmp_path_factory.mktemp("observed")
+    source = make_checkpoint(folder / "source", "mixtral", num_local_experts=12)
+    take_statistics(config(source, folder / "run"), ranks)
+    return source, folder / "run"
 
 
 def settings(model: Path, run_dir: Path, **overrides) -> list[str]:
