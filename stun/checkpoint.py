@@ -6,6 +6,8 @@ bfloat16 and are multiplied out as they are read. Other quantised formats are re
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stun.config import StunError
@@ -168,6 +171,19 @@ class Checkpoint:
         self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
         self.bytes_read = 0
         self._lock = threading.Lock()
+        self._stamps = {file: _stamp(file.stat()) for file in {info.file for info in tensors.values()}}
+
+    def sampled(self) -> list[tuple[str, int, str]]:
+        """(name, size, digest of 16 evenly spaced pages) of every file: other weights of the same shapes are told apart by it."""
+        found = []
+        for file, (size, _) in sorted(self._stamps.items()):
+            digest = hashlib.sha256()
+            with file.open("rb") as handle:
+                for part in range(16):
+                    handle.seek(size * part // 16)
+                    digest.update(handle.read(4096))
+            found.append((file.name, size, digest.hexdigest()))
+        return found
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -210,13 +226,18 @@ class Checkpoint:
     def _fill(self, raw: torch.Tensor, name: str, info: TensorInfo) -> None:
         """Read one tensor's bytes into `raw`."""
         view, filled = memoryview(raw.numpy()), 0
-        with info.file.open("rb", buffering=0) as handle:
-            handle.seek(info.start)
-            while filled < len(view):
-                count = handle.readinto(view[filled:])
-                if not count:
-                    raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
-                filled += count
+        try:
+            with info.file.open("rb", buffering=0) as handle:
+                if self._stamps.get(info.file, now := _stamp(os.fstat(handle.fileno()))) != now:
+                    raise StunError(f"{info.file}: has changed since the run began; {name} was not read")
+                handle.seek(info.start)
+                while filled < len(view):
+                    count = handle.readinto(view[filled:])
+                    if not count:
+                        raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+                    filled += count
+        except OSError as error:
+            raise StunError(f"{info.file}: {name} cannot be read: {error}") from error
         with self._lock:
             self.bytes_read += filled
 
@@ -229,6 +250,11 @@ class Checkpoint:
         for dim, size in enumerate(info.shape):
             scale_OD = scale_OD.repeat_interleave(info.block[dim], dim)[(slice(None),) * dim + (slice(size),)]
         return raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    return status.st_size, status.st_mtime_ns
 
 
 def _mapped(nbytes: int) -> torch.Tensor:
@@ -249,12 +275,17 @@ def _no_weights(folder: Path) -> str:
 
 
 def write_atomically(file: Path, write) -> None:
-    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent."""
+    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
     temporary = file.with_name(f".{file.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StunError(f"{file}: cannot be written: {error}") from error
 
 
 def write_json(file: Path, content: dict) -> None:

@@ -12,7 +12,10 @@ from omegaconf import MISSING, OmegaConf
 
 
 class StunError(Exception):
-    """Bad input or an impossible request. The message says what is wrong, where, and what is allowed."""
+    """Bad input or an impossible request. The message says what is wrong, where, and what is allowed. `is_shared`: every rank has
+    raised this very error."""
+
+    is_shared = False
 
 
 # Hydra matches an enum by member name, and `global` is a keyword: hence the functional form.

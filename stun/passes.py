@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,12 +14,14 @@ from stun.arch import Architecture
 from stun.budget import LayerQuota, quota_of
 from stun.config import SparsifyConfig
 from stun.experts.distances import router_distance
+from stun.ledger import part_name
 from stun.mask import mask_layer
 from stun.outliers import OutlierCounter
 from stun.plan import LayerPlan, nearest_member
 from stun.progress import Progress
 from stun.ranks import Ranks
-from stun.shards import ShardWriter, cluster_owners, own_tensors
+from stun.recorder import Recorder
+from stun.shards import cluster_owners, own_tensors
 from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
 from stun.stream import Layer, LayerStream, Observer, States, even_owners
 
@@ -61,17 +64,21 @@ def observe(
     save: Callable[[int, dict[str, torch.Tensor]], None],
     sources: list[int] | None = None,
     outliers: bool = False,
+    recorder: Recorder | None = None,
 ) -> None:
     """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts, or with `outliers` for
     every layer.
 
     `sources[m]` numbers the calibration source of micro-batch m; there is one where it is not given. stun.run.Statistics says
-    what the statistics are.
+    what the statistics are. With a `recorder` it goes on where an interrupted stream ended.
     """
+    finished = recorder.finished() if recorder else []
+    states = recorder.restore(finished, states) if recorder else states
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
-    stream = LayerStream(arch, ranks, arch.layers, owners)
-    progress = Progress("observe", len(arch.layers), ranks)
+    stream = LayerStream(arch, ranks, arch.layers, owners, len(finished))
+    progress = Progress("observe", len(arch.layers), ranks, len(finished))
     for layer in stream:
+        ranks.doing = f"observe layer {layer.layout.index}"
         watcher = _Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
         stream.build(layer)
         start = time.perf_counter()
@@ -85,7 +92,11 @@ def observe(
         totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
         if ranks.is_first and totals:
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        if recorder:
+            layer.seconds["write"] = recorder.layer(layer.layout.index, states, {})
         progress.layer(layer, f"experts {len(layer.kept)}")
+    if recorder:
+        recorder.close()
 
 
 def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
@@ -132,12 +143,23 @@ def _reconstruct(layer: Layer, plan: LayerPlan, kept: list[int]) -> None:
 @dataclass
 class PruneResult:
     """What the second stream did: surviving experts by layer, non-zero weights of the decoder layers as written, experts that
-    saw no token, bytes written by all ranks."""
+    saw no token, and the entries of all files of the layers, in their order."""
 
-    kept: list[list[int]] = field(default_factory=list)
-    nonzero: int = 0
-    unseen: int = 0
-    bytes_written: int = 0
+    kept: list[list[int]]
+    nonzero: int
+    unseen: int
+    files: list[dict]
+
+    @classmethod
+    def of(cls, finished: list[list[dict]], decoder_layers: int) -> PruneResult:
+        """From the entries of all layers."""
+        counted = finished[:decoder_layers]
+        return cls(
+            [entries[0]["kept"] for entries in finished],
+            sum(entry["nonzero"] for entries in counted for entry in entries),
+            sum(entries[0]["unseen"] for entries in counted),
+            [entry for entries in finished for entry in entries],
+        )
 
 
 def prune_layers(
@@ -147,42 +169,43 @@ def prune_layers(
     quotas: list[LayerQuota],
     how: SparsifyConfig,
     ranks: Ranks,
-    writer: ShardWriter,
-    shards: list[list[str | None]],
+    recorder: Recorder,
+    write: Callable[[str, dict[str, torch.Tensor]], dict],
 ) -> PruneResult:
     """Prune and write every layer on the hidden states that the already pruned layers before it produce, then the experts of
     multi-token-prediction heads, which lose experts but no single weights.
 
-    `shards[l][r]` is the file of rank r's part of layer l. Without `states` nothing is measured: the quotas must all be zero, or
-    `how` one that reads no inputs.
+    `write(name, tensors)` puts a file of this rank on disk and returns its entry for the `recorder`, which knows the layers that
+    are finished already. Without `states` nothing is measured: the quotas must all be zero, or `how` one that reads no inputs.
     """
-    layouts = [*arch.layers, *arch.mtp]
+    layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
-    stream, result = LayerStream(arch, ranks, layouts, owners), PruneResult()
-    progress = Progress("prune", len(layouts), ranks)
+    stream = LayerStream(arch, ranks, layouts, owners, len(finished))
+    progress = Progress("prune", len(layouts), ranks, len(finished))
+    states = recorder.restore(finished, states) if states is not None else None
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
+        ranks.doing = f"prune layer {index}"
         kept = _choose(layer, plans[index], ranks)
         if plans[index].mean:
             _reconstruct(layer, plans[index], kept)
         stream.keep(layer, kept)
-        result.kept.append(kept)
+        unseen = 0
         if not layer.layout.is_mtp:
             if states is not None:
                 stream.build(layer)
             quota = quota_of(plans[index], kept, quotas[index])
-            result.unseen += mask_layer(stream, layer, states, quota, how)
+            unseen = mask_layer(stream, layer, states, quota, how)
             if states is not None:
                 stream.build(layer)
                 states = stream.run(layer, states)
         layer.seconds["compute"] = time.perf_counter() - start
         tensors = own_tensors(stream, layer)
-        own = torch.tensor([sum(int(t.count_nonzero()) for t in tensors.values())], device=ranks.device)
-        nonzero = int(ranks.sum_integers(own))
-        result.nonzero += 0 if layer.layout.is_mtp else nonzero
-        if tensors:
-            layer.seconds["write"] = writer.submit(shards[index][ranks.rank], tensors)
-        share = nonzero / arch.parameters_of(layer.layout)
+        nonzero = sum(int(t.count_nonzero()) for t in tensors.values())
+        entry = {"kept": kept, "nonzero": nonzero, "unseen": unseen}
+        name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
+        layer.seconds["write"] = recorder.layer(index, states, entry, partial(write, name, tensors))
+        share = int(ranks.sum_integers(torch.tensor([nonzero], device=ranks.device))) / arch.parameters_of(layer.layout)
         progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}")
-    writer.close()
-    return result
+    recorder.close()
+    return PruneResult.of(recorder.finished(), len(arch.layers))

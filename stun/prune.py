@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 
 from stun import serving
 from stun.allocation import check_ratios, set_ratios
@@ -15,15 +16,17 @@ from stun.compressed import mark
 from stun.config import Budget, PruneConfig, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
+from stun.ledger import Ledger
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.ranks import Ranks
+from stun.recorder import Recorder
 from stun.run import Run, fingerprint, model_digest
 from stun.search import check_samples, reachable, search_fraction
-from stun.shards import ShardWriter, shard_files
+from stun.shards import hub_names, keep_only, write_shard
 from stun.stream import embed
 
 
@@ -132,7 +135,8 @@ def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Rank
     if not ranks.on_first(lambda: run.stats.complete):
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, samples.batches(size), arch.source.read)
-        observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size), cfg.sparsify.counts_outliers)
+        recorder, outliers = Recorder(run.folder, "observe", ranks, len(arch.layers)), cfg.sparsify.counts_outliers
+        observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size), outliers, recorder)
         ranks.on_first(lambda: run.stats.finish(samples.sources, model_digest(arch.source)))
 
 
@@ -161,29 +165,46 @@ def _prune_and_write(
     cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], plan: Plan, samples, ranks: Ranks, run: Run
 ) -> PruneResult:
     """The second stream and the files around it; the index comes last."""
-    ranks.on_first(run.clear_model)
-    quotas = layer_quotas(sizes, plan)
-    plans = [*plan.layers, *plan.mtp]
-    outer_file, files = shard_files(arch, plans, ranks.world)
-    writer = ShardWriter(run.model, cfg.compress)
-    outer = {name: arch.source.read(name) for name in arch.outer} if ranks.is_first else {}
-    measures = plan.zeros and cfg.sparsify.reads_inputs
-    states = embed(arch, ranks, samples.batches(cfg.calibration.micro_batch), outer.get) if measures else None
-    if outer:
-        writer.submit(outer_file, outer)
-    del outer
-    result = prune_layers(arch, states, plans, quotas, cfg.sparsify, ranks, writer, files)
-    shards = {file: sizes for written in ranks.gather_objects(writer.written) for file, sizes in written.items()}
-    result.bytes_written = sum(size for tensors in shards.values() for size in tensors.values())
-
-    def write_around() -> None:
-        copy_extras(arch.source.folder, run.model)
-        config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
-        write_json(run.model / "config.json", mark(config) if cfg.compress else config)
-        write_index(run.model, dict(sorted(shards.items())), COMPRESSED_INDEX if cfg.compress else INDEX)
-
-    ranks.on_first(write_around)
+    quotas, plans = layer_quotas(sizes, plan), [*plan.layers, *plan.mtp]
+    recorder = Recorder(run.folder, "prune", ranks, len(arch.layers))
+    write = partial(write_shard, run.model, is_compressed=cfg.compress)
+    outside = ranks.on_first(lambda: _write_outside(arch, run, write, recorder.ledger.finished(), len(plans)))
+    states = None
+    if plan.zeros and cfg.sparsify.reads_inputs:
+        states = embed(arch, ranks, samples.batches(cfg.calibration.micro_batch), arch.source.read)
+    result = prune_layers(arch, states, plans, quotas, cfg.sparsify, ranks, recorder, write)
+    result.files.insert(0, outside)
+    ranks.on_first(lambda: _write_around(cfg, arch, result, run))
     return result
+
+
+def _write_outside(arch: Architecture, run: Run, write, finished: list[list[dict]], layers: int) -> dict:
+    """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
+    its other remains are removed."""
+    ledger = Ledger(run.folder / "progress", "outside")
+    known = [entry for entries in ledger.finished() for entry in entries]
+    files = known + [entry for entries in finished for entry in entries]
+    if len(finished) == layers:  # it may have been interrupted while it gave its files their final names
+        for file, name in hub_names(files).items():
+            if (run.model / name).is_file():
+                (run.model / name).rename(run.model / file)
+    keep_only(run.model, files)
+    if not known:
+        known = [write("outside.safetensors", {name: arch.source.read(name) for name in arch.outer})]
+        ledger.record(0, 0, 1, known[0])
+    return known[0]
+
+
+def _write_around(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: Run) -> None:
+    """Final names for all files, and what belongs to them; the index comes last."""
+    names = hub_names(result.files)
+    for file, name in names.items():
+        (run.model / file).rename(run.model / name)
+    copy_extras(arch.source.folder, run.model)
+    config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
+    write_json(run.model / "config.json", mark(config) if cfg.compress else config)
+    shards = {names[entry["file"]]: entry["tensors"] for entry in result.files if entry["file"]}
+    write_index(run.model, dict(sorted(shards.items())), COMPRESSED_INDEX if cfg.compress else INDEX)
 
 
 def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bool, ranks: Ranks, seconds: float) -> dict:
@@ -203,7 +224,7 @@ def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bo
         "seconds": seconds,
         "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
         "bytes_read": ranks.gather_objects(arch.source.bytes_read),
-        "bytes_written": result.bytes_written,
+        "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
     }
 
 

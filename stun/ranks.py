@@ -71,6 +71,7 @@ class Ranks:
 
         self._comm = deepspeed.comm
         self._started = time.monotonic()
+        self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
 
     @property
     def is_first(self) -> bool:
@@ -79,8 +80,8 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._comm.is_initialized():
+    def __exit__(self, failed: type[BaseException] | None, *_) -> None:
+        if self._comm.is_initialized() and not failed:  # ending it together with ranks that may be gone could hang
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:
@@ -150,6 +151,7 @@ class Ranks:
                 outcome = (None, error)
         result, error = self.broadcast_object(outcome)
         if error is not None:
+            error.is_shared = True
             raise error
         return result
 

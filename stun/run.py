@@ -3,6 +3,8 @@
 <run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
 <run_dir>/stats/          statistics of the first stream, one file a layer that has any
 <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
+<run_dir>/progress/       an entry for every finished layer and rank, while the run is not complete
+<run_dir>/hidden/         hidden states after the last finished layers, while the run is not complete
 <run_dir>/model/          the pruned checkpoint
 <run_dir>/manifest.json   written last: its existence means that the run is complete
 """
@@ -39,9 +41,9 @@ def _plain(value: object) -> object:
 
 
 def model_digest(source: Checkpoint) -> str:
-    """Tells checkpoints of different shape apart, from config.json and the headers."""
+    """Tells checkpoints apart, from config.json, the headers, and some of the weights."""
     shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
-    return hashlib.sha256(json.dumps([source.config, shapes], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([source.config, shapes, source.sampled()], sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
@@ -60,6 +62,9 @@ def _differences(old: object, new: object, where: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
     return [] if old == new else [f"{where}: {old} there, {new} now"]
+
+
+_TEMPORARY = ("progress", "hidden")
 
 
 class Run:
@@ -87,8 +92,8 @@ class Run:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
-            run.model.mkdir(exist_ok=True)
-            run.stats.folder.mkdir(exist_ok=True)
+            for folder in (run.model, run.stats.folder, *(run.folder / name for name in _TEMPORARY)):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         return run
@@ -100,13 +105,10 @@ class Run:
         return json.loads(manifest.read_text())["summary"] if manifest.is_file() else None
 
     def finish(self, summary: dict) -> None:
-        """Declare the run complete."""
+        """Declare the run complete, and remove what only an unfinished one needs."""
         write_json(self.folder / "manifest.json", {"summary": summary})
-
-    def clear_model(self) -> None:
-        """Remove what an interrupted attempt of this same run left in `model/`."""
-        shutil.rmtree(self.model)
-        self.model.mkdir()
+        for name in _TEMPORARY:
+            shutil.rmtree(self.folder / name)
 
 
 class Statistics:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
 from pathlib import Path
 
 import torch
 
-from stun.arch import Architecture
 from stun.checkpoint import write_tensors
 from stun.compressed import compress
-from stun.layout import LayerLayout, renumber
+from stun.config import StunError
+from stun.layout import renumber
 from stun.plan import LayerPlan
 from stun.stream import Layer, LayerStream
 
@@ -59,58 +58,33 @@ def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.
     return joined_E
 
 
-def shard_files(arch: Architecture, plans: list[LayerPlan], world: int) -> tuple[str, list[list[str | None]]]:
-    """File names in the hub's form: one for everything outside the layers, then one per layer and rank that has a part of it."""
-    parts = []
-    for layout, plan in zip([*arch.layers, *arch.mtp], plans, strict=True):
-        busy = set(range(min(len(layout.copied) + len(layout.fused), world)))
-        if not _is_fused(layout):
-            busy |= {owner for owner in cluster_owners(plan, world) if owner is not None}
-        parts += [(layout.index, rank) for rank in sorted(busy)]
-    names = [f"model-{number + 1:05d}-of-{len(parts) + 1:05d}.safetensors" for number in range(len(parts) + 1)]
-    table: list[list[str | None]] = [[None] * world for _ in plans]
-    for (index, rank), name in zip(parts, names[1:], strict=True):
-        table[index][rank] = name
-    return names[0], table
+def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_compressed: bool) -> dict:
+    """Write one file, `name` in `folder`, where there are tensors at all; returns the entry for it: `file` and the bytes of its
+    `tensors`. They must not change any more."""
+    if not tensors:
+        return {"file": None, "tensors": {}}
+    stored, metadata = {key: tensor.cpu() for key, tensor in tensors.items()}, None
+    if is_compressed:
+        stored, metadata = compress(stored)
+    write_tensors(folder / name, stored, metadata)
+    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in stored.items()}}
 
 
-def _is_fused(layout: LayerLayout) -> bool:
-    """Whether no expert of the layer has a tensor of its own."""
-    return bool(layout.experts) and layout.fused == layout.experts[0].keys()
+def keep_only(folder: Path, entries: list[dict]) -> None:
+    """Remove whatever an interrupted launch left in `folder` that no entry names. Raises StunError where a file is missing or has
+    another size than its tensors need."""
+    known = {entry["file"]: sum(entry["tensors"].values()) for entry in entries if entry["file"]}
+    for file in folder.iterdir():
+        if file.name not in known:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    for name, nbytes in known.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < nbytes:
+            state = "is too short" if file.is_file() else "is missing"
+            raise StunError(f"{file}: {state}, but was written whole; remove the folder `progress` of the run to repeat it")
 
 
-class ShardWriter:
-    """Writes shards behind the computation, one at a time; at most one waits, so memory stays bounded.
-
-    After `close`, `written` maps every file to the bytes of each tensor in it.
-    """
-
-    def __init__(self, folder: Path, is_compressed: bool = False):
-        self.folder, self.is_compressed = folder, is_compressed
-        self.written: dict[str, dict[str, int]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._pending: Future | None = None
-
-    def submit(self, file: str, tensors: dict[str, torch.Tensor]) -> float:
-        """Queue one file once the one before is on disk; returns the seconds waited. The tensors must not change any more."""
-        start = time.perf_counter()
-        self.wait()
-        waited = time.perf_counter() - start
-        self._pending = self._pool.submit(self._write, self.folder / file, tensors)
-        return waited
-
-    def _write(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
-        stored, metadata = {name: tensor.cpu() for name, tensor in tensors.items()}, None
-        if self.is_compressed:
-            stored, metadata = compress(stored)
-        write_tensors(file, stored, metadata)
-        self.written[file.name] = {name: tensor.nbytes for name, tensor in stored.items()}
-
-    def wait(self) -> None:
-        """Return once everything submitted is on disk; raises what writing raised."""
-        if self._pending:
-            self._pending.result()
-
-    def close(self) -> None:
-        self.wait()
-        self._pool.shutdown()
+def hub_names(entries: list[dict]) -> dict[str, str]:
+    """The final name in the hub's form of every file that the entries name, in their order."""
+    files = [entry["file"] for entry in entries if entry["file"]]
+    return {file: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, file in enumerate(files, 1)}

@@ -176,16 +176,19 @@ def even_owners(layout: LayerLayout, world: int) -> list[int]:
 
 
 class LayerStream:
-    """Iterates over `layouts` of `arch`; `owners[l][e]` is the rank that reads expert e of the l-th, None: nobody."""
+    """Iterates over `layouts` of `arch` from number `first` on; `owners[l][e]` is the rank that reads expert e of the l-th,
+    None: nobody."""
 
-    def __init__(self, arch: Architecture, ranks: Ranks, layouts: list[LayerLayout], owners: list[list[int | None]]):
-        self.arch, self.ranks, self.layouts, self.owners = arch, ranks, layouts, owners
+    def __init__(
+        self, arch: Architecture, ranks: Ranks, layouts: list[LayerLayout], owners: list[list[int | None]], first: int = 0
+    ):
+        self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype = compute_dtype(arch, ranks.device)
 
     def __iter__(self) -> Iterator[Layer]:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            pending = pool.submit(self._read, 0)
-            for index in range(len(self.layouts)):
+            pending = pool.submit(self._read, self.first) if self.first < len(self.layouts) else None
+            for index in range(self.first, len(self.layouts)):
                 own, experts, seconds = pending.result()
                 if index + 1 < len(self.layouts):
                     pending = pool.submit(self._read, index + 1)

@@ -1,0 +1,63 @@
+"""Puts what a stream has finished on disk behind its computation, and finds it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from stun.ledger import Ledger
+from stun.ranks import Ranks
+from stun.snapshots import Snapshots
+from stun.stream import States
+
+
+class Recorder:
+    """One stream's entries in `progress/` and hidden states in `hidden/` of a run folder.
+
+    Files of a layer are written while the next one computes: one layer at a time, at most one waiting, so memory stays bounded.
+    A stream that is interrupted goes on after the last finished layer. `seconds` is what snapshots have taken so far.
+    """
+
+    def __init__(self, run: Path, stream: str, ranks: Ranks, layers: int):
+        """`layers` is the number of those whose outputs a next layer needs, and one."""
+        self.ranks, self.layers = ranks, layers
+        self.ledger, self.snapshots = Ledger(run / "progress", stream), Snapshots(run / "hidden", stream, ranks)
+        self.seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: Future | None = None
+
+    def finished(self) -> list[list[dict]]:
+        """The entries of all finished layers; the same on every rank."""
+        return self.ranks.on_first(self.ledger.finished)
+
+    def restore(self, finished: list[list[dict]], states: States) -> States:
+        """The states after the last finished layer, from those before the first."""
+        needed = 0 < len(finished) < self.layers
+        return self.snapshots.load([entry["snapshot"] for entry in finished[-1]], states) if needed else states
+
+    def layer(self, index: int, states: States | None, entry: dict, write: Callable[[], dict] = dict) -> float:
+        """Queue a finished layer: `write` puts its files on disk and returns what else to enter. Returns the seconds waited."""
+
+        def record() -> None:
+            files, start = write(), time.perf_counter()
+            is_needed = states is not None and index + 1 < self.layers
+            snapshot = self.snapshots.save(index, states) if is_needed else None
+            self.seconds += time.perf_counter() - start
+            self.ledger.record(index, self.ranks.rank, self.ranks.world, {**entry, **files, "snapshot": snapshot})
+            self.snapshots.drop(index)
+
+        start = time.perf_counter()
+        self.wait()
+        self._pending = self._pool.submit(record)
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Return once everything queued is on disk; raises what writing raised."""
+        if self._pending:
+            self._pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()

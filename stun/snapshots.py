@@ -1,0 +1,74 @@
+"""Hidden states on disk, so that a stream can go on after the last finished layer: a file for each layer and rank,
+checksummed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stun.checkpoint import write_tensors
+from stun.config import StunError
+from stun.ledger import part_name
+from stun.ranks import Ranks
+from stun.stream import States
+
+KEPT = 3  # a rank may have finished a layer while another is writing the one before the last
+
+
+class Snapshots:
+    """The snapshots of one stream, in `folder`."""
+
+    def __init__(self, folder: Path, stream: str, ranks: Ranks):
+        self.folder, self.stream, self.ranks = folder, stream, ranks
+        self.nbytes = 0
+
+    def _file(self, layer: int, rank: int, world: int) -> Path:
+        return self.folder / f"{self.stream}-{part_name(layer, rank, world)}.safetensors"
+
+    def save(self, layer: int, states: States) -> dict:
+        """Write this rank's states after a layer; returns what an entry of the ledger must hold to find them again."""
+        rank, world = self.ranks.rank, self.ranks.world
+        tensors = {str(turn * world + rank): hidden.cpu() for turn, hidden in enumerate(states.hidden)}
+        file = self._file(layer, rank, world)
+        write_tensors(file, tensors)
+        self.nbytes += file.stat().st_size
+        return {"file": file.name, "sha256": _digest(file), "micro_batches": sorted(map(int, tensors))}
+
+    def drop(self, layer: int) -> None:
+        """Remove this rank's snapshot of the layer that nobody can need once `layer` is recorded."""
+        self._file(layer - KEPT, self.ranks.rank, self.ranks.world).unlink(missing_ok=True)
+
+    def load(self, entries: list[dict], states: States) -> States:
+        """This rank's states as they were saved, whatever the number of ranks then; `states` gives all but the tensors.
+
+        Raises StunError where a snapshot is missing or damaged.
+        """
+        home = {number: entry for entry in entries for number in entry["micro_batches"]}
+        mine = range(self.ranks.rank, states.total, self.ranks.world)
+        if set(home) != set(range(states.total)):
+            raise StunError(f"{self.folder}: the snapshots of {self.stream} do not hold all micro-batches; {_REPEAT}")
+        for entry in {home[number]["file"]: home[number] for number in mine}.values():
+            file = self.folder / entry["file"]
+            if not file.is_file() or _digest(file) != entry["sha256"]:
+                raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {_REPEAT}")
+        hidden = [self._read(self.folder / home[number]["file"], str(number)) for number in mine]
+        return replace(states, hidden=hidden)
+
+    def _read(self, file: Path, name: str) -> torch.Tensor:
+        try:
+            with safe_open(file, framework="pt", device=str(self.ranks.device)) as handle:
+                return handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StunError(f"{file}: {name}: cannot be read: {error}") from error
+
+
+_REPEAT = "remove the folder `progress` beside it to repeat the stream from its first layer"
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

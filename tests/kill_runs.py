@@ -1,0 +1,106 @@
+"""Launches of the job that are killed: python kill_runs.py SOURCE FOLDER KILLS prints a line for every kill.
+
+The package is imported once and every rank is a fork of this process, so that a launch takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
+from stun.prune import prune
+from stun.ranks import Ranks
+
+TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
+
+
+def request(source: str, run_dir: Path) -> PruneConfig:
+    calibration = CalibrationConfig(path=str(TEXT), samples=24, length=64, micro_batch=2)
+    experts = ExpertsConfig(fraction=0.5, budget=Budget["global"])
+    return PruneConfig(ModelConfig(source), calibration, experts, SparsifyConfig(ratios="owl"), 0.5, str(run_dir))
+
+
+def start(source: str, run_dir: Path, world: int) -> list[int]:
+    """The processes of a launch."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                out = os.open(run_dir.parent / f"{run_dir.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+                os.environ.update({key: str(value) for key, value in own.items()}, MASTER_ADDR="127.0.0.1")
+                with Ranks() as ranks:
+                    prune(request(source, run_dir), ranks)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return children
+
+
+def wait(children: list[int], limit: float = 120.0) -> list[int]:
+    """Exit codes; once one has failed the others have a second left, as under a launcher."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + limit
+    while len(codes) < len(children):
+        for child in (c for c in children if c not in codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    deadline = min(deadline, time.monotonic() + 1)
+        if time.monotonic() > deadline:
+            for child in (c for c in children if c not in codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[child] for child in children]
+
+
+def main(source: str, folder: Path, kills: int) -> None:
+    dice = random.Random(0)
+    began = time.monotonic()
+    assert wait(start(source, folder / "whole", 2)) == [0, 0]
+    whole = time.monotonic() - began
+    for number in range(kills):
+        run_dir, launches = folder / str(number), 0
+        instant = whole * (number + dice.random()) / kills
+        victim = dice.choice([0, 1, None])
+        while True:
+            world = 2 if launches == 0 else dice.choice([1, 2, 4])
+            children = start(source, run_dir, world)
+            launches += 1
+            if launches == 1:
+                time.sleep(instant)
+                for child in children if victim is None else [children[victim]]:
+                    os.kill(child, signal.SIGKILL)
+            codes = wait(children)
+            if not any(codes):
+                break
+            assert launches < 4, (run_dir.parent / f"{run_dir.name}.log").read_text()
+        log = (run_dir.parent / f"{run_dir.name}.log").read_text()
+        print(f"{number} killed {'all' if victim is None else victim} at {instant:.2f}s of {whole:.2f}s, {launches} launches")
+        repeated = [log.count(f"] {stream} {layer:02d}/") for stream in ("observe", "prune") for layer in range(1, 9)]
+        print("layers done", repeated, flush=True)
+
+
+if __name__ == "__main__":
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
+    Path(sys.argv[2]).mkdir(parents=True)
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
