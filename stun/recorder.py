@@ -59,5 +59,7 @@ class Recorder:
             self._pending.result()
 
     def close(self) -> None:
+        """Return once everything that any rank has queued is on disk."""
         self.wait()
         self._pool.shutdown()
+        self.ranks.gather_objects(None)

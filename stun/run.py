@@ -65,6 +65,7 @@ def _differences(old: object, new: object, where: str = "") -> list[str]:
 
 
 _TEMPORARY = ("progress", "hidden")
+_BESIDE = {".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
 
 
 class Run:
@@ -87,7 +88,7 @@ class Run:
             differences = _differences(yaml.safe_load(config.read_text()), identity)
             if differences:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(differences)}); choose another folder")
-        elif run.folder.is_dir() and any(file.name != f".{config.name}.tmp" for file in run.folder.iterdir()):
+        elif run.folder.is_dir() and any(file.name not in _BESIDE for file in run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
