@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from stun import serving
 from stun.allocation import check_ratios, set_ratios
 from stun.arch import Architecture
@@ -168,19 +170,24 @@ def _prune_and_write(
     quotas, plans = layer_quotas(sizes, plan), [*plan.layers, *plan.mtp]
     recorder = Recorder(run.folder, "prune", ranks, len(arch.layers))
     write = partial(write_shard, run.model, is_compressed=cfg.compress)
-    outside = ranks.on_first(lambda: _write_outside(arch, run, write, recorder.ledger.finished(), len(plans)))
+    outer: dict[str, torch.Tensor] = {}
+    outside = ranks.on_first(lambda: _write_outside(arch, run, write, recorder.ledger.finished(), len(plans), outer))
     states = None
     if plan.zeros and cfg.sparsify.reads_inputs:
-        states = embed(arch, ranks, samples.batches(cfg.calibration.micro_batch), arch.source.read)
+        batches = samples.batches(cfg.calibration.micro_batch)
+        states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
+    outer.clear()
     result = prune_layers(arch, states, plans, quotas, cfg.sparsify, ranks, recorder, write)
     result.files.insert(0, outside)
     ranks.on_first(lambda: _write_around(cfg, arch, result, run))
     return result
 
 
-def _write_outside(arch: Architecture, run: Run, write, finished: list[list[dict]], layers: int) -> dict:
+def _write_outside(
+    arch: Architecture, run: Run, write, finished: list[list[dict]], layers: int, outer: dict[str, torch.Tensor]
+) -> dict:
     """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
-    its other remains are removed."""
+    its other remains are removed. `outer` then holds these tensors."""
     ledger = Ledger(run.folder / "progress", "outside")
     known = [entry for entries in ledger.finished() for entry in entries]
     files = known + [entry for entries in finished for entry in entries]
@@ -190,7 +197,8 @@ def _write_outside(arch: Architecture, run: Run, write, finished: list[list[dict
                 (run.model / name).rename(run.model / file)
     keep_only(run.model, files)
     if not known:
-        known = [write("outside.safetensors", {name: arch.source.read(name) for name in arch.outer})]
+        outer |= {name: arch.source.read(name) for name in arch.outer}
+        known = [write("outside.safetensors", outer)]
         ledger.record(0, 0, 1, known[0])
     return known[0]
 
