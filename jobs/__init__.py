@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import datasets
 import hydra
 import torch
 import transformers
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import stun.config
 from stun.config import StunError
 from stun.ranks import Ranks
+from stun.sweep import stages
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+Work = Callable[[object, Ranks], None]
 
 
-def launch(name: str, work: Callable[[object, Ranks], None]) -> None:
+def launch(name: str, work: Work, observe: Work | None = None) -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
+    With `-m` it is called for every run of a sweep, after `observe` for the statistics that they share (stun.sweep), if given.
     Bad input ends in one line on the first rank and exit status 2; what goes wrong on one rank alone in one line there, which
     names the rank and what it was doing. Either way the process ends at once, so that the launcher ends the others.
     """
@@ -32,33 +39,58 @@ def launch(name: str, work: Callable[[object, Ranks], None]) -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
-    sys.argv = [a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank"))]
-    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
+    parts = [(work, arguments)]
+    if observe and {"-m", "--multirun"} & set(arguments):
+        with _ends_clearly():
+            parts = list(zip((observe, work), stages(arguments), strict=True))
+    for part, own in parts:
+        sys.argv = [program, *own]
+        _main(name, part)()
 
+
+def _main(name: str, work: Work) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def main(cfg) -> None:
-        ranks = None
-        try:
-            config = OmegaConf.to_object(cfg)
-            with Ranks() as ranks:
-                work(config, ranks)
-        except (StunError, OmegaConfBaseException) as error:
-            own = ranks is not None and ranks.doing and not getattr(error, "is_shared", False)
-            if is_first or own:
-                print(f"error: {_where(ranks) if own else ''}{error}", file=sys.stderr, flush=True)
-            _leave(2)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            advice = "more ranks, a smaller calibration.micro_batch or a smaller sparsify.gram_gib need less"
-            _fail(f"{_where(ranks)}out of memory ({advice}): {error}")
-        except RuntimeError as error:
-            traceback.print_exc()
-            _fail(f"{_where(ranks)}{error}")
+        with _ends_clearly():
+            work(OmegaConf.to_object(cfg), _ranks())
 
-    main()
+    return main
 
 
-def _where(ranks: Ranks | None) -> str:
-    return f"rank {ranks.rank}, {ranks.doing or 'before the first layer'}: " if ranks else ""
+@cache
+def _ranks() -> Ranks:
+    """The ranks of this process, which all runs of a sweep share."""
+    ranks = Ranks()
+    atexit.register(ranks.end)
+    return ranks
+
+
+@contextmanager
+def _ends_clearly() -> Iterator[None]:
+    """End the process in one line where the work cannot be done."""
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        yield
+    except (StunError, OmegaConfBaseException, HydraException) as error:
+        own = _doing() and not getattr(error, "is_shared", False)
+        if is_first or own:
+            print(f"error: {_where() if own else ''}{error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        advice = "more ranks, a smaller calibration.micro_batch or a smaller sparsify.gram_gib need less"
+        _fail(f"{_where()}out of memory ({advice}): {error}")
+    except Exception as error:
+        traceback.print_exc()
+        _fail(f"{_where()}{error}")
+
+
+def _doing() -> str:
+    return _ranks().doing if _ranks.cache_info().currsize else ""
+
+
+def _where() -> str:
+    return f"rank {_ranks().rank}, {_doing() or 'before the first layer'}: " if _ranks.cache_info().currsize else ""
 
 
 def _fail(message: str) -> None:

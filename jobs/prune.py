@@ -1,7 +1,7 @@
 """Prune a checkpoint: torchrun --nproc-per-node 8 -m jobs.prune model.path=... calibration.path=... target=0.4 run_dir=runs/x"""
 
 from jobs import launch
-from stun.prune import prune
+from stun.prune import prune, take_statistics
 
 
 def work(cfg, ranks) -> None:
@@ -9,4 +9,4 @@ def work(cfg, ranks) -> None:
 
 
 if __name__ == "__main__":
-    launch("prune", work)
+    launch("prune", work, take_statistics)

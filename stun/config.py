@@ -215,7 +215,8 @@ class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
     `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. With `compress` the
-    checkpoint holds bitmasks and values (stun.compressed) in place of zeros.
+    checkpoint holds bitmasks and values (stun.compressed) in place of zeros. `statistics` is the folder of a run (jobs.observe)
+    whose statistics this one uses instead of taking its own.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -226,6 +227,7 @@ class PruneConfig:
     run_dir: str = MISSING
     plan: str = ""
     compress: bool = False
+    statistics: str = ""
 
 
 @dataclass
@@ -312,6 +314,13 @@ class BenchmarkConfig(PruneConfig):
 
 
 @dataclass
+class ReportConfig:
+    """Compare the runs whose folders lie in `folder`."""
+
+    folder: str = MISSING
+
+
+@dataclass
 class PlotConfig:
     """`comparisons`: the comparison.json files of several targets; `output`: the PNG to draw."""
 
@@ -330,6 +339,7 @@ def register() -> None:
     store.store(name="study_schema", node=StudyConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(name="plot_schema", node=PlotConfig)
+    store.store(name="report_schema", node=ReportConfig)
 
 
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,7 @@ from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
-from stun.run import Run, fingerprint, model_digest
+from stun.run import Run, Statistics, fingerprint, observed
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.stream import embed
@@ -56,6 +57,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     if is_auto:
         check_samples(samples)
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
+    if cfg.statistics and samples:
+        run.stats = ranks.on_first(lambda: _share(cfg.statistics, cfg, arch, samples))
     finished = ranks.on_first(lambda: run.summary)
     if finished:
         ranks.log(f"{cfg.run_dir} is complete already")
@@ -139,16 +142,30 @@ def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Rank
         states = embed(arch, ranks, samples.batches(size), arch.source.read)
         recorder, outliers = Recorder(run.folder, "observe", ranks, len(arch.layers)), cfg.sparsify.counts_outliers
         observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size), outliers, recorder)
-        ranks.on_first(lambda: run.stats.finish(samples.sources, model_digest(arch.source)))
+        ranks.on_first(lambda: run.stats.finish(observed(cfg, arch.source, samples)))
+
+
+def _share(folder: str, cfg: PruneConfig, arch: Architecture, samples: Samples) -> Statistics:
+    """The statistics in another run's folder. Raises StunError where they are not those that this run would take."""
+    shared = Statistics(Path(folder) / "stats")
+    shared.check(observed(cfg, arch.source, samples))
+    return shared
 
 
 def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
-    """The first stream alone: `cfg.run_dir`/stats, from which plans of any kind can be made."""
+    """The first stream alone: `cfg.run_dir`/stats, from which plans of any kind can be made and runs pruned.
+
+    Raises StunError before any work starts where the request cannot be met.
+    """
     validate(cfg)
     arch = Architecture(Checkpoint.open(cfg.model.path))
     samples = ranks.on_first(lambda: _samples(cfg, arch))
-    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, arch.source, samples)))
+    identity = ranks.on_first(lambda: observed(cfg, arch.source, samples) | {"outliers": cfg.sparsify.counts_outliers})
+    run = ranks.on_first(lambda: Run.open(cfg.run_dir, {"statistics": identity}))
+    ranks.log(f"observe {cfg.model.path} | {sum(samples.sources.values())} samples of {cfg.calibration.length} tokens")
     _observe(cfg, arch, samples, ranks, run)
+    ranks.on_first(run.clear)
+    ranks.log(f"wrote {run.stats.folder}")
 
 
 def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], given: Plan | None, run: Run) -> Plan:
@@ -188,6 +205,7 @@ def _write_outside(
 ) -> dict:
     """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
     its other remains are removed. `outer` then holds these tensors."""
+    run.model.mkdir(exist_ok=True)
     ledger = Ledger(run.folder / "progress", "outside")
     known = [entry for entries in ledger.finished() for entry in entries]
     files = known + [entry for entries in finished for entry in entries]

@@ -25,11 +25,19 @@ def _environment() -> None:
     """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun, a single rank otherwise."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of the hosts that Slurm names: `gpu[03-05,9],x1` -> `gpu03`."""
+    return re.sub(r"^([^,\[]+)(?:\[([^-,\]]+))?.*", lambda m: m[1] + (m[2] or ""), nodes)
 
 
 def _start_deepspeed(on_gpu: bool) -> None:
@@ -81,7 +89,12 @@ class Ranks:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
-        if self._comm.is_initialized() and not failed:  # ending it together with ranks that may be gone could hang
+        if not failed:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the others, once the work is done; where some are gone already this could hang."""
+        if self._comm.is_initialized():
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:

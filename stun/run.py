@@ -48,13 +48,20 @@ def model_digest(source: Checkpoint) -> str:
 
 def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
     """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
-    names = [f.name for f in fields(PruneConfig) if f.name != "run_dir"]
+    names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics")]
     config = {name: _plain(getattr(cfg, name)) for name in names}
     config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
     files = {"plan_content": cfg.plan, "ratios_content": cfg.sparsify.ratios_file}
     contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
     return {"config": config, "source": model_digest(source), "calibration_tokens": text, **contents}
+
+
+def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples) -> dict:
+    """What decides the statistics of the first stream, beside whether they hold outliers."""
+    identity = fingerprint(cfg, source, samples)
+    tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
+    return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, "micro_batch": size}
 
 
 def _differences(old: object, new: object, where: str = "") -> list[str]:
@@ -93,8 +100,8 @@ class Run:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
-            for folder in (run.model, run.stats.folder, *(run.folder / name for name in _TEMPORARY)):
-                folder.mkdir(exist_ok=True)
+            for name in _TEMPORARY:
+                (run.folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         return run
@@ -108,8 +115,12 @@ class Run:
     def finish(self, summary: dict) -> None:
         """Declare the run complete, and remove what only an unfinished one needs."""
         write_json(self.folder / "manifest.json", {"summary": summary})
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what only an unfinished run needs."""
         for name in _TEMPORARY:
-            shutil.rmtree(self.folder / name)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 class Statistics:
@@ -133,7 +144,7 @@ class Statistics:
 
     @property
     def about(self) -> dict:
-        """The calibration sources (name -> samples), the model's digest, the unit of cosines."""
+        """What they were taken on (`observed`), and the unit of cosines."""
         try:
             return json.loads(self._about.read_text())
         except (OSError, ValueError) as error:
@@ -151,6 +162,7 @@ class Statistics:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
     def save(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
+        self.folder.mkdir(exist_ok=True)
         write_tensors(self._file(layer), statistics)
 
     def load(self, layer: int) -> dict[str, torch.Tensor]:
@@ -166,6 +178,15 @@ class Statistics:
             raise StunError(f"{self.folder}: its statistics hold no outliers; a run with sparsify.ratios=owl takes them")
         return found
 
-    def finish(self, sources: dict[str, int], model: str) -> None:
-        """Declare the statistics complete."""
-        write_json(self._about, {"sources": sources, "model": model, "cosine_unit": COSINE_UNIT})
+    def finish(self, taken_on: dict) -> None:
+        """Declare the statistics complete; `taken_on` is what decided them (`observed`)."""
+        self.folder.mkdir(exist_ok=True)
+        write_json(self._about, {**taken_on, "cosine_unit": COSINE_UNIT})
+
+    def check(self, wanted: dict) -> None:
+        """Raises StunError where they are not complete, or were not taken on what is `wanted` (`observed`)."""
+        if not self.complete:
+            raise StunError(f"{self.folder}: holds no complete statistics; python -m jobs.observe takes them")
+        differences = _differences({name: self.about.get(name) for name in wanted}, wanted)
+        if differences:
+            raise StunError(f"{self.folder}: its statistics are of something else ({'; '.join(differences)})")

@@ -62,6 +62,22 @@ def plan_table(plans: dict) -> str:
     return _printed(table)
 
 
+def report_table(runs: dict[str, dict | str]) -> str:
+    """A line per run: what pruning and, where there is one, its evaluation say; or how far it is."""
+    table = Table(box=None, pad_edge=False)
+    titles = ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for name, run in runs.items():
+        if isinstance(run, str):
+            table.add_row(name, run)
+            continue
+        kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result")
+        scores = (f"{result['average']:.3f}", f"{result['perplexity']:.3f}") if result else ("-", "-")
+        table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
+    return _printed(table)
+
+
 def benchmark_table(result: dict) -> str:
     """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
     table = Table(box=None, pad_edge=False)

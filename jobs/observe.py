@@ -1,0 +1,8 @@
+"""Take the statistics that plans and sweeps use, without pruning: torchrun --nproc-per-node 8 -m jobs.observe model.path=...
+calibration.path=... run_dir=runs/statistics"""
+
+from jobs import launch
+from stun.prune import take_statistics
+
+if __name__ == "__main__":
+    launch("observe", take_statistics)
