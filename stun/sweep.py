@@ -3,6 +3,7 @@ setting, named by what differs, with statistics taken once for all runs that dif
 
 from __future__ import annotations
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -37,6 +38,12 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     runs = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
     run_dir = f"run_dir='{root}/${{hydra:job.override_dirname}}'"
     return [*common, *observe, f"run_dir={statistics}"], [*common, *(o.input_line for o in overrides), *runs, run_dir]
+
+
+def runs(arguments: list[str]) -> list[list[str]]:
+    """The command line of every run of a sweep. Raises StunError as `stages` does."""
+    overrides = OverridesParser.create().parse_overrides(stages(arguments)[1])
+    return [run for batch in BasicSweeper.split_arguments(overrides, None) for run in batch]
 
 
 def _first(swept: Override) -> str:

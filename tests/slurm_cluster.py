@@ -45,9 +45,11 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 KillWait=3
 ReturnToService=2
 MinJobAge=300
-PreemptType=preempt/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=all Nodes=node[1-{count}] Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=node[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node[1-{count}] MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 INNER = """

@@ -1,0 +1,63 @@
+# What the sbatch files here share. They run in the repository, with the environment that holds the package active; ranks per node:
+# one per GPU, or RANKS_PER_NODE.
+set -euo pipefail
+me=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+
+# value_of KEY ARGUMENTS: what the argument KEY=... says.
+value_of() {
+    local argument found="" key=$1
+    for argument in "${@:2}"; do
+        case $argument in "$key"=*) found=${argument#*=} ;; esac
+    done
+    if [ -z "$found" ]; then
+        echo "error: $key=... is needed" >&2
+        exit 2
+    fi
+    printf %s "$found"
+}
+
+# snapshot FOLDER: a copy of the code and configuration, made at the first start, from which everything below then runs.
+snapshot() {
+    local folder
+    mkdir -p "$1/logs"
+    folder=$(realpath "$1")
+    if [ ! -d "$folder/code" ]; then
+        local new
+        new=$(mktemp -d -p "$folder" .code.XXXX)
+        cp -r --parents jobs stun conf slurm pyproject.toml "$new/"
+        mv -T "$new" "$folder/code" 2>/dev/null || rm -rf "$new"
+    fi
+    export PYTHONSAFEPATH=1 PYTHONPATH=$folder/code
+}
+
+# Queue again, once the step is over: before the time limit (USR1), or when preempted (TERM). A job that is cancelled or over
+# its limit gets TERM too, but no longer counts as running.
+again=""
+stop() {
+    if scontrol -o show job "$me" | grep -q "JobState=RUNNING"; then again=yes; fi
+    kill -TERM "$step" 2>/dev/null || true
+}
+
+# run_ranks LOGS MODULE ARGUMENTS: `python -m MODULE ARGUMENTS` on all ranks of all nodes, the output of each in the folder LOGS.
+# Where it is interrupted, the job is queued again and ends.
+run_ranks() {
+    local status=0 here port=$((20000 + SLURM_JOB_ID % 12000)) ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    here=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # USR1 would kill torchrun's agents.
+    srun --kill-on-bad-exit=1 bash -c '
+        trap "" USR1
+        exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$1" --node-rank="$SLURM_NODEID" \
+            --master-addr="$2" --master-port="$3" --log-dir="$4" --tee=3 -m "${@:5}"
+    ' step "$ranks" "$here" "$port" "$@" &
+    step=$!
+    trap stop USR1 TERM
+    wait "$step" || status=$?
+    if [ -n "$again" ]; then
+        wait "$step" || true
+        scontrol requeue "$me"
+        exit 0
+    fi
+    trap - USR1 TERM
+    return "$status"
+}
