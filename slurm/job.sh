@@ -31,11 +31,12 @@ snapshot() {
     export PYTHONSAFEPATH=1 PYTHONPATH=$folder/code
 }
 
-# Queue again, once the step is over: before the time limit (USR1), or when preempted (TERM). A job that is cancelled or over
-# its limit gets TERM too, but no longer counts as running.
+# Queue again, once the step is over: before the time limit (USR1), or when preempted (TERM, to the step alone or to this shell
+# too). A job that is cancelled or over its limit gets TERM too, but no longer counts as running.
 again=""
+is() { scontrol -o show job "$me" | grep -q "$1"; }
 stop() {
-    if scontrol -o show job "$me" | grep -q "JobState=RUNNING"; then again=yes; fi
+    if is "JobState=RUNNING"; then again=yes; fi
     kill -TERM "$step" 2>/dev/null || true
 }
 
@@ -53,6 +54,7 @@ run_ranks() {
     step=$!
     trap stop USR1 TERM
     wait "$step" || status=$?
+    if [ "$status" != 0 ] && is "JobState=RUNNING.* PreemptTime=[0-9]"; then again=yes; fi
     if [ -n "$again" ]; then
         wait "$step" || true
         scontrol requeue "$me"
