@@ -20,10 +20,7 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     Raises StunError where the command line cannot be read or names no `run_dir`.
     """
     flags = [word for word in arguments if word.startswith("-")]
-    try:
-        overrides = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
-    except HydraException as error:
-        raise StunError(str(error)) from error
+    overrides = [_parsed(word) for word in arguments if not word.startswith("-")]
     roots = [o.value() for o in overrides if o.key_or_group == "run_dir" and not o.is_sweep_override()]
     if not roots:
         raise StunError("run_dir=... is needed: one folder, in which every run of the sweep gets its own")
@@ -38,6 +35,13 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     runs = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
     run_dir = f"run_dir='{root}/${{hydra:job.override_dirname}}'"
     return [*common, *observe, f"run_dir={statistics}"], [*common, *(o.input_line for o in overrides), *runs, run_dir]
+
+
+def _parsed(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise StunError(f"{word}: {str(error).splitlines()[0]}") from error
 
 
 def runs(arguments: list[str]) -> list[list[str]]:

@@ -43,7 +43,7 @@ def test_a_plan_file_gives_what_the_run_itself_does(observed, tmp_path, ranks, e
     prune(replace(cfg, run_dir=str(tmp_path / "own")), ranks)
     prune(replace(cfg, run_dir=str(tmp_path / "given"), plan=str(tmp_path / "plan.json")), ranks)
     same_tensors(tmp_path / "own" / "model", tmp_path / "given" / "model")
-    assert not list((tmp_path / "given" / "stats").iterdir()), "no first stream for a given plan"
+    assert not (tmp_path / "given" / "stats").exists(), "no first stream for a given plan"
     finished = replace(cfg, run_dir=str(tmp_path / "finished"), plan=str(tmp_path / "own" / "plan.json"))
     prune(finished, ranks)
     same_tensors(tmp_path / "own" / "model", tmp_path / "finished" / "model")
