@@ -17,7 +17,7 @@ _OBSERVED = ("model", "calibration", "experiment", "sparsify.ratios", "sparsify.
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The command lines of the two multiruns that a sweep is made of: its statistics (jobs.observe), and its runs.
 
-    Raises StunError where the command line cannot be read or names no `run_dir`.
+    Raises StunError where the command line cannot be read, names no `run_dir`, or asks for no sweep.
     """
     flags = [word for word in arguments if word.startswith("-")]
     overrides = [_parsed(word) for word in arguments if not word.startswith("-")]
@@ -26,6 +26,8 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
         raise StunError("run_dir=... is needed: one folder, in which every run of the sweep gets its own")
     overrides = [o for o in overrides if o.key_or_group != "run_dir"]
     swept = [o for o in overrides if o.is_sweep_override()]
+    if not swept or any(o.key_or_group == "statistics" for o in overrides):
+        raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and takes its statistics itself")
     seen = [o for o in swept if any(o.key_or_group == key or o.key_or_group.startswith(f"{key}.") for key in _OBSERVED)]
     unnamed = ["run_dir", "statistics", *sorted({o.key_or_group for o in overrides} - {o.key_or_group for o in swept})]
     root = str(roots[-1]).replace("'", "\\'")

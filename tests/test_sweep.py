@@ -37,7 +37,14 @@ def test_every_combination_is_a_run():
 
 
 @pytest.mark.parametrize(
-    "arguments, match", [(["target=0.1,0.2"], "run_dir=.* is needed"), (["target=0.1,(", "run_dir=r"], "target"), ([], "run_dir")]
+    "arguments, match",
+    [
+        (["target=0.1,0.2"], "run_dir=.* is needed"),
+        (["target=0.1,(", "run_dir=r"], "target=.*mismatched"),
+        ([], "run_dir"),
+        (["target=0.4", "run_dir=r"], "several values"),
+        (["target=0.1,0.2", "statistics=x", "run_dir=r"], "itself"),
+    ],
 )
 def test_refused(arguments, match):
     with pytest.raises(StunError, match=match):
