@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import sys
 import traceback
@@ -77,12 +78,19 @@ def _ends_clearly() -> Iterator[None]:
         if is_first or own:
             print(f"error: {_where() if own else ''}{error}", file=sys.stderr, flush=True)
         _leave(2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        advice = "more ranks, a smaller calibration.micro_batch or a smaller sparsify.gram_gib need less"
-        _fail(f"{_where()}out of memory ({advice}): {error}")
     except Exception as error:
+        if _is_out_of_memory(error):
+            advice = "more ranks, a smaller calibration.micro_batch or a smaller sparsify.gram_gib need less"
+            _fail(f"{_where()}out of memory ({advice}): {error}")
         traceback.print_exc()
         _fail(f"{_where()}{error}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the GPU, of Python, or of torch's allocator or the kernel, which have no error type for it."""
+    is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_kernel or is_allocator
 
 
 def _doing() -> str:

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -41,6 +42,35 @@ def test_disk_full(tmp_path):
     run_job("prune", arguments, 1)
     run_job("prune", settings(source, tmp_path / "whole", calibration__samples=2), 1)
     same_tensors(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+
+
+@pytest.mark.launch
+def test_out_of_memory(tmp_path):
+    """Attention scores beyond an address space of 16 GiB."""
+    source = make_checkpoint(tmp_path / "source", "gpt_oss")
+    long = {"calibration__samples": 7, "calibration__length": 12000, "calibration__micro_batch": 7}
+    command = shlex.join([sys.executable, "-m", "jobs.prune", *settings(source, tmp_path / "run", **long)])
+    script = f"ulimit -v {16 << 20}; exec {command}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"error: rank 0, observe layer 0: out of memory \(more ranks, .*micro_batch", done.stderr), done.stderr
+    assert not half_files(tmp_path / "run")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("change", [{}, {"target": 2}, {"calibration__path": "nobody/nothing"}])
+def test_tokens_stay_out_of_run_folders_and_logs(checkpoint, tmp_path, monkeypatch, change):
+    secrets = {
+        "HF_TOKEN": "hf_SecretSecretSecret",
+        "WANDB_API_KEY": "SecretSecretSecret" * 2,
+        "HUGGING_FACE_HUB_TOKEN": "hf_SecretTwo",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    done = run_job("prune", settings(checkpoint("mixtral"), tmp_path / "run", **change), check=not change)
+    written = [file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert bool(written) == (not change)
+    assert not any(b"Secret" in content for content in [*written, done.stdout.encode(), done.stderr.encode()])
 
 
 @pytest.mark.launch
