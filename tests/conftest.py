@@ -20,6 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "stun" / "reference" / "calibration.jsonl"
 
 
+def pytest_configure(config) -> None:
+    """Tests that run side by side get cores of their own: threads of two jobs on one core wait for one another."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[number::count] or cores
+        os.sched_setaffinity(0, own)
+        torch.set_num_threads(len(own))
+
+
 @pytest.fixture(scope="module")
 def ranks():
     """This process as the only rank."""
