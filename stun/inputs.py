@@ -24,19 +24,21 @@ def parse_json(content: bytes | str, where: str) -> object:
         raise StunError(f"{where}: cannot be read as JSON: {error}") from error
 
 
-def read_bytes(file: Path) -> bytes:
-    """The content of a regular file: a pipe or a device is not opened, since it may have no end. Raises StunError."""
+def read_bytes(file: Path, where: str = "") -> bytes:
+    """The content of a regular file, which errors call `where`: a pipe or a device is not opened, since it may have no end. Raises
+    StunError."""
+    where = where or str(file)
     try:
         if not file.is_file():
-            raise StunError(f"{file}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
+            raise StunError(f"{where}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
         return file.read_bytes()
     except OSError as error:
-        raise StunError(f"{file}: cannot be read: {error}") from error
+        raise StunError(f"{where}: cannot be read: {error}") from error
 
 
 def read_json(file: Path, where: str = "") -> object:
     """The JSON value in a file, which errors call `where`. Raises StunError."""
-    return parse_json(read_bytes(file), where or str(file))
+    return parse_json(read_bytes(file, where), where or str(file))
 
 
 def load_json(file: Path) -> dict:
