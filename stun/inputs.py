@@ -25,7 +25,7 @@ def parse_json(content: bytes | str, where: str) -> object:
 
 
 def read_bytes(file: Path, where: str = "") -> bytes:
-    """The content of a regular file, which errors call `where`: a pipe or a device is not opened, since it may have no end. Raises
+    """The content of a regular file, which errors call `where`. Pipes and devices, which may have no end, are not opened. Raises
     StunError."""
     where = where or str(file)
     try:
@@ -56,7 +56,7 @@ def is_count(value: object) -> bool:
 
 def is_file_name(name: object, suffix: str = ".safetensors") -> bool:
     """Whether a value from JSON names a file beside the one it stands in."""
-    return isinstance(name, str) and name.endswith(suffix) and name.isprintable() and Path(name).name == name
+    return isinstance(name, str) and name.endswith(suffix) and name.isprintable() and Path(name).name == name and len(name) < 200
 
 
 def check_folder(folder: Path) -> None:
