@@ -128,7 +128,7 @@ class NameMap:
         shapes = [self.source.tensors[name].shape for name in names]
         fits = all(len(own) == len(shape) and own[1:] == shape[1:] for own in shapes)
         if not fits or sum(own[0] for own in shapes) != shape[0]:
-            raise StunError(f"{where}, expert {number}: {part} must be {shape}, found {shapes or 'nothing'}")
+            raise StunError(f"{where}, expert {number}: {part} must be {shape} by config.json, found {shapes or 'nothing'}")
         for name, own in zip(names, shapes, strict=True):
             self._check(name, own)
         return names

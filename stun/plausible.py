@@ -32,6 +32,8 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
             raise StunError(f"{where}: no tensor here has that size; at most {most}")
         if name.endswith("_implementation") and "/" in str(value):
             raise StunError(f"{where}: code from elsewhere is not run; leave it out")
+        if name == "__float__" and value not in ("Infinity", "-Infinity"):  # transformers' own way to write what JSON cannot
+            raise StunError(f"{where}: is not a number")
     layers = (text or config).get("num_hidden_layers", 0)
     if not is_count(layers) or layers > len(tensors):
         raise StunError(f"{file}: num_hidden_layers={layers}: a whole number is needed, at most {len(tensors)}, one a tensor")
@@ -41,7 +43,7 @@ def _entries(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """(name, value) of all plain values, however deep; those in a list have its name."""
     if isinstance(value, dict):
         for own, entry in value.items():
-            yield from _entries(entry, own)
+            yield from _entries(entry, own or name)
     elif isinstance(value, list):
         for entry in value:
             yield from _entries(entry, name)

@@ -141,7 +141,14 @@ OFFSETS = {
     "nested": [[0, 1024]],
 }
 ENTRIES = {"null": None, "list": ["F32", [8, 32], [0, 1024]], "text": "F32", "number": 1, "empty": {}}
-NAMES = {"empty": "", "slash": "../router", "backslash": "..\\router", "line": "router\nother", "null": "router\0", "long": "r/" * 5000}
+NAMES = {
+    "empty": "",
+    "slash": "../router",
+    "backslash": "..\\router",
+    "line": "router\nother",
+    "null": "router\0",
+    "long": "r/" * 5000,
+}
 
 HEADERS: dict[str, tuple[Mutation, str]] = {
     **{f"shape {name}": (entry(shape=value), ROUTER) for name, value in SHAPES.items()},
@@ -177,7 +184,10 @@ HEADERS: dict[str, tuple[Mutation, str]] = {
     "deep": (header_text(lambda text: DEEP), "header: cannot be read as JSON"),
     "rather deep": (header_text(lambda text: "[" * 100 + "]" * 100), "header: .*nested more than"),
     "half a character": (header_text(lambda text: text.replace(ROUTER, "\\ud800")), "a name has one printable character"),
-    **{f"length {name}": (length(value), "truncated") for name, value in {"2^62": 2**62, "2^63": 2**63, "2^64": 2**64 - 1}.items()},
+    **{
+        f"length {name}": (length(value), "truncated")
+        for name, value in {"2^62": 2**62, "2^63": 2**63, "2^64": 2**64 - 1}.items()
+    },
     "length 0": (length(0), "header: cannot be read as JSON"),
     "length of half": (length(300), "header: cannot be read as JSON"),
     "length of all": (shard_bytes(lambda c: (len(c) - 8).to_bytes(8, "little") + c[8:]), "header: cannot be read as JSON"),
@@ -262,7 +272,10 @@ PATHS = {
 INDEXES: dict[str, tuple[Mutation, str]] = {
     **{f"index {name}": (text_of(INDEX, text), INDEX) for name, text in BROKEN.items()},
     **{
-        f"weight_map {name}": (edit(INDEX, lambda index, value=value: index.update(weight_map=value)), f"{INDEX}: has no weight_map")
+        f"weight_map {name}": (
+            edit(INDEX, lambda index, value=value: index.update(weight_map=value)),
+            f"{INDEX}: has no weight_map",
+        )
         for name, value in {"null": None, "list": [[ROUTER, "a"]], "empty": {}, "text": "a", "number": 1}.items()
     },
     "no weight_map": (edit(INDEX, lambda index: index.pop("weight_map") and None), f"{INDEX}: has no weight_map"),
@@ -290,7 +303,7 @@ def replaced(name: str, make: Callable[[Path], object]) -> Mutation:
 
 def beside(file: Path) -> None:
     """A link to a file next to the checkpoint's folder."""
-    secret = file.resolve().parent.parent / "secret"
+    secret = next(folder for folder in file.parents if folder.name == "model").with_name("secret")
     secret.write_text("{}")
     file.symlink_to(secret)
 
@@ -313,14 +326,25 @@ KINDS = {
     "a pipe": os.mkfifo,
     "a socket": bound,
 }
-PLACES = ["config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "notes.txt", ".hidden", "additional_chat_templates/a.jinja"]
+PLACES = [
+    "config.json",
+    INDEX,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "notes.txt",
+    ".hidden",
+    "additional_chat_templates/a.jinja",
+]
 FILES: dict[str, tuple[Mutation, str]] = {
     **{f"{place} {name}": (replaced(place, make), Path(place).name) for place in PLACES for name, make in KINDS.items()},
     **{
         f"a shard {name}": (lambda folder, make=make: replaced(shard_of(folder).name, make)(folder), r"model-0.*\.safetensors")
         for name, make in {**KINDS, "a folder": Path.mkdir}.items()
     },
-    "templates elsewhere": (lambda folder: (folder / "additional_chat_templates").symlink_to("/etc"), "additional_chat_templates: leads"),
+    "templates elsewhere": (
+        lambda folder: (folder / "additional_chat_templates").symlink_to("/etc"),
+        "additional_chat_templates: leads",
+    ),
     "config a folder": (replaced("config.json", Path.mkdir), "config.json"),
     "index a folder": (replaced(INDEX, Path.mkdir), INDEX),
 }
@@ -373,7 +397,9 @@ TENSORS: dict[str, tuple[Mutation, str]] = {
         "layer 0 holds 9 experts",
     ),
     "expert of no layer": (
-        rewritten(lambda tensors: tensors.update({EXPERT.replace("layers.0", f"layers.{HUGE}"): tensors[EXPERT].clone()}), EXPERT),
+        rewritten(
+            lambda tensors: tensors.update({EXPERT.replace("layers.0", f"layers.{HUGE}"): tensors[EXPERT].clone()}), EXPERT
+        ),
         "neither in one of the 2 layers",
     ),
     "expert of another kind": (
@@ -381,6 +407,9 @@ TENSORS: dict[str, tuple[Mutation, str]] = {
         "w9.* belongs to an expert",
     ),
     "router in two files": (copied_elsewhere, f"{ROUTER}: stands in .* too"),
-    "embedding of another vocabulary": (tensor("model.embed_tokens.weight", lambda t: t[:100]), "model.embed_tokens.weight has shape"),
+    "embedding of another vocabulary": (
+        tensor("model.embed_tokens.weight", lambda t: t[:100]),
+        "model.embed_tokens.weight has shape",
+    ),
     "norm of another width": (tensor("model.norm.weight", lambda t: t[:5]), "model.norm.weight has shape"),
 }
