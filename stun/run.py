@@ -191,7 +191,7 @@ class Statistics:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise StunError(f"{file}: cannot be read: {error}") from error
-        if about and "router_distance" in infos:
+        if about and (experts is not None or "router_distance" in infos):
             _check_statistics(file, found, len(about["sources"]), experts)
         return found
 

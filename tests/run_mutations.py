@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -313,8 +314,7 @@ RESUMED: dict[str, tuple[Mutation, str]] = {
             "torn": "config: {",
             "not UTF-8": b"\xff\xfe\xfd",
             "deep": DEEP,
-            "aliases": "a: &a [x, x]\n"
-            + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in zip("abcdefgh", "bcdefghi", strict=True)),
+            "aliases": "a: &a [x, x]\n" + "".join(f"{k}: &{k} [*{j}, *{j}]\n" for j, k in pairwise("abcdefghi")),
             "its own alias": "a: &a [*a]",
             "tab": "a:\n\t- b",
             "number": "7",

@@ -231,10 +231,11 @@ def half_done(sources, tmp_path_factory, warm):
     mutated(sources("mixtral", num_hidden_layers=2), folder, lambda folder: None)
 
     def stop(self, index, *arguments, **keywords):
-        queue(self, index, *arguments, **keywords)
+        waited = queue(self, index, *arguments, **keywords)
         if self.ledger.stream == "prune":
             self.close()
             raise Stop
+        return waited
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Recorder, "layer", stop)
