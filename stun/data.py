@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def load_rows(path: str, key: str, split: str = "train") -> Dataset:
             return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")
         return load_dataset(path, split=split)
     except Exception as error:  # datasets raises many kinds, all of them about this path
-        where = _broken_line(file) if looks_local and file.suffix == ".jsonl" else ""
+        where = _broken_line(file) if looks_local else ""
         raise StunError(f"{key}={path}: datasets cannot load it: {where}{_first_line(error)}") from error
 
 
@@ -39,9 +39,19 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__
 
 
+def in_order(entries: Iterable, path: str, key: str) -> Iterator:
+    """The entries of a data set, which are decoded one by one. Raises StunError where one is not UTF-8."""
+    try:
+        yield from entries
+    except UnicodeDecodeError as error:
+        raise StunError(f"{key}={path}: {_broken_line(Path(path))}{error}") from error
+
+
 def _broken_line(file: Path) -> str:
     """Which line of a .jsonl file is no JSON object, or has a field of another kind than on the lines before it."""
     kinds: dict[str, type] = {}
+    if file.suffix != ".jsonl":
+        return ""
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             content = parse_json(line, f"line {number}") if line.strip() else {}
@@ -84,7 +94,7 @@ class Samples:
 
 
 def _texts(rows: Dataset, source: SourceConfig, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, content in enumerate(rows[source.field]):
+    for number, content in enumerate(in_order(rows[source.field], source.path, f"{key}.path")):
         if isinstance(content, list):
             content = _rendered(content, f"{key}.path={source.path}: row {number}: field {source.field!r}", tokenizer)
         if not isinstance(content, str):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stun.checkpoint import Checkpoint
 from stun.compressed import is_compressed, load_model
 from stun.config import StunError, TaskConfig
-from stun.data import load_rows, load_tokenizer
+from stun.data import in_order, load_rows, load_tokenizer
 from stun.ranks import Ranks
 
 
@@ -82,7 +82,7 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
     All ranks call this together; each holds the whole model. Raises StunError on unreadable rows or an unloadable model.
     """
     started = time.perf_counter()
-    rows = ranks.on_first(lambda: list(load_rows(cfg.path, "task.path")))
+    rows = ranks.on_first(lambda: list(in_order(load_rows(cfg.path, "task.path"), cfg.path, "task.path")))
     for number, row in enumerate(rows):
         if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
             raise StunError(f"task.path={cfg.path}: row {number} needs the text fields {cfg.question!r} and {cfg.answer!r}")

@@ -4,6 +4,7 @@ nothing written."""
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import resource
 import shutil
@@ -12,14 +13,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import compressed_mutations
 import config_mutations
 import mutations
 import pytest
 import run_mutations
+import torch
+from conftest import load_tensors, same_tensors
+from forms import rewrite
 from selections import TEXT, config
+from test_quantised import fp8
 from zoo import make_checkpoint
 
+from stun.arch import Architecture
+from stun.checkpoint import Checkpoint
+from stun.compressed import expand
 from stun.config import CalibrationConfig, SparsifyConfig, StunError
+from stun.data import calibration_samples, load_tokenizer
 from stun.planfile import plan_from_run
 from stun.prune import prune
 from stun.recorder import Recorder
@@ -195,7 +205,7 @@ def test_calibration(planned, tmp_path, warm, text, says):
     mutations.text_of("text.jsonl", text)(tmp_path)
     calibration = CalibrationConfig(path=str(tmp_path / "text.jsonl"), samples=4, length=32)
     request = replace(request_for(tmp_path), calibration=calibration)
-    refused(tmp_path, lambda: prune(request, warm), f"(text.jsonl.*{says}|{says}.*text.jsonl)")
+    refused(tmp_path, lambda: prune(request, warm), f"text.jsonl.*{says}")
 
 
 def make_plan(folder: Path) -> None:
@@ -253,3 +263,181 @@ def test_resumed(half_done, tmp_path, warm, mutate, says):
         prune(request, warm)
     assert re.search(says, str(caught.value)), str(caught.value)[:500]
     assert not list((tmp_path / "run" / "model").glob("*.json")), "nothing is declared complete"
+
+
+@pytest.mark.parametrize("name, data", [("a.parquet", b"PAR1" + bytes(64)), ("a.txt", b"\xff\xfe\xfd"), ("a.json", b"[{")])
+    "name, data", [("a.parquet", b"PAR1" + bytes(64) + b"PAR1"), ("a.txt", b"\xff\xfe\xfd"), ("a.json", b"[{")]
+)
+def test_calibration_of_other_kinds(planned, tmp_path, warm, name, data):
+    like(planned, tmp_path, "model")
+    (tmp_path / name).write_bytes(data)
+    request = replace(request_for(tmp_path), calibration=CalibrationConfig(path=str(tmp_path / name), samples=4, length=32))
+    refused(tmp_path, lambda: prune(request, warm), f"calibration.path=.*{name}: ")
+
+
+@pytest.fixture(scope="module")
+def packed(planned, tmp_path_factory, warm):
+    """A folder with a compressed checkpoint."""
+    folder = tmp_path_factory.mktemp("packed")
+    prune(replace(request_for(planned), compress=True, run_dir=str(folder / "run")), warm)
+    shutil.copytree(folder / "run" / "model", folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("mutate, says", cases(compressed_mutations.COMPRESSED))
+def test_compressed(packed, tmp_path, mutate, says):
+    like(packed, tmp_path, "model")
+    mutate(tmp_path / "model")
+    refused(tmp_path, lambda: expand(tmp_path / "model", tmp_path / "output"), says)
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """A folder with a block-scaled fp8 checkpoint."""
+    folder = tmp_path_factory.mktemp("scaled")
+    fp8(folder / "model", "deepseek_v3", 8, 8)
+    return folder
+
+
+SCALED = "model.layers.1.mlp.experts.0.up_proj.weight"
+
+
+@pytest.mark.parametrize("change, says", cases(compressed_mutations.SCALES))
+def test_scales(scaled, tmp_path, warm, change, says):
+    like(scaled, tmp_path, "model")
+    change(tmp_path / "model")
+    refused(tmp_path, lambda: prune(request_for(tmp_path), warm), says)
+
+
+def test_a_block_larger_than_its_matrix_takes_no_more_memory(scaled, tmp_path, warm):
+    """The scale of one block for a whole matrix is repeated for the matrix, not for the block."""
+    like(scaled, tmp_path, "model")
+    rewrite_blocks(tmp_path / "model", 10**6)
+    with bounded(2**20):
+        source = Checkpoint.open(tmp_path / "model")
+        assert torch.isfinite(source.read(SCALED)).all()
+
+
+def rewrite_blocks(folder: Path, size: int) -> None:
+    tensors = load_tensors(folder)
+    whole = {name: tensor[:1, :1] if name.endswith("_scale_inv") else tensor for name, tensor in tensors.items()}
+    rewrite(folder, whole, quantization_config={"quant_method": "fp8", "weight_block_size": [size, size]})
+
+
+def test_weights_that_are_no_numbers(sources, tmp_path, warm):
+    """They are found when they are read: the run has begun, but nothing is declared complete."""
+    change = mutations.tensor(mutations.ROUTER, lambda weight: weight * float("nan"))
+    mutated(sources("mixtral", num_hidden_layers=2), tmp_path, change)
+    with bounded(2**20), pytest.raises(StunError, match=r"layer 0: .*not finite"):
+        prune(request_for(tmp_path), warm)
+    assert not list((tmp_path / "run" / "model").iterdir()) and not (tmp_path / "run" / "manifest.json").exists()
+
+
+def cached(source: Path, folder: Path) -> Path:
+    """The checkpoint as the hub's cache holds it: links in a snapshot to blobs."""
+    snapshot, blobs = folder / "models--a--b" / "snapshots" / "c0ffee", folder / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copy(file, blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:064x}")
+    return snapshot
+
+
+def test_the_cache_of_the_hub_is_read(sources, tmp_path, warm):
+    source = sources("mixtral", num_hidden_layers=2)
+    snapshot = cached(source, tmp_path)
+    (tmp_path / "model").symlink_to(snapshot)
+    prune(replace(request_for(tmp_path), target=0.0), warm)
+    same_tensors(source, tmp_path / "run" / "model")
+    assert not any(file.is_symlink() for file in (tmp_path / "run" / "model").iterdir())
+
+
+@pytest.mark.parametrize("target", ["../../../secret", "../../../models--a--evil/blobs/0", "../../refs/main", "../../blobs/out"])
+def test_the_cache_of_the_hub_is_no_way_out(sources, tmp_path, warm, target):
+    snapshot = cached(sources("mixtral", num_hidden_layers=2), tmp_path)
+    file = snapshot / target
+    file.resolve().parent.mkdir(parents=True, exist_ok=True)
+    file.symlink_to("/etc/passwd") if target.endswith("out") else file.write_text("{}")
+    (snapshot / "notes.txt").symlink_to(target)
+    (tmp_path / "model").symlink_to(snapshot)
+    refused(tmp_path, lambda: prune(request_for(tmp_path), warm), "notes.txt: leads to .*; only files in the checkpoint's own")
+
+
+def test_links_inside_the_folder_are_followed(sources, tmp_path, warm):
+    mutated(sources("mixtral", num_hidden_layers=2), tmp_path, lambda folder: None)
+    (tmp_path / "model" / "notes.txt").symlink_to("config.json")
+    prune(replace(request_for(tmp_path), target=0.0), warm)
+    assert (tmp_path / "run" / "model" / "notes.txt").is_file()
+
+
+def test_code_beside_the_weights_is_not_run(sources, tmp_path, warm):
+    folder, marker = mutated(sources("mixtral", num_hidden_layers=2), tmp_path, lambda folder: None), tmp_path / "marker"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: pass\nModel = Tokenizer = Config\n")
+    maps = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        mutations.edit(name, lambda content: content.update(auto_map=maps, trust_remote_code=True))(folder)
+    prune(request_for(tmp_path), warm)
+    assert not marker.exists()
+    mutations.edit("tokenizer_config.json", lambda content: content.update(tokenizer_class="Evil"))(folder)
+    shutil.rmtree(tmp_path / "run")
+    try:
+        prune(request_for(tmp_path), warm)
+    except StunError as error:
+        assert "its tokenizer" in str(error)
+    assert not marker.exists()
+
+
+def outcome(folder: Path) -> list:
+    """What a run takes from headers and index."""
+    tensors = Architecture(Checkpoint.open(folder)).source.tensors
+    return sorted((name, info.file.name, info.start, info.shape, str(info.dtype)) for name, info in tensors.items())
+
+
+@pytest.mark.parametrize("place", ["header", mutations.INDEX])
+def test_flipped_bits(sources, tmp_path, place):
+    """Each flip of a bit in a header or index is refused or changes nothing."""
+    folder, rng = mutated(sources("mixtral", num_hidden_layers=2), tmp_path, lambda folder: None), random.Random(1)
+    file = folder / place if place != "header" else mutations.shard_of(folder)
+    whole, expected, refusals = file.read_bytes(), outcome(folder), 0
+    end = len(whole) if place != "header" else 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(150):
+        position = rng.randrange(end)
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(8)]) + whole[position + 1 :])
+        try:
+            with bounded(2**20):
+                assert outcome(folder) == expected
+        except StunError as error:
+            assert folder.name in str(error)
+            refusals += 1
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_flipped_bits_of_settings(sources, tmp_path, name):
+    """Other values may be possible ones; whatever is not ends in an error of this package."""
+    folder, rng = mutated(sources("mixtral", num_hidden_layers=2), tmp_path, lambda folder: None), random.Random(2)
+    whole, expected, refusals = (folder / name).read_bytes(), outcome(folder), 0
+    for _ in range(100):
+        position = rng.randrange(len(whole))
+        flipped = whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(8)]) + whole[position + 1 :]
+        (folder / name).write_bytes(flipped)
+        try:
+            with bounded(2**20):
+                assert outcome(folder) == expected
+                calibration_samples(CALIBRATION, load_tokenizer(folder), 260)
+        except StunError as error:
+            assert folder.name in str(error)
+            refusals += 1
+    assert refusals > 30
+
+
+def test_the_bounds_hold():
+    """Memory and time run out where they should, or nothing above means anything."""
+    with bounded(0), pytest.raises(RuntimeError, match="allocate"):
+        torch.empty(2**32, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Hang):
+        patch.setattr("test_hostile.SECONDS", 1)
+        with bounded(0):
+            while True:
+                pass
