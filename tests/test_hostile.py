@@ -266,8 +266,6 @@ def test_resumed(half_done, tmp_path, warm, mutate, says):
 
 
 @pytest.mark.parametrize("name, data", [("a.parquet", b"PAR1" + bytes(64)), ("a.txt", b"\xff\xfe\xfd"), ("a.json", b"[{")])
-    "name, data", [("a.parquet", b"PAR1" + bytes(64) + b"PAR1"), ("a.txt", b"\xff\xfe\xfd"), ("a.json", b"[{")]
-)
 def test_calibration_of_other_kinds(planned, tmp_path, warm, name, data):
     like(planned, tmp_path, "model")
     (tmp_path / name).write_bytes(data)
