@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stun.config import StunError
 from stun.headers import TensorInfo
-from stun.inputs import is_count
 
 _COUNT = re.compile(r"(^|_)(num|n)_|_(size|dim|rank|layers|heads|experts)$")
 _OF_NO_TENSOR = re.compile(r"theta|position|length|window|seq")
@@ -35,8 +34,8 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
         if name == "__float__" and value not in ("Infinity", "-Infinity"):  # transformers' own way to write what JSON cannot
             raise StunError(f"{where}: is not a number")
     layers = (text or config).get("num_hidden_layers", 0)
-    if not is_count(layers) or layers > len(tensors):
-        raise StunError(f"{file}: num_hidden_layers={layers}: a whole number is needed, at most {len(tensors)}, one a tensor")
+    if type(layers) is int and layers > len(tensors):
+        raise StunError(f"{file}: num_hidden_layers={layers}: at most {len(tensors)} can be, as many as there are tensors")
 
 
 def _entries(value: object, name: str = "") -> Iterator[tuple[str, object]]:
