@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from stun.arch import Architecture
 from stun.budget import LayerSize, matrix_sizes
 from stun.config import SparsifyConfig, StunError
+from stun.inputs import read_json
 from stun.plan import Plan
 from stun.run import Statistics
 from stun.sparsify.ratios import BINS, meet, owl, share_above
@@ -23,10 +23,7 @@ def check_ratios(how: SparsifyConfig, arch: Architecture) -> None:
 
 
 def _read(file: str, layers: int) -> list[float]:
-    try:
-        ratios = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise StunError(f"sparsify.ratios={file}: uniform, owl, or a JSON file is needed: {error}") from error
+    ratios = read_json(Path(file), f"sparsify.ratios={file}: uniform, owl, or a JSON file is needed")
     fits = type(ratios) is list and len(ratios) == layers
     if not fits or not all(type(ratio) in (int, float) and 0 <= ratio <= 1 for ratio in ratios):
         raise StunError(f"sparsify.ratios={file}: a list of {layers} numbers from 0 to 1 is needed, one for each decoder layer")

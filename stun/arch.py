@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stun.checkpoint import Checkpoint, TensorInfo
+from stun.checkpoint import Checkpoint
 from stun.config import StunError
 from stun.families import COUNT_FIELDS, family_of
+from stun.headers import TensorInfo
 from stun.layout import LayerLayout
 from stun.models import heterogeneous
 from stun.models.empty import without_weights
@@ -43,6 +44,7 @@ class Architecture:
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
             self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
+            self.config._attn_implementation = None  # transformers' own: another may be fetched from the hub
             with without_weights():
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds, all of them about this file

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import mmap
 import os
 import shutil
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,104 +22,38 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stun.config import StunError
+from stun.headers import TensorInfo, read_header
+from stun.inputs import TEMPLATES, check_folder, is_file_name, load_json
+from stun.plausible import check_config
 
 INDEX = "model.safetensors.index.json"
 COMPRESSED_INDEX = "model.bitmask.index.json"  # stun.compressed: what no other runtime takes for weights
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
-_TEMPLATES = "additional_chat_templates"  # where transformers keeps all chat templates but the first
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: file, first byte, and what its `nbytes` bytes mean once read.
-
-    `scale` describes the block scales of an fp8 matrix, whose `dtype` is then that of the product; `block` is [rows, columns].
-    """
-
-    file: Path
-    start: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    scale: TensorInfo | None = None
-    block: tuple[int, int] = (0, 0)
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def row(self, number: int) -> TensorInfo:
-        """Entry `number` along the first dimension."""
-        each = self.nbytes // self.shape[0]
-        return replace(self, start=self.start + number * each, nbytes=each, shape=self.shape[1:])
-
-
-def _parse_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file, every offset checked against the file's size before anything is allocated."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise StunError(f"{file}: the header is not JSON: {error}") from None
-    base, infos = 8 + length, {}
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        try:
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            first, last = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise StunError(f"{file}: tensor {name}: unreadable entry {entry!r}") from None
-        nbytes = math.prod(shape) * dtype.itemsize
-        if min((first, *shape)) < 0 or last - first != nbytes:
-            raise StunError(f"{file}: tensor {name}: offsets {first}..{last} do not hold {shape} of {dtype}")
-        if base + last > size:
-            raise StunError(f"{file}: truncated: tensor {name} ends at byte {base + last}, the file at {size}")
-        infos[name] = TensorInfo(file, base + first, nbytes, dtype, shape)
-    return infos
-
-
-def load_json(file: Path) -> dict:
-    """The JSON object in a file. Raises StunError."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StunError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise StunError(f"{file}: must hold a JSON object")
-    return content
+def read_index(file: Path) -> dict[str, str]:
+    """The file that an index names for every tensor, all of them beside it. Raises StunError."""
+    weight_map = load_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StunError(f"{file}: has no weight_map")
+    for name, shard in weight_map.items():
+        if not is_file_name(shard):
+            raise StunError(f"{file}: {name}: names the file {shard!r}; only *.safetensors beside the index are read")
+    return weight_map
 
 
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
-    weight_map = load_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise StunError(f"{folder / INDEX}: has no weight_map")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise StunError(f"{folder / INDEX}: names the file {shard!r}; only *.safetensors beside the index are read")
+    weight_map, headers = read_index(folder / INDEX), {}
+    homes: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise StunError(f"{folder / shard}: missing, but named in {INDEX}")
-        headers[shard] = _parse_header(folder / shard)
+        headers[shard] = read_header(folder / shard)
+        for name in headers[shard]:
+            if homes.setdefault(name, shard) != shard:
+                raise StunError(f"{folder / shard}: {name}: stands in {homes[name]} too")
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise StunError(f"{folder / INDEX}: says that {shard} holds {name}; it does not")
@@ -129,14 +62,13 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
     """Block size [rows, columns] of an fp8 checkpoint, None where weights are stored plainly. Raises StunError otherwise."""
-    text = config.get("text_config") or {}
-    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if not found:
         return None
     if not isinstance(found, dict):
         raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {found!r}")
     method, block = found.get("quant_method"), found.get("weight_block_size")
-    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return block[0], block[1]
     raise StunError(
         f"{folder / 'config.json'}: weights are quantised ({method}), a form in which single weights cannot be judged. Only fp8 "
@@ -159,6 +91,8 @@ def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict
                 raise StunError(
                     f"{scale.file}: {name}{SCALE} has shape {scale.shape}; {info.shape} in blocks of {block} needs {wanted}"
                 )
+            if not scale.dtype.is_floating_point:
+                raise StunError(f"{scale.file}: {name}{SCALE} holds {scale.dtype}; floating-point scales are needed")
             info = replace(info, dtype=torch.bfloat16, nbytes=2 * info.nbytes, scale=scale, block=block)
         plain[name] = info
     return plain
@@ -193,13 +127,15 @@ class Checkpoint:
             raise StunError(f"model.path={path}: not a folder; download the checkpoint first")
         if not (folder / "config.json").is_file():
             raise StunError(f"{folder}: has no config.json")
+        check_folder(folder)
         if (folder / INDEX).is_file():
             tensors = _indexed_tensors(folder)
         elif (folder / SINGLE).is_file():
-            tensors = _parse_header(folder / SINGLE)
+            tensors = read_header(folder / SINGLE)
         else:
             raise StunError(_no_weights(folder))
         config = load_json(folder / "config.json")
+        check_config(folder / "config.json", config, tensors)
         block = _quantisation(folder, config)
         return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
@@ -248,7 +184,7 @@ class Checkpoint:
         self._fill(scales, name + SCALE, info.scale)
         scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
         for dim, size in enumerate(info.shape):
-            scale_OD = scale_OD.repeat_interleave(info.block[dim], dim)[(slice(None),) * dim + (slice(size),)]
+            scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
         return raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
 
 
@@ -315,7 +251,7 @@ def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = IND
 def copy_extras(source: Path, target: Path, skip: Iterable[str] = ("config.json", INDEX)) -> None:
     """Copy what travels with a checkpoint: tokenizer, chat templates, generation config, custom code, licence."""
     weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
-    for file in sorted([*source.iterdir(), *(source / _TEMPLATES).glob("*.jinja")]):
+    for file in sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")]):
         is_weights = file.suffix in weights or file.name.endswith(".index.json")
         if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
             copy = target / file.relative_to(source)

@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from stun.checkpoint import COMPRESSED_INDEX, copy_extras, load_json, write_index, write_json, write_tensors
+from stun.checkpoint import COMPRESSED_INDEX, copy_extras, read_index, write_index, write_json, write_tensors
 from stun.config import StunError
+from stun.headers import read_header
+from stun.inputs import check_folder, load_json, parse_json
 from stun.models.empty import without_weights
 
 FORMAT = {"compression": "bitmask", "version": 1}
@@ -145,6 +147,7 @@ class _Shard:
 
     def __init__(self, file: Path):
         self.file = file
+        read_header(file)
         try:
             self._handle = safe_open(file, framework="pt")
             stored, metadata = set(self._handle.keys()), self._handle.metadata() or {}
@@ -161,10 +164,7 @@ class _Shard:
         self.stored, self.names = stored, sorted(dense | self._columns.keys())
 
     def _parse_columns(self, text: str) -> dict[str, int]:
-        try:
-            columns = json.loads(text)
-        except ValueError:
-            columns = None
+        columns = parse_json(text, f"{self.file}: metadata {_COLUMNS}")
         if not isinstance(columns, dict) or not all(type(count) is int and count > 0 for count in columns.values()):
             raise StunError(f"{self.file}: metadata {_COLUMNS} must map names to numbers of columns, is {text[:80]!r}")
         return columns
@@ -196,14 +196,10 @@ def _checked_files(folder: Path) -> list[Path]:
     """The files of a compressed checkpoint, all found to be whole. Raises StunError."""
     if not is_compressed(folder):
         raise StunError(f"{folder}: is not compressed: its config.json has no {_KEY}")
-    index = folder / COMPRESSED_INDEX
-    weight_map = load_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise StunError(f"{index}: has no weight_map")
-    files, seen = sorted(set(map(str, weight_map.values()))), set()
+    check_folder(folder)
+    weight_map, seen = read_index(folder / COMPRESSED_INDEX), set()
+    files = sorted(set(weight_map.values()))
     for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise StunError(f"{index}: names the file {file!r}; only *.safetensors beside the index are read")
         shard = _Shard(folder / file)
         unlike = sorted(shard.stored ^ {name for name, own in weight_map.items() if own == file})
         if unlike:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stun.config import CalibrationConfig, SourceConfig, StunError
+from stun.inputs import check_folder, parse_json
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -30,15 +31,48 @@ def load_rows(path: str, key: str, split: str = "train") -> Dataset:
             return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")
         return load_dataset(path, split=split)
     except Exception as error:  # datasets raises many kinds, all of them about this path
-        raise StunError(f"{key}={path}: datasets cannot load it: {error}") from error
+        where = _broken_line(file) if looks_local else ""
+        raise StunError(f"{key}={path}: datasets cannot load it: {where}{_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def in_order(entries: Iterable, path: str, key: str) -> Iterator:
+    """The entries of a data set, which are decoded one by one. Raises StunError where one is not UTF-8."""
+    try:
+        yield from entries
+    except UnicodeDecodeError as error:
+        raise StunError(f"{key}={path}: {_broken_line(Path(path))}{error}") from error
+
+
+def _broken_line(file: Path) -> str:
+    """Which line of a .jsonl file is no JSON object, or has a field of another kind than on the lines before it."""
+    kinds: dict[str, type] = {}
+    if file.suffix != ".jsonl":
+        return ""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            content = parse_json(line, f"line {number}") if line.strip() else {}
+        except StunError as error:
+            return f"{error}; "
+        if not isinstance(content, dict):
+            return f"line {number} is no JSON object; "
+        for name, value in content.items():
+            if value is not None and kinds.setdefault(name, type(value)) is not type(value):
+                return f"line {number}: field {name!r} is {type(value).__name__}, above it {kinds[name].__name__}; "
+    return ""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; code in the checkpoint is not run."""
+    """The checkpoint's own tokenizer; code in the checkpoint is not run. Raises StunError."""
+    check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StunError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # transformers and tokenizers raise many kinds, all of them about these files
+        files = ", ".join(sorted(file.name for file in folder.glob("*token*.json"))) or "no tokenizer.json"
+        raise StunError(f"{folder}: its tokenizer ({files}) cannot be loaded: {_first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -60,15 +94,35 @@ class Samples:
 
 
 def _texts(rows: Dataset, source: SourceConfig, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, content in enumerate(rows[source.field]):
+    for number, content in enumerate(in_order(rows[source.field], source.path, f"{key}.path")):
         if isinstance(content, list):
-            content = tokenizer.apply_chat_template(content, tokenize=False)
+            content = _rendered(content, f"{key}.path={source.path}: row {number}: field {source.field!r}", tokenizer)
         if not isinstance(content, str):
             kind = type(content).__name__
             raise StunError(
                 f"{key}.path={source.path}: row {number}: field {source.field!r} is {kind}; a text or chat messages are needed"
             )
         yield content
+
+
+def _rendered(messages: list, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Chat messages as one text. Templates are the checkpoint's own programs; transformers runs them in a sandbox."""
+    for message in messages:
+        known = message if isinstance(message, dict) else {}
+        says = isinstance(known.get("content"), (str, list)) or known.get("tool_calls")
+        if not isinstance(known.get("role"), str) or not says:
+            raise StunError(f"{where}: chat messages need a role and a content, a text or its parts; one is {str(message)[:80]}")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # whatever the template does
+        raise StunError(f"{where}: the chat template of {tokenizer.name_or_path} fails: {_first_line(error)}") from error
+
+
+def _ids(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:  # tokenizers raises a bare one
+        raise StunError(f"{where}: the tokenizer of {tokenizer.name_or_path} fails: {_first_line(error)}") from error
 
 
 def _shares(weights: list[float], total: int) -> list[int]:
@@ -110,7 +164,7 @@ def _packed(
     ids: list[int] = []
     for text in _texts(rows, source, key, tokenizer):
         if text.strip():
-            ids += tokenizer(text)["input_ids"] + end
+            ids += _ids(text, f"{key}.path={source.path}", tokenizer) + end
         if len(ids) >= need:
             break
     if not ids:
@@ -121,5 +175,6 @@ def _packed(
             f"{need}; at most {len(ids) // cfg.length} samples of this length"
         )
     if max(ids) >= vocab_size:
-        raise StunError(f"the tokenizer yields id {max(ids)}, the model's vocabulary has {vocab_size}")
+        own = f"the tokenizer of {tokenizer.name_or_path}"
+        raise StunError(f"{own} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
     return torch.tensor(ids[:need]).view(samples, cfg.length)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from stun.checkpoint import Checkpoint
 from stun.compressed import is_compressed, load_model
 from stun.config import StunError, TaskConfig
-from stun.data import load_rows, load_tokenizer
+from stun.data import in_order, load_rows, load_tokenizer
 from stun.ranks import Ranks
 
 
@@ -70,13 +71,18 @@ def _from_all(ranks: Ranks, own: dict) -> dict:
     return {row: result for part in ranks.gather_objects(own) for row, result in part.items()}
 
 
+def _load_checked(path: str, **keywords) -> PreTrainedModel:
+    Checkpoint.open(path)
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **keywords)
+
+
 def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
     """Exact match by group and on average (of the groups), and perplexity per token, of the checkpoint at `path`.
 
     All ranks call this together; each holds the whole model. Raises StunError on unreadable rows or an unloadable model.
     """
     started = time.perf_counter()
-    rows = ranks.on_first(lambda: list(load_rows(cfg.path, "task.path")))
+    rows = ranks.on_first(lambda: list(in_order(load_rows(cfg.path, "task.path"), cfg.path, "task.path")))
     for number, row in enumerate(rows):
         if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
             raise StunError(f"task.path={cfg.path}: row {number} needs the text fields {cfg.question!r} and {cfg.answer!r}")
@@ -84,8 +90,8 @@ def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
             raise StunError(f"task.path={cfg.path}: row {number}: no {cfg.marker!r} in its answer; see task.marker")
     tokenizer = load_tokenizer(Path(path))
     dtype = torch.float32 if ranks.device.type == "cpu" else "auto"
+    load = load_model if is_compressed(path) else _load_checked
     try:
-        load = load_model if is_compressed(path) else AutoModelForCausalLM.from_pretrained
         model = load(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
     except (OSError, ValueError) as error:
         raise StunError(f"{path}: cannot be loaded for evaluation: {error}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from stun.config import StunError
+from stun.inputs import load_json
 
 matplotlib.use("Agg")
 COLORS = {"STUN": "#0b6e4f", "experts only": "#c8553d", "weights only": "#3a5a98"}
@@ -20,11 +20,11 @@ def comparison_figure(comparisons: list[str], output: str) -> None:
     dense = None
     for file in comparisons:
         try:
-            results = json.loads(Path(file).read_text())
+            results = load_json(Path(file))
             dense = results.pop("dense")["average"]
             for name, result in results.items():
                 lines.setdefault(name, []).append((result["prune"]["target"], result["average"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise StunError(f"comparisons: {file} is not a comparison.json: {error!r}") from error
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.subplots()

@@ -5,15 +5,18 @@ A layer is finished when the entries of all ranks of one launch are there. Launc
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
 from stun.checkpoint import write_json
 from stun.config import StunError
+from stun.inputs import is_count, is_file_name, load_json
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")
+
+
+REPEAT = "remove the folder `progress` of the run to repeat the stream from its first layer"
 
 
 def part_name(layer: int, rank: int, world: int) -> str:
@@ -44,15 +47,37 @@ class Ledger:
             whole = [files for world, files in sorted(found[len(layers)].items()) if len(files) == world]
             if not whole:
                 break
-            layers.append([_load(file) for _, file in sorted(whole[0].items())])
+            layers.append([self._load(file) for _, file in sorted(whole[0].items())])
         return layers
 
+    def _load(self, file: Path) -> dict:
+        """The entry in a file. It says which files are read, renamed and removed: each of its fields is checked."""
+        entry, wanted = load_json(file), _ENTRIES[self.stream]
+        if entry.keys() != set(wanted):
+            raise StunError(f"{file}: has the fields {sorted(entry)}, must have {sorted(wanted)}; {REPEAT}")
+        for name, value in entry.items():
+            if not _FIELDS[name](value):
+                raise StunError(f"{file}: {name}: cannot be {str(value)[:80]}; {REPEAT}")
+        return entry
 
-def _load(file: Path) -> dict:
-    try:
-        entry = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StunError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(entry, dict):
-        raise StunError(f"{file}: must hold a JSON object")
-    return entry
+
+def _is_snapshot(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"file", "sha256", "micro_batches"}:
+        return False
+    numbers = value["micro_batches"]
+    return is_file_name(value["file"]) and type(value["sha256"]) is str and type(numbers) is list and all(map(is_count, numbers))
+
+
+_FIELDS = {
+    "kept": lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value)),
+    "nonzero": is_count,
+    "unseen": is_count,
+    "file": lambda value: value is None or is_file_name(value),
+    "tensors": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
+    "snapshot": lambda value: value is None or _is_snapshot(value),
+}
+_ENTRIES = {
+    "observe": ["snapshot"],
+    "prune": ["kept", "nonzero", "unseen", "file", "tensors", "snapshot"],
+    "outside": ["file", "tensors"],
+}

@@ -103,17 +103,24 @@ class NameMap:
             stray = next(iter(pieces[part].values()))[0][1]
             raise StunError(f"{where}: {stray} belongs to an expert, but the model has no such parameter")
         held = {number for numbered in pieces.values() for number in numbered if number is not None}
-        if held and len(held) != count:
-            raise StunError(f"{where} holds {len(held)} experts, numbered {min(held)} to {max(held)}; config.json says {count}")
+        layout.fused = frozenset(part for part in wanted if None in pieces.get(part, {}))
+        if (held or not layout.fused) and len(held) != count:
+            numbered = f", numbered {min(held)} to {max(held)}" if held else ""
+            raise StunError(f"{where} holds {len(held)} experts{numbered}; config.json says {count}")
+        for part in layout.fused:
+            self._check(self._whole(pieces[part][None], where), (count, *wanted[part]))
         layout.experts = [{} for _ in range(count)]
         for part, shape in wanted.items():
-            if None in pieces.get(part, {}):
-                ((_, name),) = pieces[part][None]
-                self._check(name, (count, *shape))
-                layout.fused |= {part}
             for number, expert in enumerate(layout.experts):
-                expert[part] = (name,) if part in layout.fused else self._joined(pieces, part, number, shape, where)
+                is_fused = part in layout.fused
+                expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
+
+    def _whole(self, found: list[tuple[int, str]], where: str) -> str:
+        """The one tensor that holds a part of all experts."""
+        if len(found) > 1:
+            raise StunError(f"{where}: {found[0][1]} and {found[1][1]} are the same tensor of the model; one must go")
+        return found[0][1]
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
         """The tensors whose rows make up one part of an expert, in order."""
@@ -121,7 +128,7 @@ class NameMap:
         shapes = [self.source.tensors[name].shape for name in names]
         fits = all(len(own) == len(shape) and own[1:] == shape[1:] for own in shapes)
         if not fits or sum(own[0] for own in shapes) != shape[0]:
-            raise StunError(f"{where}, expert {number}: {part} must be {shape}, found {shapes or 'nothing'}")
+            raise StunError(f"{where}, expert {number}: {part} must be {shape} by config.json, found {shapes or 'nothing'}")
         for name, own in zip(names, shapes, strict=True):
             self._check(name, own)
         return names

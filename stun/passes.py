@@ -12,9 +12,9 @@ import torch
 
 from stun.arch import Architecture
 from stun.budget import LayerQuota, quota_of
-from stun.config import SparsifyConfig
+from stun.config import SparsifyConfig, StunError
 from stun.experts.distances import router_distance
-from stun.ledger import part_name
+from stun.ledger import REPEAT, part_name
 from stun.mask import mask_layer
 from stun.outliers import OutlierCounter
 from stun.plan import LayerPlan, nearest_member
@@ -162,6 +162,18 @@ class PruneResult:
         )
 
 
+def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Recorder) -> None:
+    """Raise StunError where the finished layers are not those of the plan."""
+    folder = recorder.ledger.folder
+    if len(finished) > len(plans):
+        raise StunError(f"{folder}: has entries of {len(finished)} layers, the plan {len(plans)}; {REPEAT}")
+    for number, (entries, plan) in enumerate(zip(finished, plans, strict=False)):
+        for kept in (entry["kept"] for entry in entries):
+            chosen = [len(set(kept).intersection(cluster)) for cluster in plan.clusters]
+            if len(kept) != len(chosen) or set(chosen) - {1} or (plan.kept and kept != plan.kept):
+                raise StunError(f"{folder}: layer {number}: kept: {kept}: the plan has other clusters; {REPEAT}")
+
+
 def prune_layers(
     arch: Architecture,
     states: States | None,
@@ -182,6 +194,7 @@ def prune_layers(
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
     progress = Progress("prune", len(layouts), ranks, len(finished))
+    _check_kept(finished, plans, recorder)
     states = recorder.restore(finished, states) if states is not None else None
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from stun.config import StunError
+from stun.inputs import is_count, read_json
 
 
 @dataclass
@@ -71,20 +71,23 @@ class Plan:
 
 def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
     """The decoder layers, prediction heads and target of a plan file, which may have been edited by hand. Raises StunError."""
-    try:
-        content = json.loads(file.read_text())
-        layers = [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])]
-        heads = [_read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
-        target = float(content.get("target", 0.0))
-        if not 0 <= target < 1:
-            raise StunError(f"plan={file}: target={target}: total sparsity lies in [0, 1)")
-        return layers, heads, target
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StunError(f"plan={file}: cannot be read as a plan: {type(error).__name__}: {error}") from error
+    content = read_json(file, f"plan={file}")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key, []), list) for key in ("layers", "mtp")):
+        raise StunError(f"plan={file}: must be a JSON object, in which layers and mtp are lists")
+    if "layers" not in content:
+        raise StunError(f"plan={file}: has no layers")
+    layers = [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])]
+    heads = [_read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
+    target = content.get("target", 0.0)
+    if type(target) not in (int, float) or not 0 <= target < 1:
+        raise StunError(f"plan={file}: target={target}: total sparsity lies in [0, 1)")
+    return layers, heads, float(target)
 
 
-def _read_layer(file: Path, number: int | str, entry: dict) -> LayerPlan:
+def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
     where, known = f"plan={file}: layer {number}", {f.name for f in LayerPlan.__dataclass_fields__.values()}
+    if not isinstance(entry, dict) or not {"experts", "clusters"} <= entry.keys():
+        raise StunError(f"{where}: must be an object with experts and clusters")
     if entry.keys() - known:
         raise StunError(f"{where}: unknown entries {sorted(entry.keys() - known)}; known: {sorted(known)}")
     plan = LayerPlan(**entry)
@@ -96,14 +99,15 @@ def _read_layer(file: Path, number: int | str, entry: dict) -> LayerPlan:
         raise StunError(f"{where}: ratio and expert_ratios are shares from 0 to 1")
     if plan.expert_ratios and (len(plan.expert_ratios) != len(plan.clusters) or plan.ratio is None):
         raise StunError(f"{where}: expert_ratios goes with ratio, one for each of the {len(plan.clusters)} clusters")
-    if not all(type(e) is int for e in [plan.experts, *plan.kept, *(e for cluster in plan.clusters for e in cluster)]):
+    if not all(map(is_count, [plan.experts, *plan.kept, *(e for cluster in plan.clusters for e in cluster)])):
         raise StunError(f"{where}: experts are whole numbers")
     members = [expert for cluster in plan.clusters for expert in cluster]
-    if len(set(members)) != len(members) or not set(members) <= set(range(plan.experts)) or [] in plan.clusters:
+    if len(set(members)) != len(members) or max(members, default=-1) >= plan.experts or [] in plan.clusters:
         raise StunError(f"{where}: clusters must be lists of experts 0 to {plan.experts - 1}, each in one cluster at most")
     if plan.kept and sorted(plan.kept) != plan.kept:
         raise StunError(f"{where}: kept must be ascending, is {plan.kept}")
-    chosen = [sum(expert in plan.kept for expert in cluster) for cluster in plan.clusters]
+    stay = set(plan.kept)
+    chosen = [len(stay.intersection(cluster)) for cluster in plan.clusters]
     if plan.kept and (set(chosen) != {1} or len(plan.kept) != len(plan.clusters)):
         raise StunError(f"{where}: of every cluster one member must be kept, and nobody else")
     if not plan.kept and plan.clusters and not plan.nearest:

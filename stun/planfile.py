@@ -76,7 +76,7 @@ def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9
     needs: dict[str, tuple[int, int]] = {name: (0, 0) for name in stats.sources}
     is_open = any(layer.clusters and not layer.kept for layer in plan.layers)
     for layout in (layout for layout in arch.layers if layout.experts):
-        served_SE = stats.load(layout.index)["coactivation"].diagonal(dim1=1, dim2=2).double()
+        served_SE = stats.load(layout.index, layout.num_experts)["coactivation"].diagonal(dim1=1, dim2=2).double()
         kept = set(plan.layers[layout.index].kept)
         for name, served_E in zip(needs, served_SE, strict=True):
             order = served_E.argsort(descending=True, stable=True)

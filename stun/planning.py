@@ -52,7 +52,7 @@ def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats:
     weights_S = torch.tensor([how.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
     pooled, protected = [], protected_experts(cfg, arch, moe, stats)
     for index in moe:
-        layer = stats.load(index)
+        layer = stats.load(index, arch.layers[index].num_experts)
         coactivation_EE, agreement_EE = (
             (layer[name].double() * weights_S[:, None, None]).sum(0) for name in ("coactivation", "agreement")
         )

@@ -61,7 +61,7 @@ def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stat
     for layer, expert in listed_experts(cfg, arch):
         protected[layer].add(expert)
     if rule.super_experts or rule.domain_share:
-        usage = {index: _usage(stats.load(index), arch.top_k) for index in moe}
+        usage = {index: _usage(stats.load(index, arch.layers[index].num_experts), arch.top_k) for index in moe}
         peaks = np.concatenate([usage[index].peak_E for index in moe])
         extreme = max(peaks.max() / 10, np.quantile(peaks, 0.995))
         for index, used in usage.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,9 +15,10 @@ from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
 from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
 from stun.compressed import mark
-from stun.config import Budget, PruneConfig, validate
+from stun.config import Budget, PruneConfig, StunError, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
+from stun.inputs import load_json
 from stun.ledger import Ledger
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
@@ -93,7 +93,7 @@ def _search(
 ) -> PruneConfig:
     """The configuration with the fraction of least held-out error; the curve goes into search.json and search.png."""
     file = run.folder / "search.json"
-    curve = ranks.on_first(lambda: json.loads(file.read_text())["error"] if file.is_file() else None)
+    curve = ranks.on_first(lambda: _read_curve(file, fractions) if file.is_file() else None)
     if curve is None:
         found = search_fraction(cfg, arch, sizes, samples, fractions, ranks, run.stats)
         curve = {str(fraction): error for fraction, error in found.items()}
@@ -103,6 +103,15 @@ def _search(
     for fraction, error in curve.items():
         ranks.log(f"experts.fraction={fraction}: held-out error {error:.5f}{' <- chosen' if float(fraction) == best else ''}")
     return replace(cfg, experts=replace(cfg.experts, fraction=best))
+
+
+def _read_curve(file: Path, fractions: list[float]) -> dict[str, float]:
+    """What an earlier launch found. Raises StunError where it cannot have."""
+    curve = load_json(file).get("error")
+    is_known = isinstance(curve, dict) and curve and curve.keys() <= {str(fraction) for fraction in fractions}
+    if not is_known or not all(type(error) in (int, float) for error in curve.values()):
+        raise StunError(f"{file}: error: must give numbers for some of {fractions}; remove the file to search again")
+    return curve
 
 
 def _say_what_loads(arch: Architecture, drops: list[int], is_global: bool, ranks: Ranks) -> None:

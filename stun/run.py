@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from stun.checkpoint import Checkpoint, write_atomically, write_json, write_tensors
 from stun.config import PruneConfig, StunError
 from stun.data import Samples
+from stun.headers import read_header
+from stun.inputs import is_count, load_json, read_bytes
 from stun.stats import COSINE_UNIT
 
 
@@ -71,6 +73,23 @@ def _differences(old: object, new: object, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old} there, {new} now"]
 
 
+class _Plain(yaml.SafeLoader):
+    """Without aliases, of which a few lines can make more than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"line {self.peek_event().start_mark.line + 1}: an alias")
+        return super().compose_node(parent, index)
+
+
+def _load_yaml(file: Path) -> object:
+    try:
+        return yaml.load(read_bytes(file), _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise StunError(f"{file}: cannot be read as YAML: {error}") from error
+
+
+_RETAKE = "take the statistics anew in another run_dir"
 _TEMPORARY = ("progress", "hidden")
 _BESIDE = {".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
 
@@ -92,7 +111,7 @@ class Run:
         if run.folder.exists() and not run.folder.is_dir():
             raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
         if config.is_file():
-            differences = _differences(yaml.safe_load(config.read_text()), identity)
+            differences = _differences(_load_yaml(config), identity)
             if differences:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(differences)}); choose another folder")
         elif run.folder.is_dir() and any(file.name not in _BESIDE for file in run.folder.iterdir()):
@@ -110,7 +129,12 @@ class Run:
     def summary(self) -> dict | None:
         """The finished run's summary, None while it is not finished."""
         manifest = self.folder / "manifest.json"
-        return json.loads(manifest.read_text())["summary"] if manifest.is_file() else None
+        if not manifest.is_file():
+            return None
+        summary = load_json(manifest).get("summary")
+        if not isinstance(summary, dict):
+            raise StunError(f"{manifest}: summary: must be an object; remove the file to have the run finished again")
+        return summary
 
     def finish(self, summary: dict) -> None:
         """Declare the run complete, and remove what only an unfinished one needs."""
@@ -144,11 +168,15 @@ class Statistics:
 
     @property
     def about(self) -> dict:
-        """What they were taken on (`observed`), and the unit of cosines."""
-        try:
-            return json.loads(self._about.read_text())
-        except (OSError, ValueError) as error:
-            raise StunError(f"{self._about}: cannot be read: {error}") from error
+        """What they were taken on (`observed`), the unit of cosines, the files' digests."""
+        about = load_json(self._about)
+        kinds = {"sources": dict, "model": str, "calibration_tokens": str, "micro_batch": int, "cosine_unit": int, "files": dict}
+        for name, kind in kinds.items():
+            if type(about.get(name)) is not kind:
+                raise StunError(f"{self._about}: {name}: must be {kind.__name__}, is {str(about.get(name))[:80]}; {_RETAKE}")
+        if not about["sources"] or not all(map(is_count, about["sources"].values())) or about["cosine_unit"] != COSINE_UNIT:
+            raise StunError(f"{self._about}: sources must map names to samples, and cosine_unit be {COSINE_UNIT}; {_RETAKE}")
+        return about
 
     @property
     def sources(self) -> list[str]:
@@ -165,11 +193,19 @@ class Statistics:
         self.folder.mkdir(exist_ok=True)
         write_tensors(self._file(layer), statistics)
 
-    def load(self, layer: int) -> dict[str, torch.Tensor]:
+    def load(self, layer: int, experts: int | None = None) -> dict[str, torch.Tensor]:
+        """A layer's statistics. Raises StunError where they are not as they were taken, or of another number of `experts`."""
+        file = self._file(layer)
         try:
-            return load_file(self._file(layer))
+            about, infos = self.about if self.complete else {}, read_header(file)
+            if about and about["files"].get(file.name) != _digest(file):
+                raise StunError(f"{file}: is damaged: {self._about.name} has another digest; {_RETAKE}")
+            found = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise StunError(f"{self._file(layer)}: cannot be read: {error}") from error
+            raise StunError(f"{file}: cannot be read: {error}") from error
+        if about and (experts is not None or "router_distance" in infos):
+            _check_statistics(file, found, len(about["sources"]), experts)
+        return found
 
     def outliers(self, layer: int) -> dict[str, torch.Tensor]:
         """The statistics of a layer, which hold outliers. Raises StunError where they were not asked for."""
@@ -181,7 +217,8 @@ class Statistics:
     def finish(self, taken_on: dict) -> None:
         """Declare the statistics complete; `taken_on` is what decided them (`observed`)."""
         self.folder.mkdir(exist_ok=True)
-        write_json(self._about, {**taken_on, "cosine_unit": COSINE_UNIT})
+        files = {file.name: _digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
+        write_json(self._about, {**taken_on, "cosine_unit": COSINE_UNIT, "files": files})
 
     def check(self, wanted: dict) -> None:
         """Raises StunError where they are not complete, or were not taken on what is `wanted` (`observed`)."""
@@ -190,3 +227,28 @@ class Statistics:
         differences = _differences({name: self.about.get(name) for name in wanted}, wanted)
         if differences:
             raise StunError(f"{self.folder}: its statistics are of something else ({'; '.join(differences)})")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _check_statistics(file: Path, found: dict[str, torch.Tensor], sources: int, experts: int | None) -> None:
+    """Raise StunError where one of a layer's tensors is missing, has another form, or holds what no stream counts."""
+    count = len(found["router_distance"]) if experts is None else experts
+    of_experts = (sources, count)
+    wanted = {
+        "router_distance": ((count, count), torch.float64),
+        "coactivation": ((*of_experts, count), torch.int64),
+        "agreement": ((*of_experts, count), torch.int64),
+        "powers": ((*of_experts, 3, 3), torch.float64),
+        "peak": (of_experts, torch.float64),
+        "weights": ((count, 3), torch.float64),
+    }
+    for name, (shape, dtype) in wanted.items():
+        tensor = found.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype is not dtype:
+            is_now = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise StunError(f"{file}: {name}: must be {shape} of {dtype}, is {is_now}; {_RETAKE}")
+        if not torch.isfinite(tensor).all() or (name != "agreement" and (tensor < 0).any()):
+            raise StunError(f"{file}: {name}: has negative or infinite entries; {_RETAKE}")

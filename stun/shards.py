@@ -10,7 +10,9 @@ import torch
 from stun.checkpoint import write_tensors
 from stun.compressed import compress
 from stun.config import StunError
+from stun.headers import read_header
 from stun.layout import renumber
+from stun.ledger import REPEAT
 from stun.plan import LayerPlan
 from stun.stream import Layer, LayerStream
 
@@ -71,17 +73,22 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_co
 
 
 def keep_only(folder: Path, entries: list[dict]) -> None:
-    """Remove whatever an interrupted launch left in `folder` that no entry names. Raises StunError where a file is missing or has
-    another size than its tensors need."""
-    known = {entry["file"]: sum(entry["tensors"].values()) for entry in entries if entry["file"]}
+    """Remove whatever an interrupted launch left in `folder` that no entry names. Raises StunError where a file is missing or
+    holds other tensors than its entry says."""
+    known = {entry["file"]: entry["tensors"] for entry in entries if entry["file"]}
+    if len(known) < sum(entry["file"] is not None for entry in entries):
+        raise StunError(f"{folder}: two entries in the run's folder `progress` name the same file; {REPEAT}")
     for file in folder.iterdir():
         if file.name not in known:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-    for name, nbytes in known.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size < nbytes:
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+    for name, tensors in known.items():
+        file, state = folder / name, ""
+        if not file.is_file() or file.stat().st_size < sum(tensors.values()):
             state = "is too short" if file.is_file() else "is missing"
-            raise StunError(f"{file}: {state}, but was written whole; remove the folder `progress` of the run to repeat it")
+        elif {tensor: info.nbytes for tensor, info in read_header(file).items()} != tensors:
+            state = "holds other tensors than its entry in `progress` says"
+        if state:
+            raise StunError(f"{file}: {state}, but was written whole; {REPEAT}")
 
 
 def hub_names(entries: list[dict]) -> dict[str, str]:

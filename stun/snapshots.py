@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from stun.checkpoint import write_tensors
 from stun.config import StunError
-from stun.ledger import part_name
+from stun.headers import read_header
+from stun.ledger import REPEAT, part_name
 from stun.ranks import Ranks
 from stun.stream import States
 
@@ -47,26 +48,29 @@ class Snapshots:
 
         Raises StunError where a snapshot is missing or damaged.
         """
+        if None in entries:
+            raise StunError(f"{self.folder}: the last finished layer of {self.stream} has no snapshot; {REPEAT}")
         home = {number: entry for entry in entries for number in entry["micro_batches"]}
         mine = range(self.ranks.rank, states.total, self.ranks.world)
         if set(home) != set(range(states.total)):
-            raise StunError(f"{self.folder}: the snapshots of {self.stream} do not hold all micro-batches; {_REPEAT}")
+            raise StunError(f"{self.folder}: the snapshots of {self.stream} do not hold all micro-batches; {REPEAT}")
         for entry in {home[number]["file"]: home[number] for number in mine}.values():
             file = self.folder / entry["file"]
             if not file.is_file() or _digest(file) != entry["sha256"]:
-                raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {_REPEAT}")
-        hidden = [self._read(self.folder / home[number]["file"], str(number)) for number in mine]
+                raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {REPEAT}")
+        files = [(self.folder / home[number]["file"], str(number)) for number in mine]
+        hidden = [self._read(*where, before) for where, before in zip(files, states.hidden, strict=True)]
         return replace(states, hidden=hidden)
 
-    def _read(self, file: Path, name: str) -> torch.Tensor:
+    def _read(self, file: Path, name: str, like: torch.Tensor) -> torch.Tensor:
+        found = read_header(file).get(name)
+        if found is None or found.shape != like.shape or found.dtype is not like.dtype:
+            raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
         try:
             with safe_open(file, framework="pt", device=str(self.ranks.device)) as handle:
                 return handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise StunError(f"{file}: {name}: cannot be read: {error}") from error
-
-
-_REPEAT = "remove the folder `progress` beside it to repeat the stream from its first layer"
 
 
 def _digest(file: Path) -> str:

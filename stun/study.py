@@ -6,7 +6,6 @@ The rows of the task are halved, so that a choice made on one half can be checke
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from statistics import mean, stdev
 from stun.checkpoint import write_json
 from stun.config import StudyConfig, StunError, validate, with_overrides
 from stun.evaluate import evaluate
+from stun.inputs import load_json
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
@@ -63,10 +63,10 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
     """The result in a file, computed and written where it is not there. Raises StunError where it is another's."""
 
     def known() -> dict | None:
-        content = json.loads(file.read_text()) if file.is_file() else None
-        if content and content["of"] != identity:
+        content = load_json(file) if file.is_file() else None
+        if content and content.get("of") != identity:
             raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
-        return content and content["result"]
+        return content and content.get("result")
 
     result = ranks.on_first(known)
     if result is None:

@@ -15,7 +15,9 @@ import stun.config
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"families", "layout", "plan", "stats", "select_kernel"},
+    {"inputs"},
+    {"families", "layout", "plan", "stats", "select_kernel", "headers"},
+    {"plausible"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
     {"names", "run", "compressed", "steady", "ledger"},
     {"arch", "evaluate"},
@@ -42,7 +44,7 @@ PURE_IMPORTS = {
     "math",
     "pathlib",
 }
-PURE_FROM_STUN = {"config", "plan", "experts", "sparsify", "select_kernel"}
+PURE_FROM_STUN = {"config", "inputs", "plan", "experts", "sparsify", "select_kernel"}
 
 
 def imported(file: Path) -> set[str]:

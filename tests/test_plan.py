@@ -277,8 +277,8 @@ def test_a_pair_is_decided_by_worth_then_by_index():
 
 PLAN = {"layers": [{"experts": 0, "clusters": []}, {"experts": 4, "clusters": [[1, 0], [2], [3]], "kept": [1, 2, 3]}]}
 WRONG_PLANS = {
-    "not JSON": ("{", "cannot be read as a plan"),
-    "no layers": ("{}", "cannot be read as a plan: KeyError"),
+    "not JSON": ("{", "cannot be read as JSON"),
+    "no layers": ("{}", "has no layers"),
     "unknown entry": ({"clustres": [[0]]}, "layer 1: unknown entries"),
     "expert in two clusters": ({"clusters": [[0, 1], [1], [3]]}, "each in one cluster at most"),
     "expert that does not exist": ({"clusters": [[0], [9]], "kept": []}, "experts 0 to 3"),

@@ -125,7 +125,7 @@ def test_broken_statistics(observed, tmp_path):
     source, run_dir = observed
     shutil.copytree(run_dir, tmp_path / "copy")
     (tmp_path / "copy" / "stats" / "layer-00001.safetensors").write_bytes(b"torn")
-    with pytest.raises(StunError, match=r"layer-00001\.safetensors: cannot be read"):
+    with pytest.raises(StunError, match=r"layer-00001\.safetensors: truncated"):
         plan_from_run(config(source, tmp_path / "copy"), tmp_path / "plan.json")
     (tmp_path / "copy" / "stats" / "about.json").write_text("{")
     with pytest.raises(StunError, match=r"about\.json: cannot be read"):

@@ -26,6 +26,10 @@ class _LargeOnMeta(TorchFunctionMode):
             shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
             if math.prod(shape) > self.LARGE:
                 kwargs = {**kwargs, "device": "meta"}
+        if function is torch.arange and any(isinstance(bound, (int, float)) and abs(bound) > self.LARGE for bound in args):
+            kwargs = {**kwargs, "device": "meta"}
+        if function is torch.Tensor.contiguous and args[0].numel() > self.LARGE:
+            args = (args[0].to("meta"), *args[1:])
         return function(*args, **kwargs)
 
 
