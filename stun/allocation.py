@@ -12,8 +12,8 @@ from stun.budget import LayerSize, matrix_sizes
 from stun.config import SparsifyConfig, StunError
 from stun.inputs import read_json
 from stun.plan import Plan
-from stun.run import Statistics
 from stun.sparsify.ratios import BINS, meet, owl, share_above
+from stun.statistics import Statistics
 
 
 def check_ratios(how: SparsifyConfig, arch: Architecture) -> None:

@@ -23,7 +23,7 @@ class OutlierCounter(Moments):
         self.ranks = stream.ranks
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """See stun.run.Statistics; all ranks call this together."""
+        """See stun.statistics.Statistics; all ranks call this together."""
         return self._dense() | (self._experts() if self.layer.kept else {})
 
     def _dense(self) -> dict[str, torch.Tensor]:

@@ -10,10 +10,11 @@ from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
 from stun.checkpoint import Checkpoint, write_json
 from stun.config import PruneConfig, StunError, validate_experts
+from stun.identity import model_digest
 from stun.plan import LayerPlan, Plan, read_layers
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
-from stun.run import Statistics, model_digest
+from stun.statistics import Statistics
 
 
 @dataclass(frozen=True)

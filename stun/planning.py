@@ -14,7 +14,7 @@ from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
 from stun.plan import LayerPlan, Plan
 from stun.protect import protected_experts
-from stun.run import Statistics
+from stun.statistics import Statistics
 
 
 def check_loadable(cfg: PruneConfig, arch: Architecture) -> None:

@@ -11,7 +11,7 @@ import torch
 from stun.arch import Architecture
 from stun.budget import floor_of
 from stun.config import Budget, ExpertsMethod, PruneConfig, StunError
-from stun.run import Statistics
+from stun.statistics import Statistics
 
 _FORM = re.compile(r"L([0-9]{1,6})E([0-9]{1,6})")
 

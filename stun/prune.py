@@ -18,6 +18,7 @@ from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
+from stun.identity import fingerprint, observed
 from stun.inputs import load_json
 from stun.ledger import Ledger
 from stun.passes import PruneResult, observe, prune_layers
@@ -27,9 +28,10 @@ from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
-from stun.run import Run, Statistics, fingerprint, observed
+from stun.run import Run
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
+from stun.statistics import Statistics
 from stun.stream import embed
 
 

@@ -22,7 +22,7 @@ from stun.plan import Plan
 from stun.planning import make_plan
 from stun.progress import Progress
 from stun.ranks import Ranks
-from stun.run import Statistics
+from stun.statistics import Statistics
 from stun.stream import Layer, LayerStream, States, embed, even_owners
 
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]

@@ -22,7 +22,7 @@ from stun.config import (
 from stun.plan import read_layers
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
-from stun.run import Statistics
+from stun.statistics import Statistics
 
 
 def mixture(tmp_path, **weights) -> dict[str, SourceConfig]:

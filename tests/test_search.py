@@ -20,8 +20,8 @@ from stun.data import calibration_samples, load_tokenizer
 from stun.names import experts_of
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
-from stun.run import Statistics
 from stun.search import reachable, search_fraction
+from stun.statistics import Statistics
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)
 

@@ -21,7 +21,7 @@ from stun.config import (
 from stun.plan import read_layers
 from stun.planfile import plan_from_run
 from stun.prune import prune
-from stun.run import Statistics
+from stun.statistics import Statistics
 
 
 def test_one_stream_serves_every_selection(observed, tmp_path):

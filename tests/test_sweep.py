@@ -11,7 +11,7 @@ from selections import CALIBRATION, config
 from stun.config import StunError
 from stun.prune import prune
 from stun.report import runs_in
-from stun.run import Statistics
+from stun.statistics import Statistics
 from stun.sweep import runs, stages
 from stun.table import report_table
 
