@@ -69,8 +69,8 @@ def observe(
     """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts, or with `outliers` for
     every layer.
 
-    `sources[m]` numbers the calibration source of micro-batch m; there is one where it is not given. stun.statistics says what the
-    statistics are. With a `recorder` it goes on where an interrupted stream ended.
+    `sources[m]` numbers the calibration source of micro-batch m; there is one where it is not given. stun.statistics says what
+    the statistics are. With a `recorder` it goes on where an interrupted stream ended.
     """
     finished = recorder.finished() if recorder else []
     states = recorder.restore(finished, states) if recorder else states
