@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from stun import serving
 from stun.allocation import check_ratios, set_ratios
@@ -21,6 +22,7 @@ from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
+from stun.preflight import make_job, preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
@@ -50,6 +52,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     if not given:
         check_loadable(cfg, arch)
         check_listed(cfg, arch, drops or [0] * len(arch.layers))
+    if not (Path(cfg.run_dir) / "manifest.json").is_file():  # a finished run has nothing left to do
+        preflight(make_job(cfg, arch, sizes, given), ranks)
     samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
     if is_auto:
         check_samples(samples)
