@@ -2,7 +2,8 @@
 cluster.gpus=8"""
 
 from jobs import launch
-from stun.preflight import open_job, preflight
+from stun.preflight import preflight
+from stun.request import open_job
 
 
 def work(cfg, ranks) -> None:

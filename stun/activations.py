@@ -95,7 +95,7 @@ class _Exchange:
 
 
 def _arguments(arch: Architecture, batch: int, length: int) -> list[dict]:
-    """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, which is 1 here."""
+    """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
     tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
     return arch.enter(tokens_BT, torch.zeros(1, 1).expand(arch.info(arch.embedding).shape[0], 1))[1]
 

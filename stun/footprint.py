@@ -1,6 +1,6 @@
 """How much memory a rank needs at most: every phase of a run as a sum of what it holds at once, in bytes.
 
-On CPUs all of it is the process'; on GPUs weights, hidden states and products are the GPU's, and what is being read or written the
+On CPUs all of it is the process'; on GPUs weights, hidden states and products are the GPU's, what is being read or written is the
 host's. Experts are taken to be spread evenly over the ranks, and tokens evenly over the experts.
 """
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stun.activations import Activations, trace_layers
-from stun.arch import Architecture
-from stun.config import PruneConfig, Scope, SparsifyConfig, SparsifyMethod
-from stun.hardware import Launch
+from stun.config import Scope, SparsifyConfig, SparsifyMethod
+from stun.hardware import GIB, Launch
 from stun.layout import LayerLayout
-from stun.plan import LayerPlan, Plan
+from stun.plan import LayerPlan
+from stun.request import Job
 from stun.stream import compute_dtype
 from stun.traffic import expert_infos
 
@@ -65,12 +65,12 @@ class Memory:
 
 
 class Footprint:
-    """The memory of one run. `plan` may be one that only has the right numbers (stun.traffic.stand_in)."""
+    """The memory of one job on one launch."""
 
-    def __init__(
-        self, arch: Architecture, cfg: PruneConfig, plan: Plan, launch: Launch, streams: dict[str, bool], candidates: int
-    ):
-        self.arch, self.cfg, self.plan, self.launch, self.streams, self.candidates = arch, cfg, plan, launch, streams, candidates
+    def __init__(self, job: Job, launch: Launch):
+        self.job, self.launch = job, launch
+        self.arch, self.cfg, self.plan, self.streams, self.candidates = job.arch, job.cfg, job.plan, job.streams, job.candidates
+        arch, plan = job.arch, job.plan
         self.dtype = compute_dtype(arch, launch.device)
         self.layers = [self._weights(*pair) for pair in zip(arch.layers, plan.layers, strict=True)]
         self.heads = [self._weights(*pair) for pair in zip(arch.mtp, plan.mtp, strict=True)]
@@ -243,22 +243,34 @@ class Footprint:
         shapes = [*self._matrices(layout).values(), *self._parts(layout)]
         return max((w * r * c + g * c * c + o * r for r, c in shapes for w, g, o in costs), default=0)
 
+    def _squared_inputs(self, layout: LayerLayout) -> int:
+        """Bytes of the Gram matrices of one expert."""
+        return 4 * sum(columns**2 for _, columns in self._parts(layout))
+
+    def block(self, index: int) -> int:
+        """Experts of a rank that are measured together (stun.mask)."""
+        how, each = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
+        mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
+        if not how.reads_grams or not each:
+            return mine
+        return min(mine, max(1, int(how.gram_gib * GIB / (each * (2 if how.reconstruct else 1)))))
+
+    def blocks(self, index: int) -> int:
+        """How often a layer runs to be measured."""
+        mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
+        return -(-mine // self.block(index)) if mine else 1
+
     def _grams(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Gram matrices that a rank holds, and those of one micro-batch on their way to them."""
-        how, world = self.cfg.sparsify, self.launch.world
-        if not how.reads_grams or not self.plan.zeros:
+        world = self.launch.world
+        if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
-        each = 4 * sum(columns**2 for _, columns in self._parts(layout))
-        mine = -(-len(self.plan.layers[index].clusters) // world)
-        block = min(mine, max(1, int(how.gram_gib * 2**30 / (each * (2 if how.reconstruct else 1))))) if each else 0
-        columns = [shape[1] for shape in self._matrices(layout).values()]
-        places = list(self._matrices(layout))
-        owned = max(
-            sum(4 * c * c for n, c in zip(places, columns, strict=True) if layout.copied.index(n) % world == r)
-            for r in range(world)
-        )
-        turn = 4 * sum(c * c for c in columns) // 2  # matrices of one block share their inputs
-        return each * block + owned, turn + each
+        each, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
+        owned = [0] * world
+        for name, nbytes in dense.items():
+            owned[layout.copied.index(name) % world] += nbytes
+        shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
+        return each * self.block(index) + max(owned), shared + each
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Of the dense matrices that close a block: bytes with their inputs in all micro-batches, and of their Gram matrices."""
@@ -270,8 +282,6 @@ class Footprint:
 
     def _pairs(self, layout: LayerLayout, index: int) -> int:
         """Sums of two kinds for what closes the experts and the dense blocks, with those of the dense matrices from before."""
-        each = 4 * sum(columns**2 for _, columns in self._parts(layout))
-        held, _ = self._grams(layout, index)
-        down = 8 * self._parts(layout)[-1][1] ** 2 if self._parts(layout) else 0
-        block = (held // each) if each else 0
-        return down * min(block, -(-len(self.plan.layers[index].clusters) // self.launch.world)) + 3 * self._closing(layout)[1]
+        parts = self._parts(layout)
+        down = 8 * parts[-1][1] ** 2 * self.block(index) if parts else 0
+        return down + 3 * self._closing(layout)[1]

@@ -41,7 +41,7 @@ GPUS = {
 @dataclass(frozen=True)
 class Launch:
     """`nodes` of `per_node` ranks each, and what each of them has: bytes of memory of a GPU (0: ranks compute on the CPU) and of
-    a node's host, FLOP/s of a rank, bytes/s that a node reads and that go to a GPU, FLOP/s of this machine's CPU. `base` is what a
+    a node's host, FLOP/s of a rank, bytes/s that a node reads and that go to a GPU, FLOP/s of the CPU here. `base` is what a
     rank's process holds before it reads any weight."""
 
     name: str

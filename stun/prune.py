@@ -22,10 +22,11 @@ from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
-from stun.preflight import make_job, preflight
+from stun.preflight import preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
+from stun.request import make_job
 from stun.run import Run, fingerprint, model_digest
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard

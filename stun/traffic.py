@@ -6,38 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stun.arch import Architecture
-from stun.budget import LayerSize, layer_quotas, make_budget
+from stun.budget import LayerSize, layer_quotas
 from stun.checkpoint import TensorInfo
-from stun.config import ExpertsMethod, PruneConfig, Representative
 from stun.layout import LayerLayout
-from stun.plan import LayerPlan, Plan
+from stun.plan import Plan
 from stun.shards import cluster_owners
 from stun.snapshots import KEPT
 from stun.sparsify.ratios import BINS
 from stun.stream import even_owners
-
-
-def stand_in(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int]) -> Plan:
-    """A plan that drops as many experts as the one to be made will; who they are it does not know.
-
-    Where representatives may have to be found by their weights, all experts are taken to be read for it.
-    """
-    how = cfg.experts
-    reads_all = how.method is not ExpertsMethod.rank and how.representative is Representative.nearest
-    layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
-    plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
-    counts = {len(layer.clusters) for layer in layers if layer.experts}
-    heads = [(head.num_experts, head.num_experts - counts.copy().pop() if len(counts) == 1 else 0) for head in arch.mtp]
-    plan.layers, plan.mtp = layers, [_layer(experts, drop, True) for experts, drop in heads]
-    return plan
-
-
-def _layer(experts: int, drop: int, reads_all: bool) -> LayerPlan:
-    stay = experts - drop
-    clusters = [[expert] for expert in range(stay)]
-    for expert in range(stay, experts) if reads_all else ():
-        clusters[expert % stay].append(expert)
-    return LayerPlan(experts, clusters, [] if reads_all and drop else list(range(stay)), nearest=bool(reads_all and drop))
 
 
 def stored_bytes(info: TensorInfo) -> int:
