@@ -19,6 +19,7 @@ from stun.names import experts_of
 from stun.stats import Agreement
 from stun.stream import compute_dtype
 
+_LOOKED_AT = 2048  # tokens of which the statistics are traced: Agreement looks at fewer at once
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -85,7 +86,7 @@ class _Exchange:
         back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
         output_TKD = torch.empty_like(back_ND).view(*index_TK.shape, -1)
         if self.is_watched:
-            Agreement(1, self.num_experts, "meta").add(0, index_TK, output_TKD)
+            Agreement(1, self.num_experts, "meta").add(0, index_TK[:_LOOKED_AT], output_TKD[:_LOOKED_AT])
         return (output_TKD * weights_TK[..., None]).sum(1).to(hidden_TD.dtype)
 
     @staticmethod

@@ -95,10 +95,10 @@ class Footprint:
         infos = {name: arch.info(name) for name in layout.copied}
         dense = sum(infos[name].nbytes for name in layout.dense)
         converted = sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
-        own = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(world))
+        own = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
         expert, kept = sum(info.nbytes for info in expert_infos(arch, layout)), -(-len(plan.clusters) // world)
         parts = [arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]
-        joined = max((sum(parts[rank::world]) for rank in range(world)), default=0) * len(plan.clusters)
+        joined = max((sum(parts[rank::world]) for rank in range(min(world, len(parts)))), default=0) * len(plan.clusters)
         return Weights(dense, converted, own, expert * -(-len(plan.needed) // world), expert * kept, joined)
 
     def peak(self) -> Memory:

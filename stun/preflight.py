@@ -79,21 +79,25 @@ def report(found: Estimate) -> list[str]:
     kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
     lines = {
-        "launch": f"{launch.world} ranks on {launch.nodes} nodes, {launch.name}; {speeds}",
+        "launch": f"{_count(launch.world, 'rank')} on {_count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
         "reads": f"up to {_size(sum(read.values()))} ({streams}), at most {_size(most)} a rank",
         "writes": f"{_size(found.written)} of model, {_size(found.snapshots)} of hidden states",
-        "memory": f"{gpu}{host} ({_size(found.memory.host)} a rank); most at {found.memory.phase}",
+        "memory": f"{gpu}{host} ({_size(found.memory.host)} a rank, {_size(launch.base)} at its start); most at {found.memory.phase}",
         "disk": f"{_size(found.disk.needed)} needed, {_size(found.free)} free",
         "time": f"about {sum(found.minutes.values()):.1f} minutes ({minutes})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _size(nbytes: float) -> str:
     """Bytes in GiB, as many digits as say something."""
     value = nbytes / GIB
-    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.1f} GiB" if value >= 1 else f"{value:.2f} GiB"
+    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.1f} GiB" if value >= 10 else f"{value:.2f} GiB"
 
 
 def shortages(found: Estimate) -> list[tuple[str, float, float]]:

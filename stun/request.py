@@ -75,5 +75,5 @@ def _layer(experts: int, drop: int, reads_all: bool) -> LayerPlan:
     stay = experts - drop
     clusters = [[expert] for expert in range(stay)]
     for expert in range(stay, experts) if reads_all else ():
-        clusters[expert % stay].append(expert)
+        clusters[(expert - stay) * stay // drop % stay].append(expert)
     return LayerPlan(experts, clusters, [] if reads_all and drop else list(range(stay)), nearest=bool(reads_all and drop))
