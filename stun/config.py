@@ -231,6 +231,25 @@ class PruneConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in stun.hardware; a node's memory in GiB
+    and what it reads in GiB/s (0: as much as this machine does). Without `nodes` the launch that is running is described."""
+
+    nodes: int = 0
+    gpus: int = 8
+    gpu: str = "h100"
+    host_gib: float = 1024.0
+    read_gib_s: float = 0.0
+
+
+@dataclass
+class PreflightConfig(PruneConfig):
+    """Say what a run would need, and whether that is there."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
 class PlanConfig(PruneConfig):
     """A plan from the statistics in the run folder `run_dir`, written to `output`; beside the plan file `compare` where given."""
 
@@ -332,6 +351,7 @@ def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     store = ConfigStore.instance()
     store.store(name="prune_schema", node=PruneConfig)
+    store.store(name="preflight_schema", node=PreflightConfig)
     store.store(name="plan_schema", node=PlanConfig)
     store.store(name="expand_schema", node=ExpandConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)

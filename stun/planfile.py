@@ -15,6 +15,7 @@ from stun.plan import LayerPlan, Plan, read_layers
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.statistics import Statistics
+from stun.traffic import model_bytes
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,7 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     except OSError as error:
         raise StunError(f"output={output}: cannot be written: {error}") from error
     plans = {str(output): plan} | ({compare: other} if other else {})
-    return {name: Described(made, _bytes_written(arch, made), _needs(arch, made, stats)) for name, made in plans.items()}
-
-
-def _bytes_written(arch: Architecture, plan: Plan) -> int:
-    """Bytes of all tensors of the pruned checkpoint, zeros included."""
-    total = sum(info.nbytes for info in arch.source.tensors.values())
-    for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
-        if layout.experts:
-            pieces = sum(info.nbytes for part in layout.experts[0] for info in arch.piece(layout, 0, part))
-            entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
-            total -= (layer.experts - len(layer.clusters)) * (pieces + entries)
-    return total
+    return {name: Described(made, model_bytes(arch, made), _needs(arch, made, stats)) for name, made in plans.items()}
 
 
 def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9) -> dict[str, tuple[int, int | None]]:

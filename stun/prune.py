@@ -25,9 +25,11 @@ from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan
+from stun.preflight import preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
+from stun.request import make_job
 from stun.run import Run
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
@@ -55,6 +57,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     if not given:
         check_loadable(cfg, arch)
         check_listed(cfg, arch, drops or [0] * len(arch.layers))
+    if not (Path(cfg.run_dir) / "manifest.json").is_file():  # a finished run has nothing left to do
+        preflight(make_job(cfg, arch, sizes, given), ranks)
     samples = ranks.on_first(lambda: _samples(cfg, arch)) if cfg.target else None
     if is_auto:
         check_samples(samples)

@@ -1,0 +1,143 @@
+"""What a micro-batch takes while it runs through a layer: the layer runs on the meta device, and its allocations are counted.
+
+So no family needs a formula of its own. What libraries allocate inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from stun.arch import Architecture
+from stun.names import experts_of
+from stun.stats import Agreement
+from stun.stream import compute_dtype
+
+_LOOKED_AT = 2048  # tokens of which the statistics are traced: Agreement looks at fewer at once
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+class _Fused(TorchFunctionMode):
+    """Attention in torch's fused kernels, which never hold all scores: on CPUs where keys and values are equally wide, on GPUs
+    always. The meta device has none."""
+
+    def __init__(self, is_gpu: bool):
+        super().__init__()
+        self.is_gpu = is_gpu
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is _ATTENTION:
+            query, _, value = arguments[:3]
+            if self.is_gpu or query.shape[-1] == value.shape[-1]:
+                return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return function(*arguments, **(keywords or {}))
+
+
+class Allocations(TorchDispatchMode):
+    """Inside it, `peak` is the most bytes that tensors made here have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        known = {id(own) for own in _storages((arguments, keywords))}
+        result = function(*arguments, **(keywords or {}))
+        for own in _storages(result):
+            if id(own) not in self._seen and id(own) not in known:
+                self._add(own)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = id(storage), storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= nbytes
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+class _Exchange:
+    """Allocates what stun.stream.Exchange does for a micro-batch, the experts serving equally many tokens."""
+
+    def __init__(self, num_experts: int, world: int, is_watched: bool):
+        self.num_experts, self.world, self.is_watched = num_experts, world, is_watched
+
+    def forward(self, module: nn.Module, hidden_TD, index_TK, weights_TK) -> torch.Tensor:
+        rows_ND = hidden_TD.repeat_interleave(index_TK.shape[1], 0)
+        received_ND = rows_ND if self.world == 1 else torch.empty_like(rows_ND)
+        del rows_ND
+        served_ND = torch.empty_like(received_ND)
+        module._apply_gate(self._inner(module, received_ND[: -(-len(received_ND) // max(1, self.num_experts // self.world))]))
+        back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
+        output_TKD = torch.empty_like(back_ND).view(*index_TK.shape, -1)
+        if self.is_watched:
+            Agreement(1, self.num_experts, "meta").add(0, index_TK[:_LOOKED_AT], output_TKD[:_LOOKED_AT])
+        return (output_TKD * weights_TK[..., None]).sum(1).to(hidden_TD.dtype)
+
+    @staticmethod
+    def _inner(module: nn.Module, rows_nD: torch.Tensor) -> torch.Tensor:
+        weight = module.gate_up_proj[0]
+        return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
+
+
+def _arguments(arch: Architecture, batch: int, length: int) -> list[dict]:
+    """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
+    tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
+    return arch.enter(tokens_BT, torch.zeros(1, 1).expand(arch.info(arch.embedding).shape[0], 1))[1]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch beside weights and hidden states: at most in each layer, `watched` by the first stream or `plain`;
+    `arguments` stay for the whole stream (masks, rotary embeddings)."""
+
+    watched: list[int]
+    plain: list[int]
+    arguments: int
+
+
+def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int) -> Activations:
+    """What B x T tokens take on one of `world` ranks. Layers of one kind are traced once."""
+    given, traced = _arguments(arch, batch, length), {}
+    kept = {id(own): own.nbytes() for own in _storages(given)}
+
+    def peak(index: int, is_watched: bool) -> int:
+        layer = arch.decoder.layers[index]
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+        arguments = tuple((name, getattr(value, "shape", None)) for name, value in given[index].items())
+        kind = (is_watched, shapes, arguments)
+        if kind not in traced:
+            traced[kind] = _trace(arch, index, given[index], (batch, length), device, world, is_watched)
+        return traced[kind]
+
+    layers = range(len(arch.layers))
+    return Activations([peak(i, True) for i in layers], [peak(i, False) for i in layers], sum(kept.values()))
+
+
+@torch.no_grad()
+def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int, is_watched: bool) -> int:
+    dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
+    layer = arch.build_layer(index, experts).to("meta", dtype)
+    found = experts_of(layer)
+    if found:
+        found[1].exchange = _Exchange(experts, world, is_watched)
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
+    hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
+    with _Fused(device.type == "cuda"), Allocations() as allocations:
+        layer(hidden_BTD, **arguments)
+    return allocations.peak
