@@ -38,10 +38,9 @@ def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None
 
 
 def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bool]) -> dict[str, list[int]]:
-    """Bytes each rank reads in each of `streams`; its value says whether the stream runs the model, and reads the embedding for
-    it. Experts of one layer are equally large."""
+    """Bytes each rank reads in each of `streams`. Experts of one layer are equally large."""
     found = {}
-    for stream, runs in streams.items():
+    for stream in streams:
         is_last = stream == "prune"
         layouts, plans = (arch.layers, plan.layers) if not is_last else ([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp])
         total = [0] * world
@@ -49,8 +48,10 @@ def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bo
             owners = cluster_owners(layer, world) if is_last else even_owners(layout, world) if layout.experts else []
             total = [a + b for a, b in zip(total, _layer_read(arch, layout, owners, world), strict=True)]
         embedding = stored_bytes(arch.info(arch.embedding))
-        total[0] += embedding * (2 if stream == "search" else int(runs))
-        total[0] += sum(stored_bytes(arch.info(name)) for name in arch.outer) if is_last else 0
+        if is_last:
+            total[0] += sum(stored_bytes(arch.info(name)) for name in arch.outer)
+        else:
+            total[0] += embedding * (2 if stream == "search" else 1)
         found[stream] = total
     return found
 
@@ -84,7 +85,7 @@ def _saved(numel: int, zeros: int, itemsize: int) -> int:
 
 
 def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
-    """Bytes of the first stream's statistics (stun.run.Statistics)."""
+    """Bytes of the first stream's statistics (stun.statistics)."""
     total = 0
     for layout in arch.layers:
         experts, counted = layout.num_experts, len(layout.linears) + layout.num_experts
