@@ -216,8 +216,8 @@ class Footprint:
             "hand over": kept + idle + (0 if self.is_gpu else weights.joined),
         }
         if how.reconstruct:
-            pairs = self._pairs(layout, index)
-            device["refit"] = kept + run + clones + pairs + self._largest(layout, [REFIT])
+            sums, passing = self._pairs(layout, index)
+            device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
         ahead, (behind, copies) = self._ahead(index), self._behind(index)
         host = copies + self._host_ahead(index, ahead)
         own = behind + (0 if self.is_gpu else ahead)
@@ -260,6 +260,9 @@ class Footprint:
         mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
         return -(-mine // self.block(index)) if mine else 1
 
+    def _expert_grams(self, index: int) -> int:
+        return self._squared_inputs(self.arch.layers[index]) * self.block(index)
+
     def _grams(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Gram matrices that a rank holds, and those of one micro-batch on their way to them."""
         world = self.launch.world
@@ -270,7 +273,7 @@ class Footprint:
         for name, nbytes in dense.items():
             owned[layout.copied.index(name) % world] += nbytes
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
-        return each * self.block(index) + max(owned), shared + each
+        return self._expert_grams(index) + max(owned), shared + each
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Of the dense matrices that close a block: bytes with their inputs in all micro-batches, and of their Gram matrices."""
@@ -280,8 +283,9 @@ class Footprint:
         copies = sum(self.arch.info(name).nbytes for name in closers) // self.launch.world
         return inputs + copies, sum(8 * self.arch.info(name).shape[1] ** 2 for name in closers)
 
-    def _pairs(self, layout: LayerLayout, index: int) -> int:
-        """Sums of two kinds for what closes the experts and the dense blocks, with those of the dense matrices from before."""
+    def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
+        """Sums of two kinds for what closes the experts and the dense blocks, with the dense matrices' from before; and those of
+        one micro-batch on their way to them."""
         parts = self._parts(layout)
-        down = 8 * parts[-1][1] ** 2 * self.block(index) if parts else 0
-        return down + 3 * self._closing(layout)[1]
+        down, closing = 8 * parts[-1][1] ** 2 if parts else 0, self._closing(layout)[1]
+        return down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index), down + closing

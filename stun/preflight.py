@@ -75,8 +75,8 @@ def report(found: Estimate) -> list[str]:
     most = max(sum(ranks) for ranks in zip(*found.read.values(), strict=True))
     gpu = f"{_size(found.memory.gpu)} of {_size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
     host = f"{_size(found.host_needed)} of {_size(launch.host_memory)} of a node"
+    rank = f"{_size(found.memory.host)} a rank, {_size(launch.base)} at its start"
     minutes = ", ".join(f"{name} {value:.1f}" for name, value in found.minutes.items())
-    phase = found.memory.phase
     kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
     lines = {
@@ -84,7 +84,7 @@ def report(found: Estimate) -> list[str]:
         "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
         "reads": f"up to {_size(sum(read.values()))} ({streams}), at most {_size(most)} a rank",
         "writes": f"{_size(found.written)} of model, {_size(found.snapshots)} of hidden states",
-        "memory": f"{gpu}{host} ({_size(found.memory.host)} a rank, {_size(launch.base)} at its start), most at {phase}",
+        "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
         "disk": f"{_size(found.disk.needed)} needed, {_size(found.free)} free",
         "time": f"about {sum(found.minutes.values()):.1f} minutes ({minutes})",
     }
