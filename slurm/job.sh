@@ -45,8 +45,8 @@ stop() {
 run_ranks() {
     local status=0 here port=$((20000 + SLURM_JOB_ID % 12000)) ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     here=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # USR1 would kill torchrun's agents.
-    srun --kill-on-bad-exit=1 bash -c '
+    # srun does not take the job's CPUs by itself; USR1 would kill torchrun's agents.
+    srun --kill-on-bad-exit=1 --cpu-bind=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c '
         trap "" USR1
         exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$1" --node-rank="$SLURM_NODEID" \
             --master-addr="$2" --master-port="$3" --log-dir="$4" --tee=3 -m "${@:5}"

@@ -88,10 +88,10 @@ def completed(cluster, job: str, run_dir: Path, limit: float = 120.0) -> None:
 
 
 def on_these_nodes(command: str, replaced: dict) -> list[str]:
-    """The words of an sbatch command of the README, without GPUs, and with other overrides."""
+    """The words of an sbatch command of the README, without GPUs and as many CPUs, and with other overrides."""
     sbatch, *words = shlex.split(command)
     assert sbatch == "sbatch"
-    options = [word for word in words if word.startswith("--") and "gpus" not in word]
+    options = [word for word in words if word.startswith("--") and "gpus" not in word and "cpus" not in word]
     script, *given = [word for word in words if not word.startswith("--")]
     overrides = dict(word.split("=", 1) for word in given) | replaced
     return [*options, script, *(f"{key}={value}" for key, value in overrides.items())]
@@ -210,7 +210,7 @@ def test_submitit_multirun(cluster, source, tmp_path):
     words = shlex.split(commands("submitit")[0])
     given = dict(word.split("=", 1) for word in words[4:])
     own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2,0.5", calibration__samples=10))
-    own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2"}
+    own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2", "hydra.launcher.cpus_per_task": "1"}
     command = [sys.executable, "-m", "jobs.prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
     environment = {**cluster.environment, "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
