@@ -284,8 +284,8 @@ class Footprint:
         return inputs + copies, sum(8 * self.arch.info(name).shape[1] ** 2 for name in closers)
 
     def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
-        """Sums of two kinds for what closes the experts and the dense blocks, with the dense matrices' from before; and those of one
-        micro-batch on their way to them."""
+        """Sums of two kinds for what closes the experts and the dense blocks, with those of the dense matrices from before; and what
+        one micro-batch adds to them."""
         parts = self._parts(layout)
         down, closing = 8 * parts[-1][1] ** 2 if parts else 0, self._closing(layout)[1]
         return down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index), down + closing
