@@ -228,24 +228,24 @@ class Footprint:
         scope = self.cfg.sparsify.scope
         return {name: tuple(self.arch.info(name).shape[:2]) for name, kind in layout.linears.items() if kind in scope}
 
-    def _parts(self, layout: LayerLayout) -> list[tuple[int, int]]:
-        """Rows and columns of an expert's matrices."""
-        shapes = []
+    def _parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
+        """Rows and columns of an expert's matrices that lose weights."""
+        shapes = {}
         for part in layout.experts[0] if layout.experts and Scope.experts in self.cfg.sparsify.scope else ():
             infos = self.arch.piece(layout, 0, part)
             if len(infos[0].shape) > 1:
                 shape = (sum(info.shape[0] for info in infos), infos[0].shape[1])
-                shapes.append(shape[::-1] if layout.is_transposed else shape)
+                shapes[part] = shape[::-1] if layout.is_transposed else shape
         return shapes
 
     def _largest(self, layout: LayerLayout, costs: list[tuple[int, int, int]]) -> int:
         """What the most expensive matrix of the layer needs beside itself and its Gram matrix."""
-        shapes = [*self._matrices(layout).values(), *self._parts(layout)]
+        shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
         return max((w * r * c + g * c * c + o * r for r, c in shapes for w, g, o in costs), default=0)
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
         """Bytes of the Gram matrices of one expert."""
-        return 4 * sum(columns**2 for _, columns in self._parts(layout))
+        return 4 * sum(columns**2 for _, columns in self._parts(layout).values())
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.mask)."""
@@ -284,8 +284,7 @@ class Footprint:
         return inputs + copies, sum(8 * self.arch.info(name).shape[1] ** 2 for name in closers)
 
     def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
-        """Sums of two kinds for what closes the experts and the dense blocks, with the dense matrices' from before; and those of
-        one micro-batch on their way to them."""
-        parts = self._parts(layout)
-        down, closing = 8 * parts[-1][1] ** 2 if parts else 0, self._closing(layout)[1]
+        """Sums of two kinds for what closes the experts and the dense blocks, beside those of the dense matrices from before; and
+        what one micro-batch adds to them."""
+        down, closing = 8 * self._parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
         return down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index), down + closing

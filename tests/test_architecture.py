@@ -108,9 +108,9 @@ def composed(job: str, overrides: list[str]):
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")))
-@pytest.mark.parametrize("job", ["prune", "compare"])
+@pytest.mark.parametrize("job", ["prune", "compare", "preflight"])
 def test_every_experiment_composes(job, name):
-    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 3 if job == "prune" else 4]
+    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 4 if job == "compare" else 3]
     cfg = composed(job, [f"experiment={name}", *missing])
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)

@@ -225,7 +225,7 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
 RUNS = {
     "experts": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 1),
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
-    "hidden states": ("thin", {"calibration.samples": 1024, "calibration.micro_batch": 32}, 1),
+    "hidden states": ("thin", {"calibration.samples": 1280, "calibration.micro_batch": 32}, 1),
     "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 1),
     "vocabulary": ("vocabulary", {}, 1),
     "Gram matrices": ("grams", {"sparsify.swaps": 2}, 1),

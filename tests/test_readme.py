@@ -76,6 +76,16 @@ def test_prune_your_own_model(checkpoint, tmp_path):
 
 
 @pytest.mark.launch
+def test_will_it_fit(checkpoint, tmp_path):
+    """The command prints every line of the README's sample and writes nothing; it does not need the text."""
+    (command,) = commands("preflight")
+    output = run(here(command, {"model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "run")}))
+    sample = re.findall(r"^\[.*?\] (\w+)  ", README.partition("<!-- preflight -->")[2].partition("error:")[0], re.M)
+    assert len(sample) == 7 and re.findall(r"^\[.*?\] (\w+)  ", output, re.M) == sample
+    assert "16 ranks on 2 nodes, h100" in output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.launch
 def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
     """The two commands of the plan block, after a run that took statistics."""
     plan, take = commands("plan")[0].splitlines()
