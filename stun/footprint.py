@@ -206,7 +206,7 @@ class Footprint:
         kept, held, is_run = weights.running(weights.kept), self._held(index), self.streams["prune"]
         run = held + self.activations.plain[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
-        idle = max(0, held - self.states)
+        idle = max(0, held - self.states) if is_run else 0
         clones = weights.kept + self._closing(layout)[0] if how.reconstruct else 0
         device = {
             "choose": weights.running(weights.experts) + (3 * self._cast(layout) if plan.nearest else 0) + idle,
