@@ -16,4 +16,4 @@ def main(part: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:2], sys.argv[2:]) if sys.argv[1:2] in (["observe"], ["runs"]) else sys.exit(__doc__)

@@ -4,7 +4,7 @@ set -euo pipefail
 me=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-# value_of KEY ARGUMENTS: what the argument KEY=... says.
+# value_of KEY ARGUMENTS: what the argument KEY=... says. Call it in an assignment of its own, so that its error ends the job.
 value_of() {
     local argument found="" key=$1
     for argument in "${@:2}"; do
@@ -14,6 +14,12 @@ value_of() {
         echo "error: $key=... is needed" >&2
         exit 2
     fi
+    case $found in
+        *[\'\"\$,=~]*)
+            echo "error: $key=$found: a path without quotes, \$, comma, = and ~ is needed here" >&2
+            exit 2
+            ;;
+    esac
     printf %s "$found"
 }
 
@@ -24,9 +30,12 @@ snapshot() {
     folder=$(realpath "$1")
     if [ ! -d "$folder/code" ]; then
         local new
-        new=$(mktemp -d -p "$folder" .code.XXXX)
+        new=$(mktemp -d -p "$folder/logs" .code.XXXX)
         cp -r --parents jobs stun conf slurm pyproject.toml "$new/"
+        chmod 755 "$new"
         mv -T "$new" "$folder/code" 2>/dev/null || rm -rf "$new"
+    elif ! diff -rq -x __pycache__ jobs "$folder/code/jobs" >/dev/null || ! diff -rq -x __pycache__ stun "$folder/code/stun" >/dev/null; then
+        echo "note: runs the code in $folder/code, which is not the code here any more"
     fi
     export PYTHONSAFEPATH=1 PYTHONPATH=$folder/code
 }
@@ -46,7 +55,8 @@ run_ranks() {
     local status=0 here port=$((20000 + SLURM_JOB_ID % 12000)) ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     here=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # srun does not take the job's CPUs by itself; USR1 would kill torchrun's agents.
-    srun --kill-on-bad-exit=1 --cpu-bind=none ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c '
+    srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c '
         trap "" USR1
         exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node="$1" --node-rank="$SLURM_NODEID" \
             --master-addr="$2" --master-port="$3" --log-dir="$4" --tee=3 -m "${@:5}"

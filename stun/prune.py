@@ -63,13 +63,13 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     if is_auto:
         check_samples(samples)
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
-    if cfg.statistics and samples:
-        run.stats = ranks.on_first(lambda: _share(cfg.statistics, cfg, arch, samples))
     finished = ranks.on_first(lambda: run.summary)
     if finished:
         ranks.log(f"{cfg.run_dir} is complete already")
         return finished
 
+    if cfg.statistics and samples:
+        run.stats = ranks.on_first(lambda: _share(cfg.statistics, cfg, arch, samples))
     if is_auto:
         _observe(cfg, arch, samples, ranks, run)
         cfg = _search(cfg, arch, sizes, samples, fractions, ranks, run)

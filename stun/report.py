@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-
-import yaml
 
 from stun.checkpoint import load_json
 from stun.config import StunError
 from stun.ledger import Ledger
+from stun.run import Run, load_yaml
 
 RESULT = "result.json"  # of jobs.evaluate, in the folder of the run it evaluated
 
@@ -21,17 +21,23 @@ def runs_in(folder: Path) -> dict[str, dict | str]:
     """
     runs = {}
     for config in sorted(folder.rglob("config.yaml")):
-        if "config" in yaml.safe_load(config.read_text()):  # otherwise it holds statistics alone
-            runs[str(config.parent.relative_to(folder))] = _state(config.parent)
+        with contextlib.suppress(StunError):  # another program's
+            identity = load_yaml(config)
+            if isinstance(identity, dict) and "config" in identity:  # otherwise it holds statistics alone
+                runs[str(config.parent.relative_to(folder))] = _state(config.parent)
     if not runs:
         raise StunError(f"folder={folder}: holds no run folders")
     return runs
 
 
-def _state(run: Path) -> dict | str:
-    if (run / "manifest.json").is_file():
-        result = {"result": load_json(run / RESULT)} if (run / RESULT).is_file() else {}
-        return load_json(run / "manifest.json")["summary"] | result
-    done = {name: len(Ledger(run / "progress", name).finished()) for name in ("prune", "observe") if (run / "progress").is_dir()}
+def _state(folder: Path) -> dict | str:
+    try:
+        summary, result = Run(folder).summary, folder / RESULT
+        if summary:
+            return summary | ({"result": load_json(result)} if result.is_file() else {})
+        progress = folder / "progress"
+        done = {name: len(Ledger(progress, name).finished()) for name in ("prune", "observe") if progress.is_dir()}
+    except StunError as error:
+        return f"cannot be read: {error}"
     stream = next((name for name, count in done.items() if count), None)
     return f"not complete: {stream} {done[stream]}" if stream else "not complete"

@@ -11,8 +11,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shutil
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -32,7 +35,8 @@ class _Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _load_yaml(file: Path) -> object:
+def load_yaml(file: Path) -> object:
+    """What a YAML file holds, in plain values. Raises StunError."""
     try:
         return yaml.load(read_bytes(file), _Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -40,7 +44,30 @@ def _load_yaml(file: Path) -> object:
 
 
 _TEMPORARY = ("progress", "hidden")
-_BESIDE = {".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
+_LOCK = ".lock"
+_BESIDE = {_LOCK, ".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
+_OUTPUT = {".out", ".err", ".log"}  # of the job
+_held: IO | None = None
+
+
+def _hold(folder: Path) -> None:
+    """Keep other launches out of a folder, until this process ends or goes on to another one. Raises StunError where one is in
+    it already. File systems without locks keep nobody out."""
+    global _held
+    if _held:
+        _held.close()
+    _held = (folder / _LOCK).open("a")
+    try:
+        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StunError(f"run_dir={folder}: another launch is at work in it; wait for it, or end it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+
+
+def _is_foreign(file: Path) -> bool:
+    return file.name not in _BESIDE and file.suffix not in _OUTPUT
 
 
 class Run:
@@ -60,16 +87,22 @@ class Run:
         if run.folder.exists() and not run.folder.is_dir():
             raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
         if config.is_file():
-            found = differences(_load_yaml(config), identity)
+            there = load_yaml(config)
+            if isinstance(there, dict) and ("statistics" in there) != ("statistics" in identity):
+                kind = "statistics alone (statistics=... uses them)" if "statistics" in there else "a run that prunes"
+                raise StunError(f"run_dir={run_dir}: holds {kind}; choose another folder")
+            found = differences(there, identity)
             if found:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(found)}); choose another folder")
-        elif run.folder.is_dir() and any(file.name not in _BESIDE for file in run.folder.iterdir()):
+        elif run.folder.is_dir() and any(map(_is_foreign, run.folder.iterdir())):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
-            for name in _TEMPORARY:
-                (run.folder / name).mkdir(exist_ok=True)
+            if not (run.folder / "manifest.json").exists():
+                _hold(run.folder)
+                write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
+                for name in _TEMPORARY:
+                    (run.folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         return run
@@ -94,3 +127,4 @@ class Run:
         """Remove what only an unfinished run needs."""
         for name in _TEMPORARY:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / _LOCK).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import subprocess
@@ -126,3 +127,18 @@ def test_another_source_does_not_continue(interrupted, ranks, tmp_path):
     shard.write_bytes(content)
     with pytest.raises(StunError, match="holds another run"):
         prune(replace(cfg, model=replace(cfg.model, path=str(copy))), ranks)
+
+
+def test_one_launch_at_a_time(checkpoint, ranks, tmp_path):
+    """While another process is at work in the folder; afterwards the run goes on."""
+    cfg = request(str(checkpoint("mixtral")), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StunError, match=r"run_dir=.*another launch is at work in it"):
+            prune(cfg, ranks)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    prune(cfg, ranks)
+    before = sorted(file.name for file in (tmp_path / "run").iterdir())
+    prune(cfg, ranks)
+    assert before == sorted(file.name for file in (tmp_path / "run").iterdir()) and ".lock" not in before

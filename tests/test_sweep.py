@@ -79,8 +79,12 @@ def test_report(observed, tmp_path, ranks):
         runs_in(folder)
     (tmp_path / "b" / "progress").mkdir(parents=True)
     (tmp_path / "b" / "config.yaml").write_text("config: {}\n")
+    for name, manifest in (("c", "{}"), ("d", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("config: {}\n" if name == "c" else "")
+        (tmp_path / name / "manifest.json").write_text(manifest)
     found = runs_in(tmp_path)
-    assert list(found) == ["a=1", "b"] and found["b"] == "not complete"
+    assert list(found) == ["a=1", "b", "c"] and found["b"] == "not complete" and "summary: must be" in found["c"]
     assert "0.4000" in report_table(found) and "not complete" in report_table(found)
 
 
