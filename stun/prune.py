@@ -65,6 +65,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, source, samples)))
     finished = ranks.on_first(lambda: run.summary)
     if finished:
+        ranks.on_first(run.clear)  # the launch that finished it may have been killed before it did
         ranks.log(f"{cfg.run_dir} is complete already")
         return finished
 

@@ -80,15 +80,18 @@ def torchrun(ranks: int, script: list[str]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *rendezvous, *script]
 
 
+def environment() -> dict[str, str]:
+    """For a job: without what ranks started in this very process have put there; a launcher says it anew, or nobody does."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {key: value for key, value in os.environ.items() if key not in own}
+    return {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """Run `jobs.<job>`: plain python for 0 ranks, torchrun otherwise."""
     script = ["-m", f"jobs.{job}", *arguments]
     command = torchrun(ranks, script) if ranks else [sys.executable, *script]
-    # Without what ranks started in this very process have put there: a launcher says it anew, or nobody does.
-    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {key: value for key, value in os.environ.items() if key not in own}
-    environment = {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done

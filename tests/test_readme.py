@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_tensors, same_tensors
+from conftest import ROOT, environment, load_tensors, same_tensors
 
 README = (ROOT / "README.md").read_text()
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
@@ -33,7 +33,7 @@ def here(command: str, replace: dict[str, str]) -> list[str]:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
