@@ -75,9 +75,10 @@ def wait(children: list[int], limit: float = 120.0) -> list[int]:
 
 def main(source: str, folder: Path, kills: int) -> None:
     dice = random.Random(0)
-    began = time.monotonic()
-    assert wait(start(source, folder / "whole", 2)) == [0, 0]
-    whole = time.monotonic() - began
+    for name in ("first", "whole"):  # the first launch of all takes longer than any later one
+        began = time.monotonic()
+        assert wait(start(source, folder / name, 2)) == [0, 0]
+        whole = time.monotonic() - began
     for number in range(kills):
         run_dir, launches = folder / str(number), 0
         instant = whole * (number + dice.random()) / kills
