@@ -45,11 +45,9 @@ class OutlierCounter(Moments):
         for number in self.numbers:
             sums, expert = self.experts[number] if tokens_E[number] else everyone, layer.kept[number]
             for part, squares_D in sums.items():
-                norms_D, what = (
-                    squares_D / (tokens_E[number] or sum(tokens_E)),
-                    f"layer {layer.layout.index} expert {expert} {part}",
-                )
-                self._count(counts_EB[number], sums_E[number], layer.layout.oriented(layer.experts[expert][part]), norms_D, what)
+                norms_D, weight_OD = squares_D / (tokens_E[number] or sum(tokens_E)), layer.experts[expert][part]
+                what = f"layer {layer.layout.index} expert {expert} {part}"
+                self._count(counts_EB[number], sums_E[number], layer.layout.oriented(weight_OD), norms_D, what)
         counts_EB, sums_E = self._together(counts_EB, sums_E)
         return {"outliers": counts_EB, "outlier_sums": sums_E}
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from selections import config
+from selections import TEXT, config
 from zoo import make_checkpoint
 
 from stun.prune import take_statistics
 from stun.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = ROOT / "stun" / "reference" / "calibration.jsonl"
 
 
 def pytest_configure(config) -> None:

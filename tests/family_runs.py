@@ -6,11 +6,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from selections import TEXT
+
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig
 from stun.prune import prune
 from stun.ranks import Ranks
 
-TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=13, length=40, micro_batch=2)
 RUNS = {
     "identity": {"target": 0.0},

@@ -8,10 +8,11 @@ import torch
 from conftest import load_tensors
 from family_runs import CALIBRATION
 from safetensors.torch import save_file
+from selections import config
 from zoo import make_checkpoint
 
 from stun.checkpoint import write_index
-from stun.config import ExpertsConfig, ModelConfig, PruneConfig
+from stun.config import ExpertsConfig
 from stun.prune import prune
 
 UNIFORM = ExpertsConfig(fraction=0.5)
@@ -19,7 +20,7 @@ UNIFORM = ExpertsConfig(fraction=0.5)
 
 def run(source, run_dir, ranks, target=0.4, experts=UNIFORM):
     """(folder, plan, summary) of one run."""
-    summary = prune(PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, target=target, run_dir=str(run_dir)), ranks)
+    summary = prune(config(source, run_dir, target, experts, calibration=CALIBRATION), ranks)
     return run_dir / "model", json.loads((run_dir / "plan.json").read_text()), summary
 
 

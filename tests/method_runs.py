@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from selections import TEXT
+
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
 from stun.config import SparsifyMethod as Method
 from stun.prune import prune
 from stun.ranks import Ranks
 
-TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=9, length=48, micro_batch=2)
 TINY = 1e-6  # GiB: experts are measured one at a time
 TARGET = 0.5

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from stun.config import (
-    CalibrationConfig,
-    ExpertsConfig,
-    ModelConfig,
-    PruneConfig,
-)
+from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig
 
 TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)

@@ -12,12 +12,7 @@ from zoo import make_checkpoint
 
 from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
-from stun.config import (
-    ExpertsConfig,
-    Representative,
-    Scope,
-    SparsifyConfig,
-)
+from stun.config import ExpertsConfig, Representative, Scope, SparsifyConfig
 from stun.plan import read_layers
 from stun.prune import prune
 
