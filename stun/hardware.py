@@ -109,11 +109,15 @@ def host_memory(ranks: int) -> int:
     """Bytes that the `ranks` of this job on this node may have together, with what they have already: what the system, the cgroup
     and Slurm allow, the least of them."""
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
-    limits, root = [int(available) * 1024 + ranks * resident()], Path("/sys/fs/cgroup")
-    own = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M)
-    for folder in (root / own[1], *(root / own[1]).parents) if own else ():
-        with contextlib.suppress(OSError, ValueError):  # it limits nothing
-            limits.append(int((folder / "memory.max").read_text()))
+    limits, groups = [int(available) * 1024 + ranks * resident()], Path("/proc/self/cgroup").read_text()
+    for form, root, name in (
+        (r"^0::/(.*)$", "/sys/fs/cgroup", "memory.max"),
+        (r"^\d+:memory:/(.*)$", "/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+    ):
+        own = re.search(form, groups, re.M)
+        for folder in (Path(root) / own[1], *(Path(root) / own[1]).parents) if own else ():
+            with contextlib.suppress(OSError, ValueError):  # it limits nothing
+                limits.append(int((folder / name).read_text()))
     if os.environ.get("SLURM_MEM_PER_NODE", "0") != "0":
         limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20)
     return min(limits)
