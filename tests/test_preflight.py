@@ -231,7 +231,7 @@ RUNS = {
     "Gram matrices": ("grams", {"sparsify.swaps": 2}, 1),
 }
 SHAPES = {
-    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=64, layers=3),
+    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=48, layers=3),
     "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),
     "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=2),
