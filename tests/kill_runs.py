@@ -39,7 +39,7 @@ def start(source: str, run_dir: Path, world: int) -> list[int]:
         if child == 0:
             code = 1
             try:
-                out = os.open(run_dir.parent / f"{run_dir.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                out = os.open(run_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(out, 1)
                 os.dup2(out, 2)
                 own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
@@ -73,6 +73,19 @@ def wait(children: list[int], limit: float = 120.0) -> list[int]:
     return [codes[child] for child in children]
 
 
+def kill_and_continue(source: str, run_dir: Path, instant: float, victim: int | None, dice: random.Random) -> int:
+    """Launches that the run took: the first has two ranks, of which one or, for None, both are killed."""
+    for launch in range(1, 5):
+        children = start(source, run_dir, 2 if launch == 1 else dice.choice([1, 2, 4]))
+        if launch == 1:
+            time.sleep(instant)
+            for child in children if victim is None else [children[victim]]:
+                os.kill(child, signal.SIGKILL)
+        if not any(wait(children)):
+            return launch
+    raise RuntimeError(run_dir.with_suffix(".log").read_text())
+
+
 def main(source: str, folder: Path, kills: int) -> None:
     dice = random.Random(0)
     for name in ("first", "whole"):  # the first launch of all takes longer than any later one
@@ -80,22 +93,13 @@ def main(source: str, folder: Path, kills: int) -> None:
         assert wait(start(source, folder / name, 2)) == [0, 0]
         whole = time.monotonic() - began
     for number in range(kills):
-        run_dir, launches = folder / str(number), 0
+        run_dir, victim = folder / str(number), dice.choice([0, 1, None])
         instant = whole * (number + dice.random()) / kills
-        victim = dice.choice([0, 1, None])
-        while True:
-            world = 2 if launches == 0 else dice.choice([1, 2, 4])
-            children = start(source, run_dir, world)
-            launches += 1
-            if launches == 1:
-                time.sleep(instant)
-                for child in children if victim is None else [children[victim]]:
-                    os.kill(child, signal.SIGKILL)
-            codes = wait(children)
-            if not any(codes):
-                break
-            assert launches < 4, (run_dir.parent / f"{run_dir.name}.log").read_text()
-        log = (run_dir.parent / f"{run_dir.name}.log").read_text()
+        while (launches := kill_and_continue(source, run_dir, instant, victim, dice)) == 1:
+            shutil.rmtree(run_dir)  # it was done before the kill: once more, earlier
+            run_dir.with_suffix(".log").unlink()
+            instant *= 0.9
+        log = run_dir.with_suffix(".log").read_text()
         print(f"{number} killed {'all' if victim is None else victim} at {instant:.2f}s of {whole:.2f}s, {launches} launches")
         repeated = [log.count(f"] {stream} {layer:02d}/") for stream in ("observe", "prune") for layer in range(1, 9)]
         print("layers done", repeated, flush=True)

@@ -31,11 +31,10 @@ def test_killed_at_any_instant(tmp_path):
     print(done.stdout)
     kills = re.findall(r"^(\d+) killed .* (\d) launches$", done.stdout, re.M)
     assert len(kills) == KILLS
-    interrupted = sum(int(launches) > 1 for _, launches in kills)
-    assert interrupted > 0.8 * KILLS, "most must hit a run under way"
+    assert all(int(launches) > 1 for _, launches in kills), "a run that was not under way was not killed"
     for number, lines in enumerate(re.findall(r"^layers done \[(.*)\]$", done.stdout, re.M)):
         counts = [int(count) for count in lines.split(", ")]
-        assert min(counts) == 1 and sum(counts) <= 2 * LAYERS + 1, f"run {number} did {counts}"
+        assert 2 * LAYERS - 1 <= sum(counts) <= 2 * LAYERS + 1, f"run {number} did {counts}"  # a kill can take one line
         same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / str(number) / "model")
         left = {file.name for file in (tmp_path / "runs" / str(number)).iterdir()}
         assert left == {"config.yaml", "manifest.json", "plan.json", "stats", "model"}

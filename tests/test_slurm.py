@@ -121,16 +121,14 @@ def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
     assert json.loads((run_dir / "result.json").read_text())["rows"] == 4
 
 
-@pytest.mark.parametrize("how", ["requeue", "signal", "preemption"])
+@pytest.mark.parametrize("how", ["requeue", "preemption"])
 def test_goes_on_after_an_interruption(cluster, source, whole, tmp_path, how):
-    """`scontrol requeue` in the middle, the signal that comes before the time limit, a more urgent job."""
+    """`scontrol requeue` in the middle, a more urgent job."""
     run_dir = tmp_path / "run"
     job = submit(cluster, source, run_dir, "--nodes=2" if how == "preemption" else "--nodes=1")
     until(lambda: "prune 03/12" in log_of(run_dir))
     if how == "requeue":
         cluster.client("scontrol", "requeue", job)
-    elif how == "signal":
-        cluster.client("scancel", "--batch", "--signal=USR1", job)
     else:
         words = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.log'}", "--wrap=sleep 1"]
         urgent = cluster.submit(*words, cwd=ROOT)
