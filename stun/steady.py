@@ -34,5 +34,5 @@ class Steady(TorchDispatchMode):
 
 
 def steady(device: torch.device) -> AbstractContextManager:
-    """Where a layer computes. GPUs need none of it."""
-    return Steady() if device.type == "cpu" else nullcontext()
+    """Where a layer computes. Neither GPUs nor a single thread need it."""
+    return Steady() if device.type == "cpu" and torch.get_num_threads() > 1 else nullcontext()

@@ -15,6 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
+import deepspeed.comm  # noqa: F401  (before the forks, which start it)
+
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
 from stun.prune import prune
 from stun.ranks import Ranks
@@ -23,7 +25,7 @@ TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibrat
 
 
 def request(source: str, run_dir: Path) -> PruneConfig:
-    calibration = CalibrationConfig(path=str(TEXT), samples=24, length=64, micro_batch=2)
+    calibration = CalibrationConfig(path=str(TEXT), samples=16, length=64, micro_batch=2)
     experts = ExpertsConfig(fraction=0.5, budget=Budget["global"])
     return PruneConfig(ModelConfig(source), calibration, experts, SparsifyConfig(ratios="owl"), 0.5, str(run_dir))
 
@@ -101,7 +103,7 @@ def main(source: str, folder: Path, kills: int) -> None:
             instant *= 0.9
         log = run_dir.with_suffix(".log").read_text()
         print(f"{number} killed {'all' if victim is None else victim} at {instant:.2f}s of {whole:.2f}s, {launches} launches")
-        repeated = [log.count(f"] {stream} {layer:02d}/") for stream in ("observe", "prune") for layer in range(1, 9)]
+        repeated = [log.count(f"] {stream} {layer:02d}/") for stream in ("observe", "prune") for layer in range(1, 6)]
         print("layers done", repeated, flush=True)
 
 

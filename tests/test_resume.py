@@ -17,7 +17,7 @@ from stun.config import StunError
 from stun.prune import prune
 from stun.recorder import Recorder
 
-LAYERS = 8
+LAYERS = 5
 KILLS = 40
 
 
