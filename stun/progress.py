@@ -63,7 +63,7 @@ class Progress:
         global _view
         console = Console(highlight=False)
         _view = Live(get_renderable=self._rendered, console=console, refresh_per_second=4, transient=True)
-        _view.start()
+        _view.start(refresh=True)
         console.show_cursor(True)
 
     def _rendered(self) -> Group:

@@ -36,8 +36,6 @@ class WandbTracker:
             disable_job_creation=True,
             save_code=False,
             host="",
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
             x_disable_machine_info=True,
             x_disable_meta=True,
             x_disable_stats=True,
@@ -112,8 +110,10 @@ def check_key() -> None:
 
 
 def _quiet_wandb():
-    """The package, which prints nothing and reports nothing of itself; it takes that from the environment alone."""
+    """The package, which prints nothing, reports nothing of itself, and gives up in time."""
     os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_SECONDS))
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
     import wandb
 
     return wandb
