@@ -80,9 +80,8 @@ def report_table(runs: dict[str, dict | str]) -> str:
     return _printed(table)
 
 
-def summary_table(summary: dict, run_dir: str, width: int = 200) -> str:
-    """What a run of jobs.prune did, a line per fact; `width` is that of the terminal. Times are those of the launch that finished
-    it, on its first rank."""
+def summary_table(summary: dict, run_dir: str) -> str:
+    """What a run of jobs.prune did, a line per fact. Times are those of the launch that finished it, on its first rank."""
     table = Table(box=None, pad_edge=False, show_header=False)
     before, after = (f"{summary[key] / 1e6:,.2f}M" for key in ("parameters", "nonzero"))
     written, speed = summary["bytes_written"], sum(summary.get("read_bytes_per_second", []))
@@ -104,7 +103,7 @@ def summary_table(summary: dict, run_dir: str, width: int = 200) -> str:
     }
     for title, value in rows.items():
         table.add_row(title, Text(value))
-    return _printed(table, width)
+    return _printed(table)
 
 
 def benchmark_table(result: dict) -> str:
@@ -119,10 +118,10 @@ def benchmark_table(result: dict) -> str:
     return f"{result['device']}, {result['ranks']} ranks\n{_printed(table)}"
 
 
-def _printed(table: Table, width: int = 200) -> str:
+def _printed(table: Table) -> str:
     text = StringIO()
-    Console(file=text, width=width).print(table)
-    return text.getvalue()
+    Console(file=text, width=200).print(table)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def _of(result: dict, show) -> str:
