@@ -81,7 +81,7 @@ def check_tracking(cfg: TrackingConfig) -> None:
     """Raise StunError, before any work, where what is asked for is not installed or W&B has no key."""
     for name, asked in {"wandb": cfg.wandb is not Wandb.disabled, "tensorboard": cfg.tensorboard}.items():
         if asked and find_spec(name) is None:
-            raise StunError(f"tracking.{name}: the package is missing: pip install {name}")
+            raise StunError(f"tracking.{name}: the package {name} is missing: pip install {name}")
     if cfg.wandb is Wandb.online:
         check_key()
 

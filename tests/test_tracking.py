@@ -173,7 +173,8 @@ def test_what_cannot_be_tracked_is_refused(checkpoint, ranks, tmp_path, monkeypa
 def test_online_needs_a_key_and_no_server(checkpoint, tmp_path, monkeypatch):
     """Without a key nothing starts; with a server that nobody answers for the run goes on, offline."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_SERVICE"):  # the latter is W&B's process that serves this one
+        monkeypatch.delenv(name, raising=False)
     small = {"calibration__samples": 4, "calibration__length": 16, "tracking": "wandb"}
     refused = run_job("prune", settings(checkpoint("mixtral"), tmp_path / "run", **small), check=False)
     assert refused.returncode == 2 and refused.stderr.count("error: tracking.wandb=online: no API key") == 1
