@@ -95,8 +95,10 @@ def observe(
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
         ranks.meter.enter("write wait")
         if recorder:
-            layer.seconds["write"] = recorder.layer(layer.layout.index, states, {})
-        progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))
+            layer.seconds["write"] = recorder.wait()
+        progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))  # first: what is on disk was also told
+        if recorder:
+            recorder.layer(layer.layout.index, states, {})
     if recorder:
         recorder.close()
     progress.close()
@@ -223,10 +225,11 @@ def prune_layers(
         entry = {"kept": kept, "nonzero": nonzero, "unseen": unseen}
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
-        layer.seconds["write"] = recorder.layer(index, states, entry, partial(write, name, tensors))
+        layer.seconds["write"] = recorder.wait()
         share = int(ranks.sum_integers(torch.tensor([nonzero], device=ranks.device))) / arch.parameters_of(layer.layout)
         told = f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}"
         progress.layer(layer, told, experts_kept=len(kept), nonzero_share=share)
+        recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
     progress.close()
     return PruneResult.of(recorder.finished(), len(arch.layers))
