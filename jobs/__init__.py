@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import stun.config
 from stun.config import StunError
+from stun.progress import close_view
 from stun.ranks import Ranks
 from stun.sweep import stages
 
@@ -72,7 +73,10 @@ def _ends_clearly() -> Iterator[None]:
     """End the process in one line where the work cannot be done."""
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
-        yield
+        try:
+            yield
+        finally:
+            close_view()  # before anything else is said
     except (StunError, OmegaConfBaseException, HydraException) as error:
         own = _doing() and not getattr(error, "is_shared", False)
         if is_first or own:

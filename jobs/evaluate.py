@@ -4,12 +4,19 @@ from pathlib import Path
 
 from jobs import launch
 from stun.checkpoint import write_json
+from stun.config import validate_tracking
 from stun.evaluate import evaluate
+from stun.identity import plain
 from stun.table import results_table
+from stun.tracking import check_tracking, tracked
 
 
 def work(cfg, ranks) -> None:
-    result = evaluate(cfg.model.path, cfg.task, ranks)
+    validate_tracking(cfg.tracking)
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
+    with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
+        result = evaluate(cfg.model.path, cfg.task, ranks)
+        tracking.summary = {"evaluate": {name: value for name, value in result.items() if not isinstance(value, list)}}
 
     def report() -> None:
         Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)

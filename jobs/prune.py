@@ -2,10 +2,12 @@
 
 from jobs import launch
 from stun.prune import prune, take_statistics
+from stun.table import summary_table
 
 
 def work(cfg, ranks) -> None:
-    prune(cfg, ranks)
+    summary = prune(cfg, ranks)
+    ranks.on_first(lambda: print("\n" + summary_table(summary, cfg.run_dir)))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,23 @@ class Scope(Enum):
     attention = "attention"
 
 
+class Wandb(Enum):
+    """Whether Weights & Biases gets a job's numbers: not at all, as files to be sent later (`wandb sync`), or as they come."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class TrackingConfig:
+    """Where a job's numbers go beside its log, all below `tracking/` of the run folder; `project` is that of Weights & Biases."""
+
+    wandb: Wandb = Wandb.disabled
+    project: str = "stun"
+    tensorboard: bool = False
+
+
 @dataclass
 class ModelConfig:
     """`path`: folder of a safetensors checkpoint in the hub's layout."""
@@ -228,6 +245,7 @@ class PruneConfig:
     plan: str = ""
     compress: bool = False
     statistics: str = ""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass
@@ -280,6 +298,7 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     output: str = MISSING
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 @dataclass
@@ -387,7 +406,14 @@ def validate(cfg: PruneConfig) -> None:
     _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
     for name, source in calibration.mixture.items():
         _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
+    validate_tracking(cfg.tracking)
     _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
+
+
+def validate_tracking(tracking: TrackingConfig) -> None:
+    """Refuse what W&B takes for no project. Raises StunError."""
+    fits = re.fullmatch(r"[\w. -]{1,128}", tracking.project)
+    _require(bool(fits), "tracking.project", tracking.project, "letters, digits, spaces, `-`, `_` and `.`, up to 128 of them")
 
 
 def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:

@@ -13,15 +13,15 @@ from stun.config import PruneConfig
 from stun.data import Samples
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Enums by name, dataclasses as mappings, containers of plain values: what YAML can hold."""
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
-        return _plain(asdict(value))
+        return plain(asdict(value))
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def model_digest(source: Checkpoint) -> str:
@@ -32,8 +32,8 @@ def model_digest(source: Checkpoint) -> str:
 
 def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
     """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
-    names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics")]
-    config = {name: _plain(getattr(cfg, name)) for name in names}
+    names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics", "tracking")]
+    config = {name: plain(getattr(cfg, name)) for name in names}
     config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
     files = {"plan_content": cfg.plan, "ratios_content": cfg.sparsify.ratios_file}

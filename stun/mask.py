@@ -42,6 +42,7 @@ class _Masking:
         blocks = self._blocks()
         reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.how.reconstruct else None
         tokens, dense, norms = self._experts(blocks, reconstruction)
+        ranks.meter.enter("mask")
         for name in self.names:
             weight_OD = layer.dense[name]
             if owners[name] == ranks.rank:
@@ -50,6 +51,7 @@ class _Masking:
             ranks.broadcast(weight_OD, owners[name])
         unseen = self._unseen(tokens, norms) if self.how.reads_inputs else 0
         if reconstruction:
+            ranks.meter.enter("refit")
             reconstruction.refit(self.states)
         return unseen
 
@@ -74,7 +76,8 @@ class _Masking:
         """
         tokens, dense, norms = torch.zeros(len(self.layer.kept), dtype=torch.int64), {}, {}
         for place, block in enumerate(blocks):
-            moments = None
+            moments, meter = None, self.stream.ranks.meter
+            meter.enter("measure")
             if self.how.reads_inputs:
                 gated, is_first = self.how.method is SparsifyMethod.moe_pruner, place == 0
                 remember = reconstruction.names if reconstruction and is_first else ()
@@ -85,6 +88,7 @@ class _Masking:
                     tokens, dense = moments.tokens, moments.dense
                 if remember:
                     reconstruction.inputs = moments.inputs
+            meter.enter("mask")
             for number in block:
                 sums = moments.experts.get(number) if moments else {}
                 if sums is not None:

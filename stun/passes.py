@@ -76,9 +76,10 @@ def observe(
     states = recorder.restore(finished, states) if recorder else states
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners, len(finished))
-    progress = Progress("observe", len(arch.layers), ranks, len(finished))
+    progress = Progress("observe", len(arch.layers), ranks, len(finished), step=0)
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
+        ranks.meter.enter("observe")
         watcher = _Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
         stream.build(layer)
         start = time.perf_counter()
@@ -92,11 +93,15 @@ def observe(
         totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
         if ranks.is_first and totals:
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        ranks.meter.enter("write wait")
         if recorder:
-            layer.seconds["write"] = recorder.layer(layer.layout.index, states, {})
-        progress.layer(layer, f"experts {len(layer.kept)}")
+            layer.seconds["write"] = recorder.wait()
+        progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))  # first: what is on disk was also told
+        if recorder:
+            recorder.layer(layer.layout.index, states, {})
     if recorder:
         recorder.close()
+    progress.close()
 
 
 def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
@@ -193,12 +198,13 @@ def prune_layers(
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
-    progress = Progress("prune", len(layouts), ranks, len(finished))
+    progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
     states = recorder.restore(finished, states) if states is not None else None
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
+        ranks.meter.enter("choose")
         kept = _choose(layer, plans[index], ranks)
         if plans[index].mean:
             _reconstruct(layer, plans[index], kept)
@@ -210,6 +216,7 @@ def prune_layers(
             quota = quota_of(plans[index], kept, quotas[index])
             unseen = mask_layer(stream, layer, states, quota, how)
             if states is not None:
+                ranks.meter.enter("propagate")
                 stream.build(layer)
                 states = stream.run(layer, states)
         layer.seconds["compute"] = time.perf_counter() - start
@@ -217,8 +224,12 @@ def prune_layers(
         nonzero = sum(int(t.count_nonzero()) for t in tensors.values())
         entry = {"kept": kept, "nonzero": nonzero, "unseen": unseen}
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
-        layer.seconds["write"] = recorder.layer(index, states, entry, partial(write, name, tensors))
+        ranks.meter.enter("write wait")
+        layer.seconds["write"] = recorder.wait()
         share = int(ranks.sum_integers(torch.tensor([nonzero], device=ranks.device))) / arch.parameters_of(layer.layout)
-        progress.layer(layer, f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}")
+        told = f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}"
+        progress.layer(layer, told, experts_kept=len(kept), nonzero_share=share)
+        recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
+    progress.close()
     return PruneResult.of(recorder.finished(), len(arch.layers))

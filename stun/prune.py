@@ -18,9 +18,10 @@ from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError, validate
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
-from stun.identity import fingerprint, observed
+from stun.identity import fingerprint, observed, plain
 from stun.inputs import load_json
 from stun.ledger import Ledger
+from stun.meter import Meter
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
@@ -35,6 +36,7 @@ from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
 from stun.stream import embed
+from stun.tracking import check_tracking, tracked
 
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
@@ -43,7 +45,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     All ranks call this together. Raises StunError before any work starts where the request cannot be met.
     """
     validate(cfg)
-    started = time.perf_counter()
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
+    started, ranks.meter = time.perf_counter(), Meter()
     ranks.reset_peak_memory()
     source = Checkpoint.open(cfg.model.path)
     arch = Architecture(source)
@@ -71,21 +74,21 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
 
     if cfg.statistics and samples:
         run.stats = ranks.on_first(lambda: _share(cfg.statistics, cfg, arch, samples))
-    if is_auto:
-        _observe(cfg, arch, samples, ranks, run)
-        cfg = _search(cfg, arch, sizes, samples, fractions, ranks, run)
-        drops, budget = _request(cfg, arch, sizes, None)
-    ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
-    _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
-    if (any(drops) and not given) or (budget.zeros and cfg.sparsify.counts_outliers):
-        _observe(cfg, arch, samples, ranks, run)
-    plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
-    result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
-    summary = _summary(arch, plan, result, cfg.compress, ranks, time.perf_counter() - started)
-    ranks.on_first(lambda: _finish(plan, result, run, summary))
+    with tracked(cfg.tracking, run.folder, plain(cfg), ranks) as tracking:
+        if is_auto:
+            _observe(cfg, arch, samples, ranks, run)
+            cfg = _search(cfg, arch, sizes, samples, fractions, ranks, run)
+            drops, budget = _request(cfg, arch, sizes, None)
+        ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
+        _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
+        if (any(drops) and not given) or (budget.zeros and cfg.sparsify.counts_outliers):
+            _observe(cfg, arch, samples, ranks, run)
+        plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
+        result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
+        summary = _summary(arch, plan, result, cfg.compress, ranks, time.perf_counter() - started)
+        ranks.on_first(lambda: _finish(plan, result, run, summary))
+        tracking.summary = summary
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
-    for runtime, answer in summary["loads_in"].items():
-        ranks.log(f"loads in {runtime}: {answer}")
     return summary
 
 
@@ -174,12 +177,14 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     Raises StunError before any work starts where the request cannot be met.
     """
     validate(cfg)
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
     arch = Architecture(Checkpoint.open(cfg.model.path))
     samples = ranks.on_first(lambda: _samples(cfg, arch))
     identity = ranks.on_first(lambda: observed(cfg, arch.source, samples) | {"outliers": cfg.sparsify.counts_outliers})
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, {"statistics": identity}))
     ranks.log(f"observe {cfg.model.path} | {sum(samples.sources.values())} samples of {cfg.calibration.length} tokens")
-    _observe(cfg, arch, samples, ranks, run)
+    with tracked(cfg.tracking, run.folder, plain(cfg), ranks):
+        _observe(cfg, arch, samples, ranks, run)
     ranks.on_first(run.clear)
     ranks.log(f"wrote {run.stats.folder}")
 
@@ -266,6 +271,9 @@ def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bo
         "seconds": seconds,
         "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
         "bytes_read": ranks.gather_objects(arch.source.bytes_read),
+        "read_bytes_per_second": ranks.gather_objects(ranks.meter.bytes_read / max(ranks.meter.read_seconds, 1e-9)),
+        "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
+        "source_bytes": sum(info.nbytes for info in arch.source.tensors.values()),
         "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
     }
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from stun.config import StunError
+from stun.meter import Meter
 
 T = TypeVar("T")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -80,6 +81,8 @@ class Ranks:
         self._comm = deepspeed.comm
         self._started = time.monotonic()
         self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
+        self.meter = Meter()
+        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None  # stun.tracking puts its own here
 
     @property
     def is_first(self) -> bool:

@@ -37,8 +37,8 @@ class Recorder:
         needed = 0 < len(finished) < self.layers
         return self.snapshots.load([entry["snapshot"] for entry in finished[-1]], states) if needed else states
 
-    def layer(self, index: int, states: States | None, entry: dict, write: Callable[[], dict] = dict) -> float:
-        """Queue a finished layer: `write` puts its files on disk and returns what else to enter. Returns the seconds waited."""
+    def layer(self, index: int, states: States | None, entry: dict, write: Callable[[], dict] = dict) -> None:
+        """Queue a finished layer, once the one before is on disk: `write` puts its files there and returns what else to enter."""
 
         def record() -> None:
             files, start = write(), time.perf_counter()
@@ -48,15 +48,15 @@ class Recorder:
             self.ledger.record(index, self.ranks.rank, self.ranks.world, {**entry, **files, "snapshot": snapshot})
             self.snapshots.drop(index)
 
-        start = time.perf_counter()
         self.wait()
         self._pending = self._pool.submit(record)
-        return time.perf_counter() - start
 
-    def wait(self) -> None:
-        """Return once everything queued is on disk; raises what writing raised."""
+    def wait(self) -> float:
+        """Return once everything queued is on disk, with the seconds that took; raises what writing raised."""
+        start = time.perf_counter()
         if self._pending:
             self._pending.result()
+        return time.perf_counter() - start
 
     def close(self) -> None:
         """Return once everything that any rank has queued is on disk."""

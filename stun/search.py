@@ -66,6 +66,8 @@ def search_fraction(
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     own = {fraction: (states, held) for fraction in plans}
     for layer in stream:
+        ranks.doing = f"search layer {layer.layout.index}"
+        ranks.meter.enter("propagate")
         stream.build(layer)
         held = stream.run(layer, held)
         for fraction, plan in plans.items():
@@ -73,6 +75,7 @@ def search_fraction(
             quota = quota_of(plan.layers[layer.layout.index], kept, quotas[fraction][layer.layout.index])
             own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, *own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
+    progress.close()
     return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}
 
 

@@ -189,6 +189,7 @@ class LayerStream:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
             pending = pool.submit(self._read, self.first) if self.first < len(self.layouts) else None
             for index in range(self.first, len(self.layouts)):
+                self.ranks.meter.enter("read")
                 own, experts, seconds = pending.result()
                 if index + 1 < len(self.layouts):
                     pending = pool.submit(self._read, index + 1)
@@ -206,7 +207,7 @@ class LayerStream:
 
     def _read(self, index: int) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
         """This rank's part of a layer, from disk."""
-        start, layout = time.perf_counter(), self.layouts[index]
+        start, before, layout = time.perf_counter(), self.arch.source.bytes_read, self.layouts[index]
         owners = self.writer_of(layout)
         own = {name: self.arch.source.read(name) for name in layout.copied if owners[name] == self.ranks.rank}
         experts = {
@@ -214,7 +215,9 @@ class LayerStream:
             for number in range(layout.num_experts)
             if self.owners[index][number] == self.ranks.rank
         }
-        return own, experts, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.ranks.meter.read(self.arch.source.bytes_read - before, seconds)
+        return own, experts, seconds
 
     def _spread(
         self, index: int, own: dict[str, torch.Tensor], experts: dict[int, dict[str, torch.Tensor]], seconds: float
@@ -276,6 +279,7 @@ class LayerStream:
                 output = output[0] if isinstance(output, tuple) else output
                 require_finite(output, f"layer {layer.layout.index}: output of micro-batch {turn}")
                 outputs.append(output)
+                self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
             elif experts is not None:
                 with steady(self.ranks.device):
                     experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)

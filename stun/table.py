@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def results_table(results: dict[str, dict]) -> str:
@@ -78,6 +80,32 @@ def report_table(runs: dict[str, dict | str]) -> str:
     return _printed(table)
 
 
+def summary_table(summary: dict, run_dir: str) -> str:
+    """What a run of jobs.prune did, a line per fact. Times are those of the launch that finished it, on its first rank."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    before, after = (f"{summary[key] / 1e6:,.2f}M" for key in ("parameters", "nonzero"))
+    written, speed = summary["bytes_written"], sum(summary.get("read_bytes_per_second", []))
+    rows = {
+        "sparsity": f"{summary['sparsity']:.4f} (target {summary['target']:g})",
+        "experts kept": f"{sum(summary['kept'])} of {sum(summary['experts'])}",
+        "weights that are not zero": f"{after} of {before}, in the decoder layers",
+        "size on disk": f"{written / 1e9:,.3f} GB" + (f" of {summary['source_bytes'] / 1e9:,.3f} GB" if speed else ""),
+        "time": f"{summary['seconds']:,.1f}s on {summary['ranks']} rank{'s' if summary['ranks'] > 1 else ''}",
+    }
+    for stream, seconds in summary.get("phases", {}).items():
+        rows[f"... {stream}"] = ", ".join(f"{phase} {value:,.1f}s" for phase, value in seconds.items())
+    rows |= {
+        "read": f"{sum(summary['bytes_read']) / 2**30:,.2f} GiB" + (f" at {speed / 2**30:,.2f} GiB/s" if speed else ""),
+        "peak memory": f"{summary['peak_bytes'] / 2**30:,.2f} GiB a rank",
+        **{f"loads in {runtime}": answer for runtime, answer in summary["loads_in"].items()},
+        "the model": f"{run_dir}/model",
+        "next": f"python -m jobs.report folder={shlex.quote(run_dir)}",
+    }
+    for title, value in rows.items():
+        table.add_row(title, Text(value))
+    return _printed(table)
+
+
 def benchmark_table(result: dict) -> str:
     """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
     table = Table(box=None, pad_edge=False)
@@ -93,7 +121,7 @@ def benchmark_table(result: dict) -> str:
 def _printed(table: Table) -> str:
     text = StringIO()
     Console(file=text, width=200).print(table)
-    return text.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def _of(result: dict, show) -> str:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
     {"inputs"},
-    {"families", "layout", "plan", "stats", "select_kernel", "headers"},
+    {"families", "layout", "plan", "stats", "select_kernel", "headers", "meter", "trackers"},
     {"plausible"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
-    {"names", "identity", "compressed", "steady", "ledger"},
+    {"names", "identity", "compressed", "steady", "ledger", "tracking"},
     {"statistics"},
     {"run"},
     {"arch", "evaluate"},

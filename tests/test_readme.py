@@ -103,6 +103,15 @@ def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
 
 
 @pytest.mark.launch
+def test_tracked_run(checkpoint, tmp_path):
+    (command,) = commands("tracking")
+    small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
+    run(here(command, {**small, "model.path": str(checkpoint("qwen3_moe")), "run_dir": str(tmp_path / "run")}))
+    assert list((tmp_path / "run/tracking/wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "run/tracking/tensorboard").glob("events*"))
+
+
+@pytest.mark.launch
 def test_benchmark_and_expand(checkpoint, tmp_path):
     """The benchmark prints a ratio for every method; a compressed run is expanded to what an ordinary one writes."""
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.micro_batch": "2"}
