@@ -21,6 +21,7 @@ from stun.figure import curve_figure
 from stun.identity import fingerprint, observed
 from stun.inputs import load_json
 from stun.ledger import Ledger
+from stun.outcome import save_layers, save_observed, summarise
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
@@ -81,8 +82,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         _observe(cfg, arch, samples, ranks, run)
     plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
     result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
-    summary = _summary(arch, plan, result, cfg.compress, ranks, time.perf_counter() - started)
-    ranks.on_first(lambda: _finish(plan, result, run, summary))
+    summary = summarise(cfg, arch, plan, result, run, ranks, time.perf_counter() - started)
+    ranks.on_first(lambda: _finish(cfg, arch, plan, result, run, summary))
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
     for runtime, answer in summary["loads_in"].items():
         ranks.log(f"loads in {runtime}: {answer}")
@@ -180,6 +181,7 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, {"statistics": identity}))
     ranks.log(f"observe {cfg.model.path} | {sum(samples.sources.values())} samples of {cfg.calibration.length} tokens")
     _observe(cfg, arch, samples, ranks, run)
+    ranks.on_first(lambda: save_observed(run))
     ranks.on_first(run.clear)
     ranks.log(f"wrote {run.stats.folder}")
 
@@ -249,29 +251,9 @@ def _write_around(cfg: PruneConfig, arch: Architecture, result: PruneResult, run
     write_index(run.model, dict(sorted(shards.items())), COMPRESSED_INDEX if cfg.compress else INDEX)
 
 
-def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bool, ranks: Ranks, seconds: float) -> dict:
-    kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
-    loads = serving.runtimes(arch.model_type, kept)
-    return {
-        "target": plan.target,
-        "sparsity": 1 - result.nonzero / plan.parameters,
-        "parameters": plan.parameters,
-        "nonzero": result.nonzero,
-        "experts": [layer.experts for layer in plan.layers],
-        "kept": kept,
-        "loads_in": serving.of_compressed(loads) if compressed else loads,
-        "experts_without_tokens": result.unseen,
-        "ratio": plan.ratio,
-        "ranks": ranks.world,
-        "seconds": seconds,
-        "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
-        "bytes_read": ranks.gather_objects(arch.source.bytes_read),
-        "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
-    }
-
-
-def _finish(plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
+def _finish(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
     for layer, kept in zip([*plan.layers, *plan.mtp], result.kept, strict=True):
         layer.kept = kept
     write_json(run.folder / "plan.json", plan.to_json())
+    save_layers(cfg, arch, result, run)
     run.finish(summary)

@@ -6,6 +6,7 @@
 <run_dir>/progress/       an entry for every finished layer and rank, while the run is not complete
 <run_dir>/hidden/         hidden states after the last finished layers, while the run is not complete
 <run_dir>/model/          the pruned checkpoint
+<run_dir>/layers.json     what the streams measured of every layer (stun.records)
 <run_dir>/manifest.json   written last: its existence means that the run is complete
 """
 
