@@ -1,14 +1,13 @@
-"""Compare the runs of a sweep: python -m jobs.report folder=runs/sweep"""
+"""A page for a run, or for every run below a folder and one that compares them: python -m jobs.report folder=runs/sweep"""
 
 from pathlib import Path
 
 from jobs import launch
-from stun.report import runs_in
-from stun.table import report_table
+from stun.report.write import report
 
 
 def work(cfg, ranks) -> None:
-    ranks.on_first(lambda: print(report_table(runs_in(Path(cfg.folder)))))
+    ranks.on_first(lambda: print(report(Path(cfg.folder))))
 
 
 if __name__ == "__main__":

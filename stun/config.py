@@ -372,6 +372,14 @@ def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
         raise StunError(f"overrides {overrides}: {error}") from error
 
 
+def experts_from(plain: object, where: str) -> ExpertsConfig:
+    """The part of a configuration that chooses experts, from plain values as config.yaml of a run holds them. Raises StunError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExpertsConfig), plain))
+    except Exception as error:  # of OmegaConf
+        raise StunError(f"{where}: {error}") from error
+
+
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:
     if not ok:
         raise StunError(f"{key}={value}: {allowed}")

@@ -68,8 +68,8 @@ def save_observed(run: Run) -> None:
         write_json(run.folder / FILE, {"observe": [observed_layer(own) for own in entries]})
 
 
-def save_layers(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: Run) -> None:
-    """layers.json of a run that prunes."""
+def save_layers(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: Run) -> dict:
+    """Write layers.json of a run that prunes; returns its content."""
     own = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
     shared = Path(cfg.statistics) / FILE if cfg.statistics else None
     seen = own or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])
@@ -81,3 +81,4 @@ def save_layers(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: 
     ]
     parts = {"observe": own, "prune": layers[: len(arch.layers)], "mtp": layers[len(arch.layers) :]}
     write_json(run.folder / FILE, parts)
+    return parts

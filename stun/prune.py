@@ -13,6 +13,7 @@ from stun import serving
 from stun.allocation import check_ratios, set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
+from stun.card import CARD, keep_source_card, write_card
 from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
 from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError, validate
@@ -31,7 +32,7 @@ from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
 from stun.request import make_job
-from stun.run import Run
+from stun.run import Run, load_yaml
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
@@ -244,7 +245,8 @@ def _write_around(cfg: PruneConfig, arch: Architecture, result: PruneResult, run
     names = hub_names(result.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model)
+    copy_extras(arch.source.folder, run.model, skip=("config.json", INDEX, CARD))
+    keep_source_card(arch.source.folder, run.model)
     config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
     write_json(run.model / "config.json", mark(config) if cfg.compress else config)
     shards = {names[entry["file"]]: entry["tensors"] for entry in result.files if entry["file"]}
@@ -255,5 +257,7 @@ def _finish(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneResul
     for layer, kept in zip([*plan.layers, *plan.mtp], result.kept, strict=True):
         layer.kept = kept
     write_json(run.folder / "plan.json", plan.to_json())
-    save_layers(cfg, arch, result, run)
+    layers = save_layers(cfg, arch, result, run)
+    config = load_yaml(run.folder / "config.yaml")["config"]
+    write_card(run.folder, summary, config, layers, {})
     run.finish(summary)

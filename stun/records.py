@@ -109,3 +109,13 @@ def read_observed(content: dict, layers: int) -> list[dict]:
 
 
 _NO_SUMS = {"count": 0, "sums": []}
+
+
+def sparsity_by_kind(layers: dict) -> dict[str, tuple[int, int]]:
+    """From the content of layers.json: parameters before and non-zero ones after, of all decoder layers, by kind."""
+    found: dict[str, tuple[int, int]] = {}
+    for layer in layers.get("prune", []):
+        for kind, counts in layer["kinds"].items():
+            before, after = found.get(kind, (0, 0))
+            found[kind] = (before + counts["parameters"], after + counts["nonzero"])
+    return {kind: found[kind] for kind in KINDS if kind in found}

@@ -38,10 +38,15 @@ class _Plain(yaml.SafeLoader):
 
 def load_yaml(file: Path) -> object:
     """What a YAML file holds, in plain values. Raises StunError."""
+    return parse_yaml(read_bytes(file), str(file))
+
+
+def parse_yaml(content: bytes, where: str) -> object:
+    """What YAML stands for, in plain values. Raises StunError."""
     try:
-        return yaml.load(read_bytes(file), _Plain)
+        return yaml.load(content, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StunError(f"{file}: cannot be read as YAML: {error}") from error
+        raise StunError(f"{where}: cannot be read as YAML: {error}") from error
 
 
 _TEMPORARY = ("progress", "hidden")
