@@ -28,8 +28,8 @@ def keep_source_card(source: Path, model: Path) -> None:
 
 
 def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dict) -> Path:
-    """Write model/README.md of a run from the content of its files: manifest.json's summary, config.yaml's config, layers.json and,
-    where there is one, result.json."""
+    """Write model/README.md of a run from the content of its files: the summary in manifest.json, the config in config.yaml,
+    layers.json and, where there is one, result.json."""
     model = run / "model"
     metadata = yaml.safe_dump(_metadata(model, summary), sort_keys=False, allow_unicode=True)
     parts = [
@@ -117,7 +117,7 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
     )
     source = _text(Path(summary.get("source", "")).name)
     lines = [
-        f"Pruned from {source} with STUN: whole experts first, then single weights, from one stream of the model's layers each.\n",
+        f"Pruned from {source} with STUN: whole experts first, then single weights, in one stream over the layers each.\n",
         f"- Experts: {kept} of {whole} stay ({a_layer}), chosen by {_text(how)}.",
         f"- Single weights: {_text(weights.get('method'))}"
         + (

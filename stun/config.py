@@ -373,7 +373,7 @@ def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
 
 
 def experts_from(plain: object, where: str) -> ExpertsConfig:
-    """The part of a configuration that chooses experts, from plain values as config.yaml of a run holds them. Raises StunError."""
+    """The part of a configuration that chooses experts, from plain values as config.yaml of a run has them. Raises StunError."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExpertsConfig), plain))
     except Exception as error:  # of OmegaConf

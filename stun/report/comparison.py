@@ -64,7 +64,7 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     parts += _fronts(own, done)
     waiting = [[escape(name), escape(run)] for name, run in runs.items() if isinstance(run, str)]
     if waiting:
-        parts.append(html.section("Not there yet", "Runs without a page.", html.table([], waiting, True), True))
+        parts.append(html.section("Not there yet", "Runs without a page.", html.table([], waiting, "words"), True))
     eyebrow = f'<header><p class="eyebrow">{len(done)} runs compared</p><h1>{escape(title)}</h1></header>'
     file = own / PAGE
     body = f'{eyebrow}\n<div class="sections">{chr(10).join(parts)}</div>'
@@ -74,8 +74,8 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
 
 def _row(number: int, name: str, run: dict) -> list[str]:
     result = run.get("result", {})
-    scores = [f"{result[key]:.3f}" if key in result else "–" for key in ("average", "perplexity")]
-    size = bytes_in_words(run["disk_bytes"]) if run.get("disk_bytes") else "–"
+    scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
+    size = bytes_in_words(run["disk_bytes"]) if run.get("disk_bytes") else "-"
     link = f'<a href="{quote(f"../{name}/{FOLDER}/{PAGE}")}">{escape(name)}</a>'
     memory = f"{run['peak_bytes'] / 2**30:.2f}"
     kept = f"{sum(run['kept'])}/{sum(run['experts'])}"
@@ -93,8 +93,10 @@ def fronts(runs: dict[str, dict]) -> dict[str, list[Point]]:
 def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
     measure, more, quality = quality_of(runs)
     aid = f"Runs on the line are beaten by no other in both; {'up' if more else 'down'} and to the left is better."
+    largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
+    scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     titles = {
-        "bytes": ("Quality and size", "bytes on disk, GB"),
+        "bytes": ("Quality and size", f"on disk, {unit}"),
         "share": ("Quality and sparsity", "share of the parameters that stays"),
     }
     if not quality:
@@ -104,8 +106,7 @@ def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
     parts = []
     for name, points in fronts(runs).items():
         title, label = titles[name]
-        scale = 1e9 if name == "bytes" else 1
-        shown = [(p.name, p.cost / scale, p.quality, p.is_best, order[p.name] + 1) for p in points]
+        shown = [(p.name, p.cost / (scale if name == "bytes" else 1), p.quality, p.is_best, order[p.name] + 1) for p in points]
         if shown:
             drawn = pictures(folder, f"front-{name}", lambda theme, s=shown, x=label: draw.front(theme, s, x, measure), title)
             parts.append(html.section(title, aid, drawn))

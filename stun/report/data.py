@@ -1,4 +1,4 @@
-"""The numbers of every picture, from a run folder. Each function returns what its picture shows, None where the run has none of it.
+"""The numbers of every picture, from a run folder. A function returns what its picture shows, None where the run has none of it.
 
 Lists have an entry for each decoder layer, or for each with experts, as said.
 """
@@ -26,7 +26,7 @@ def experts_kept(run: RunFolder) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer's experts as the selection saw them: distances [E, E] and scores [E]; `clusters` of alike experts, none where they
+    """One layer's experts as the selection saw them: distances [E, E], scores [E], `clusters` of alike experts, none where they
     were ranked by score alone; `merges` of a complete linkage within each group that routing is limited to."""
 
     layer: int
@@ -71,8 +71,8 @@ def scores(run: RunFolder) -> list[Selection] | None:
 
 @dataclass(frozen=True)
 class Usage:
-    """Of a calibration source, by layer with experts: the share of its routed tokens that each expert serves, and the share served
-    by experts that stay."""
+    """Of a calibration source, by layer with experts: the share of its routed tokens that each expert serves, and the share that
+    those that stay serve."""
 
     source: str
     share_LE: list[list[float]]
@@ -94,8 +94,8 @@ def usage(run: RunFolder) -> list[Usage] | None:
 
 
 def saliency(run: RunFolder) -> dict[str, list] | None:
-    """`scores`, lower edges of bins of a quarter of an octave without a gap; of the weights looked at, how many were `kept` and how
-    many `removed`, over all layers."""
+    """`scores`, the lower edges of bins of a quarter of an octave, without a gap; of the weights looked at, in all layers, how
+    many were `kept` and how many `removed`."""
     every, removed = Counter(), Counter()
     for layer in run.layers.get("prune", []):
         every.update({int(place): count for place, count in layer.get("saliency", {}).get("all", {}).items()})
@@ -108,7 +108,7 @@ def saliency(run: RunFolder) -> dict[str, list] | None:
 
 
 def sparsity(run: RunFolder) -> dict[str, list[float | None]] | None:
-    """Share of the parameters that left, by kind of tensor and layer, and `all` of a layer; None where a layer has no such kind."""
+    """Share of the parameters that left, by kind of tensor and layer, and of `all`; None where a layer has no such kind."""
     if not run.layers.get("prune"):
         return None
     found: dict[str, list[float | None]] = {}

@@ -16,7 +16,7 @@ _STAGES = {"dense": "dense", "experts_left": "experts left", "weights_left": "we
 
 def _by_layer(axes, layers: int) -> None:
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(min(layers, 10), integer=True))
+    axes.xaxis.set_major_locator(ticker.FixedLocator(range(layers)) if layers <= 12 else ticker.MaxNLocator(8, integer=True))
     axes.set_xlim(-0.6, layers - 0.4)
 
 
@@ -84,10 +84,9 @@ def scores(theme: Theme, data: list[Selection]) -> Figure:
         shift = -0.13 if is_kept else 0.13
         size = 14 if len(layers) < 2000 else 4
         axes.scatter([n + shift for n in layers], values, s=size, color=color, alpha=0.75, linewidths=0, label=label)
-    if least and min(least) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if least and min(least) >= 0:  # most lie far below the largest ones
+        axes.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_ylim(0, 1.05 * max(least) or 1)
     _by_layer(axes, max(own.layer for own in data) + 1)
     axes.set_ylabel("score / mean of the layer")
     legend(axes, theme)
@@ -101,7 +100,7 @@ def saliency(theme: Theme, data: dict[str, list]) -> Figure:
     kept, removed = (np.array(data[name]) / total for name in ("kept", "removed"))
     axes.stairs(removed, edges, fill=True, color=theme.gone, alpha=0.85, label="removed")
     axes.stairs(removed + kept, edges, baseline=removed, fill=True, color=theme.kept, alpha=0.85, label="kept")
-    heavy = np.flatnonzero(np.cumsum(removed + kept) > 1e-4)
+    heavy = np.flatnonzero(np.cumsum(removed + kept) > 2e-3)
     axes.set(xscale="log", xlabel="score of a weight", ylabel="share of the weights", xlim=(edges[int(heavy[0])], edges[-1]))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     legend(axes, theme)
@@ -141,29 +140,30 @@ def layer_error(theme: Theme, data: list[float]) -> Figure:
 
 def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
     """A panel for each stream: bars of seconds side by side, a dotted line of memory."""
-    names = {"observe": "first stream: observe", "prune": "second stream: prune"}
-    figure, panels = canvas(theme, 2.8, len(data))
-    most = max(value for own in data.values() for phase in PHASES for value in own[phase])
+    names = {"observe": "first stream", "prune": "second stream"}
+    figure, panels = canvas(theme, 2.9, len(data))
+    most = max(value for own in data.values() for phase in PHASES for value in own[phase]) or 1.0
     memory = max(value for own in data.values() for value in own["memory"])
     for axes, (stream, own) in zip(panels, data.items(), strict=True):
         layers = np.arange(len(own["read"]))
         for number, (phase, color) in enumerate(zip(PHASES, (theme.third, theme.kept, theme.gone), strict=True)):
             axes.bar(layers + (number - 1) * 0.27, own[phase], width=0.27, color=color, label=phase)
-        axes.plot(layers, np.array(own["memory"]) / memory * most, color=theme.ink, linestyle=":", linewidth=1.4, label="memory")
+        held = np.array(own["memory"]) / memory * 1.05 * most
+        axes.plot(layers, held, color=theme.ink, linestyle=":", linewidth=1.4, label=f"memory, up to {memory:.2f} GiB")
         _by_layer(axes, len(layers))
-        axes.set(ylim=(0, 1.18 * most or 1))
-        axes.text(0, 1.0, names[stream], transform=axes.transAxes, color=theme.ink, fontsize=9, va="top")
+        axes.set_ylim(0, 1.15 * most)
+        axes.set_title(names[stream], loc="left", fontsize=9.5, color=theme.ink)
     panels[0].set_ylabel("seconds")
-    panels[-1].annotate(
-        f"{memory:.2f} GiB",
-        (1, most),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        color=theme.faint,
-        fontsize=8.5,
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.ink,
+        handlelength=1.3,
+        columnspacing=1.2,
     )
-    legend(panels[0], theme, 4)
     return figure
 
 
@@ -232,6 +232,7 @@ def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabe
     for _, x, y, _, number in points:
         axes.annotate(f"{number}", (x, y), xytext=(5, 4), textcoords="offset points", color=theme.ink, fontsize=9)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
     axes.margins(0.1)
     legend(axes, theme)
     return figure

@@ -14,15 +14,16 @@ _STYLE = """
 html { color-scheme:light dark; -webkit-text-size-adjust:100% }
 body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 Charter,"Bitstream Charter","Sitka Text",Cambria,serif }
 main { max-width:73rem; margin:0 auto; padding:2.5rem 1.25rem 4rem }
-h1 { font-size:clamp(1.7rem,5vw,2.5rem); line-height:1.15; font-weight:600; letter-spacing:-.01em; margin:0; overflow-wrap:anywhere }
+h1 { font-size:clamp(1.7rem,5vw,2.5rem); line-height:1.15; font-weight:600; letter-spacing:-.01em; margin:0;
+  overflow-wrap:anywhere }
 h2 { font-size:1.15rem; font-weight:600; margin:0 0 .15rem }
 p { margin:0 0 .8rem; max-width:42rem }
 a { color:var(--kept) }
 .eyebrow, dt, th, figcaption, footer, .none { font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,sans-serif }
 .eyebrow { color:var(--faint); font-size:.8rem; margin:0 0 .5rem; overflow-wrap:anywhere }
 .aid { color:var(--faint); font-size:.95rem }
-dl.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr)); gap:1.4rem 2rem; margin:2rem 0 0; padding:1.4rem 0 0;
-  border-top:2px solid var(--ink) }
+dl.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(9rem,1fr)); gap:1.4rem 2rem; margin:2rem 0 0;
+  padding:1.4rem 0 0; border-top:2px solid var(--ink) }
 .facts div { min-width:0 }
 dt { color:var(--faint); font-size:.8rem }
 dd { margin:0; font-size:1.75rem; line-height:1.2; font-variant-numeric:lining-nums tabular-nums }
@@ -30,22 +31,27 @@ dd small { display:block; color:var(--faint); font-size:.85rem; line-height:1.4 
 .sections { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:0 3rem }
 section { border-top:1px solid var(--line); padding:1.3rem 0 2rem; margin-top:1rem; min-width:0 }
 section.wide { grid-column:1/-1 }
-@media (max-width:56rem) { .sections { grid-template-columns:minmax(0,1fr) } main { padding-top:1.5rem } }
 img { display:block; max-width:100%; height:auto }
 figure { margin:0 }
-.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr)); gap:1.4rem 1.2rem; max-width:none }
+.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr)); gap:1.4rem 1.2rem }
+.few { grid-template-columns:repeat(auto-fill,minmax(min(13rem,45%),1fr)); gap:1.6rem 2rem }
 .tiles img { width:100% }
 figcaption { color:var(--faint); font-size:.78rem; padding-top:.35rem; font-variant-numeric:tabular-nums }
 .scroll { overflow-x:auto }
 table { border-collapse:collapse; font-size:.95rem; font-variant-numeric:lining-nums tabular-nums }
 th { font-size:.78rem; font-weight:500; color:var(--faint); text-align:right; vertical-align:bottom }
-td { text-align:right; overflow-wrap:anywhere }
+td { text-align:right; white-space:nowrap }
+td:first-child, table.runs td:nth-child(2), table.words td { white-space:normal; overflow-wrap:anywhere }
+table.runs :nth-child(2) { text-align:left; min-width:9rem }
 th, td { padding:.35rem .9rem .35rem 0; border-bottom:1px solid var(--line) }
 th:first-child, td:first-child, table.words td { text-align:left }
+table.words td:first-child { white-space:nowrap; vertical-align:top; color:var(--faint) }
+.pair { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:1rem 3rem; align-items:start }
 code { font:.85em/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; overflow-wrap:anywhere }
 pre { background:var(--tint); padding:.8rem 1rem; border-radius:4px; white-space:pre-wrap; margin:.3rem 0 1rem }
 .none { color:var(--faint); font-size:.9rem }
 .better { color:var(--kept) } .worse { color:var(--gone) }
+@media (max-width:56rem) { .sections, .pair { grid-template-columns:minmax(0,1fr) } main { padding-top:1.5rem } }
 footer { border-top:1px solid var(--line); margin-top:2rem; padding-top:1rem; color:var(--faint); font-size:.8rem }
 """
 
@@ -56,7 +62,8 @@ def page(title: str, body: str) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n'
+    top = f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>'
+    return f"{top}\n<body><main>\n{body}\n</main></body></html>\n"
 
 
 def section(title: str, aid: str, content: str, is_wide: bool = False) -> str:
@@ -83,11 +90,11 @@ def facts(entries: list[tuple[str, str, str]]) -> str:
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-def table(header: list[str], rows: list[list[str]], is_words: bool = False) -> str:
-    """Cells are HTML, the header is plain text."""
+def table(header: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
+    """Cells are HTML, the header is plain text; `kind` is numbers, words, or runs, whose names stand in the second column."""
     top = f"<tr>{''.join(f'<th scope=col>{escape(cell)}</th>' for cell in header)}</tr>" if header else ""
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table{" class=words" if is_words else ""}>{top}{body}</table></div>'
+    return f'<div class="scroll"><table class="{kind}">{top}{body}</table></div>'
 
 
 def command(text: str) -> str:

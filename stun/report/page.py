@@ -50,11 +50,16 @@ def bytes_in_words(count: int) -> str:
     return f"{count / scale:.3g} {unit}"
 
 
+def _count(number: int) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if number >= s), (1e3, "k"))
+    return f"{number / scale:.3g}{unit}"
+
+
 def _header(run: RunFolder, title: str) -> str:
     summary, result, size = run.summary, run.result, data.size(run)
     dense = result.get("dense", {})
     entries = [
-        ("sparsity", f"{summary['sparsity']:.1%}", f"{summary['nonzero']:,} of {summary['parameters']:,} parameters"),
+        ("sparsity", f"{summary['sparsity']:.1%}", f"{_count(summary['parameters'])} → {_count(summary['nonzero'])} parameters"),
         ("experts kept", f"{sum(summary['kept'])}", f"of {sum(summary['experts'])}"),
     ]
     if size:
@@ -112,24 +117,24 @@ def _selections(run: RunFolder, folder: Path) -> str:
     aid = (
         "Experts of each layer by score, the best first: green ones stay, red ones left."
         if is_ranked
-        else "Dark is alike. The tree above a map joins alike experts; the dashed line is where this run cut it, and every green "
-        "branch below it became one expert."
+        else "Strong colour is alike. The tree above a map joins alike experts; the dashed line is where this run cut it, and "
+        "every green branch below it became one expert."
     )
-    tiles = []
+    tiles, kind = [], "tiles few" if len(found) <= 12 else "tiles"
     for own in found:
         content = _saved(tile(own), folder / f"experts-of-layer-{own.layer:03d}.png")
         caption = f"layer {own.layer} · {len(own.score_E)} → {len(own.kept)}"
         tiles.append(html.small_picture(content, f"experts of layer {own.layer}", caption))
-    return html.section(title, aid, f'<div class="tiles">{"".join(tiles)}</div>', True)
+    return html.section(title, aid, f'<div class="{kind}">{"".join(tiles)}</div>', True)
 
 
 def _evaluation(run: RunFolder, folder: Path) -> str:
     title, aid = "Against the dense model", "How much of what the dense model gets right the pruned one still does."
     result, dense = run.result, run.result.get("dense", {})
     if not result:
-        return html.section(title, aid, html.none("Not evaluated. This does it:", _evaluate(run)))
+        return html.section(title, aid, html.none("Not evaluated. This does it:", _evaluate(run)), True)
     rows = [
-        [name, f"{dense[key]:.3f}" if key in dense else "–", f"{result[key]:.3f}"]
+        [name, f"{dense[key]:.3f}" if key in dense else "-", f"{result[key]:.3f}"]
         for name, key in (("exact match, average", "average"), ("perplexity", "perplexity"))
         if key in result
     ]
@@ -142,13 +147,13 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
     content, found = html.table(["", "dense", "pruned"], rows), data.evaluation(run)
     if found:
         content += pictures(folder, "evaluation", lambda theme: draw.evaluation(theme, found), title)
-    return html.section(title, aid, content)
+    return html.section(title, aid, f'<div class="pair">{content}</div>', True)
 
 
 def _loads(run: RunFolder, folder: Path) -> str:
     rows = [[escape(runtime), escape(answer)] for runtime, answer in run.summary.get("loads_in", {}).items()]
     aid = "What reads model/ of this run as it is."
-    return html.section("What loads it", aid, html.table([], rows, True))
+    return html.section("What loads it", aid, html.table([], rows, "words"), True)
 
 
 def _no_statistics(run: RunFolder) -> tuple[str, str]:
@@ -189,15 +194,15 @@ _SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         draw.sparsity,
         _no_measures,
     ),
-    _drawn(
-        "layer-error",
-        "Error of the layers' outputs",
-        "How far hidden states are from the dense model's after each layer; a jump points at a layer that lost too much.",
-        data.layer_error,
-        draw.layer_error,
-        _no_errors,
-    ),
     _selections,
+    _drawn(
+        "usage",
+        "Use of the experts by calibration source",
+        "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lost experts it relied on.",
+        data.usage,
+        draw.usage,
+        _no_statistics,
+    ),
     _drawn(
         "expert-scores",
         "Worth of the experts",
@@ -215,14 +220,6 @@ _SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         _no_single_weights,
     ),
     _drawn(
-        "usage",
-        "Use of the experts by calibration source",
-        "Darker experts serve more of a source's tokens; a short bar on the right is a layer that lost experts the source relied on.",
-        data.usage,
-        draw.usage,
-        _no_statistics,
-    ),
-    _drawn(
         "kurtosis",
         "Kurtosis of the weights",
         "Weights with long tails can lose more: removing experts should keep the kurtosis, removing small weights lowers it "
@@ -230,6 +227,14 @@ _SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         data.kurtosis,
         draw.kurtosis,
         _no_measures,
+    ),
+    _drawn(
+        "layer-error",
+        "Error of the layers' outputs",
+        "How far hidden states are from the dense model's after each layer; a jump points at a layer that lost too much.",
+        data.layer_error,
+        draw.layer_error,
+        _no_errors,
     ),
     _drawn(
         "budget",
@@ -242,7 +247,7 @@ _SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "timeline",
         "Where the time went",
-        "Seconds to read, compute and write each layer, side by side since they overlap; the dotted line is the peak memory of a rank.",
+        "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that held most.",
         data.timeline,
         draw.timeline,
         _no_measures,

@@ -1,4 +1,4 @@
-"""A small picture of one layer's experts, the same for light and dark pages: who is alike and who merged, or who is worth most."""
+"""A small picture of one layer's experts, the same for light and dark pages: who is alike and merged, or who is worth most."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _map(axes, own: Selection) -> None:
     step = -(-len(near_EE) // _MOST)
     whole = len(near_EE) // step * step
     small = near_EE[:whole, :whole].reshape(whole // step, step, whole // step, step).mean((1, 3))
-    low, high = np.percentile(off, (0.5, 99.5)) if off.size else (0.0, 1.0)
+    low, high = np.percentile(off, (0, 75)) if off.size else (0.0, 1.0)
     axes.imshow(small, cmap=_NEAR, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
     axes.axis("off")
 
