@@ -14,19 +14,25 @@ from stun.table import report_table
 
 
 def report(folder: Path) -> str:
-    """What jobs.report prints: the page of a run, or the table of the runs below `folder` and the pages of all that are complete,
-    the comparison last.
+    """What jobs.report prints: where the page of a run is, or the table of the runs below `folder` and where all pages are, the
+    comparison last. Raises StunError as `write_reports` does."""
+    pages = write_reports(folder)
+    table = [report_table(runs_in(folder))] if identity_of(folder) is None else []
+    return "\n".join([*table, *(f"wrote {page}" for page in pages)])
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """The page of a run; or the pages of all complete runs below `folder`, and one that compares them, last.
 
     Raises StunError where there is no run, or one of its files is not as a run writes it.
     """
     if not folder.is_dir():
         raise StunError(f"folder={folder}: is no folder; give a run_dir of jobs.prune, or a folder with such folders in it")
     if identity_of(folder) is not None:
-        return f"wrote {_of_run(folder)}"
+        return [_of_run(folder)]
     runs = runs_in(folder)
     pages = [_of_run(folder / name) for name, run in runs.items() if isinstance(run, dict)]
-    pages.append(_checked(folder, lambda: write_comparison(folder, runs)))
-    return "\n".join([report_table(runs), *(f"wrote {page}" for page in pages)])
+    return [*pages, _checked(folder, lambda: write_comparison(folder, runs))]
 
 
 def _of_run(folder: Path) -> Path:
