@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_tensors
+from conftest import load_tensors, run_job, settings
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 from selections import CALIBRATION, TEXT, config
@@ -30,7 +30,8 @@ from stun.config import (
     StunError,
 )
 from stun.powers import kurtosis, power_sums, together
-from stun.prune import prune
+from stun.prune import prune, take_statistics
+from stun.recorder import Recorder
 from stun.report import data
 from stun.report.comparison import Point, pareto
 from stun.report.folder import RunFolder
@@ -237,13 +238,13 @@ def test_result_time_and_size(measured, run):
 
 
 @pytest.mark.launch
-def test_the_same_on_two_ranks_and_from_shared_statistics(tmp_path):
+def test_the_same_on_two_ranks_and_from_shared_statistics(checkpoint, tmp_path, ranks):
     """Everything that is not time or memory; ranking reads no experts that leave, whose weights the first stream has seen."""
-    source = make_checkpoint(tmp_path / "source", "mixtral")
-    run_job("observe", settings(source, tmp_path / "observed"), 1)
-    arguments = settings(source, tmp_path / "two", experts="rank", statistics=tmp_path / "observed")
-    run_job("prune", arguments, 2)
-    run_job("prune", settings(source, tmp_path / "one", experts="rank"))
+    source, ranked = checkpoint("mixtral"), ExpertsConfig(method=ExpertsMethod.rank)
+    take_statistics(config(source, tmp_path / "observed"), ranks)
+    prune(config(source, tmp_path / "one", experts=ranked), ranks)
+    same = {"calibration__samples": CALIBRATION.samples, "calibration__length": CALIBRATION.length, "experts": "rank"}
+    run_job("prune", settings(source, tmp_path / "two", statistics=tmp_path / "observed", **same), 2)
     found = [json.loads((tmp_path / name / "layers.json").read_text()) for name in ("one", "two")]
     for one, two in zip(*(layers["prune"] for layers in found), strict=True):
         assert all(one[key] == two[key] for key in ("kinds", "kurtosis", "saliency"))
