@@ -28,8 +28,9 @@ def _line(axes, values: list, color: str, label: str, **how) -> None:
 def experts_kept(theme: Theme, data: dict[str, list[int]]) -> Figure:
     figure, (axes,) = canvas(theme, 2.5)
     layers = range(len(data["kept"]))
-    axes.bar(layers, data["experts"], color=theme.line, width=0.8, label="before")
-    axes.bar(layers, data["kept"], color=theme.kept, width=0.8, label="kept")
+    width = 0.8 if len(layers) <= 40 else 1.0
+    axes.bar(layers, data["experts"], color=theme.line, width=width, label="before")
+    axes.bar(layers, data["kept"], color=theme.kept, width=width, label="kept")
     if len(layers) <= 16:
         for layer, kept in enumerate(data["kept"]):
             axes.text(layer, kept, f"{kept}", ha="center", va="bottom", color=theme.ink, fontsize=9)
@@ -139,7 +140,7 @@ def layer_error(theme: Theme, data: list[float]) -> Figure:
 
 
 def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
-    """A panel for each stream: bars of seconds side by side, a dotted line of memory."""
+    """A panel for each stream: seconds as bars side by side, as lines where layers are many; a dotted line of memory."""
     names = {"observe": "first stream", "prune": "second stream"}
     figure, panels = canvas(theme, 2.9, len(data))
     most = max(value for own in data.values() for phase in PHASES for value in own[phase]) or 1.0
@@ -147,7 +148,10 @@ def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
     for axes, (stream, own) in zip(panels, data.items(), strict=True):
         layers = np.arange(len(own["read"]))
         for number, (phase, color) in enumerate(zip(PHASES, (theme.third, theme.kept, theme.gone), strict=True)):
-            axes.bar(layers + (number - 1) * 0.27, own[phase], width=0.27, color=color, label=phase)
+            if len(layers) <= 24:
+                axes.bar(layers + (number - 1) * 0.27, own[phase], width=0.27, color=color, label=phase)
+            else:
+                axes.plot(layers, own[phase], color=color, linewidth=1.5, label=phase)
         held = np.array(own["memory"]) / memory * 1.05 * most
         axes.plot(layers, held, color=theme.ink, linestyle=":", linewidth=1.4, label=f"memory, up to {memory:.2f} GiB")
         _by_layer(axes, len(layers))

@@ -60,7 +60,7 @@ def _header(run: RunFolder, title: str) -> str:
     dense = result.get("dense", {})
     entries = [
         ("sparsity", f"{summary['sparsity']:.1%}", f"{_count(summary['parameters'])} → {_count(summary['nonzero'])} parameters"),
-        ("experts kept", f"{sum(summary['kept'])}", f"of {sum(summary['experts'])}"),
+        ("experts kept", f"{sum(summary['kept']):,}", f"of {sum(summary['experts']):,}"),
     ]
     if size:
         entries.append(("size on disk", bytes_in_words(size["after"]), f"from {bytes_in_words(size['before'])}"))
@@ -110,10 +110,11 @@ def _drawn(
 
 def _selections(run: RunFolder, folder: Path) -> str:
     """A tile for each layer with experts."""
-    title, found = "Which experts are alike", data.scores(run)
+    found = data.scores(run)
     if found is None:
-        return html.section(title, "", html.none(*_no_statistics(run)), True)
+        return html.section("Which experts are alike", "", html.none(*_no_statistics(run)), True)
     is_ranked = not any(own.clusters for own in found)
+    title = "Which experts stay" if is_ranked else "Which experts are alike"
     aid = (
         "Experts of each layer by score, the best first: green ones stay, red ones left."
         if is_ranked
