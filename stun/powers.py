@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
-_BLOCK = 1 << 17  # weights taken to float64 at once: they stay in a core's cache
+_BLOCK = {"cpu": 1 << 17}  # weights taken to float64 at once: on a CPU as many as stay in a core's cache
+_LARGE_BLOCK = 1 << 24
 
 
 def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False) -> dict:
@@ -19,7 +20,7 @@ def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False) ->
     count, rows = 0, [[], [], [], []]
     for weight_OD in matrices:
         count += int(weight_OD.count_nonzero()) if without_zeros else weight_OD.numel()
-        for block_oD in weight_OD.split(max(1, _BLOCK // weight_OD.shape[1])):
+        for block_oD in weight_OD.split(max(1, _BLOCK.get(weight_OD.device.type, _LARGE_BLOCK) // weight_OD.shape[1])):
             w_oD = block_oD.double()
             square_oD = w_oD * w_oD
             powers = (w_oD, square_oD, w_oD * square_oD, square_oD * square_oD)
