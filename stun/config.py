@@ -334,7 +334,7 @@ class BenchmarkConfig(PruneConfig):
 
 @dataclass
 class ReportConfig:
-    """Compare the runs whose folders lie in `folder`."""
+    """Write the page of the run in `folder`, or those of the runs below it and one that compares them."""
 
     folder: str = MISSING
 

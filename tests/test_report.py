@@ -403,3 +403,22 @@ def test_damaged_files_of_a_run(measured, tmp_path, name):
         (tmp_path / "run" / name).write_text(text)
         with pytest.raises(StunError, match=rf"{name}|not as a run writes it"):
             report(tmp_path / "run")
+
+
+def test_runs_with_less_to_show(measured, tmp_path):
+    """An evaluation of text alone; a run made before layers were measured, whose statistics are gone."""
+    for name in ("text", "old"):
+        shutil.copytree(measured[1], tmp_path / name)
+    (tmp_path / "text" / "result.json").write_text(json.dumps({"model": "m", "perplexity": 2.5, "tokens": 9, "seconds": 1.0}))
+    shutil.rmtree(tmp_path / "old" / "stats")
+    for name in ("layers.json", "result.json"):
+        (tmp_path / "old" / name).unlink()
+    summary = json.loads((tmp_path / "old" / "manifest.json").read_text())["summary"]
+    for key in ("groups", "model_type", "source", "source_bytes", "disk_bytes", "statistics", "command"):
+        del summary[key]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"summary": summary}))
+    printed = report(tmp_path)
+    assert re.search(r"^text .* -  +2\.500$", printed, re.M) and re.search(r"^old .* -  +-$", printed, re.M)
+    page = (tmp_path / "old" / "report" / "index.html").read_text()
+    assert page.count("<picture>") == 1 and "took no statistics" in page and "Not evaluated" in page and "layers.json" in page
+    assert "exact match" not in (tmp_path / "text" / "report" / "index.html").read_text()

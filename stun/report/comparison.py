@@ -58,7 +58,10 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     header = ["", "run", "sparsity", "experts", "on disk", "exact match", "perplexity", "seconds", "peak, GiB"]
     parts = [
         html.section(
-            "The runs", "Numbers are those in the pictures; names lead to each run's own page.", html.table(header, rows), True
+            "The runs",
+            "Numbers are those in the pictures; names lead to each run's own page.",
+            html.table(header, rows, "runs"),
+            True,
         )
     ]
     parts += _fronts(own, done)

@@ -101,8 +101,9 @@ def saliency(theme: Theme, data: dict[str, list]) -> Figure:
     kept, removed = (np.array(data[name]) / total for name in ("kept", "removed"))
     axes.stairs(removed, edges, fill=True, color=theme.gone, alpha=0.85, label="removed")
     axes.stairs(removed + kept, edges, baseline=removed, fill=True, color=theme.kept, alpha=0.85, label="kept")
-    heavy = np.flatnonzero(np.cumsum(removed + kept) > 2e-3)
-    axes.set(xscale="log", xlabel="score of a weight", ylabel="share of the weights", xlim=(edges[int(heavy[0])], edges[-1]))
+    below = np.cumsum(removed + kept)
+    first, last = int((below <= 2e-3).sum()), int((below < 0.9995).sum())
+    axes.set(xscale="log", xlabel="score of a weight", ylabel="share of the weights", xlim=(edges[first], edges[last + 1]))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     legend(axes, theme)
     return figure
@@ -229,7 +230,7 @@ def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabe
     figure, (axes,) = canvas(theme, 3.0)
     best = sorted((x, y) for _, x, y, is_best, _ in points if is_best)
     axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=1)
-    for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten in both")):
+    for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten by another")):
         own = [(x, y) for _, x, y, on, _ in points if on is is_best]
         if own:
             axes.scatter(*zip(*own, strict=True), s=40, color=color, label=label, zorder=2)
