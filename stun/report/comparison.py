@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from stun.checkpoint import write_atomically
 from stun.report import draw, html
-from stun.report.page import FOLDER, PAGE, bytes_in_words, pictures
+from stun.report.page import FOLDER, PAGE, bytes_in_words
+from stun.report.pictures import pictures
 
 # Measure, its key in result.json, whether more is better.
 _QUALITY = (("exact match", "average", True), ("perplexity", "perplexity", False), ("KL to the dense model", "kl", False))
