@@ -8,6 +8,8 @@ from stun.checkpoint import write_json
 from stun.config import StunError
 from stun.evaluate import evaluate
 from stun.prune import prune
+from stun.report.runs import RESULT
+from stun.report.write import write_reports
 from stun.table import results_table
 
 
@@ -20,11 +22,15 @@ def work(cfg, ranks) -> None:
         run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
         own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
         summary = prune(own, ranks)
-        results[name] = evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
+        result = evaluate(f"{run_dir}/model", cfg.task, ranks)
+        compared = {"dense": {key: results["dense"][key] for key in ("exact_match", "average", "perplexity")}, **result}
+        ranks.on_first(lambda run_dir=run_dir, compared=compared: write_json(Path(run_dir) / RESULT, compared))
+        results[name] = result | {"prune": summary}
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)
         print(results_table(results))
+        print(write_reports(Path(cfg.run_dir))[-1])
 
     ranks.on_first(report)
 

@@ -1,19 +1,18 @@
-"""Compare the runs of a sweep: python -m jobs.report folder=runs/sweep"""
+"""A page for a run, or for every run below a folder and one that compares them: python -m jobs.report folder=runs/sweep"""
 
 from pathlib import Path
 
 from jobs import launch
-from stun.report import runs_in
-from stun.table import report_table
+from stun.report.write import describe, write_reports
 from stun.tracking import track_report
 
 
 def work(cfg, ranks) -> None:
     folder = Path(cfg.folder)
-    runs = ranks.on_first(lambda: runs_in(folder))
-    ranks.on_first(lambda: print(report_table(runs)))
-    for name in runs:
-        track_report(folder / name, ranks)
+    pages = ranks.on_first(lambda: write_reports(folder))
+    ranks.on_first(lambda: print(describe(folder, pages)))
+    for page in pages:
+        track_report(page.parent.parent, ranks)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,11 @@ class Checkpoint:
         self._lock = threading.Lock()
         self._stamps = {file: _stamp(file.stat()) for file in {info.file for info in tensors.values()}}
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files with tensors."""
+        return sum(size for size, _ in self._stamps.values())
+
     def sampled(self) -> list[tuple[str, int, str]]:
         """(name, size, digest of 16 evenly spaced pages) of every file: other weights of the same shapes are told apart by it."""
         found = []

@@ -353,7 +353,7 @@ class BenchmarkConfig(PruneConfig):
 
 @dataclass
 class ReportConfig:
-    """Compare the runs whose folders lie in `folder`."""
+    """Write the page of the run in `folder`, or those of the runs below it and one that compares them."""
 
     folder: str = MISSING
 
@@ -389,6 +389,14 @@ def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(quoted)))
     except Exception as error:  # of OmegaConf or of the YAML parser below it
         raise StunError(f"overrides {overrides}: {error}") from error
+
+
+def experts_from(plain: object, where: str) -> ExpertsConfig:
+    """The part of a configuration that chooses experts, from plain values as config.yaml of a run has them. Raises StunError."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExpertsConfig), plain))
+    except Exception as error:  # of OmegaConf
+        raise StunError(f"{where}: {error}") from error
 
 
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from stun.checkpoint import write_json
 from stun.config import StunError
 from stun.inputs import is_count, is_file_name, load_json
+from stun.records import FIELDS
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")
 
@@ -70,14 +71,14 @@ def _is_snapshot(value: object) -> bool:
 
 _FIELDS = {
     "kept": lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value)),
-    "nonzero": is_count,
     "unseen": is_count,
     "file": lambda value: value is None or is_file_name(value),
     "tensors": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
     "snapshot": lambda value: value is None or _is_snapshot(value),
+    **FIELDS,
 }
 _ENTRIES = {
-    "observe": ["snapshot"],
-    "prune": ["kept", "nonzero", "unseen", "file", "tensors", "snapshot"],
+    "observe": ["seconds", "peak_bytes", "powers", "snapshot"],
+    "prune": ["kept", "unseen", "file", "tensors", *FIELDS, "snapshot"],
     "outside": ["file", "tensors"],
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,18 +10,27 @@ from stun.budget import LayerQuota
 from stun.config import SparsifyConfig, SparsifyMethod
 from stun.moments import Moments, pooled
 from stun.reconstruct import Reconstruction
+from stun.saliency import STRIDE, Saliency
 from stun.sparsify.matrix import sparsify
 from stun.stream import Layer, LayerStream, States
 
 
-def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, how: SparsifyConfig) -> int:
-    """Remove what the quota asks for, in place; returns the number of experts that saw no token.
+@dataclass
+class Masked:
+    """What was done to a layer: the number of experts that saw no token, and this rank's scores."""
+
+    unseen: int
+    saliency: Saliency
+
+
+def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, how: SparsifyConfig) -> Masked:
+    """Remove what the quota asks for, in place.
 
     `states` may be None where `how` reads no inputs. All ranks call this together.
     """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
-        return 0
+        return Masked(0, Saliency())
     return _Masking(stream, layer, states, quota, how, names).run()
 
 
@@ -35,8 +44,9 @@ class _Masking:
     quota: LayerQuota
     how: SparsifyConfig
     names: list[str]
+    saliency: Saliency = field(default_factory=Saliency)
 
-    def run(self) -> int:
+    def run(self) -> Masked:
         """See `mask_layer`."""
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
@@ -47,13 +57,13 @@ class _Masking:
             weight_OD = layer.dense[name]
             if owners[name] == ranks.rank:
                 moment = dense[name]["inputs"] if self.how.reads_inputs else None
-                weight_OD.copy_(sparsify(self.how, weight_OD, moment, self.quota.dense[name], name))
+                self._matrix(weight_OD, moment, self.quota.dense[name], name)
             ranks.broadcast(weight_OD, owners[name])
         unseen = self._unseen(tokens, norms) if self.how.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
             reconstruction.refit(self.states)
-        return unseen
+        return Masked(unseen, self.saliency)
 
     def _blocks(self) -> list[list[int]]:
         """This rank's experts that lose weights, in the groups that are measured together: as many blocks on every rank, the
@@ -103,7 +113,13 @@ class _Masking:
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 what = f"layer {layer.layout.index} expert {expert} {part}"
-                weight_OD.copy_(sparsify(self.how, weight_OD, sums.get(part), count, what))
+                self._matrix(weight_OD, sums.get(part), count, what)
+
+    def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, what: str) -> None:
+        """Prune one matrix, and count the scores of some of its rows."""
+        dense_oD = weight_OD[::STRIDE].clone()
+        weight_OD.copy_(sparsify(self.how, weight_OD, moment, count, what))
+        self.saliency.add(self.how, dense_oD, weight_OD[::STRIDE] == 0, moment)
 
     def _unseen(self, tokens: torch.Tensor, norms: dict[int, dict[str, torch.Tensor]]) -> int:
         """Prune the experts that saw no token by the inputs of all others together; returns how many there are."""

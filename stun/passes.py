@@ -15,12 +15,14 @@ from stun.budget import LayerQuota, quota_of
 from stun.config import SparsifyConfig, StunError
 from stun.experts.distances import router_distance
 from stun.ledger import REPEAT, part_name
-from stun.mask import mask_layer
+from stun.mask import Masked, mask_layer
+from stun.measure import WeightPowers, expert_powers, nonzero_by_kind
 from stun.outliers import OutlierCounter
 from stun.plan import LayerPlan, nearest_member
 from stun.progress import Progress
 from stun.ranks import Ranks
 from stun.recorder import Recorder
+from stun.saliency import Saliency
 from stun.shards import cluster_owners, own_tensors
 from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
 from stun.stream import Layer, LayerStream, Observer, States, even_owners
@@ -93,12 +95,17 @@ def observe(
         totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
         if ranks.is_first and totals:
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        entry = {
+            "seconds": dict(layer.seconds),
+            "peak_bytes": ranks.lap_memory(),
+            "powers": {"dense": {"experts": expert_powers(layer)}} if recorder else {},
+        }
         ranks.meter.enter("write wait")
         if recorder:
             layer.seconds["write"] = recorder.wait()
         progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))  # first: what is on disk was also told
         if recorder:
-            recorder.layer(layer.layout.index, states, {})
+            recorder.layer(layer.layout.index, states, entry)
     if recorder:
         recorder.close()
     progress.close()
@@ -148,12 +155,13 @@ def _reconstruct(layer: Layer, plan: LayerPlan, kept: list[int]) -> None:
 @dataclass
 class PruneResult:
     """What the second stream did: surviving experts by layer, non-zero weights of the decoder layers as written, experts that
-    saw no token, and the entries of all files of the layers, in their order."""
+    saw no token, the entries of all files of the layers, in their order, and those of every layer."""
 
     kept: list[list[int]]
     nonzero: int
     unseen: int
     files: list[dict]
+    layers: list[list[dict]]
 
     @classmethod
     def of(cls, finished: list[list[dict]], decoder_layers: int) -> PruneResult:
@@ -161,9 +169,10 @@ class PruneResult:
         counted = finished[:decoder_layers]
         return cls(
             [entries[0]["kept"] for entries in finished],
-            sum(entry["nonzero"] for entries in counted for entry in entries),
+            sum(count for entries in counted for entry in entries for count in entry["nonzero"].values()),
             sum(entries[0]["unseen"] for entries in counted),
             [entry for entries in finished for entry in entries],
+            finished,
         )
 
 
@@ -205,24 +214,35 @@ def prune_layers(
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
         ranks.meter.enter("choose")
+        powers = WeightPowers(stream, layer)
         kept = _choose(layer, plans[index], ranks)
         if plans[index].mean:
             _reconstruct(layer, plans[index], kept)
         stream.keep(layer, kept)
-        unseen = 0
+        powers.experts_left(is_changed=plans[index].mean or len(kept) < plans[index].experts)
+        masked = Masked(0, Saliency())
         if not layer.layout.is_mtp:
             if states is not None:
                 stream.build(layer)
             quota = quota_of(plans[index], kept, quotas[index])
-            unseen = mask_layer(stream, layer, states, quota, how)
+            masked = mask_layer(stream, layer, states, quota, how)
             if states is not None:
                 ranks.meter.enter("propagate")
                 stream.build(layer)
                 states = stream.run(layer, states)
+        powers.weights_left()
         layer.seconds["compute"] = time.perf_counter() - start
         tensors = own_tensors(stream, layer)
-        nonzero = sum(int(t.count_nonzero()) for t in tensors.values())
-        entry = {"kept": kept, "nonzero": nonzero, "unseen": unseen}
+        entry = {
+            "kept": kept,
+            "unseen": masked.unseen,
+            "seconds": dict(layer.seconds),
+            "peak_bytes": ranks.lap_memory(),
+            "nonzero": nonzero_by_kind(layer.layout, tensors),
+            "powers": powers.stages,
+            "saliency": masked.saliency.to_json(),
+        }
+        nonzero = sum(entry["nonzero"].values())
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()

@@ -8,7 +8,7 @@ import torch
 from stun.allocation import set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, floor_of, make_budget
-from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
 from stun.experts.distances import expert_distance, router_distance
 from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
@@ -49,22 +49,26 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
 def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> list[Evidence]:
     """What the statistics say of the experts of every layer in `moe`, calibration sources weighed as configured."""
     how = cfg.experts
-    weights_S = torch.tensor([how.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
     pooled, protected = [], protected_experts(cfg, arch, moe, stats)
     for index in moe:
-        layer = stats.load(index, arch.layers[index].num_experts)
-        coactivation_EE, agreement_EE = (
-            (layer[name].double() * weights_S[:, None, None]).sum(0) for name in ("coactivation", "agreement")
-        )
-        powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
-        distance_EE = expert_distance(
-            layer["router_distance"], coactivation_EE, agreement_EE / stats.cosine_unit, how.lambda1, how.lambda2, how.lambda3
-        )
-        score_E = score_experts(how.score, powers_E33, layer["weights"], index, how.seed, (how.a, how.b, how.beta))
+        distance_EE, score_E = weigh(how, stats.load(index, arch.layers[index].num_experts), stats, index)
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
             raise StunError(f"layer {index}: an expert's score or distance is not finite; experts.b or a lambda is too large")
         pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))
     return pooled
+
+
+def weigh(how: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Distances [E, E] and scores [E] of one layer's experts, from its statistics `layer`."""
+    weights_S = torch.tensor([how.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
+    coactivation_EE, agreement_EE = (
+        (layer[name].double() * weights_S[:, None, None]).sum(0) for name in ("coactivation", "agreement")
+    )
+    powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
+    distance_EE = expert_distance(
+        layer["router_distance"], coactivation_EE, agreement_EE / stats.cosine_unit, how.lambda1, how.lambda2, how.lambda3
+    )
+    return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed, (how.a, how.b, how.beta))
 
 
 def _plan_heads(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[LayerPlan]:

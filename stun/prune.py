@@ -13,6 +13,7 @@ from stun import serving
 from stun.allocation import check_ratios, set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
+from stun.card import CARD, keep_source_card, write_card
 from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
 from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError, validate
@@ -22,6 +23,7 @@ from stun.identity import fingerprint, observed, plain
 from stun.inputs import load_json
 from stun.ledger import Ledger
 from stun.meter import Meter
+from stun.outcome import save_layers, save_observed, summarise
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
@@ -31,7 +33,7 @@ from stun.protect import check_listed
 from stun.ranks import Ranks
 from stun.recorder import Recorder
 from stun.request import make_job
-from stun.run import Run
+from stun.run import Run, load_yaml
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
@@ -85,8 +87,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
             _observe(cfg, arch, samples, ranks, run)
         plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
         result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
-        summary = _summary(arch, plan, result, cfg.compress, ranks, time.perf_counter() - started)
-        ranks.on_first(lambda: _finish(plan, result, run, summary))
+        summary = summarise(cfg, arch, plan, result, run, ranks, time.perf_counter() - started)
+        ranks.on_first(lambda: _finish(cfg, arch, plan, result, run, summary))
         tracking.summary = summary
     ranks.log(f"wrote {run.model} | sparsity {summary['sparsity']:.5f} | {summary['seconds']:.1f}s")
     return summary
@@ -185,6 +187,7 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     ranks.log(f"observe {cfg.model.path} | {sum(samples.sources.values())} samples of {cfg.calibration.length} tokens")
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks):
         _observe(cfg, arch, samples, ranks, run)
+    ranks.on_first(lambda: save_observed(run))
     ranks.on_first(run.clear)
     ranks.log(f"wrote {run.stats.folder}")
 
@@ -247,39 +250,19 @@ def _write_around(cfg: PruneConfig, arch: Architecture, result: PruneResult, run
     names = hub_names(result.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model)
+    copy_extras(arch.source.folder, run.model, skip=("config.json", INDEX, CARD))
+    keep_source_card(arch.source.folder, run.model)
     config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
     write_json(run.model / "config.json", mark(config) if cfg.compress else config)
     shards = {names[entry["file"]]: entry["tensors"] for entry in result.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())), COMPRESSED_INDEX if cfg.compress else INDEX)
 
 
-def _summary(arch: Architecture, plan: Plan, result: PruneResult, compressed: bool, ranks: Ranks, seconds: float) -> dict:
-    kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
-    loads = serving.runtimes(arch.model_type, kept)
-    return {
-        "target": plan.target,
-        "sparsity": 1 - result.nonzero / plan.parameters,
-        "parameters": plan.parameters,
-        "nonzero": result.nonzero,
-        "experts": [layer.experts for layer in plan.layers],
-        "kept": kept,
-        "loads_in": serving.of_compressed(loads) if compressed else loads,
-        "experts_without_tokens": result.unseen,
-        "ratio": plan.ratio,
-        "ranks": ranks.world,
-        "seconds": seconds,
-        "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
-        "bytes_read": ranks.gather_objects(arch.source.bytes_read),
-        "read_bytes_per_second": ranks.gather_objects(ranks.meter.bytes_read / max(ranks.meter.read_seconds, 1e-9)),
-        "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
-        "source_bytes": sum(info.nbytes for info in arch.source.tensors.values()),
-        "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
-    }
-
-
-def _finish(plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
+def _finish(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneResult, run: Run, summary: dict) -> None:
     for layer, kept in zip([*plan.layers, *plan.mtp], result.kept, strict=True):
         layer.kept = kept
     write_json(run.folder / "plan.json", plan.to_json())
+    layers = save_layers(cfg, arch, result, run)
+    config = load_yaml(run.folder / "config.yaml")["config"]
+    write_card(run.folder, summary, config, layers, {})
     run.finish(summary)

@@ -79,7 +79,7 @@ class Ranks:
         import deepspeed.comm
 
         self._comm = deepspeed.comm
-        self._started = time.monotonic()
+        self._started, self._peak = time.monotonic(), 0
         self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
         self.meter = Meter()
         self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None  # stun.tracking puts its own here
@@ -107,13 +107,27 @@ class Ranks:
 
     def peak_memory(self) -> int:
         """Most bytes this process has held since `reset_peak_memory`: on the GPU where there is one, resident otherwise."""
+        return max(self._peak, self._lap())
+
+    def lap_memory(self) -> int:
+        """Most bytes held since the last lap or reset; the next lap begins."""
+        lap = self._lap()
+        self._peak = max(self._peak, lap)
+        self._start_lap()
+        return lap
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring `peak_memory` anew."""
+        self._peak = 0
+        self._start_lap()
+
+    def _lap(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
-    def reset_peak_memory(self) -> None:
-        """Start measuring `peak_memory` anew."""
+    def _start_lap(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:

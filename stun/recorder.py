@@ -38,14 +38,18 @@ class Recorder:
         return self.snapshots.load([entry["snapshot"] for entry in finished[-1]], states) if needed else states
 
     def layer(self, index: int, states: States | None, entry: dict, write: Callable[[], dict] = dict) -> None:
-        """Queue a finished layer, once the one before is on disk: `write` puts its files there and returns what else to enter."""
+        """Queue a finished layer, once the one before is on disk: `write` puts its files there and returns what else to enter,
+        beside the seconds this takes."""
 
         def record() -> None:
-            files, start = write(), time.perf_counter()
+            began, files = time.perf_counter(), write()
+            start = time.perf_counter()
             is_needed = states is not None and index + 1 < self.layers
             snapshot = self.snapshots.save(index, states) if is_needed else None
             self.seconds += time.perf_counter() - start
-            self.ledger.record(index, self.ranks.rank, self.ranks.world, {**entry, **files, "snapshot": snapshot})
+            seconds = {**entry["seconds"], "write": time.perf_counter() - began}
+            entered = {**entry, **files, "seconds": seconds, "snapshot": snapshot}
+            self.ledger.record(index, self.ranks.rank, self.ranks.world, entered)
             self.snapshots.drop(index)
 
         self.wait()

@@ -7,6 +7,7 @@
 <run_dir>/hidden/         hidden states after the last finished layers, while the run is not complete
 <run_dir>/model/          the pruned checkpoint
 <run_dir>/tracking/       what trackers keep (stun.tracking), where there are any
+<run_dir>/layers.json     what the streams measured of every layer (stun.records)
 <run_dir>/manifest.json   written last: its existence means that the run is complete
 """
 
@@ -38,10 +39,15 @@ class _Plain(yaml.SafeLoader):
 
 def load_yaml(file: Path) -> object:
     """What a YAML file holds, in plain values. Raises StunError."""
+    return parse_yaml(read_bytes(file), str(file))
+
+
+def parse_yaml(content: bytes, where: str) -> object:
+    """What YAML stands for, in plain values. Raises StunError."""
     try:
-        return yaml.load(read_bytes(file), _Plain)
+        return yaml.load(content, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StunError(f"{file}: cannot be read as YAML: {error}") from error
+        raise StunError(f"{where}: cannot be read as YAML: {error}") from error
 
 
 _TEMPORARY = ("progress", "hidden")

@@ -74,8 +74,8 @@ def report_table(runs: dict[str, dict | str]) -> str:
         if isinstance(run, str):
             table.add_row(name, run)
             continue
-        kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result")
-        scores = (f"{result['average']:.3f}", f"{result['perplexity']:.3f}") if result else ("-", "-")
+        kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result", {})
+        scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
         table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
     return _printed(table)
 

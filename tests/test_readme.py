@@ -55,6 +55,8 @@ def test_demo(tmp_path):
         tensors = load_tensors(tmp_path / "demo" / name.lower().replace(" ", "-") / "model")
         inside = {key: t for key, t in tensors.items() if ".layers." in key}
         assert sum(int(t.count_nonzero()) for t in inside.values()) == results[name]["prune"]["nonzero"]
+    page = tmp_path / "demo" / "report" / "index.html"
+    assert page.is_file() and output.splitlines()[-1] == str(page)
     for line in ("exact match, average", "perplexity", "nonzero share", "experts kept", "seconds to prune", "peak memory"):
         assert line in output
 

@@ -37,7 +37,7 @@ def test_killed_at_any_instant(tmp_path):
         assert 2 * LAYERS - 1 <= sum(counts) <= 2 * LAYERS + 1, f"run {number} did {counts}"  # a kill can take one line
         same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / str(number) / "model")
         left = {file.name for file in (tmp_path / "runs" / str(number)).iterdir()}
-        assert left == {"config.yaml", "manifest.json", "plan.json", "stats", "model"}
+        assert left == {"config.yaml", "layers.json", "manifest.json", "plan.json", "stats", "model"}
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ from selections import CALIBRATION, config
 
 from stun.config import StunError
 from stun.prune import prune
-from stun.report import runs_in
+from stun.report.runs import runs_in
 from stun.statistics import Statistics
 from stun.sweep import runs, stages
 from stun.table import report_table

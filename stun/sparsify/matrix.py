@@ -35,11 +35,15 @@ def sparsify(how: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tensor 
     return refit(masked_OD, weight_OD, gram_DD) if how.reconstruct else masked_OD
 
 
-def _mask(how: SparsifyConfig, weight_OD, moment, total: int, pattern: Pattern | None, what: str) -> torch.Tensor:
+def scores_of(how: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
+    """[O, D] scores by which weights are chosen, where no solver finds better ones; `moment` as in `sparsify`."""
     if how.method is SparsifyMethod.magnitude:
-        scores_OD = magnitude_scores(weight_OD)
-    else:
-        scores_OD = wanda_scores(weight_OD, moment.diagonal() if moment.dim() == 2 else moment)
+        return magnitude_scores(weight_OD)
+    return wanda_scores(weight_OD, moment.diagonal() if moment.dim() == 2 else moment)
+
+
+def _mask(how: SparsifyConfig, weight_OD, moment, total: int, pattern: Pattern | None, what: str) -> torch.Tensor:
+    scores_OD = scores_of(how, weight_OD, moment)
     name = "MoE-Pruner" if how.method is SparsifyMethod.moe_pruner else how.method.name.capitalize()
     require_finite(scores_OD, f"{what}: {'Wanda' if how.method in SOLVERS else name} score")
     return smallest_of_pattern(scores_OD, pattern) if pattern else smallest_per_row(scores_OD, total)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from stun.checkpoint import load_json
 from stun.config import StunError
+from stun.inputs import load_json
 from stun.ledger import Ledger
 from stun.run import Run, load_yaml
 

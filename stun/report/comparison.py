@@ -1,0 +1,117 @@
+"""Several runs beside one another: which of them no other beats in quality and size at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from stun.checkpoint import write_atomically
+from stun.report import draw, html
+from stun.report.page import FOLDER, PAGE, bytes_in_words
+from stun.report.pictures import pictures
+
+# Measure, its key in result.json, whether more is better.
+_QUALITY = (("exact match", "average", True), ("perplexity", "perplexity", False), ("KL to the dense model", "kl", False))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run among others: `cost`, of which less is better, and `quality`."""
+
+    name: str
+    cost: float
+    quality: float
+    is_best: bool = False
+
+
+def pareto(points: list[Point], more_is_better: bool) -> list[Point]:
+    """The points, those marked that no other equals or beats in both and beats in one."""
+    sign = 1 if more_is_better else -1
+
+    def beats(one: Point, two: Point) -> bool:
+        no_worse = one.cost <= two.cost and sign * one.quality >= sign * two.quality
+        return no_worse and (one.cost, one.quality) != (two.cost, two.quality)
+
+    return [Point(p.name, p.cost, p.quality, not any(beats(other, p) for other in points)) for p in points]
+
+
+def quality_of(runs: dict[str, dict]) -> tuple[str, bool, dict[str, float]]:
+    """The measure that most runs have (the earlier of `_QUALITY` where as many do), whether more is better, and it by run."""
+    found = [(name, more, _values(runs, key)) for name, key, more in _QUALITY]
+    return max(found, key=lambda own: len(own[2]))
+
+
+def _values(runs: dict[str, dict], key: str) -> dict[str, float]:
+    results = {name: run.get("result", {}) for name, run in runs.items()}
+    found = {name: result.get(key, result.get("agreement", {}).get(key)) for name, result in results.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
+    """The comparison of the runs below `folder`, whose pages are there already, as a page."""
+    done = {name: run for name, run in runs.items() if isinstance(run, dict)}
+    own = folder / FOLDER
+    own.mkdir(exist_ok=True)
+    title = folder.resolve().name
+    rows = [_row(number, name, run) for number, (name, run) in enumerate(done.items(), 1)]
+    header = ["", "run", "sparsity", "experts", "on disk", "exact match", "perplexity", "seconds", "peak, GiB"]
+    parts = [
+        html.section(
+            "The runs",
+            "Numbers are those in the pictures; names lead to each run's own page.",
+            html.table(header, rows, "runs"),
+            True,
+        )
+    ]
+    parts += _fronts(own, done)
+    waiting = [[escape(name), escape(run)] for name, run in runs.items() if isinstance(run, str)]
+    if waiting:
+        parts.append(html.section("Not there yet", "Runs without a page.", html.table([], waiting, "words"), True))
+    eyebrow = f'<header><p class="eyebrow">{len(done)} runs compared</p><h1>{escape(title)}</h1></header>'
+    file = own / PAGE
+    body = f'{eyebrow}\n<div class="sections">{chr(10).join(parts)}</div>'
+    write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
+    return file
+
+
+def _row(number: int, name: str, run: dict) -> list[str]:
+    result = run.get("result", {})
+    scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
+    size = bytes_in_words(run["disk_bytes"]) if run.get("disk_bytes") else "-"
+    link = f'<a href="{quote(f"../{name}/{FOLDER}/{PAGE}")}">{escape(name)}</a>'
+    memory = f"{run['peak_bytes'] / 2**30:.2f}"
+    kept = f"{sum(run['kept'])}/{sum(run['experts'])}"
+    return [str(number), link, f"{run['sparsity']:.1%}", kept, size, *scores, f"{run['seconds']:.0f}", memory]
+
+
+def fronts(runs: dict[str, dict]) -> dict[str, list[Point]]:
+    """The front of quality against bytes on disk, and against what stays (1 - sparsity), of the runs that were evaluated."""
+    _, more, quality = quality_of(runs)
+    cost = {"bytes": lambda run: run.get("disk_bytes"), "share": lambda run: 1 - run["sparsity"]}
+    known = {name: [(n, of(runs[n]), q) for n, q in quality.items() if of(runs[n])] for name, of in cost.items()}
+    return {name: pareto([Point(*own) for own in points], more) for name, points in known.items()}
+
+
+def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
+    measure, more, quality = quality_of(runs)
+    aid = f"Runs on the line are beaten by no other in both; {'up' if more else 'down'} and to the left is better."
+    largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
+    scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+    titles = {
+        "bytes": ("Quality and size", f"on disk, {unit}"),
+        "share": ("Quality and sparsity", "share of the parameters that stays"),
+    }
+    if not quality:
+        how = "python -m jobs.evaluate model.path=RUN/model task.path=ROWS.jsonl output=RUN/result.json"
+        return [html.section("Quality and size", aid, html.none("No run was evaluated. For each run:", how))]
+    order = {name: number for number, name in enumerate(runs)}
+    parts = []
+    for name, points in fronts(runs).items():
+        title, label = titles[name]
+        shown = [(p.name, p.cost / (scale if name == "bytes" else 1), p.quality, p.is_best, order[p.name] + 1) for p in points]
+        if shown:
+            drawn = pictures(folder, f"front-{name}", lambda theme, s=shown, x=label: draw.front(theme, s, x, measure), title)
+            parts.append(html.section(title, aid, drawn))
+    return parts

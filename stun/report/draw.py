@@ -1,0 +1,243 @@
+"""One picture each from what stun.report.data takes out of a run folder."""
+
+from __future__ import annotations
+
+import matplotlib.ticker as ticker
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
+from matplotlib.figure import Figure
+
+from stun.records import KINDS, PHASES
+from stun.report.data import Selection, Usage
+from stun.report.theme import Theme, canvas, legend
+
+_STAGES = {"dense": "dense", "experts_left": "experts left", "weights_left": "weights left"}
+
+
+def _by_layer(axes, layers: int) -> None:
+    axes.set_xlabel("layer")
+    axes.xaxis.set_major_locator(ticker.FixedLocator(range(layers)) if layers <= 12 else ticker.MaxNLocator(8, integer=True))
+    axes.set_xlim(-0.6, layers - 0.4)
+
+
+def _line(axes, values: list, color: str, label: str, **how) -> None:
+    numbers = [np.nan if value is None else value for value in values]
+    axes.plot(numbers, color=color, label=label, linewidth=1.8, marker="o", markersize=4 if len(values) <= 40 else 0, **how)
+
+
+def experts_kept(theme: Theme, data: dict[str, list[int]]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.5)
+    layers = range(len(data["kept"]))
+    width = 0.8 if len(layers) <= 40 else 1.0
+    axes.bar(layers, data["experts"], color=theme.line, width=width, label="before")
+    axes.bar(layers, data["kept"], color=theme.kept, width=width, label="kept")
+    if len(layers) <= 16:
+        for layer, kept in enumerate(data["kept"]):
+            axes.text(layer, kept, f"{kept}", ha="center", va="bottom", color=theme.ink, fontsize=9)
+    _by_layer(axes, len(layers))
+    axes.set_ylabel("experts")
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    legend(axes, theme)
+    return figure
+
+
+def usage(theme: Theme, data: list[Usage]) -> Figure:
+    """A map of layers and experts for each source, with the share that stays beside it."""
+    figure, _ = canvas(theme, 0.9 + 1.75 * len(data))
+    figure.clear()
+    panels = figure.subplots(len(data), 2, squeeze=False, width_ratios=(3.2, 1))
+    clear = LinearSegmentedColormap.from_list("usage", [(*to_rgba(theme.kept)[:3], 0.0), to_rgba(theme.kept)])
+    for own, (left, right) in zip(data, panels, strict=True):
+        experts = max(len(share_E) for share_E in own.share_LE)
+        times_LE = np.full((len(own.share_LE), experts), np.nan)
+        for row, share_E in zip(times_LE, own.share_LE, strict=True):
+            row[: len(share_E)] = np.array(share_E) * len(share_E)
+        left.imshow(times_LE, aspect="auto", cmap=clear, norm=Normalize(0, 3), interpolation="nearest")
+        left.set(xlabel="expert", ylabel="layer with experts")
+        right.barh(range(len(own.kept_L)), own.kept_L, color=theme.kept, height=0.8)
+        right.set(xlim=(0, 1), ylim=left.get_ylim(), xlabel="stays")
+        right.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+        right.set_xticks([0, 0.5, 1])
+        right.set_yticks([])
+        left.set_title(own.source if own.source != "all" else "calibration text", loc="left", fontsize=10, color=theme.ink)
+        for axes in (left, right):
+            axes.patch.set_alpha(0)
+            axes.spines[:].set_color(theme.line)
+            axes.tick_params(colors=theme.faint, labelsize=8.5, length=3)
+            axes.xaxis.label.set(color=theme.faint, fontsize=9)
+            axes.yaxis.label.set(color=theme.faint, fontsize=9)
+        left.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    return figure
+
+
+def scores(theme: Theme, data: list[Selection]) -> Figure:
+    """A dot an expert, as a share of its layer's mean."""
+    figure, (axes,) = canvas(theme, 2.9)
+    least = []
+    for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.gone, "left")):
+        layers, values = [], []
+        for own in data:
+            scale = abs(float(np.mean(np.abs(own.score_E)))) or 1.0
+            chosen = [score / scale for expert, score in enumerate(own.score_E) if (expert in set(own.kept)) is is_kept]
+            layers += [own.layer] * len(chosen)
+            values += chosen
+        least += values
+        shift = -0.13 if is_kept else 0.13
+        size = 14 if len(layers) < 2000 else 4
+        axes.scatter([n + shift for n in layers], values, s=size, color=color, alpha=0.75, linewidths=0, label=label)
+    if least and min(least) >= 0:  # most lie far below the largest ones
+        axes.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.set_ylim(0, 1.05 * max(least) or 1)
+    _by_layer(axes, max(own.layer for own in data) + 1)
+    axes.set_ylabel("score / mean of the layer")
+    legend(axes, theme)
+    return figure
+
+
+def saliency(theme: Theme, data: dict[str, list]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.7)
+    edges = [*data["scores"], 2 * data["scores"][-1] - data["scores"][-1] / 2**0.25]
+    total = sum(data["kept"]) + sum(data["removed"])
+    kept, removed = (np.array(data[name]) / total for name in ("kept", "removed"))
+    axes.stairs(removed, edges, fill=True, color=theme.gone, alpha=0.85, label="removed")
+    axes.stairs(removed + kept, edges, baseline=removed, fill=True, color=theme.kept, alpha=0.85, label="kept")
+    below = np.cumsum(removed + kept)
+    first, last = int((below <= 2e-3).sum()), int((below < 0.9995).sum())
+    axes.set(xscale="log", xlabel="score of a weight", ylabel="share of the weights", xlim=(edges[first], edges[last + 1]))
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    legend(axes, theme)
+    return figure
+
+
+def sparsity(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.7)
+    for kind, color in zip((kind for kind in KINDS if kind in data), theme.colors, strict=False):
+        _line(axes, data[kind], color, kind)
+    _line(axes, data["all"], theme.ink, "whole layer", linestyle="--")
+    _by_layer(axes, len(data["all"]))
+    axes.set(ylabel="share that left", ylim=(0, max(0.05, 1.08 * max(v for own in data.values() for v in own if v is not None))))
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+    legend(axes, theme)
+    return figure
+
+
+def kurtosis(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.7)
+    for (stage, label), color in zip(_STAGES.items(), (theme.faint, theme.kept, theme.gone), strict=True):
+        _line(axes, data[stage], color, label)
+    _by_layer(axes, len(data["dense"]))
+    axes.set_ylabel("kurtosis")
+    legend(axes, theme)
+    return figure
+
+
+def layer_error(theme: Theme, data: list[float]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.4)
+    _line(axes, data, theme.gone, "")
+    _by_layer(axes, len(data))
+    axes.set_ylabel("relative squared error")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
+    """A panel for each stream: seconds as bars side by side, as lines where layers are many; a dotted line of memory."""
+    names = {"observe": "first stream", "prune": "second stream"}
+    figure, panels = canvas(theme, 2.9, len(data))
+    most = max(value for own in data.values() for phase in PHASES for value in own[phase]) or 1.0
+    memory = max(value for own in data.values() for value in own["memory"])
+    for axes, (stream, own) in zip(panels, data.items(), strict=True):
+        layers = np.arange(len(own["read"]))
+        for number, (phase, color) in enumerate(zip(PHASES, (theme.third, theme.kept, theme.gone), strict=True)):
+            if len(layers) <= 24:
+                axes.bar(layers + (number - 1) * 0.27, own[phase], width=0.27, color=color, label=phase)
+            else:
+                axes.plot(layers, own[phase], color=color, linewidth=1.5, label=phase)
+        held = np.array(own["memory"]) / memory * 1.05 * most
+        axes.plot(layers, held, color=theme.ink, linestyle=":", linewidth=1.4, label=f"memory, up to {memory:.2f} GiB")
+        _by_layer(axes, len(layers))
+        axes.set_ylim(0, 1.15 * most)
+        axes.set_title(names[stream], loc="left", fontsize=9.5, color=theme.ink)
+    panels[0].set_ylabel("seconds")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.ink,
+        handlelength=1.3,
+        columnspacing=1.2,
+    )
+    return figure
+
+
+def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
+    figure, (axes,) = canvas(theme, 2.5)
+    order = np.argsort(data["fraction"])
+    fractions, errors = np.array(data["fraction"])[order], np.array(data["error"])[order]
+    axes.plot(fractions, errors, color=theme.kept, marker="o", markersize=5, linewidth=1.8)
+    best = int(errors.argmin())
+    axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.gone)
+    axes.annotate(
+        f"{fractions[best]:g}",
+        (fractions[best], errors[best]),
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha="center",
+        color=theme.ink,
+        fontsize=9.5,
+    )
+    axes.set(xlabel="share of what leaves that leaves as whole experts", ylabel="held-out error", ylim=(0, 1.1 * errors.max()))
+    return figure
+
+
+def evaluation(theme: Theme, data: dict[str, tuple[float | None, float]]) -> Figure:
+    """A line a group, from the dense model's exact match to the pruned one's."""
+    figure, (axes,) = canvas(theme, 0.9 + 0.26 * len(data))
+    for place, (dense, pruned) in enumerate(data.values()):
+        if dense is not None:
+            axes.plot([dense, pruned], [place, place], color=theme.line, linewidth=3, solid_capstyle="round", zorder=1)
+            axes.scatter([dense], [place], s=34, color=theme.faint, zorder=2, label="" if place else "dense")
+        axes.scatter([pruned], [place], s=34, color=theme.kept, zorder=3, label="" if place else "pruned")
+    axes.set_yticks(range(len(data)), [name.replace("_", " ")[:28] for name in data])
+    axes.set(ylim=(len(data) - 0.5, -0.5), xlabel="exact match", xlim=(-0.02, 1.02))
+    axes.tick_params(axis="y", labelcolor=theme.ink)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=theme.line, linewidth=0.7)
+    legend(axes, theme)
+    return figure
+
+
+def size(theme: Theme, data: dict[str, int]) -> Figure:
+    figure, (axes,) = canvas(theme, 1.5)
+    scale, unit = (1e9, "GB") if data["before"] >= 1e9 else (1e6, "MB")
+    values = [data["before"] / scale, data["after"] / scale]
+    axes.barh([0, 1], values, color=[theme.line, theme.kept], height=0.62)
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {value:,.1f} {unit}", va="center", color=theme.ink, fontsize=9.5)
+    axes.set_yticks([0, 1], ["before", "after"])
+    axes.set(ylim=(1.5, -0.5), xlim=(0, 1.25 * max(values)))
+    axes.tick_params(axis="y", labelcolor=theme.ink)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    return figure
+
+
+def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabel: str, ylabel: str) -> Figure:
+    """Runs (name, cost, quality, whether no other is better in both, number), the best ones joined."""
+    figure, (axes,) = canvas(theme, 3.0)
+    best = sorted((x, y) for _, x, y, is_best, _ in points if is_best)
+    axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=1)
+    for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten by another")):
+        own = [(x, y) for _, x, y, on, _ in points if on is is_best]
+        if own:
+            axes.scatter(*zip(*own, strict=True), s=40, color=color, label=label, zorder=2)
+    for _, x, y, _, number in points:
+        axes.annotate(f"{number}", (x, y), xytext=(5, 4), textcoords="offset points", color=theme.ink, fontsize=9)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.margins(0.1)
+    legend(axes, theme)
+    return figure

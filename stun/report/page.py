@@ -1,0 +1,66 @@
+"""The page of one run, in the folder `report` of the run, beside the PNGs on it."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from stun.checkpoint import write_atomically
+from stun.report import data, html
+from stun.report.folder import RunFolder
+from stun.report.sections import SECTIONS
+
+FOLDER, PAGE = "report", "index.html"
+
+
+def write_page(run: RunFolder) -> Path:
+    """Draw everything that the run has data for; returns the page."""
+    folder = run.path / FOLDER
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    sections = [section(run, folder) for section in SECTIONS]
+    title = run.path.resolve().name
+    body = f'{_header(run, title)}\n<div class="sections">\n{chr(10).join(sections)}\n</div>\n{_footer(run)}'
+    file = folder / PAGE
+    write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning report", body)))
+    return file
+
+
+def bytes_in_words(count: int) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= s), (1e3, "kB"))
+    return f"{count / scale:.3g} {unit}"
+
+
+def _count(number: int) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if number >= s), (1e3, "k"))
+    return f"{number / scale:.3g}{unit}"
+
+
+def _header(run: RunFolder, title: str) -> str:
+    summary, result, size = run.summary, run.result, data.size(run)
+    dense = result.get("dense", {})
+    entries = [
+        ("sparsity", f"{summary['sparsity']:.1%}", f"{_count(summary['parameters'])} → {_count(summary['nonzero'])} parameters"),
+        ("experts kept", f"{sum(summary['kept']):,}", f"of {sum(summary['experts']):,}"),
+    ]
+    if size:
+        entries.append(("size on disk", bytes_in_words(size["after"]), f"from {bytes_in_words(size['before'])}"))
+    for name, key in (("exact match", "average"), ("perplexity", "perplexity")):
+        if key in result:
+            entries.append((name, f"{result[key]:.3f}", f"dense {dense[key]:.3f}" if key in dense else "dense not evaluated"))
+    what = " · ".join([summary.get("model_type", ""), Path(summary.get("source", "")).name, _method(run)])
+    return f'<header>\n<p class="eyebrow">{escape(what)}</p>\n<h1>{escape(title)}</h1>\n{html.facts(entries)}\n</header>'
+
+
+def _method(run: RunFolder) -> str:
+    """In a few words, how it was pruned."""
+    how, experts = run.config.get("sparsify", {}), run.experts
+    chosen = "a given plan" if run.config.get("plan") else f"{experts.method.name} ({experts.score.name}, {experts.budget.name})"
+    weights = " ".join(str(how.get(key, "")) for key in ("method", "pattern")).strip()
+    return f"experts by {chosen}, weights by {weights}"
+
+
+def _footer(run: RunFolder) -> str:
+    made = run.summary.get("command")
+    return f"<footer>Made by{html.command(made)}</footer>" if made else ""

@@ -1,0 +1,74 @@
+"""Colours and sizes that all pictures of a report share, once for light pages and once for dark ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+WIDTH, DPI = 5.2, 190  # inches; a picture is as wide as a phone, or half a screen
+
+
+@dataclass(frozen=True)
+class Theme:
+    """`ink` for words, `line` for axes and grids; `kept`, `gone` and `third` for data."""
+
+    name: str
+    paper: str
+    ink: str
+    faint: str
+    line: str
+    kept: str
+    gone: str
+    third: str
+    fourth: str
+
+    @property
+    def colors(self) -> list[str]:
+        return [self.kept, self.gone, self.third, self.fourth, self.faint]
+
+
+LIGHT = Theme("light", "#fcfbf8", "#23262a", "#6b7075", "#d9d6cf", "#12795a", "#c2512f", "#3a5f9e", "#a07410")
+DARK = Theme("dark", "#15171a", "#e4e2dc", "#9a9fa5", "#3a3e44", "#4fbf97", "#ee8a68", "#8db0ec", "#d9b45a")
+THEMES = (LIGHT, DARK)
+# On either kind of page:
+EITHER_KEPT, EITHER_GONE, EITHER_FAINT = "#1f9a74", "#d96c4a", "#8b9096"
+
+
+def canvas(theme: Theme, height: float, columns: int = 1, ratios: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:
+    """A picture with transparent background and so many panels beside one another."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+    for own in axes:
+        _plain(own, theme)
+    return figure, list(axes)
+
+
+def _plain(axes: Axes, theme: Theme) -> None:
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.line)
+    axes.tick_params(colors=theme.faint, labelsize=9, length=3, width=0.8)
+    axes.xaxis.label.set(color=theme.faint, fontsize=9.5)
+    axes.yaxis.label.set(color=theme.faint, fontsize=9.5)
+    axes.grid(axis="y", color=theme.line, linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def legend(axes: Axes, theme: Theme, columns: int = 3) -> None:
+    """Names of what is drawn, above the panel."""
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        labelcolor=theme.ink,
+        handlelength=1.3,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )

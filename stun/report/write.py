@@ -1,0 +1,51 @@
+"""Writes the pages of a run, or of all runs below a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stun.card import write_card
+from stun.config import StunError
+from stun.report.comparison import write_comparison
+from stun.report.folder import RunFolder, identity_of
+from stun.report.page import write_page
+from stun.report.runs import runs_in
+from stun.table import report_table
+
+
+def describe(folder: Path, pages: list[Path]) -> str:
+    """What jobs.report prints: where the pages are, after the table of the runs where `folder` holds several."""
+    table = [report_table(runs_in(folder))] if identity_of(folder) is None else []
+    return "\n".join([*table, *(f"wrote {page}" for page in pages)])
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """The page of a run; or the pages of all complete runs below `folder`, and one that compares them, last.
+
+    Raises StunError where there is no run, or one of its files is not as a run writes it.
+    """
+    if not folder.is_dir():
+        raise StunError(f"folder={folder}: is no folder; give a run_dir of jobs.prune, or a folder with such folders in it")
+    if identity_of(folder) is not None:
+        return [_of_run(folder)]
+    runs = runs_in(folder)
+    pages = [_of_run(folder / name) for name, run in runs.items() if isinstance(run, dict)]
+    return [*pages, _checked(folder, lambda: write_comparison(folder, runs))]
+
+
+def _of_run(folder: Path) -> Path:
+    def write() -> Path:
+        run = RunFolder.open(folder)
+        write_card(folder, run.summary, run.config, run.layers, run.result)
+        return write_page(run)
+
+    return _checked(folder, write)
+
+
+def _checked(folder: Path, write) -> Path:
+    try:
+        return write()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise StunError(f"folder={folder}: one of its files is not as a run writes it: {error!r}") from error
+    except OSError as error:
+        raise StunError(f"folder={folder}: the report cannot be written: {error}") from error
