@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.checkpoint import write_json
-from stun.config import StunError
+from stun.config import EvaluateConfig, ModelConfig, StunError
 from stun.evaluate import evaluate
 from stun.prune import prune
 from stun.table import results_table
@@ -15,12 +15,14 @@ def work(cfg, ranks) -> None:
     if cfg.sparsify.pattern:
         raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: decides how many experts leave; there is nothing to compare")
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
-    results = {"dense": evaluate(cfg.model.path, cfg.task, ranks)}
+    dense = f"{cfg.run_dir}/dense.json"
+    results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}
     for name, fraction in shares.items():
         run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
         own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
         summary = prune(own, ranks)
-        results[name] = evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
+        asked = EvaluateConfig(ModelConfig(f"{run_dir}/model"), cfg.task, dense=dense, output=f"{run_dir}/result.json")
+        results[name] = evaluate(asked, ranks) | {"prune": summary}
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)

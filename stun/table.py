@@ -18,10 +18,20 @@ def results_table(results: dict[str, dict]) -> str:
     def line(title: str, value) -> None:
         table.add_row(title, *(value(result) for result in results.values()))
 
-    for group in next(iter(results.values()))["exact_match"]:
+    first = next(iter(results.values()))
+    for group in first.get("exact_match", ()):
         line(group.replace("_", " "), lambda r, group=group: f"{r['exact_match'][group]:.2f}")
-    line("exact match, average", lambda r: f"{r['average']:.3f}")
-    line("perplexity", lambda r: f"{r['perplexity']:.3f}")
+    if "average" in first:
+        line("exact match, average", lambda r: f"{r['average']:.3f}")
+    if "perplexity" in first:
+        line("perplexity", lambda r: f"{r['perplexity']:.3f}")
+    if any("agreement" in result for result in results.values()):
+        line("KL from dense, nats a token", lambda r: f"{r['agreement']['kl']:.4f}" if "agreement" in r else "-")
+        line("same first choice as dense", lambda r: f"{r['agreement']['top1']:.4f}" if "agreement" in r else "-")
+        line("error of the last layer", lambda r: f"{r['layer_error'][-1]:.4f}" if "layer_error" in r else "-")
+    for task, metrics in first.get("harness", {}).items():
+        for metric in metrics:
+            line(f"{task}, {metric}", lambda r, task=task, metric=metric: f"{r['harness'][task][metric]:.4f}")
     if any("prune" in result for result in results.values()):
         line("nonzero share", lambda r: _of(r, lambda p: f"{p['nonzero'] / p['parameters']:.4f}"))
         line("experts kept", lambda r: _of(r, lambda p: f"{sum(p['kept'])}/{sum(p['experts'])}"))
@@ -73,7 +83,7 @@ def report_table(runs: dict[str, dict | str]) -> str:
             table.add_row(name, run)
             continue
         kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result")
-        scores = (f"{result['average']:.3f}", f"{result['perplexity']:.3f}") if result else ("-", "-")
+        scores = (f"{result[key]:.3f}" if result and key in result else "-" for key in ("average", "perplexity"))
         table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
     return _printed(table)
 
