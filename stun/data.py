@@ -173,9 +173,10 @@ def _packed(
     if not ids:
         raise StunError(f"{key}.path={source.path}: no text in field {source.field!r}")
     if len(ids) < need:
+        name = key.partition(".")[0]
         raise StunError(
-            f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of {key.partition('.')[0]}.length={cfg.length} need "
-            f"{need}; at most {len(ids) // cfg.length} samples of this length"
+            f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of {name}.length={cfg.length} "
+            f"need {need}; at most {len(ids) // cfg.length} samples of this length"
         )
     if max(ids) >= vocab_size:
         own = f"the tokenizer of {tokenizer.name_or_path}"
