@@ -26,7 +26,7 @@ from stun.partial import Generated, Partial
 from stun.ranks import Ranks
 from stun.room import generation_room, scoring_batch
 from stun.scoring import score
-from stun.task import Row, completion, encoded, extract, scores, task_rows, validate_task
+from stun.task import Row, completion, encoded, extract, scores, task_rows, validate_task, with_answer
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # of the dense model's result
 _SAME = ("task", "rows", "sequences")  # of the request: what two results must have in common to be compared
@@ -95,7 +95,7 @@ def _ask(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizer
     if cfg.task.path:
         rows, key = task_rows(cfg.task), f"task.path={cfg.task.path}"
         prompts = encoded([row.prompt for row in rows], tokenizer, vocab, key)
-        sequences = encoded([row.prompt + row.answer for row in rows], tokenizer, vocab, key)
+        sequences = encoded([with_answer(row) for row in rows], tokenizer, vocab, key)
     if cfg.text.path or cfg.text.mixture:
         sequences = calibration_samples(cfg.text, tokenizer, vocab, "text").tokens_ST.tolist()
     if sequences and max(map(len, sequences)) < 2:

@@ -75,6 +75,7 @@ class _Batch:
         """From the prompts and what was generated of them already: equally much for all rows that are not done."""
         own = [prompts[self.rows[place]] for place in self.places]
         mask_BT = padded([[1] * len(ids) for ids in own], 0, on_left=True).to(self.device)
+        self.length = mask_BT.shape[1]
         self.processors = self.arch.logits_processors(self.how.config, mask_BT)
         more_BT = torch.tensor([self.tokens[place] for place in self.places], device=self.device, dtype=torch.int64)
         self.ids_BT = torch.cat([padded(own, self.how.pad, on_left=True).to(self.device), more_BT], 1)
@@ -107,6 +108,7 @@ class _Batch:
         if left:
             index = torch.tensor(left, device=self.device)
             self.ids_BT, self.mask_BT = self.ids_BT[index], self.mask_BT[index]
+            self.processors = self.arch.logits_processors(self.how.config, self.mask_BT[:, : self.length])
             self.cache.reorder_cache(index)
         else:
             self.cache = None

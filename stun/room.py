@@ -82,7 +82,7 @@ def generation_room(arch: Architecture, prompts: list[int], new: int, asked: int
     peak, cached = trace_row(arch, longest + new, ranks.device, ranks.world)
     row = peak + cached + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
     held, stays = 0, 0
-    while stays < len(sizes) and held + sizes[stays][1] <= rest / 2:
+    while stays < len(sizes) and held + sizes[stays][1] <= min(rest / 2, rest - 2 * row):
         held += sizes[stays][1]
         stays += 1
     batch = _batch(asked, (rest - held) / 2, row, len(prompts), f"{longest + new} tokens")

@@ -73,6 +73,12 @@ def completion(text: str, cfg: TaskConfig) -> str:
     return text[: min((text.index(stop) for stop in cfg.stop if stop in text), default=len(text))]
 
 
+def with_answer(row: Row) -> str:
+    """Prompt and answer as one text, with a space between two words."""
+    joins = row.prompt[-1:].isspace() or row.answer[:1].isspace()
+    return f"{row.prompt}{'' if joins else ' '}{row.answer}"
+
+
 def encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> list[list[int]]:
     """Token ids of texts. Raises StunError where a text gives none, or the tokenizer does not belong to the model."""
     try:
