@@ -201,10 +201,11 @@ class _Shard:
             stored = self._read(name)
             return stored if row is None else stored[row]
         bitmask, values = self._read(name + _BITMASK), self._read(name + _VALUES)
-        if row is not None:
-            ends = self._ends(name, bitmask)
-            bitmask, values = bitmask[row], values[ends[row] : ends[row + 1]]
-        return expand_tensor(bitmask, values, columns, f"{self.file}: {name}")
+        if row is None:
+            return expand_tensor(bitmask, values, columns, f"{self.file}: {name}")
+        ends = self._ends(name, bitmask)
+        own = values[ends[row] : ends[row + 1]]
+        return expand_tensor(bitmask[row : row + 1], own, columns, f"{self.file}: {name}")[0]
 
     def _ends(self, name: str, bitmask: torch.Tensor) -> list[int]:
         """How many values lie before each entry of the first dimension, and before what follows the last."""

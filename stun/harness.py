@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,18 +27,25 @@ def validate_harness(cfg: HarnessConfig) -> None:
     if cfg.include_path and not Path(cfg.include_path).is_dir():
         raise StunError(f"harness.include_path={cfg.include_path}: no such folder")
     if cfg.tasks:
-        unknown = [task for task in cfg.tasks if not _tasks(cfg).match_tasks([task])]
+        known = _tasks(tuple(cfg.tasks), cfg.include_path)
+        unknown = [task for task in cfg.tasks if not known.match_tasks([task])]
         if unknown:
             raise StunError(
                 f"harness.tasks={unknown}: not known to the lm-evaluation-harness; lm_eval ls tasks lists those that are"
             )
 
 
-def _tasks(cfg: HarnessConfig):
+@functools.cache
+def _tasks(tasks: tuple[str, ...], include_path: str):
+    """What finds the tasks: in a folder of one's own alone, where that has them all, since the harness's own take seconds."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=cfg.include_path or None)
+    if include_path:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if all(own.match_tasks([task]) for task in tasks):
+            return own
+    return TaskManager(include_path=include_path or None)
 
 
 def run_harness(path: str, cfg: HarnessConfig, ranks: Ranks) -> dict[str, dict[str, float]]:
@@ -63,7 +71,9 @@ def _run(path: str, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[
     size = "auto" if device.type == "cuda" else 32
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(Path(path)), batch_size=size)
     try:
-        found = lm_eval.simple_evaluate(wrapped, tasks=list(cfg.tasks), task_manager=_tasks(cfg), log_samples=False)
+        found = lm_eval.simple_evaluate(
+            wrapped, tasks=list(cfg.tasks), task_manager=_tasks(tuple(cfg.tasks), cfg.include_path), log_samples=False
+        )
     except Exception as error:  # the harness and its tasks raise many kinds, all of them about these tasks
         raise StunError(f"harness.tasks={list(cfg.tasks)}: the harness fails: {error}") from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
