@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_job
+from conftest import ROOT, environment, run_job
 from selections import TEXT
 from test_compressed import compress_folder
 from test_quantised import fp8
 from test_scoring import damaged, full
 from zoo import make_checkpoint
 
+import stun.evaluate
 from stun.checkpoint import Checkpoint
 from stun.compressed import open_checkpoint
 from stun.config import CalibrationConfig, EvaluateConfig, HarnessConfig, ModelConfig, StunError, TaskConfig
@@ -123,6 +126,44 @@ def test_one_and_two_ranks(checkpoint, ranks, rows, tmp_path, family):
     two = json.loads((tmp_path / "two.json").read_text())
     assert (one["ranks"], two["ranks"]) == (1, 2) and one["agreement"]["kl"] > 0
     assert numbers(one) == numbers(two)
+
+
+@pytest.mark.launch
+def test_killed_on_one_rank_it_goes_on_on_two(ranks, tmp_path):
+    """Killed while it scores; the layers that were finished are not run again, and the numbers are those of a whole run."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:150]))
+    task = TaskConfig(path=str(rows), max_new_tokens=3, batch=32)
+    whole = evaluate(EvaluateConfig(ModelConfig(str(REFERENCE)), task, output=str(tmp_path / "whole.json")), ranks)
+    own = [f"model.path={REFERENCE}", f"task.path={rows}", "task.max_new_tokens=3", "task.batch=32", f"output={tmp_path}/a.json"]
+    command = [sys.executable, "-m", "jobs.evaluate", *own]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as job:
+        assert any("score 02/4" in line for line in job.stdout)
+        job.kill()
+    entries = {file.name[:11] for file in (tmp_path / "a.json.partial" / "score-32" / "progress").iterdir()}
+    assert "score-00000" in entries and not (tmp_path / "a.json").exists()
+    done = run_job("evaluate", own, 2)
+    assert "score 01/4" not in done.stdout and numbers(json.loads((tmp_path / "a.json").read_text())) == numbers(whole)
+
+
+def test_half_the_rows_where_the_gpu_is_too_small(checkpoint, ranks, rows, tmp_path, monkeypatch, capsys):
+    """Which is remembered for the next launch."""
+    fits, score = 2, stun.evaluate.score
+
+    def small(arch, dense, sequences, size, *others):
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(arch, dense, sequences, size, *others)
+
+    asked = asking(checkpoint("mixtral"), rows, tmp_path / "a.json", task=TaskConfig(path=str(rows), max_new_tokens=2, batch=12))
+    monkeypatch.setattr("stun.evaluate.score", small)
+    evaluate(asked, ranks)
+    said = capsys.readouterr().out
+    assert [f"score: out of GPU memory; {size} rows at once" in said for size in (6, 3, 1)] == [True, True, True]
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(replace(asked, output=str(tmp_path / "b.json")), ranks)
+    assert json.loads((tmp_path / "b.json.partial" / "batch.json").read_text()) == {"score": 1}
 
 
 WRONG = [
