@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from stun.arch import Architecture
+from stun.asked import Asked, ask, dense_result, finished_result, validate_evaluation
 from stun.checkpoint import write_json
 from stun.compressed import open_checkpoint
 from stun.config import EvaluateConfig, StunError
-from stun.data import calibration_samples, load_tokenizer
+from stun.data import load_tokenizer
 from stun.generate import Decoding, describe, generate
 from stun.hardware import read_speed
-from stun.harness import run_harness, validate_harness
-from stun.identity import differences, model_digest
-from stun.inputs import load_json
+from stun.harness import run_harness
 from stun.partial import Generated, Partial
 from stun.ranks import Ranks
 from stun.room import generation_room, scoring_batch
 from stun.scoring import score
-from stun.task import Row, completion, encoded, extract, scores, task_rows, validate_task, with_answer
+from stun.task import completion, extract, scores
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # of the dense model's result
-_SAME = ("task", "rows", "sequences")  # of the request: what two results must have in common to be compared
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The rows of the task and their prompts in token ids; the sequences to score; what identifies all of it, with the model."""
-
-    rows: list[Row]
-    prompts: list[list[int]]
-    sequences: list[list[int]]
-    request: dict
 
 
 def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
@@ -49,12 +34,12 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     was interrupted goes on where it ended.
     """
     started = time.perf_counter()
-    _validate(cfg)
+    validate_evaluation(cfg)
     arch = Architecture(open_checkpoint(cfg.model.path))
     tokenizer = load_tokenizer(arch.source.folder)
-    asked = ranks.on_first(lambda: _ask(cfg, arch, tokenizer))
-    reference = ranks.on_first(lambda: _reference(cfg, asked)) if cfg.dense else None
-    known = ranks.on_first(lambda: _finished(cfg.output, asked.request))
+    asked = ranks.on_first(lambda: ask(cfg, arch, tokenizer))
+    reference = ranks.on_first(lambda: dense_result(cfg, asked)) if cfg.dense else None
+    known = ranks.on_first(lambda: finished_result(cfg.output, asked.request))
     if known:
         ranks.log(f"{cfg.output} is complete already")
         return known
@@ -77,56 +62,6 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     return result
 
 
-def _validate(cfg: EvaluateConfig) -> None:
-    if not (cfg.task.path or cfg.text.path or cfg.text.mixture or cfg.harness.tasks):
-        raise StunError("nothing to evaluate: give task.path, text.path or harness.tasks")
-    if cfg.dense and not (cfg.task.path or cfg.text.path or cfg.text.mixture):
-        raise StunError(f"dense={cfg.dense}: nothing to compare the two on: give task.path or text.path")
-    validate_task(cfg.task)
-    validate_harness(cfg.harness)
-    for key in ("samples", "length"):
-        if getattr(cfg.text, key) < (2 if key == "length" else 1):
-            raise StunError(f"text.{key}={getattr(cfg.text, key)}: {2 if key == 'length' else 1} or more")
-
-
-def _ask(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase) -> Asked:
-    """Everything that is to be read, read. Raises StunError where it cannot be used."""
-    vocab, rows, prompts, sequences = arch.config.vocab_size, [], [], []
-    if cfg.task.path:
-        rows, key = task_rows(cfg.task), f"task.path={cfg.task.path}"
-        prompts = encoded([row.prompt for row in rows], tokenizer, vocab, key)
-        sequences = encoded([with_answer(row) for row in rows], tokenizer, vocab, key)
-    if cfg.text.path or cfg.text.mixture:
-        sequences = calibration_samples(cfg.text, tokenizer, vocab, "text").tokens_ST.tolist()
-    if sequences and max(map(len, sequences)) < 2:
-        raise StunError(
-            f"task.path={cfg.task.path}: every question with its answer is a single token; there is nothing to predict"
-        )
-    task = {key: value for key, value in asdict(cfg.task).items() if key not in ("path", "batch")} if rows else None
-    digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None  # noqa: E731
-    request = {
-        "model": model_digest(arch.source),
-        "task": task,
-        "rows": digest([[ids, row.answer, row.group] for ids, row in zip(prompts, rows, strict=True)]),
-        "sequences": digest(sequences),
-        "dense": hashlib.sha256(Path(cfg.dense).read_bytes()).hexdigest() if cfg.dense and Path(cfg.dense).is_file() else None,
-        "harness": asdict(cfg.harness) if cfg.harness.tasks else None,
-    }
-    return Asked(rows, prompts, sequences, request)
-
-
-def _reference(cfg: EvaluateConfig, asked: Asked) -> dict:
-    """The dense model's result. Raises StunError where it is none, or of other questions."""
-    found = load_json(Path(cfg.dense))
-    theirs = found.get("request")
-    if not isinstance(found.get("model"), str) or not isinstance(theirs, dict) or "perplexity" not in found:
-        raise StunError(f"dense={cfg.dense}: is not the output of an evaluation")
-    unlike = differences(*({key: side.get(key) for key in _SAME} for side in (theirs, asked.request)))
-    if unlike:
-        raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(unlike)})")
-    return found
-
-
 def _dense(file: str, reference: dict, arch: Architecture) -> Architecture:
     try:
         dense = Architecture(open_checkpoint(reference["model"]))
@@ -140,21 +75,6 @@ def _dense(file: str, reference: dict, arch: Architecture) -> Architecture:
         if one != other:
             raise StunError(f"dense={file}: its model {reference['model']} has {what} {one}, {arch.source.folder} {other}")
     return dense
-
-
-def _finished(output: str, request: dict) -> dict | None:
-    """The result that is there. Raises StunError where it is another request's."""
-    file = Path(output)
-    if file.is_dir():
-        raise StunError(f"output={output}: is a folder; a file is needed")
-    if not file.exists():
-        return None
-    found = load_json(file)
-    theirs = found.get("request")
-    unlike = differences(theirs, request) if isinstance(theirs, dict) else ["it is no evaluation's"]
-    if unlike:
-        raise StunError(f"output={output}: holds another result ({'; '.join(unlike)}); choose another file")
-    return found
 
 
 def _scored(arch: Architecture, dense: Architecture | None, asked: Asked, batch: int, partial: Partial, ranks: Ranks) -> dict:

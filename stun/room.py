@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from stun.activations import trace_row
 from stun.arch import Architecture
 from stun.config import StunError
@@ -88,8 +86,3 @@ def generation_room(arch: Architecture, prompts: list[int], new: int, asked: int
     batch = _batch(asked, (rest - held) / 2, row, len(prompts), f"{longest + new} tokens")
     turns = 1 if stays == len(sizes) else max(1, int((rest - held) / 2 / max(1, batch * cached)))
     return Room(batch, turns, stays, sum(whole for _, _, whole in sizes[stays:]))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU: with fewer rows at once it may go."""
-    return isinstance(error, torch.OutOfMemoryError)

@@ -23,7 +23,7 @@ ORDER = [
     {"statistics", "partial", "harness"},
     {"run"},
     {"arch"},
-    {"budget", "stream"},
+    {"budget", "stream", "asked"},
     {"activations", "hardware", "outside"},
     {"protect", "moments", "shards", "progress", "allocation", "snapshots"},
     {"reconstruct", "outliers", "recorder", "traffic"},
