@@ -84,7 +84,7 @@ def _ends_clearly() -> Iterator[None]:
         _leave(2)
     except Exception as error:
         if _is_out_of_memory(error):
-            advice = "more ranks, a smaller calibration.micro_batch or a smaller sparsify.gram_gib need less"
+            advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
             _fail(f"{_where()}out of memory ({advice}): {error}")
         traceback.print_exc()
         _fail(f"{_where()}{error}")

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from jobs import launch
 from stun.checkpoint import write_json
-from stun.config import StunError
+from stun.config import EvaluateConfig, ModelConfig, StunError
 from stun.evaluate import evaluate
 from stun.prune import prune
-from stun.report.runs import RESULT
 from stun.report.write import write_reports
 from stun.table import results_table
 
@@ -17,15 +16,14 @@ def work(cfg, ranks) -> None:
     if cfg.sparsify.pattern:
         raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: decides how many experts leave; there is nothing to compare")
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
-    results = {"dense": evaluate(cfg.model.path, cfg.task, ranks)}
+    dense = f"{cfg.run_dir}/dense.json"
+    results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}
     for name, fraction in shares.items():
         run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
         own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
         summary = prune(own, ranks)
-        result = evaluate(f"{run_dir}/model", cfg.task, ranks)
-        compared = {"dense": {key: results["dense"][key] for key in ("exact_match", "average", "perplexity")}, **result}
-        ranks.on_first(lambda run_dir=run_dir, compared=compared: write_json(Path(run_dir) / RESULT, compared))
-        results[name] = result | {"prune": summary}
+        asked = EvaluateConfig(ModelConfig(f"{run_dir}/model"), cfg.task, dense=dense, output=f"{run_dir}/result.json")
+        results[name] = evaluate(asked, ranks) | {"prune": summary}
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.checkpoint import write_json
 from stun.config import validate_tracking
 from stun.evaluate import evaluate
 from stun.identity import plain
@@ -15,15 +14,9 @@ def work(cfg, ranks) -> None:
     validate_tracking(cfg.tracking)
     ranks.on_first(lambda: check_tracking(cfg.tracking))
     with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
-        result = evaluate(cfg.model.path, cfg.task, ranks)
+        result = evaluate(cfg, ranks)
         tracking.summary = {"evaluate": {name: value for name, value in result.items() if not isinstance(value, list)}}
-
-    def report() -> None:
-        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(cfg.output), result)
-        print(results_table({cfg.model.path: result}))
-
-    ranks.on_first(report)
+    ranks.on_first(lambda: print(results_table({cfg.model.path: result})))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import Cache
 
 from stun.arch import Architecture
 from stun.names import experts_of
@@ -95,10 +96,10 @@ class _Exchange:
         return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
 
 
-def _arguments(arch: Architecture, batch: int, length: int) -> list[dict]:
+def _arguments(arch: Architecture, batch: int, length: int, **given) -> list[dict]:
     """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
     tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
-    return arch.enter(tokens_BT, torch.zeros(1, 1).expand(arch.info(arch.embedding).shape[0], 1))[1]
+    return arch.enter(tokens_BT, torch.zeros(1, 1).expand(arch.info(arch.embedding).shape[0], 1), **given)[1]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,22 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
     return Activations([peak(i, True) for i in layers], [peak(i, False) for i in layers], sum(kept.values()))
 
 
+def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
+    """Bytes that one sequence of T tokens takes on one of `world` ranks: at most while it runs through a layer, and for good in
+    the caches of all layers. Layers of one kind are traced once."""
+    given, traced = _arguments(arch, 1, length, use_cache=True), {}
+    for index, arguments in enumerate(given):
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in arch.decoder.layers[index].named_parameters())
+        traced.setdefault(shapes, []).append((index, arguments))
+    peak = cached = 0
+    for layers in traced.values():
+        index, arguments = layers[0]
+        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world, False))
+        cache = next(value for value in arguments.values() if isinstance(value, Cache))
+        cached += len(layers) * sum(own.nbytes() for own in _storages([*vars(cache.layers[index]).values()]))
+    return peak, cached
+
+
 @torch.no_grad()
 def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int, is_watched: bool) -> int:
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
@@ -136,7 +153,8 @@ def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int],
     found = experts_of(layer)
     if found:
         found[1].exchange = _Exchange(experts, world, is_watched)
-    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given)
+    caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**given, **dict.fromkeys(caches)}) | caches
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
     with _Fused(device.type == "cuda"), Allocations() as allocations:
         layer(hidden_BTD, **arguments)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.checkpoint import Checkpoint
@@ -136,12 +138,35 @@ class Architecture:
         path = next(path for path, other in self.model.named_modules() if other is module)
         return next(name for name, target in self.outer.items() if target == f"{path}.weight")
 
-    @torch.no_grad()
-    def enter(self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-        """Hidden states [B, T, D] that reach the first layer, and the keyword arguments (masks, rotary embeddings, ...) of
-        every layer.
+    def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors outside the layers, by source name, into the model, as `install` does; a tied head takes the embedding."""
+        exceptions = self.model._get_dtype_plan(dtype)
+        for name, tensor in tensors.items():
+            path, _, leaf = self.outer[name].rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, self.outer[name])), dtype)
+                module._parameters[leaf] = nn.Parameter(tensor.to(own), requires_grad=False)
+        head = self.model.get_output_embeddings()
+        if head.weight.is_meta and self.config.tie_word_embeddings:
+            head.weight = self.decoder.get_input_embeddings().weight
 
-        The model's own forward runs with a recorder in place of every layer, so no family needs code for this. No padding.
+    @property
+    def outer_weights(self) -> list[str]:
+        """Source names of the tensors outside the layers that the model computes with, in a fixed order."""
+        return sorted(name for name, target in self.outer.items() if target)
+
+    @torch.no_grad()
+    def enter(
+        self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor | None = None, **given
+    ) -> tuple[torch.Tensor, list[dict]]:
+        """Hidden states [B, T, D] that reach the first layer, and the keyword arguments (masks, rotary embeddings, ...) of
+        every layer. `given` are further inputs of the model: mask, positions, cache.
+
+        The model's own forward runs with a recorder in place of every layer, so no family needs code for this. Without
+        `embedding_VD` the installed embedding is used.
         """
         _move_buffers(self.decoder, tokens_BT.device)
         embedding, recorded = self.decoder.get_input_embeddings(), []
@@ -153,18 +178,68 @@ class Architecture:
             return hidden_states
 
         placeholder = embedding.weight
-        embedding.weight = nn.Parameter(embedding_VD, requires_grad=False)
-        for layer in self.decoder.layers:
-            layer.forward = recorder
+        if embedding_VD is not None:
+            embedding.weight = nn.Parameter(embedding_VD, requires_grad=False)
         try:
-            self.decoder(input_ids=tokens_BT, use_cache=False)
+            with self._stand_ins(recorder):
+                self.decoder(input_ids=tokens_BT, **{"use_cache": False, **given})
         except _Entered:
             pass
         finally:
             embedding.weight = placeholder
+        return recorded[0][0], [arguments for _, arguments in recorded]
+
+    @torch.no_grad()
+    def leave(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of tokens whose hidden states left the last layer; `enter` the other way round.
+
+        Everything outside the layers must be installed. The model's own forward runs, each token as a sample of its own, with
+        layers that give these states whatever reaches them.
+        """
+        hidden_N1D = hidden_ND[:, None]
+        with self._stand_ins(lambda *_, **__: hidden_N1D):
+            return self.model(inputs_embeds=hidden_N1D, use_cache=False, output_router_logits=False).logits[:, 0]
+
+    def next_inputs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: object | None) -> dict:
+        """What transformers' generate gives a model for its next step, `tokens_BT` being the prompt and all that has followed:
+        the tokens that are new to the cache (all where there is none), mask, positions, cache."""
+        positions_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
+        given = {"position_ids": positions_BT, "use_cache": True, "past_key_values": cache}
+        given["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
+        new = None if cache is None else 1
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens_BT, next_sequence_length=new, is_first_iteration=new is None, **given
+        )
+        return {name: value for name, value in inputs.items() if name not in ("logits_to_keep", "is_first_iteration")}
+
+    def logits_processors(self, generation: GenerationConfig, mask_BT: torch.Tensor) -> LogitsProcessorList:
+        """What transformers' greedy generate does to the logits, such as to penalise repetitions; `mask_BT` is the prompts'."""
+        given = {"attention_mask": mask_BT}
+        return self.model._get_logits_processor(
+            generation, input_ids_seq_length=mask_BT.shape[1], device=str(mask_BT.device), model_kwargs=given
+        )
+
+    def generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        """The checkpoint's own, for greedy decoding. Raises StunError where it cannot be read."""
+        file = self.source.folder / "generation_config.json"
+        try:
+            found = GenerationConfig.from_pretrained(self.source.folder) if file.is_file() else self.model.generation_config
+        except Exception as error:  # transformers raises many kinds, all of them about this file
+            raise StunError(f"{file}: transformers cannot read it: {error}") from error
+        found = copy.deepcopy(found)
+        found.update(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        return found
+
+    @contextmanager
+    def _stand_ins(self, forward: Callable) -> Iterator[None]:
+        """Inside it, `forward` runs in place of every layer."""
+        for layer in self.decoder.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
             for layer in self.decoder.layers:
                 del layer.forward
-        return recorded[0][0], [arguments for _, arguments in recorded]
 
     @property
     def cannot_differ(self) -> str:

@@ -17,7 +17,9 @@ An entry is kept unless all its bytes are 0. So -0.0 is, and what is expanded ha
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +28,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from stun.checkpoint import COMPRESSED_INDEX, copy_extras, read_index, write_index, write_json, write_tensors
+from stun.checkpoint import COMPRESSED_INDEX, Checkpoint, copy_extras, read_index, write_index, write_json, write_tensors
 from stun.config import StunError
-from stun.headers import read_header
+from stun.headers import TensorInfo, read_header
 from stun.inputs import check_folder, load_json, parse_json
 from stun.models.empty import without_weights
+from stun.plausible import check_config
 
 FORMAT = {"compression": "bitmask", "version": 1}
 _KEY = "stun_format"
@@ -162,6 +165,7 @@ class _Shard:
         if stray:
             raise StunError(f"{file}: {stray[0]}: is not what {_COLUMNS} in the metadata says of it")
         self.stored, self.names = stored, sorted(dense | self._columns.keys())
+        self._before: dict[str, list[int]] = {}
 
     def _parse_columns(self, text: str) -> dict[str, int]:
         columns = parse_json(text, f"{self.file}: metadata {_COLUMNS}")
@@ -184,12 +188,30 @@ class _Shard:
     def dtype(self, name: str) -> torch.dtype:
         return self._read(name + _VALUES if name in self._columns else name).dtype
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, expanded where it is stored so."""
+    def shape(self, name: str) -> tuple[int, ...]:
         columns = self._columns.get(name)
         if columns is None:
-            return self._read(name)
-        return expand_tensor(self._read(name + _BITMASK), self._read(name + _VALUES), columns, f"{self.file}: {name}")
+            return tuple(self._handle.get_slice(name).get_shape())
+        return (*self._handle.get_slice(name + _BITMASK).get_shape()[:-1], columns)
+
+    def tensor(self, name: str, row: int | None = None) -> torch.Tensor:
+        """One tensor, expanded where it is stored so; `row` is one entry of its first dimension."""
+        columns = self._columns.get(name)
+        if columns is None:
+            stored = self._read(name)
+            return stored if row is None else stored[row]
+        bitmask, values = self._read(name + _BITMASK), self._read(name + _VALUES)
+        if row is None:
+            return expand_tensor(bitmask, values, columns, f"{self.file}: {name}")
+        ends = self._ends(name, bitmask)
+        own = values[ends[row] : ends[row + 1]]
+        return expand_tensor(bitmask[row : row + 1], own, columns, f"{self.file}: {name}")[0]
+
+    def _ends(self, name: str, bitmask: torch.Tensor) -> list[int]:
+        """How many values lie before each entry of the first dimension, and before what follows the last."""
+        if name not in self._before:
+            self._before[name] = [0, *itertools.accumulate(map(_kept, bitmask))]
+        return self._before[name]
 
 
 def _checked_files(folder: Path) -> list[Path]:
@@ -237,6 +259,34 @@ def expand(folder: str | Path, output: str | Path) -> None:
     config = load_json(source / "config.json")
     write_json(target / "config.json", {key: value for key, value in config.items() if key != _KEY})
     write_index(target, sizes)
+
+
+class _Compressed(Checkpoint):
+    """A compressed checkpoint, read as if it were not."""
+
+    def __init__(self, folder: Path):
+        self._shards = {name: shard for file in _checked_files(folder) for shard in [_Shard(file)] for name in shard.names}
+        config = {key: value for key, value in load_json(folder / "config.json").items() if key != _KEY}
+        tensors = {name: _info(shard, name) for name, shard in self._shards.items()}
+        check_config(folder / "config.json", config, tensors)
+        super().__init__(folder, config, tensors)
+
+    def read(self, *names: str, row: int | None = None) -> torch.Tensor:
+        parts = [self._shards[name].tensor(name, row) for name in names]
+        self.bytes_read += sum(part.nbytes for part in parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+
+def _info(shard: _Shard, name: str) -> TensorInfo:
+    shape, dtype = shard.shape(name), shard.dtype(name)
+    return TensorInfo(shard.file, 0, math.prod(shape) * dtype.itemsize, dtype, shape)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in a folder, compressed or not. Raises StunError where it is not whole."""
+    folder = Path(path)
+    is_marked = (folder / "config.json").is_file() and is_compressed(folder)
+    return _Compressed(folder) if is_marked else Checkpoint.open(path)
 
 
 class _Unread:

@@ -277,26 +277,53 @@ class PlanConfig(PruneConfig):
 
 @dataclass
 class TaskConfig:
-    """Generative exact match on a JSONL file: the text after the last `marker` of the completion must equal the answer's.
+    """Generative exact match on questions and answers: what follows the last `marker` of the greedy completion must equal what
+    follows the answer's.
 
-    `group` names the field whose values are scored apart; rows without it count in the average alone.
+    `path` is a local file or a dataset on the hub, of which `config` and `split` name the part; `rows` of its rows, drawn with
+    `seed`, are used (0: all). `prompt` is the text in which the question stands at {question}. A completion ends at an end of
+    text, at `max_new_tokens` or before one of the texts in `stop`. With `number` both sides are read as numbers: 1,000 and
+    $1000. are the same. `group` names the field whose values are scored apart; rows without it count as one group. `batch` rows
+    run at once (0: as many as fit).
     """
 
-    path: str = MISSING
+    path: str = ""
+    config: str = ""
+    split: str = "train"
+    rows: int = 0
+    seed: int = 0
     question: str = "question"
     answer: str = "answer"
     group: str = "task"
+    prompt: str = "{question}"
     marker: str = "####"
+    number: bool = False
+    stop: list[str] = field(default_factory=list)
     max_new_tokens: int = 128
-    batch: int = 100
+    batch: int = 0
+
+
+@dataclass
+class HarnessConfig:
+    """`tasks` of the lm-evaluation-harness by name; `include_path` is a folder with task files of one's own."""
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str = ""
 
 
 @dataclass
 class EvaluateConfig:
-    """Exact match and perplexity of the checkpoint at `model.path`, written to `output` as JSON."""
+    """What the checkpoint at `model.path` is worth, written to `output` as JSON.
+
+    Exact match is measured on `task`; perplexity on `text`, or where that names nothing on the questions and answers. `dense` is
+    the output of an evaluation of the dense model, which the model is then compared with, token by token.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    text: CalibrationConfig = field(default_factory=CalibrationConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
+    dense: str = ""
     output: str = MISSING
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

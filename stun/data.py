@@ -16,8 +16,9 @@ from stun.inputs import check_folder, parse_json
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_rows(path: str, key: str, split: str = "train") -> Dataset:
-    """The rows of a local file or of a hub dataset. `key` names the config entry in errors. Raises StunError."""
+def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Dataset:
+    """The rows of a local file or of a hub dataset, of which `config` may name a part. `key` names the config entry in errors.
+    Raises StunError."""
     file = Path(path)
     if file.is_file() and file.suffix not in _LOADERS:
         raise StunError(f"{key}={path}: unknown kind of file; known: {', '.join(_LOADERS)}")
@@ -29,7 +30,7 @@ def load_rows(path: str, key: str, split: str = "train") -> Dataset:
     try:
         if looks_local:
             return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")
-        return load_dataset(path, split=split)
+        return load_dataset(path, config or None, split=split)
     except Exception as error:  # datasets raises many kinds, all of them about this path
         where = _broken_line(file) if looks_local else ""
         raise StunError(f"{key}={path}: datasets cannot load it: {where}{_first_line(error)}") from error
@@ -135,17 +136,19 @@ def _shares(weights: list[float], total: int) -> list[int]:
     return shares
 
 
-def calibration_samples(cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Samples:
-    """The samples of all sources, each source packed by itself.
+def calibration_samples(
+    cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str = "calibration"
+) -> Samples:
+    """The samples of all sources, each source packed by itself. `name` is that of the configuration in errors.
 
     Raises StunError if the text of a source is empty or too short, or the tokenizer does not belong to the model.
     """
     counts = _shares([source.weight for source in cfg.sources.values()], cfg.samples)
     parts = []
-    for (name, source), count in zip(cfg.sources.items(), counts, strict=True):
-        key = f"calibration.mixture.{name}" if cfg.mixture else "calibration"
+    for (part, source), count in zip(cfg.sources.items(), counts, strict=True):
+        key = f"{name}.mixture.{part}" if cfg.mixture else name
         if not count:
-            raise StunError(f"{key}.weight={source.weight}: gets none of calibration.samples={cfg.samples}")
+            raise StunError(f"{key}.weight={source.weight}: gets none of {name}.samples={cfg.samples}")
         parts.append(_packed(source, key, count, cfg, tokenizer, vocab_size))
     return Samples(torch.cat(parts), dict(zip(cfg.sources, counts, strict=True)))
 
@@ -170,9 +173,10 @@ def _packed(
     if not ids:
         raise StunError(f"{key}.path={source.path}: no text in field {source.field!r}")
     if len(ids) < need:
+        name = key.partition(".")[0]
         raise StunError(
-            f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of calibration.length={cfg.length} need "
-            f"{need}; at most {len(ids) // cfg.length} samples of this length"
+            f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of {name}.length={cfg.length} "
+            f"need {need}; at most {len(ids) // cfg.length} samples of this length"
         )
     if max(ids) >= vocab_size:
         own = f"the tokenizer of {tokenizer.name_or_path}"

@@ -1,113 +1,142 @@
-"""Quality of a checkpoint that fits in memory: generative exact match and perplexity, spread over the ranks."""
+"""What a checkpoint of any size is worth: exact match, perplexity, and how far it is from the dense one."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from stun.checkpoint import Checkpoint
-from stun.compressed import is_compressed, load_model
-from stun.config import StunError, TaskConfig
-from stun.data import in_order, load_rows, load_tokenizer
+from stun.arch import Architecture
+from stun.asked import Asked, ask, dense_result, finished_result, validate_evaluation
+from stun.checkpoint import write_json
+from stun.compressed import open_checkpoint
+from stun.config import EvaluateConfig, StunError
+from stun.data import load_tokenizer
+from stun.generate import Decoding, describe, generate
+from stun.hardware import read_speed
+from stun.harness import run_harness
+from stun.partial import Generated, Partial
 from stun.ranks import Ranks
+from stun.room import generation_room, scoring_batch
+from stun.scoring import score
+from stun.task import completion, extract, scores
+
+_COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # of the dense model's result
 
 
-def extract(text: str, marker: str) -> str | None:
-    """What follows the last `marker`, up to the end of its line, without surrounding spaces; None where there is no marker."""
-    _, found, tail = text.rpartition(marker)
-    return tail.strip().partition("\n")[0].strip() if found else None
+def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
+    """The result, written to `cfg.output` as JSON; one that is there already is returned.
 
-
-def _batches(lengths: list[int], size: int, ranks: Ranks) -> list[list[int]]:
-    """This rank's batches of row numbers, rows of similar length together. A batch does not depend on the number of ranks."""
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    return [order[i : i + size] for i in range(0, len(order), size)][ranks.rank :: ranks.world]
-
-
-def _pad(sequences: list[list[int]], pad: int, left: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask) [B, T]."""
-    longest = max(map(len, sequences))
-    ids = [[pad] * (longest - len(s)) + s if left else s + [pad] * (longest - len(s)) for s in sequences]
-    masks = [[0] * (longest - len(s)) + [1] * len(s) if left else [1] * len(s) + [0] * (longest - len(s)) for s in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(masks, device=device)
-
-
-def _exact_matches(model, tokenizer, rows: list[dict], cfg: TaskConfig, ranks: Ranks) -> dict[int, bool]:
-    """Row number -> whether the greedy completion has the right result, for this rank's rows."""
-    prompts = tokenizer([row[cfg.question] for row in rows])["input_ids"]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    right = {}
-    for batch in _batches([len(p) for p in prompts], cfg.batch, ranks):
-        ids, mask = _pad([prompts[row] for row in batch], pad, True, ranks.device)
-        out = model.generate(
-            ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=cfg.max_new_tokens, pad_token_id=pad
-        )
-        for row, text in zip(batch, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True):
-            right[row] = extract(text, cfg.marker) == extract(rows[row][cfg.answer], cfg.marker)
-    return right
-
-
-@torch.no_grad()
-def _losses(model, tokenizer, rows: list[dict], cfg: TaskConfig, ranks: Ranks) -> dict[int, tuple[float, int]]:
-    """Row number -> (summed negative log-likelihood of question and answer, tokens predicted), for this rank's rows."""
-    texts = tokenizer([row[cfg.question] + row[cfg.answer] for row in rows])["input_ids"]
-    losses = {}
-    for batch in _batches([len(t) for t in texts], cfg.batch, ranks):
-        ids, mask = _pad([texts[row] for row in batch], 0, False, ranks.device)
-        logits = model(ids, attention_mask=mask, use_cache=False).logits.float()
-        nll_BT = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]
-        for row, total in zip(batch, nll_BT.double().sum(1).tolist(), strict=True):
-            losses[row] = (total, len(texts[row]) - 1)
-    return losses
-
-
-def _from_all(ranks: Ranks, own: dict) -> dict:
-    """The row-numbered results of every rank in one mapping."""
-    return {row: result for part in ranks.gather_objects(own) for row, result in part.items()}
-
-
-def _load_checked(path: str, **keywords) -> PreTrainedModel:
-    Checkpoint.open(path)
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **keywords)
-
-
-def evaluate(path: str, cfg: TaskConfig, ranks: Ranks) -> dict:
-    """Exact match by group and on average (of the groups), and perplexity per token, of the checkpoint at `path`.
-
-    All ranks call this together; each holds the whole model. Raises StunError on unreadable rows or an unloadable model.
+    All ranks call this together. Raises StunError before any work starts where the request cannot be met. An evaluation that
+    was interrupted goes on where it ended.
     """
     started = time.perf_counter()
-    rows = ranks.on_first(lambda: list(in_order(load_rows(cfg.path, "task.path"), cfg.path, "task.path")))
-    for number, row in enumerate(rows):
-        if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
-            raise StunError(f"task.path={cfg.path}: row {number} needs the text fields {cfg.question!r} and {cfg.answer!r}")
-        if extract(row[cfg.answer], cfg.marker) is None:
-            raise StunError(f"task.path={cfg.path}: row {number}: no {cfg.marker!r} in its answer; see task.marker")
-    tokenizer = load_tokenizer(Path(path))
-    dtype = torch.float32 if ranks.device.type == "cpu" else "auto"
-    load = load_model if is_compressed(path) else _load_checked
+    validate_evaluation(cfg)
+    arch = Architecture(open_checkpoint(cfg.model.path))
+    tokenizer = load_tokenizer(arch.source.folder)
+    asked = ranks.on_first(lambda: ask(cfg, arch, tokenizer))
+    reference = ranks.on_first(lambda: dense_result(cfg, asked)) if cfg.dense else None
+    known = ranks.on_first(lambda: finished_result(cfg.output, asked.request))
+    if known:
+        ranks.log(f"{cfg.output} is complete already")
+        return known
+    dense = _dense(cfg.dense, reference, arch) if reference else None
+    partial = Partial(cfg.output)
+    ranks.on_first(lambda: partial.open(asked.request))
+    result: dict = {"model": cfg.model.path}
+    if asked.sequences:
+        result |= _scored(arch, dense, asked, cfg.task.batch, partial, ranks)
+    if asked.rows:
+        result |= _answered(arch, tokenizer, asked, cfg, partial, ranks)
+    if reference:
+        result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
+    if cfg.harness.tasks:
+        result["harness"] = run_harness(cfg.model.path, cfg.harness, ranks)
+    result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": asked.request}
+    ranks.on_first(lambda: write_json(Path(cfg.output), result))
+    ranks.on_first(partial.remove)
+    ranks.doing = ""
+    return result
+
+
+def _dense(file: str, reference: dict, arch: Architecture) -> Architecture:
     try:
-        model = load(path, dtype=dtype, trust_remote_code=False).to(ranks.device).eval()
-    except (OSError, ValueError) as error:
-        raise StunError(f"{path}: cannot be loaded for evaluation: {error}") from error
-    right = _from_all(ranks, _exact_matches(model, tokenizer, rows, cfg, ranks))
-    losses = _from_all(ranks, _losses(model, tokenizer, rows, cfg, ranks))
-    groups: dict[str, list[bool]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(str(row.get(cfg.group, "all")), []).append(right[number])
-    by_group = {name: sum(hits) / len(hits) for name, hits in groups.items()}
-    nll, tokens = (sum(losses[row][i] for row in sorted(losses)) for i in (0, 1))
-    return {
-        "exact_match": by_group,
-        "average": sum(by_group.values()) / len(by_group),
-        "perplexity": math.exp(nll / tokens),
-        "rows": len(rows),
-        "right": [right[row] for row in range(len(rows))],
-        "groups": [str(row.get(cfg.group, "all")) for row in rows],
-        "seconds": time.perf_counter() - started,
-    }
+        dense = Architecture(open_checkpoint(reference["model"]))
+    except StunError as error:
+        raise StunError(f"dense={file}: its model cannot be read: {error}") from error
+    for what, one, other in (
+        ("layers", len(dense.layers), len(arch.layers)),
+        ("hidden_size", dense.config.hidden_size, arch.config.hidden_size),
+        ("vocab_size", dense.config.vocab_size, arch.config.vocab_size),
+    ):
+        if one != other:
+            raise StunError(f"dense={file}: its model {reference['model']} has {what} {one}, {arch.source.folder} {other}")
+    return dense
+
+
+def _scored(arch: Architecture, dense: Architecture | None, asked: Asked, batch: int, partial: Partial, ranks: Ranks) -> dict:
+    known = ranks.on_first(lambda: partial.known("scores"))
+    if known:
+        return known
+    lengths = [len(ids) for ids in asked.sequences]
+    ranks.doing = "score before the first layer"
+    chosen = scoring_batch(arch, 2 if dense else 1, lengths, batch, ranks)
+
+    def run(size: int) -> dict:
+        ranks.log(f"score {sum(lengths):,} tokens in {len(lengths)} sequences, {size} at once")
+        found = score(arch, dense, asked.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
+        return found.to_json()
+
+    found = _fitting("score", chosen, run, partial, ranks)
+    ranks.on_first(lambda: partial.enter("scores", found))
+    return found
+
+
+def _answered(
+    arch: Architecture, tokenizer: PreTrainedTokenizerBase, asked: Asked, cfg: EvaluateConfig, partial: Partial, ranks: Ranks
+) -> dict:
+    task, config = cfg.task, arch.generation_config(cfg.task.max_new_tokens)
+    how = Decoding(config, tokenizer, task.max_new_tokens, list(task.stop))
+    lengths = [len(ids) for ids in asked.prompts]
+    ranks.doing = "generate before the first token"
+    chosen = generation_room(arch, lengths, task.max_new_tokens, task.batch, ranks).batch
+
+    def run(size: int) -> dict[int, list[int]]:
+        room = generation_room(arch, lengths, task.max_new_tokens, size, ranks)
+        nodes = max(1, ranks.world // ranks.local_world)
+        read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if room.step_bytes else 0.0
+        ranks.log(f"generate for {len(lengths)} rows: {describe(room, arch, read)}")
+        files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
+        return generate(arch, asked.prompts, how, room, ranks, files.load, files.save) | {-1: size}
+
+    own = _fitting("generate", chosen, run, partial, ranks)
+    size = own.pop(-1)
+    right = {}
+    for number, tokens in own.items():
+        said = completion(tokenizer.decode(tokens, skip_special_tokens=True), task)
+        right[number] = extract(said, task) == extract(asked.rows[number].answer, task)
+    everyone = {number: hit for part in ranks.gather_objects(right) for number, hit in part.items()}
+    hits = [everyone[number] for number in range(len(asked.rows))]
+    return {"rows": len(hits), **scores(hits, [row.group for row in asked.rows]), "batch": size}
+
+
+def _fitting(phase: str, chosen: int, run: Callable[[int], dict], partial: Partial, ranks: Ranks) -> dict:
+    """`run(size)` with the size chosen, or half of it for as long as the GPU's memory is too small."""
+    size = ranks.on_first(lambda: partial.batch(phase, chosen))
+    while True:
+        try:
+            return run(size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise
+            size //= 2
+            partial.set_batch(phase, size)
+            if ranks.world > 1:  # the others wait for this rank, and cannot be called back
+                raise StunError(
+                    f"out of GPU memory with {2 * size} rows at once; the same command goes on with {size}"
+                ) from error
+        torch.cuda.empty_cache()
+        ranks.log(f"{phase}: out of GPU memory; {size} rows at once")

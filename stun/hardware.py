@@ -123,6 +123,16 @@ def host_memory(ranks: int) -> int:
     return min(limits)
 
 
+def free_memory(ranks: Ranks) -> int:
+    """Bytes that every rank can still allocate: on its GPU, or its share of the host. The same on every rank."""
+    if ranks.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
+        free = torch.cuda.mem_get_info(ranks.device)[0] + unused
+    else:
+        free = host_memory(ranks.local_world) // ranks.local_world - resident()
+    return max(0, min(ranks.gather_objects(free)))
+
+
 def disk_free(run_dir: str) -> int:
     """Bytes free where the run folder is or will be."""
     folder = Path(run_dir).absolute()

@@ -69,6 +69,10 @@ def _is_snapshot(value: object) -> bool:
     return is_file_name(value["file"]) and type(value["sha256"]) is str and type(numbers) is list and all(map(is_count, numbers))
 
 
+def _is_pair(value: object) -> bool:
+    return type(value) is list and len(value) == 2 and all(type(number) is float and number >= 0 for number in value)
+
+
 _FIELDS = {
     "kept": lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value)),
     "unseen": is_count,
@@ -76,9 +80,12 @@ _FIELDS = {
     "tensors": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
     "snapshot": lambda value: value is None or _is_snapshot(value),
     **FIELDS,
+    "error": lambda value: type(value) is list and all(map(_is_pair, value)),
 }
 _ENTRIES = {
     "observe": ["seconds", "peak_bytes", "powers", "snapshot"],
     "prune": ["kept", "unseen", "file", "tensors", *FIELDS, "snapshot"],
     "outside": ["file", "tensors"],
+    "score": ["error", "snapshot"],
+    "dense": ["snapshot"],
 }

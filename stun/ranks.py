@@ -64,13 +64,13 @@ class Ranks:
         _environment()
         on_gpu = torch.cuda.is_available()
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         if on_gpu:
             local %= torch.cuda.device_count()
             torch.cuda.set_device(local)
         else:
             cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.world))))
+            torch.set_num_threads(max(1, cores // self.local_world))
             # M_MMAP_THRESHOLD: blocks from 2 MiB on go back to the system when freed. By default glibc raises that limit as it
             # goes, and peak memory comes to depend on what happens to lie between the blocks it keeps.
             _libc_call("mallopt", -3, 2 << 20)

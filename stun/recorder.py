@@ -39,7 +39,7 @@ class Recorder:
 
     def layer(self, index: int, states: States | None, entry: dict, write: Callable[[], dict] = dict) -> None:
         """Queue a finished layer, once the one before is on disk: `write` puts its files there and returns what else to enter,
-        beside the seconds this takes."""
+        beside the seconds this takes where `entry` has some."""
 
         def record() -> None:
             began, files = time.perf_counter(), write()
@@ -47,8 +47,9 @@ class Recorder:
             is_needed = states is not None and index + 1 < self.layers
             snapshot = self.snapshots.save(index, states) if is_needed else None
             self.seconds += time.perf_counter() - start
-            seconds = {**entry["seconds"], "write": time.perf_counter() - began}
-            entered = {**entry, **files, "seconds": seconds, "snapshot": snapshot}
+            entered = {**entry, **files, "snapshot": snapshot}
+            if "seconds" in entry:
+                entered["seconds"] = {**entry["seconds"], "write": time.perf_counter() - began}
             self.ledger.record(index, self.ranks.rank, self.ranks.world, entered)
             self.snapshots.drop(index)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,7 +108,7 @@ class Exchange:
         mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         receive = mine_Re.sum(1).tolist()
         rows_ND = self.ranks.exchange(hidden_TD[order_N // top_k], send, receive)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if self.observers else rows_ND[:, 0]
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
         back_ND = self.ranks.exchange(served_ND, receive, send)
         output_ND = torch.empty_like(back_ND)
@@ -184,11 +185,15 @@ class LayerStream:
     ):
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype = compute_dtype(arch, ranks.device)
+        self.stays, self.held = 0, []  # the first `stays` layers are held for the next iteration, built and ready to run
+        self.steady: Callable[[torch.device], AbstractContextManager] = steady
 
     def __iter__(self) -> Iterator[Layer]:
+        first = self.first + len(self.held)
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            pending = pool.submit(self._read, self.first) if self.first < len(self.layouts) else None
-            for index in range(self.first, len(self.layouts)):
+            pending = pool.submit(self._read, first) if first < len(self.layouts) else None
+            yield from self.held
+            for index in range(first, len(self.layouts)):
                 self.ranks.meter.enter("read")
                 own, experts, seconds = pending.result()
                 if index + 1 < len(self.layouts):
@@ -196,8 +201,19 @@ class LayerStream:
                 layer = self._spread(index, own, experts, seconds)
                 del own, experts
                 yield layer
-                layer.release()
+                if index - self.first < self.stays:
+                    self._hold(layer)
+                else:
+                    layer.release()
                 self.ranks.return_memory()
+
+    def _hold(self, layer: Layer) -> None:
+        """Keep a layer that has run in what it computes with, and no other form."""
+        for expert in layer.experts.values():
+            expert.update({part: tensor.to(self.dtype) for part, tensor in expert.items()})
+        layer.dense.clear()
+        layer.unused.clear()
+        self.held.append(layer)
 
     def writer_of(self, layout: LayerLayout) -> dict[str, int]:
         """The rank that writes each tensor of a layer that does not belong to one expert; it also reads those outside the
@@ -273,15 +289,15 @@ class LayerStream:
                 observer.round_starts(turn)
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
-                arguments = states.arguments[hidden_BTD.shape[0]][layer.layout.index]
-                with steady(self.ranks.device):
+                arguments = states.arguments[turn][layer.layout.index]
+                with self.steady(self.ranks.device):
                     output = layer.module(hidden_BTD, **arguments)
                 output = output[0] if isinstance(output, tuple) else output
                 require_finite(output, f"layer {layer.layout.index}: output of micro-batch {turn}")
                 outputs.append(output)
                 self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
             elif experts is not None:
-                with steady(self.ranks.device):
+                with self.steady(self.ranks.device):
                     experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
             for observer in observers:
                 observer.round_ends(turn)
@@ -292,11 +308,11 @@ class LayerStream:
 class States:
     """Hidden states of this rank's micro-batches [B, T, D], `total` of them over all ranks.
 
-    `arguments[B][l]` are the keyword arguments of layer l for a micro-batch of B samples.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape may share them.
     """
 
     hidden: list[torch.Tensor]
-    arguments: dict[int, list[dict]]
+    arguments: list[list[dict]]
     total: int
 
 
@@ -309,10 +325,10 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     else:
         weight_VD = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
     weight_VD = ranks.broadcast(weight_VD, 0).to(dtype)
-    hidden, arguments = [], {}
+    hidden, arguments, of_shape = [], [], {}
     for batch in batches[ranks.rank :: ranks.world]:
         with steady(ranks.device):
             states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
-        arguments.setdefault(len(batch), of_layers)
+        arguments.append(of_shape.setdefault(batch.shape, of_layers))
     return States(hidden, arguments, len(batches))

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from stun.checkpoint import write_json
-from stun.config import StudyConfig, StunError, validate, with_overrides
+from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, validate, with_overrides
 from stun.evaluate import evaluate
 from stun.inputs import load_json
 from stun.planfile import plan_from_run
@@ -41,7 +41,9 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         if own.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)
-    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(cfg.model.path, cfg.task, ranks), ranks)
+    dense = _once(
+        folder / "dense.json", {"task": task}, lambda: _evaluated(cfg.model.path, folder / "dense-result.json", cfg, ranks), ranks
+    )
     results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     outliers = any(own.sparsify.counts_outliers for own in ways.values())
     base_how = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
@@ -85,7 +87,11 @@ def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
         told = replace(own.sparsify, ratios="uniform", per_expert=False)  # the plan has the ratios
         own = replace(own, plan=str(plan), sparsify=told)
     summary = prune(own, ranks)
-    return evaluate(f"{run_dir}/model", cfg.task, ranks) | {"prune": summary}
+    return _evaluated(f"{run_dir}/model", Path(run_dir) / "result.json", cfg, ranks) | {"prune": summary}
+
+
+def _evaluated(model: str, output: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
+    return evaluate(EvaluateConfig(ModelConfig(model), cfg.task, output=str(output)), ranks)
 
 
 def _measures(result: dict) -> dict[str, float]:

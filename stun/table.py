@@ -20,10 +20,20 @@ def results_table(results: dict[str, dict]) -> str:
     def line(title: str, value) -> None:
         table.add_row(title, *(value(result) for result in results.values()))
 
-    for group in next(iter(results.values()))["exact_match"]:
+    first = next(iter(results.values()))
+    for group in first.get("exact_match", ()):
         line(group.replace("_", " "), lambda r, group=group: f"{r['exact_match'][group]:.2f}")
-    line("exact match, average", lambda r: f"{r['average']:.3f}")
-    line("perplexity", lambda r: f"{r['perplexity']:.3f}")
+    if "average" in first:
+        line("exact match, average", lambda r: f"{r['average']:.3f}")
+    if "perplexity" in first:
+        line("perplexity", lambda r: f"{r['perplexity']:.3f}")
+    if any("agreement" in result for result in results.values()):
+        line("KL from dense, nats a token", lambda r: f"{r['agreement']['kl']:.4f}" if "agreement" in r else "-")
+        line("same first choice as dense", lambda r: f"{r['agreement']['top1']:.4f}" if "agreement" in r else "-")
+        line("error of the last layer", lambda r: f"{r['layer_error'][-1]:.4f}" if "layer_error" in r else "-")
+    for task, metrics in first.get("harness", {}).items():
+        for metric in metrics:
+            line(f"{task}, {metric}", lambda r, task=task, metric=metric: f"{r['harness'][task][metric]:.4f}")
     if any("prune" in result for result in results.values()):
         line("nonzero share", lambda r: _of(r, lambda p: f"{p['nonzero'] / p['parameters']:.4f}"))
         line("experts kept", lambda r: _of(r, lambda p: f"{sum(p['kept'])}/{sum(p['experts'])}"))

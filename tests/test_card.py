@@ -13,7 +13,7 @@ from stun.card import SOURCE_CARD, without_folders, write_card
 from stun.config import Budget, ExpertsConfig
 from stun.outcome import command_line
 from stun.prune import prune
-from stun.report.write import report
+from stun.report.write import write_reports
 
 # Of the hub's metadata (huggingface.co/docs/hub/model-cards), what a card here may hold.
 FIELDS = {"base_model", "library_name", "pipeline_tag", "tags", "license", "license_name", "license_link", "language"}
@@ -62,7 +62,7 @@ def test_evaluation_comes_with_the_report(pruned):
     """... and leaves the rest as it was."""
     before = (pruned / "model" / "README.md").read_text()
     (pruned / "result.json").write_text(json.dumps({"average": 0.75, "perplexity": 2.5, "dense": {"average": 1.0}}))
-    report(pruned)
+    write_reports(pruned)
     after = (pruned / "model" / "README.md").read_text()
     assert "| exact match, average | 1 | 0.75 |" in after
     assert after.replace(after[after.index("## Evaluation") : after.index("## How to load")], "") == before

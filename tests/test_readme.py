@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT, environment, load_tensors, same_tensors
+from test_evaluate import HARNESS_TASK
 
 README = (ROOT / "README.md").read_text()
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
@@ -57,7 +58,17 @@ def test_demo(tmp_path):
         assert sum(int(t.count_nonzero()) for t in inside.values()) == results[name]["prune"]["nonzero"]
     page = tmp_path / "demo" / "report" / "index.html"
     assert page.is_file() and output.splitlines()[-1] == str(page)
-    for line in ("exact match, average", "perplexity", "nonzero share", "experts kept", "seconds to prune", "peak memory"):
+    for line in (
+        "exact match, average",
+        "perplexity",
+        "KL from dense",
+        "same first choice",
+        "error of the last layer",
+        "nonzero share",
+        "experts kept",
+        "seconds to prune",
+        "peak memory",
+    ):
         assert line in output
 
 
@@ -75,6 +86,25 @@ def test_prune_your_own_model(checkpoint, tmp_path):
     own = {"model.path": str(tmp_path / "arctic" / "model"), "task.path": str(rows), "output": output, "task.max_new_tokens": "4"}
     assert "perplexity" in run(here(evaluate, own))
     assert 0 <= json.loads((tmp_path / "arctic" / "result.json").read_text())["average"] <= 1
+
+
+@pytest.mark.launch
+def test_evaluate_beside_the_dense_model(checkpoint, tmp_path):
+    """The commands of the evaluation section, one after the other."""
+    (both, text, harness), rows = commands("evaluate"), tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:8]))
+    model, dense = {"model.path": str(checkpoint("arctic"))}, str(tmp_path / "dense.json")
+    small = {"task.path": str(rows), "task.max_new_tokens": "4", **model}
+    first, second = both.splitlines()
+    run(here(first, {**small, "output": dense}))
+    assert "same first choice as dense" in run(here(second, {**small, "dense": dense, "output": str(tmp_path / "a.json")}))
+    packed = {"text.path": str(HELDOUT), "text.samples": "2", "text.length": "16", "output": str(tmp_path / "b.json")}
+    run(here(text, {**model, **packed}))
+    assert json.loads((tmp_path / "b.json").read_text())["tokens"] == 30
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(HARNESS_TASK.format(rows=rows))
+    own = {"harness.tasks": "[stun_heldout]", "harness.include_path": str(tmp_path / "tasks"), "output": str(tmp_path / "c.json")}
+    assert "stun_heldout, exact_match" in run(here(harness, {**model, **own}))
 
 
 @pytest.mark.launch
@@ -162,13 +192,18 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_settings_in_the_readme_exist():
-    from stun.config import PruneConfig
+    from stun.config import EvaluateConfig, PruneConfig
 
-    table = README.partition("| setting |")[2].partition("\n\n")[0]
-    keys = re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
-    assert "experts.lambda2" in keys
+    first, second = (table.partition("\n\n")[0] for table in README.split("| setting |")[1:])
+    for table, whole, known in ((first, PruneConfig, "experts.lambda2"), (second, EvaluateConfig, "task.batch")):
+        keys = re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+        assert known in keys
+        check_keys(keys, whole)
+
+
+def check_keys(keys: list[str], whole: type) -> None:
     for key in (f"calibration{key}" if key.startswith(".") else key for key in keys):
-        node = PruneConfig()
+        node = whole()
         for part in key.split("."):
             assert hasattr(node, part) or part in node.__dataclass_fields__, key
             node = getattr(node, part, None)

@@ -56,6 +56,11 @@ RESULT = {
 MIXTURE = {"math": SourceConfig(path=str(TEXT), weight=2.0), "code": SourceConfig(path=str(TEXT))}
 
 
+def report(folder: Path) -> str:
+    """What jobs.report prints."""
+    return describe(folder, write_reports(folder))
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, ranks):
     """(source, run folder): shared experts, a layer without experts, two calibration sources, global budget, an evaluation."""
