@@ -20,15 +20,23 @@ def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False) ->
     count, rows = 0, [[], [], [], []]
     for weight_OD in matrices:
         count += int(weight_OD.count_nonzero()) if without_zeros else weight_OD.numel()
-        for block_oD in weight_OD.split(max(1, _BLOCK.get(weight_OD.device.type, _LARGE_BLOCK) // weight_OD.shape[1])):
-            w_oD = block_oD.double()
-            square_oD = w_oD * w_oD
-            powers = (w_oD, square_oD, w_oD * square_oD, square_oD * square_oD)
-            for own, power_oD in zip(rows, powers, strict=True):
-                own.append(power_oD.sum(1))
-    values = [torch.cat(own).tolist() if own else [] for own in rows]
-    is_finite = all(math.isfinite(value) for own in values for value in own)
-    return {"count": count, "sums": [_exact(own) for own in values] if is_finite else []}
+        for own, sums in zip(rows, _row_sums(weight_OD).tolist(), strict=True):
+            own += sums
+    is_finite = all(math.isfinite(value) for own in rows for value in own)
+    return {"count": count, "sums": [_exact(own) for own in rows] if is_finite else []}
+
+
+def _row_sums(weight_OD: torch.Tensor) -> torch.Tensor:
+    """[4, O] sums of the first four powers of every row."""
+    sums_4O = torch.empty(4, len(weight_OD), dtype=torch.float64, device=weight_OD.device)
+    size = max(1, _BLOCK.get(weight_OD.device.type, _LARGE_BLOCK) // weight_OD.shape[1])
+    # What is summed is kept nowhere else: small tensors that outlive a block would split the memory it leaves.
+    for block_oD, sums_4o in zip(weight_OD.split(size), sums_4O.split(size, 1), strict=True):
+        w_oD = block_oD.double()
+        square_oD = w_oD * w_oD
+        for place, power_oD in enumerate((w_oD, square_oD, w_oD * square_oD, square_oD * square_oD)):
+            torch.sum(power_oD, 1, out=sums_4o[place])
+    return sums_4O
 
 
 def _exact(values: list[float]) -> list[float]:
