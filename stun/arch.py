@@ -10,10 +10,11 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.checkpoint import Checkpoint
@@ -26,6 +27,9 @@ from stun.models.empty import without_weights
 from stun.names import NameMap, experts_of
 
 EXPERTS_IMPLEMENTATION = "stun"
+# The keyword argument of a layer, and of the model, that is the cache: transformers has renamed it in 5.24.
+_PREPARES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _PREPARES)
 
 
 class _Entered(Exception):
@@ -204,7 +208,7 @@ class Architecture:
         """What transformers' generate gives a model for its next step, `tokens_BT` being the prompt and all that has followed:
         the tokens that are new to the cache (all where there is none), mask, positions, cache."""
         positions_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
-        given = {"position_ids": positions_BT, "use_cache": True, "past_key_values": cache}
+        given = {"position_ids": positions_BT, "use_cache": True, CACHE: cache}
         given["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
         new = None if cache is None else 1
         inputs = self.model.prepare_inputs_for_generation(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from stun.arch import Architecture
+from stun.arch import CACHE, Architecture
 from stun.batches import MicroBatch, micro_batches, padded
 from stun.hardware import GIB
 from stun.outside import outside
@@ -86,7 +86,7 @@ class _Batch:
         """What reaches the first layer at the next step."""
         inputs = self.arch.next_inputs(self.ids_BT, self.mask_BT, self.cache)
         hidden_BTD, arguments = self.arch.enter(inputs.pop("input_ids"), **inputs)
-        self.cache = arguments[0]["past_key_values"]
+        self.cache = arguments[0][CACHE]
         return hidden_BTD, arguments
 
     def advance(self, hidden_BTD: torch.Tensor) -> None:
