@@ -78,7 +78,8 @@ class _Batch:
         self.length = mask_BT.shape[1]
         self.processors = self.arch.logits_processors(self.how.config, mask_BT)
         more_BT = torch.tensor([self.tokens[place] for place in self.places], device=self.device, dtype=torch.int64)
-        self.ids_BT = torch.cat([padded(own, self.how.pad, on_left=True).to(self.device), more_BT], 1)
+        pad = min(self.how.pad, self.arch.config.vocab_size - 1)  # some tokenizers' own has no embedding
+        self.ids_BT = torch.cat([padded(own, pad, on_left=True).to(self.device), more_BT], 1)
         self.mask_BT = torch.cat([mask_BT, torch.ones_like(more_BT)], 1)
         self.cache = None
 

@@ -127,6 +127,18 @@ def test_a_stop_ends_a_row(checkpoint, ranks):
     assert len(found[2]) < NEW
 
 
+def test_padding_that_has_no_embedding(checkpoint, ranks):
+    """As tokenizers have it to which one was added. Nothing looks at it."""
+    folder = checkpoint("mixtral")
+    arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
+    prompts, room = tokenizer(QUESTIONS)["input_ids"], Room(SIZE, 1, 3, 0)
+    how = Decoding(arch.generation_config(NEW), tokenizer, NEW, [])
+    wanted = generate(arch, prompts, how, room, ranks)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert how.pad >= arch.config.vocab_size and generate(arch, prompts, how, room, ranks) == wanted
+
+
 def test_what_fits_stays(checkpoint, ranks, monkeypatch):
     """The numbers that are chosen fit into what is free."""
     arch = Architecture(Checkpoint.open(checkpoint("qwen3_next")))
