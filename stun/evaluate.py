@@ -18,6 +18,7 @@ from stun.data import load_tokenizer
 from stun.generate import Decoding, describe, generate
 from stun.hardware import read_speed
 from stun.harness import run_harness
+from stun.identity import model_digest
 from stun.partial import Generated, Partial
 from stun.ranks import Ranks
 from stun.room import generation_room, scoring_batch
@@ -40,11 +41,12 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     asked = ranks.on_first(lambda: ask(cfg, arch, tokenizer))
     reference = ranks.on_first(lambda: dense_result(cfg, asked)) if cfg.dense else None
     known = ranks.on_first(lambda: finished_result(cfg.output, asked.request))
+    partial = Partial(cfg.output)
     if known:
+        ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
         ranks.log(f"{cfg.output} is complete already")
         return known
-    dense = _dense(cfg.dense, reference, arch) if reference else None
-    partial = Partial(cfg.output)
+    dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
     ranks.on_first(lambda: partial.open(asked.request))
     result: dict = {"model": cfg.model.path}
     if asked.sequences:
@@ -62,7 +64,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     return result
 
 
-def _dense(file: str, reference: dict, arch: Architecture) -> Architecture:
+def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
         dense = Architecture(open_checkpoint(reference["model"]))
     except StunError as error:
@@ -74,6 +76,8 @@ def _dense(file: str, reference: dict, arch: Architecture) -> Architecture:
     ):
         if one != other:
             raise StunError(f"dense={file}: its model {reference['model']} has {what} {one}, {arch.source.folder} {other}")
+    if ranks.on_first(lambda: model_digest(dense.source)) != reference["request"]["model"]:
+        raise StunError(f"dense={file}: its model {reference['model']} has changed since it was evaluated; evaluate it again")
     return dense
 
 
@@ -90,7 +94,7 @@ def _scored(arch: Architecture, dense: Architecture | None, asked: Asked, batch:
         found = score(arch, dense, asked.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
         return found.to_json()
 
-    found = _fitting("score", chosen, run, partial, ranks)
+    found = _fitting("score", chosen, batch > 0, run, partial, ranks)
     ranks.on_first(lambda: partial.enter("scores", found))
     return found
 
@@ -112,7 +116,7 @@ def _answered(
         files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
         return generate(arch, asked.prompts, how, room, ranks, files.load, files.save) | {-1: size}
 
-    own = _fitting("generate", chosen, run, partial, ranks)
+    own = _fitting("generate", chosen, task.batch > 0, run, partial, ranks)
     size = own.pop(-1)
     right = {}
     for number, tokens in own.items():
@@ -123,9 +127,9 @@ def _answered(
     return {"rows": len(hits), **scores(hits, [row.group for row in asked.rows]), "batch": size}
 
 
-def _fitting(phase: str, chosen: int, run: Callable[[int], dict], partial: Partial, ranks: Ranks) -> dict:
+def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict], partial: Partial, ranks: Ranks) -> dict:
     """`run(size)` with the size chosen, or half of it for as long as the GPU's memory is too small."""
-    size = ranks.on_first(lambda: partial.batch(phase, chosen))
+    size = ranks.on_first(lambda: partial.batch(phase, chosen, is_asked))
     while True:
         try:
             return run(size)

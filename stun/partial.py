@@ -16,6 +16,7 @@ from stun.checkpoint import write_json
 from stun.config import StunError
 from stun.identity import differences
 from stun.inputs import is_count, load_json
+from stun.lock import hold
 
 
 class Partial:
@@ -25,8 +26,14 @@ class Partial:
         self.folder = Path(f"{output}.partial")
 
     def open(self, request: dict) -> None:
-        """Make the folder, or go on in one of the same request. Raises StunError where it holds another (naming what differs)."""
+        """Make the folder, or go on in one of the same request. Raises StunError where it holds another (naming what differs), or
+        another launch is at work in it."""
         file = self.folder / "request.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            hold(self.folder, str(self.folder))
+        except OSError as error:
+            raise StunError(f"output: {self.folder} cannot be written: {error}") from error
         if file.is_file():
             found = differences(load_json(file), request)
             if found:
@@ -34,17 +41,14 @@ class Partial:
                     f"{self.folder}: holds another evaluation ({'; '.join(found)}); remove it, or choose another output"
                 )
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StunError(f"output: {self.folder} cannot be written: {error}") from error
         write_json(file, request)
 
-    def batch(self, phase: str, chosen: int) -> int:
-        """How many rows run at once in a phase: as before, or as chosen now."""
-        if phase not in self._batches():
-            self.set_batch(phase, chosen)
-        return self._batches()[phase]
+    def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
+        """How many rows run at once in a phase: as before, or as chosen now; no more than the user asks for now."""
+        known = self._batches().get(phase, chosen)
+        size = min(known, chosen) if is_asked else known
+        self.set_batch(phase, size)
+        return size
 
     def set_batch(self, phase: str, size: int) -> None:
         write_json(self.folder / "batch.json", {**self._batches(), phase: size})

@@ -13,11 +13,8 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import shutil
 from pathlib import Path
-from typing import IO
 
 import yaml
 
@@ -25,6 +22,7 @@ from stun.checkpoint import write_atomically, write_json
 from stun.config import StunError
 from stun.identity import differences
 from stun.inputs import load_json, read_bytes
+from stun.lock import LOCK, hold
 from stun.statistics import Statistics
 
 
@@ -51,26 +49,8 @@ def parse_yaml(content: bytes, where: str) -> object:
 
 
 _TEMPORARY = ("progress", "hidden")
-_LOCK = ".lock"
-_BESIDE = {_LOCK, ".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
+_BESIDE = {LOCK, ".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
 _OUTPUT = {".out", ".err", ".log"}  # of the job
-_held: IO | None = None
-
-
-def _hold(folder: Path) -> None:
-    """Keep other launches out of a folder, until this process ends or goes on to another one. Raises StunError where one is in
-    it already. File systems without locks keep nobody out."""
-    global _held
-    if _held:
-        _held.close()
-    _held = (folder / _LOCK).open("a")
-    try:
-        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StunError(f"run_dir={folder}: another launch is at work in it; wait for it, or end it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
 
 
 def _is_foreign(file: Path) -> bool:
@@ -106,7 +86,7 @@ class Run:
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             if not (run.folder / "manifest.json").exists():
-                _hold(run.folder)
+                hold(run.folder, f"run_dir={run_dir}")
                 write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
                 for name in _TEMPORARY:
                     (run.folder / name).mkdir(exist_ok=True)
@@ -134,4 +114,4 @@ class Run:
         """Remove what only an unfinished run needs."""
         for name in _TEMPORARY:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / _LOCK).unlink(missing_ok=True)
+        (self.folder / LOCK).unlink(missing_ok=True)

@@ -54,7 +54,8 @@ def _row(number: int, row: dict, cfg: TaskConfig) -> Row:
     if extract(row[cfg.answer], cfg) is None:
         kind = "number after " if cfg.number and cfg.marker in row[cfg.answer] else ""
         raise StunError(f"{where}: no {kind}{cfg.marker!r} in its answer; see task.marker")
-    return Row(cfg.prompt.replace(_QUESTION, row[cfg.question]), row[cfg.answer], str(row.get(cfg.group, "all")))
+    group = row.get(cfg.group)  # of rows that lack it where others have it, None
+    return Row(cfg.prompt.replace(_QUESTION, row[cfg.question]), row[cfg.answer], "all" if group is None else str(group))
 
 
 def extract(text: str, cfg: TaskConfig) -> str | None:

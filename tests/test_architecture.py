@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
     {"inputs"},
-    {"families", "layout", "plan", "stats", "powers", "select_kernel", "headers", "meter", "trackers", "batches"},
+    {"families", "layout", "plan", "stats", "powers", "select_kernel", "headers", "meter", "trackers", "batches", "lock"},
     {"plausible", "records"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
     {"names", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task"},

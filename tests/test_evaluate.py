@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stun.compressed import open_checkpoint
 from stun.config import CalibrationConfig, EvaluateConfig, HarnessConfig, ModelConfig, StunError, TaskConfig
 from stun.data import load_tokenizer
 from stun.evaluate import evaluate
+from stun.partial import Partial
 from stun.task import completion, extract, task_rows
 
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
@@ -108,6 +110,33 @@ def test_every_kind_of_checkpoint(ranks, rows, tmp_path):
         assert all(found[0][key] == found[1][key] for key in ("perplexity", "right", "tokens"))
     exact = fp8(tmp_path / "fp8", "deepseek_v3", 8, 8)
     assert exact and evaluate(asking(tmp_path / "fp8", rows, tmp_path / "fp8.json"), ranks)["perplexity"] > 1
+
+
+def test_fewer_rows_at_once_after_a_launch_that_was_killed(checkpoint, ranks, rows, tmp_path, monkeypatch, capsys):
+    """As it is advised where a host's memory was too small; what an earlier launch had to halve is not raised again."""
+    asked = asking(checkpoint("mixtral"), rows, tmp_path / "a.json")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stun.evaluate.score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        evaluate(asked, ranks)
+    fewer = replace(asked, task=replace(asked.task, batch=2))
+    assert evaluate(fewer, ranks)["batch"] == 2 and "sequences, 2 at once" in capsys.readouterr().out
+    partial = Partial(str(tmp_path / "b.json"))
+    partial.open({})
+    assert [partial.batch("score", 8, True), partial.batch("score", 4, False), partial.batch("score", 3, True)] == [8, 8, 3]
+    assert partial.batch("score", 8, True) == 3
+
+
+def test_one_launch_at_a_time(checkpoint, ranks, rows, tmp_path):
+    """A second one is refused; what a launch left that was killed after it had written its output is removed."""
+    asked = asking(checkpoint("mixtral"), rows, tmp_path / "a.json")
+    (tmp_path / "a.json.partial").mkdir()
+    with (tmp_path / "a.json.partial" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StunError, match=r"a\.json\.partial: another launch is at work in it"):
+            evaluate(asked, ranks)
+    result = evaluate(asked, ranks)
+    (tmp_path / "a.json.partial").mkdir()
+    assert evaluate(asked, ranks) == result and not (tmp_path / "a.json.partial").exists()
 
 
 @pytest.mark.launch
@@ -215,6 +244,7 @@ def test_a_dense_result_of_something_else_is_refused(checkpoint, ranks, rows, tm
     for change, message in (
         ({"model": str(checkpoint("mixtral", num_hidden_layers=2))}, "has layers 2, .* 3"),
         ({"model": "/no/model"}, "its model cannot be read: model.path=/no/model"),
+        ({"model": str(model)}, "has changed since it was evaluated"),
         ({"request": None}, "is not the output of an evaluation"),
     ):
         (tmp_path / "other.json").write_text(json.dumps({**content, **change}))
@@ -252,6 +282,9 @@ def test_stops_prompts_and_the_rows_that_are_drawn(tmp_path):
     assert drawn == task_rows(cfg) != task_rows(replace(cfg, seed=2)) and len(drawn) == 7
     assert [int(row.answer[5:]) for row in drawn] == sorted({int(row.answer[5:]) for row in drawn})
     assert all(row.prompt == f"Q: {{q}} {row.answer[5:]}\nA:" and row.group == "all" for row in drawn)
+    groups = [{"task": "adding"}, {}]  # a field that only some rows have is null in the others
+    file.write_text("".join(json.dumps({"question": "q", "answer": "#### 1", **own}) + "\n" for own in groups))
+    assert [row.group for row in task_rows(TaskConfig(path=str(file)))] == ["adding", "all"]
 
 
 def test_gsm8k(tmp_path):
