@@ -130,7 +130,7 @@ def benchmark_table(result: dict) -> str:
 
 def _printed(table: Table) -> str:
     text = StringIO()
-    Console(file=text, width=200).print(table)
+    Console(file=text, width=200, markup=False, emoji=False, force_terminal=False).print(table)  # names are text
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 

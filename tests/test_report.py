@@ -33,10 +33,11 @@ from stun.powers import kurtosis, power_sums, together
 from stun.prune import prune, take_statistics
 from stun.recorder import Recorder
 from stun.report import data
-from stun.report.comparison import Point, pareto
+from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
 from stun.report.tiles import branches, cut
 from stun.report.write import describe, write_reports
+from stun.table import results_table
 
 GROUPS = ["adding", "sorting"]
 RESULT = {
@@ -371,6 +372,39 @@ def test_comparison(measured, checkpoint, tmp_path, ranks):
     assert 'href="../b%200.5/report/index.html"' in page and page.count("<picture>") == 2 and "not complete" in page
     assert (tmp_path / "a=0.3" / "report" / "index.html").is_file() and (tmp_path / "b 0.5" / "report" / "index.html").is_file()
     assert report(tmp_path).splitlines()[-1] == printed.splitlines()[-1], "what is there already is no obstacle"
+
+
+def test_runs_that_were_asked_something_else_are_not_compared():
+    """What they scored is no quality beside the others'."""
+
+    def done(value: float, sequences: str) -> dict:
+        return {"sparsity": 0.5, "disk_bytes": 9, "result": {"average": value, "request": {"sequences": sequences}}}
+
+    runs = {"a": done(0.5, "x"), "b": done(0.9, "y"), "c": done(0.6, "x"), "d": {"sparsity": 0.5, "disk_bytes": 9}}
+    assert set(alike(runs)) == {"a", "c"} and alike({}) == {}
+    assert [(point.name, point.is_best) for point in fronts(runs)["bytes"]] == [("a", False), ("c", True)]
+
+
+def test_names_are_only_text(measured, tmp_path):
+    """No formula, no markup, whatever a group or a run is called."""
+    shutil.copytree(measured[1], tmp_path / "runs" / "[b]")
+    names = [r"$\frac{$", "costs $5 to $9", "[/red]", ":smile:"]
+    (tmp_path / "runs" / "[b]" / "result.json").write_text(json.dumps({**RESULT, "exact_match": dict.fromkeys(names, 0.5)}))
+    assert re.search(r"^\[b\] +0\.", report(tmp_path / "runs"), re.M)
+    printed = results_table({"runs/[/x]": {"exact_match": dict.fromkeys(names, 0.5)}})
+    assert all(name.replace("_", " ") in printed for name in [*names, "runs/[/x]"])
+
+
+def test_statistics_and_model_that_are_elsewhere(measured, tmp_path):
+    """A run whose model was moved has its report; other statistics where its own were are not shown as its own."""
+    shutil.copytree(measured[1], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert (
+        "Which experts are alike" in write_reports(tmp_path / "run")[0].read_text() and not (tmp_path / "run" / "model").exists()
+    )
+    about = json.loads((tmp_path / "run" / "stats" / "about.json").read_text())
+    (tmp_path / "run" / "stats" / "about.json").write_text(json.dumps({**about, "model": "another"}))
+    assert RunFolder.open(tmp_path / "run").stats is None
 
 
 DONE = {"config.yaml": "config: {}\n", "manifest.json": '{"summary": {}}', "plan.json": '{"layers": []}'}

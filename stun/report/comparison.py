@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -41,6 +43,17 @@ def quality_of(runs: dict[str, dict]) -> tuple[str, bool, dict[str, float]]:
     """The measure that most runs have (the earlier of `_QUALITY` where as many do), whether more is better, and it by run."""
     found = [(name, more, _values(runs, key)) for name, key, more in _QUALITY]
     return max(found, key=lambda own: len(own[2]))
+
+
+def alike(runs: dict[str, dict]) -> dict[str, dict]:
+    """The evaluated runs that were asked the same as most of them: what others scored cannot be compared with it."""
+    asked = {}
+    for name, run in runs.items():
+        request = run.get("result", {}).get("request", {})
+        if run.get("result"):
+            asked[name] = json.dumps([request.get(key) for key in ("task", "rows", "sequences")], sort_keys=True)
+    most = Counter(asked.values()).most_common(1)
+    return {name: runs[name] for name, own in asked.items() if own == most[0][0]}
 
 
 def _values(runs: dict[str, dict], key: str) -> dict[str, float]:
@@ -88,14 +101,15 @@ def _row(number: int, name: str, run: dict) -> list[str]:
 
 def fronts(runs: dict[str, dict]) -> dict[str, list[Point]]:
     """The front of quality against bytes on disk, and against what stays (1 - sparsity), of the runs that were evaluated."""
-    _, more, quality = quality_of(runs)
+    _, more, quality = quality_of(alike(runs))
     cost = {"bytes": lambda run: run.get("disk_bytes"), "share": lambda run: 1 - run["sparsity"]}
     known = {name: [(n, of(runs[n]), q) for n, q in quality.items() if of(runs[n])] for name, of in cost.items()}
     return {name: pareto([Point(*own) for own in points], more) for name, points in known.items()}
 
 
 def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
-    measure, more, quality = quality_of(runs)
+    same = alike(runs)
+    measure, more, quality = quality_of(same)
     aid = f"Runs on the line are beaten by no other in both; {'up' if more else 'down'} and to the left is better."
     largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
     scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
@@ -107,6 +121,9 @@ def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
         how = "python -m jobs.evaluate model.path=RUN/model task.path=ROWS.jsonl output=RUN/result.json"
         return [html.section("Quality and size", aid, html.none("No run was evaluated. For each run:", how))]
     order = {name: number for number, name in enumerate(runs)}
+    others = [f"{order[name] + 1}" for name, run in runs.items() if run.get("result") and name not in same]
+    if others:
+        aid += f" Not shown, since evaluated on something else: {', '.join(others)}."
     parts = []
     for name, points in fronts(runs).items():
         title, label = titles[name]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from stun.records import KINDS, PHASES
 from stun.report.data import Selection, Usage
-from stun.report.theme import Theme, canvas, legend
+from stun.report.theme import Theme, canvas, legend, words
 
 _STAGES = {"dense": "dense", "experts_left": "experts left", "weights_left": "weights left"}
 
@@ -59,7 +59,8 @@ def usage(theme: Theme, data: list[Usage]) -> Figure:
         right.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
         right.set_xticks([0, 0.5, 1])
         right.set_yticks([])
-        left.set_title(own.source if own.source != "all" else "calibration text", loc="left", fontsize=10, color=theme.ink)
+        name = own.source if own.source != "all" else "calibration text"
+        left.set_title(words(name), loc="left", fontsize=10, color=theme.ink)
         for axes in (left, right):
             axes.patch.set_alpha(0)
             axes.spines[:].set_color(theme.line)
@@ -200,7 +201,7 @@ def evaluation(theme: Theme, data: dict[str, tuple[float | None, float]]) -> Fig
             axes.plot([dense, pruned], [place, place], color=theme.line, linewidth=3, solid_capstyle="round", zorder=1)
             axes.scatter([dense], [place], s=34, color=theme.faint, zorder=2, label="" if place else "dense")
         axes.scatter([pruned], [place], s=34, color=theme.kept, zorder=3, label="" if place else "pruned")
-    axes.set_yticks(range(len(data)), [name.replace("_", " ")[:28] for name in data])
+    axes.set_yticks(range(len(data)), [words(name.replace("_", " ")[:28]) for name in data])
     axes.set(ylim=(len(data) - 0.5, -0.5), xlabel="exact match", xlim=(-0.02, 1.02))
     axes.tick_params(axis="y", labelcolor=theme.ink)
     axes.grid(visible=False, axis="y")

@@ -40,18 +40,30 @@ class RunFolder:
         summary = Run(path).summary
         if summary is None:
             raise StunError(f"folder={path}: the run is not complete; the command that began it goes on")
-        shared = summary.get("statistics")
-        stats = Statistics((path / shared if isinstance(shared, str) and shared else path) / "stats")
+        stats = _statistics(path, summary, identity)
         parts = {name: load_json(path / name) if (path / name).is_file() else {} for name in (FILE, "search.json", RESULT)}
         config = identity["config"] if isinstance(identity["config"], dict) else {}
         plan, _, _ = read_layers(path / "plan.json")
         experts = experts_from(config.get("experts", {}), f"{path / 'config.yaml'}: experts")
-        return cls(path, config, experts, summary, plan, *parts.values(), stats if stats.complete else None)
+        return cls(path, config, experts, summary, plan, *parts.values(), stats)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the checkpoint is still there: it is large, and may have been moved or removed."""
+        return (self.path / "model" / "config.json").is_file()
 
     @property
     def with_experts(self) -> list[int]:
         """Numbers of the decoder layers that have experts."""
         return [number for number, layer in enumerate(self.plan) if layer.experts]
+
+
+def _statistics(path: Path, summary: dict, identity: dict) -> Statistics | None:
+    """The statistics that the run used, its own or shared ones; None where they are not there, or others are in their place."""
+    shared = summary.get("statistics")
+    stats = Statistics((path / shared if isinstance(shared, str) and shared else path) / "stats")
+    used = {"model": identity.get("source"), "calibration_tokens": identity.get("calibration_tokens")}
+    return stats if stats.complete and used.items() <= stats.about.items() else None
 
 
 def identity_of(path: Path) -> dict | None:

@@ -59,6 +59,11 @@ def _plain(axes: Axes, theme: Theme) -> None:
     axes.set_axisbelow(True)
 
 
+def words(text: str) -> str:
+    """A name from a file as matplotlib takes it: a dollar is no start of a formula."""
+    return text.replace("$", r"\$")
+
+
 def legend(axes: Axes, theme: Theme, columns: int = 3) -> None:
     """Names of what is drawn, above the panel."""
     axes.legend(

@@ -36,7 +36,8 @@ def write_reports(folder: Path) -> list[Path]:
 def _of_run(folder: Path) -> Path:
     def write() -> Path:
         run = RunFolder.open(folder)
-        write_card(folder, run.summary, run.config, run.layers, run.result)
+        if run.has_model:
+            write_card(folder, run.summary, run.config, run.layers, run.result)
         return write_page(run)
 
     return _checked(folder, write)
