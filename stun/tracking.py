@@ -106,6 +106,8 @@ def track_report(run: Path, ranks: Ranks) -> None:
     folder = run / FOLDER
     about = load_json(folder / "wandb.json") if (folder / "wandb.json").is_file() else {}
     mode, project = about.get("mode", "disabled"), about.get("project", "")
+    if mode not in Wandb.__members__ or not isinstance(project, str):
+        raise StunError(f"{folder / 'wandb.json'}: mode must be one of {', '.join(Wandb.__members__)}, project a text")
     cfg = TrackingConfig(Wandb[mode], project, (folder / "tensorboard").is_dir())
     with tracked(cfg, run, {}, ranks):
         pass
@@ -126,7 +128,10 @@ def _start(cfg: TrackingConfig, run: Path, config: dict, say: Callable[[str], No
 def _run_id(folder: Path, cfg: TrackingConfig) -> str:
     """The id of the run in W&B, made by the first launch in a run folder."""
     file = folder / "wandb.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StunError(f"{folder}: cannot be written: {error}; tracking.wandb=disabled does without") from error
     run_id = load_json(file).get("id") if file.is_file() else secrets.token_hex(4)
     if not isinstance(run_id, str) or not run_id.isalnum():
         raise StunError(f"{file}: id: must be letters and digits, is {str(run_id)[:80]}; remove the file to begin another run")

@@ -18,10 +18,10 @@ from stun.config import EvaluateConfig, ModelConfig, ReportConfig, StunError, Ta
 from stun.figure import curve_figure
 from stun.prune import prune
 from stun.recorder import Recorder
-from stun.tracking import Background, check_tracking
+from stun.tracking import Background, check_tracking, track_report, tracked
 
 LAYERS = 3
-OFFLINE = TrackingConfig(wandb=Wandb.offline, tensorboard=True)
+OFFLINE, WANDB = TrackingConfig(wandb=Wandb.offline, tensorboard=True), TrackingConfig(wandb=Wandb.offline)
 SECRETS = {"WANDB_API_KEY": "SecretSecret" * 4, "HF_TOKEN": "hf_SecretToken"}
 
 
@@ -167,6 +167,16 @@ def test_what_cannot_be_tracked_is_refused(checkpoint, ranks, tmp_path, monkeypa
         prune(tracked_request(checkpoint, tmp_path / "run", OFFLINE), ranks)
     assert not (tmp_path / "run").exists()
     check_tracking(TrackingConfig(wandb=Wandb.offline))
+    (tmp_path / "tracking").write_text("a file in its place")
+    with (
+        pytest.raises(StunError, match=r"tracking: cannot be written: .*tracking\.wandb=disabled"),
+        tracked(WANDB, tmp_path, {}, ranks),
+    ):
+        pass
+    (tmp_path / "other" / "tracking").mkdir(parents=True)
+    (tmp_path / "other" / "tracking" / "wandb.json").write_text('{"id": "abc", "mode": "magic"}')
+    with pytest.raises(StunError, match=r"wandb\.json: mode must be one of disabled, offline, online"):
+        track_report(tmp_path / "other", ranks)
 
 
 @pytest.mark.launch
