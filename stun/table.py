@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from io import StringIO
 
@@ -109,7 +110,7 @@ def summary_table(summary: dict, run_dir: str) -> str:
         "peak memory": f"{summary['peak_bytes'] / 2**30:,.2f} GiB a rank",
         **{f"loads in {runtime}": answer for runtime, answer in summary["loads_in"].items()},
         "the model": f"{run_dir}/model",
-        "next": f"python -m jobs.report folder={shlex.quote(run_dir)}",
+        "next": job_command("report", folder=run_dir),
     }
     for title, value in rows.items():
         table.add_row(title, Text(value))
@@ -126,6 +127,17 @@ def benchmark_table(result: dict) -> str:
     for method, row in result["methods"].items():
         table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / 2**30:.2f}")
     return f"{result['device']}, {result['ranks']} ranks\n{_printed(table)}"
+
+
+def job_command(job: str, **settings: str) -> str:
+    """A command as it can be pasted into a shell. Dots in keys are written as two underscores; Hydra takes a value with spaces,
+    commas or `=`, as in the names of a sweep's runs, in quotes alone."""
+    words = []
+    for key, value in settings.items():
+        is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)
+        quoted = value if is_plain else '"{}"'.format(value.replace('"', r"\""))
+        words.append(f"{key.replace('__', '.')}={quoted}")
+    return shlex.join(["python", "-m", f"jobs.{job}", *words])
 
 
 def _printed(table: Table) -> str:

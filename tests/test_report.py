@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, run_job, settings
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 from selections import CALIBRATION, TEXT, config
@@ -37,7 +39,7 @@ from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
 from stun.report.tiles import branches, cut
 from stun.report.write import describe, write_reports
-from stun.table import results_table
+from stun.table import job_command, results_table
 
 GROUPS = ["adding", "sorting"]
 RESULT = {
@@ -405,6 +407,17 @@ def test_statistics_and_model_that_are_elsewhere(measured, tmp_path):
     about = json.loads((tmp_path / "run" / "stats" / "about.json").read_text())
     (tmp_path / "run" / "stats" / "about.json").write_text(json.dumps({**about, "model": "another"}))
     assert RunFolder.open(tmp_path / "run").stats is None
+
+
+@pytest.mark.parametrize(
+    "folder", ["runs/a", "runs/sweep/experts.fraction=0.1,target=0.3", "my runs/[x]", "it's", 'a"b', "\u00e9"]
+)
+def test_commands_can_be_pasted(folder):
+    """Into a shell, and are then understood by Hydra; a sweep names the folders of its runs by what differs."""
+    *start, word, other = shlex.split(job_command("evaluate", model__path=f"{folder}/model", dense="DENSE.json"))
+    assert start == ["python", "-m", "jobs.evaluate"] and other == "dense=DENSE.json"
+    parsed = OverridesParser.create().parse_override(word)
+    assert (parsed.key_or_group, parsed.value()) == ("model.path", f"{folder}/model") and not parsed.is_sweep_override()
 
 
 DONE = {"config.yaml": "config: {}\n", "manifest.json": '{"summary": {}}', "plan.json": '{"layers": []}'}

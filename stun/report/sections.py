@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -11,16 +10,12 @@ from stun.report import data, draw, html
 from stun.report.folder import RunFolder
 from stun.report.pictures import pictures, saved
 from stun.report.tiles import tile
+from stun.table import job_command
 
 
-def _job(name: str, *settings: str) -> str:
-    return shlex.join(["python", "-m", f"jobs.{name}", *settings])
-
-
-def _evaluate(run: RunFolder, *settings: str) -> str:
-    return _job(
-        "evaluate", f"model.path={run.path / 'model'}", "task.path=ROWS.jsonl", *settings, f"output={run.path / 'result.json'}"
-    )
+def _evaluate(run: RunFolder, **settings: str) -> str:
+    own = {"model__path": str(run.path / "model"), "task__path": "ROWS.jsonl", **settings}
+    return job_command("evaluate", **own, output=str(run.path / "result.json"))
 
 
 def _drawn(
@@ -99,7 +94,7 @@ def _no_single_weights(run: RunFolder) -> tuple[str, str]:
 
 
 def _no_errors(run: RunFolder) -> tuple[str, str]:
-    return "Not measured. Evaluation beside the dense model's own result gives it:", _evaluate(run, "dense=DENSE_RESULT.json")
+    return "Not measured. Evaluation beside the dense model's own result gives it:", _evaluate(run, dense="DENSE_RESULT.json")
 
 
 def _no_search(run: RunFolder) -> tuple[str, str]:
