@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
@@ -330,5 +331,21 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
         with steady(ranks.device):
             states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
-        arguments.append(of_shape.setdefault(batch.shape, of_layers))
+        if batch.shape not in of_shape:
+            of_shape[batch.shape] = _of_one_row(of_layers, len(batch))
+        arguments.append(of_shape[batch.shape])
     return States(hidden, arguments, len(batches))
+
+
+def _of_one_row(arguments: list[dict], rows: int) -> list[dict]:
+    """The same arguments, of which one row is in memory where all of a micro-batch's are alike: every shape of micro-batch has a
+    mask of its own, of T x T entries a row in families without fused attention."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            is_alike = rows > 1 and tensor.dim() > 1 and len(tensor) == rows and bool((tensor == tensor[:1]).all())
+            made[id(tensor)] = (tensor, tensor[:1].clone().expand_as(tensor) if is_alike else tensor)
+        return made[id(tensor)][1]
+
+    return tree_map_only(torch.Tensor, once, arguments)

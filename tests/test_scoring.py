@@ -15,6 +15,7 @@ from zoo import SHAPE
 from stun.arch import Architecture
 from stun.checkpoint import Checkpoint
 from stun.scoring import score
+from stun.stream import embed
 
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "jamba", "lfm2_moe", "qwen3_next", "phimoe"]
 # Lengths of which no two are equal, and one of a single token, of which nothing is predicted.
@@ -125,3 +126,15 @@ def test_interrupted_scoring_goes_on(checkpoint, ranks, tmp_path):
 
     with pytest.raises(StunError, match="error: cannot be"):
         once(tmp_path / "run")
+
+
+def test_masks_do_not_grow_with_the_rows(checkpoint, ranks):
+    """Those of eager attention, of which every length has its own."""
+    arch = Architecture(Checkpoint.open(checkpoint("gpt_oss")))
+    sizes = {}
+    for rows in (1, 8):
+        states = embed(arch, ranks, [torch.ones(rows, length, dtype=torch.int64) for length in (30, 31)], arch.source.read)
+        masks = [layer["attention_mask"] for arguments in states.arguments for layer in arguments]
+        assert {mask.shape[-1] for mask in masks} == {30, 31} and all(len(mask) == rows for mask in masks)
+        sizes[rows] = sum({id(storage): storage.nbytes() for storage in (m.untyped_storage() for m in masks)}.values())
+    assert sizes[1] == sizes[8] > 0
