@@ -117,7 +117,7 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
     )
     source = _text(Path(summary.get("source", "")).name)
     lines = [
-        f"Pruned from {source} with STUN: whole experts first, then single weights, in one stream over the layers each.\n",
+        f"Pruned from {source} with STUN: {_what_left(summary)}.\n",
         f"- Experts: {kept} of {whole} stay ({a_layer}), chosen by {_text(how)}.",
         f"- Single weights: {_text(weights.get('method'))}"
         + (
@@ -131,6 +131,11 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
     if has_source_card:
         lines.append(f"- The source's own card, with its terms: [{SOURCE_CARD}]({SOURCE_CARD}).")
     return "\n".join(lines) + "\n"
+
+
+def _what_left(summary: dict) -> str:
+    parts = {"whole experts": sum(summary["kept"]) < sum(summary["experts"]), "single weights": summary["ratio"] > 0}
+    return " first, then ".join(name for name, left in parts.items() if left) or "nothing left it"
 
 
 def _calibration(given: dict) -> str:
@@ -159,7 +164,9 @@ def _evaluation(result: dict) -> str:
     for name, key in (("KL to dense, nats a token", "kl"), ("same first choice as dense", "top1")):
         if key in result.get("agreement", {}):
             found.append(f"| {name} | | {_number(result['agreement'][key])} |")
-    return "\n".join(["## Evaluation\n", "| | dense | pruned |", "|---|---:|---:|", *found]) + "\n" if found else ""
+    sizes = [f"{result[key]:,} {what}" for key, what in (("rows", "questions"), ("tokens", "predicted tokens")) if key in result]
+    over = [f"Over {' and '.join(sizes)}.\n"] if sizes else []
+    return "\n".join(["## Evaluation\n", *over, "| | dense | pruned |", "|---|---:|---:|", *found]) + "\n" if found else ""
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from selections import config
 from zoo import make_checkpoint
 
-from stun.card import SOURCE_CARD, without_folders, write_card
+from stun.card import SOURCE_CARD, _what_left, without_folders, write_card
 from stun.config import Budget, ExpertsConfig
 from stun.outcome import command_line
 from stun.prune import prune
@@ -61,10 +61,12 @@ def test_text_says_what_was_done_and_no_more(pruned):
 def test_evaluation_comes_with_the_report(pruned):
     """... and leaves the rest as it was."""
     before = (pruned / "model" / "README.md").read_text()
-    (pruned / "result.json").write_text(json.dumps({"average": 0.75, "perplexity": 2.5, "dense": {"average": 1.0}}))
+    (pruned / "result.json").write_text(
+        json.dumps({"average": 0.75, "perplexity": 2.5, "rows": 1200, "tokens": 9, "dense": {"average": 1.0}})
+    )
     write_reports(pruned)
     after = (pruned / "model" / "README.md").read_text()
-    assert "| exact match, average | 1 | 0.75 |" in after
+    assert "| exact match, average | 1 | 0.75 |" in after and "Over 1,200 questions and 9 predicted tokens." in after
     assert after.replace(after[after.index("## Evaluation") : after.index("## How to load")], "") == before
     (pruned / "result.json").unlink()
 
@@ -110,6 +112,16 @@ def test_cards_of_sources_are_not_trusted(tmp_path, source):
     card = ModelCard.load(write_card(tmp_path, summary, {"calibration": {"path": "x`|y"}}, {}, {}))
     assert not {"license", "language"} & card.data.to_dict().keys()
     assert "\n# b" not in card.text and "<i>" not in card.text.replace("\\<i\\>", "") and not (tmp_path / "hostile").exists()
+
+
+def test_what_left_the_model():
+    """No more is claimed than was done."""
+    for kept, ratio, said in (
+        (4, 0.1, "whole experts first, then single weights"),
+        (8, 0.1, "single weights"),
+        (4, 0.0, "whole experts"),
+    ):
+        assert _what_left({"kept": [kept], "experts": [8], "ratio": ratio}) == said
 
 
 def test_commands_hold_no_secrets():
