@@ -85,14 +85,13 @@ def _source_metadata(file: Path) -> dict:
 
 
 def _hub_id(path: str, config: dict) -> str:
-    """The source's name on the hub, empty where neither its path nor its config.json looks like one."""
+    """The source's name on the hub, empty where neither a path into the hub's cache nor its config.json gives one."""
     cached = _CACHED.search(f"{path}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
-    for name in (config.get("_name_or_path"), path.rstrip("/")):
-        if isinstance(name, str) and _HUB_ID.fullmatch(name) and name.partition("/")[0] not in _LOCAL:
-            return name
-    return ""
+    name = config.get("_name_or_path")
+    is_id = isinstance(name, str) and _HUB_ID.fullmatch(name) and name.partition("/")[0] not in _LOCAL
+    return name if is_id else ""
 
 
 def _name(summary: dict) -> str:

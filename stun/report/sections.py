@@ -54,7 +54,7 @@ def _selections(run: RunFolder, folder: Path) -> str:
 
 
 def _evaluation(run: RunFolder, folder: Path) -> str:
-    title, aid = "Against the dense model", "How much of what the dense model gets right the pruned one still does."
+    title, aid = "Against the dense model", "The same questions and text, asked of both models."
     result, dense = run.result, run.result.get("dense", {})
     if not result:
         return html.section(title, aid, html.none("Not evaluated. This does it:", _evaluate(run)), True)
