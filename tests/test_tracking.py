@@ -15,7 +15,6 @@ from kill_runs import TEXT, request
 from wandb_files import launches
 
 from stun.config import EvaluateConfig, ModelConfig, ReportConfig, StunError, TaskConfig, TrackingConfig, Wandb
-from stun.figure import curve_figure
 from stun.prune import prune
 from stun.recorder import Recorder
 from stun.tracking import Background, check_tracking, track_report, tracked
@@ -121,21 +120,20 @@ def test_evaluation_and_report_join_the_run(resumed, checkpoint, ranks, tmp_path
     task = TaskConfig(path=str(rows), max_new_tokens=2)
     output = str(folder / "result.json")
     jobs.evaluate.work(EvaluateConfig(ModelConfig(str(folder / "model")), task, output=output, tracking=OFFLINE), ranks)
-    (folder / "report").mkdir()
-    (folder / "report" / "index.html").write_text("<p>report</p>")
-    curve_figure({"0.0": 1.0, "0.5": 0.5}, folder / "report" / "curve.png")
     jobs.report.work(ReportConfig(str(folder)), ranks)
     evaluated, reported = launches(folder)[2:]
     assert evaluated.run_id == reported.run_id == launches(folder)[0].run_id
     result = json.loads((folder / "result.json").read_text())
     assert evaluated.summary["evaluate"]["perplexity"] == pytest.approx(result["perplexity"])
     assert evaluated.config["evaluate"]["task"]["max_new_tokens"] == 2
-    assert sorted(reported.artifacts) == ["curve.png", "index.html"]
-    assert any("figures/curve/path" in row for row in reported.history.values())
+    pictures = sorted(file.stem for file in (folder / "report").glob("*.png"))
+    assert "sparsity-light" in pictures
+    assert sorted(reported.artifacts) == sorted(["index.html", *(f"{name}.png" for name in pictures)])
+    assert any("figures/sparsity-light/path" in row for row in reported.history.values())
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tracking" / "tensorboard")).Reload()
-    assert events.Tags()["images"] == ["figures/curve"]
+    assert sorted(events.Tags()["images"]) == [f"figures/{name}" for name in pictures]
     assert "warning" not in capsys.readouterr().out
 
 
