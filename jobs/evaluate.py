@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.config import validate_tracking
 from stun.evaluate import evaluate
 from stun.identity import plain
 from stun.table import results_table
 from stun.tracking import check_tracking, tracked
+from stun.validation import validate_tracking
 
 
 def work(cfg, ranks) -> None:

@@ -125,15 +125,19 @@ class Architecture:
     def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Put the tensors outside the experts into a layer: parameters in `dtype` but where the model insists on float32, buffers
         as they are stored."""
+        self._put(layer, {inside: dense[name] for name, inside in layout.dense.items()}, dtype)
+
+    def _put(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors into a module, by their names in it, as `install` says."""
         exceptions = self.model._get_dtype_plan(dtype)
-        for name, inside in layout.dense.items():
+        for inside, tensor in tensors.items():
             path, _, leaf = inside.rpartition(".")
-            module = layer.get_submodule(path)
+            module = root.get_submodule(path)
             if leaf in module._buffers:
-                module._buffers[leaf] = dense[name]
+                module._buffers[leaf] = tensor
             else:
                 own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, inside)), dtype)
-                module._parameters[leaf] = nn.Parameter(dense[name].to(own), requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(tensor.to(own), requires_grad=False)
 
     @property
     def embedding(self) -> str:
@@ -144,15 +148,7 @@ class Architecture:
 
     def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Put tensors outside the layers, by source name, into the model, as `install` does; a tied head takes the embedding."""
-        exceptions = self.model._get_dtype_plan(dtype)
-        for name, tensor in tensors.items():
-            path, _, leaf = self.outer[name].rpartition(".")
-            module = self.model.get_submodule(path)
-            if leaf in module._buffers:
-                module._buffers[leaf] = tensor
-            else:
-                own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, self.outer[name])), dtype)
-                module._parameters[leaf] = nn.Parameter(tensor.to(own), requires_grad=False)
+        self._put(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
         head = self.model.get_output_embeddings()
         if head.weight.is_meta and self.config.tie_word_embeddings:
             head.weight = self.decoder.get_input_embeddings().weight

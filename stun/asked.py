@@ -17,7 +17,7 @@ from stun.identity import differences, model_digest
 from stun.inputs import load_json
 from stun.task import Row, encoded, task_rows, validate_task, with_answer
 
-_SAME = ("task", "rows", "sequences")  # of the request: what two results must have in common to be compared
+SAME = ("task", "rows", "sequences")  # of the request: what two results must have in common to be compared
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def dense_result(cfg: EvaluateConfig, asked: Asked) -> dict:
     found, theirs = load_json(Path(cfg.dense)), _request(cfg.dense)
     if not isinstance(found.get("model"), str) or "perplexity" not in found:
         raise StunError(f"dense={cfg.dense}: is not the output of an evaluation")
-    unlike = differences(*({key: side.get(key) for key in _SAME} for side in (theirs, asked.request)))
+    unlike = differences(*({key: side.get(key) for key in SAME} for side in (theirs, asked.request)))
     if unlike:
         raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(unlike)})")
     return found

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stun.checkpoint import Checkpoint, write_json
-from stun.config import BenchmarkConfig, CheckpointShape, PruneConfig, StunError, validate, with_overrides
+from stun.config import BenchmarkConfig, CheckpointShape, PruneConfig, StunError, with_overrides
 from stun.data import load_tokenizer
 from stun.prune import prune
 from stun.ranks import Ranks
+from stun.validation import validate
 
 
 def random_checkpoint(folder: Path, shape: CheckpointShape, tokenizer: Path) -> None:

@@ -119,11 +119,19 @@ def _rendered(messages: list, where: str, tokenizer: PreTrainedTokenizerBase) ->
         raise StunError(f"{where}: the chat template of {tokenizer.name_or_path} fails: {_first_line(error)}") from error
 
 
-def _ids(text: str, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_ids(text: str | list[str], where: str, tokenizer: PreTrainedTokenizerBase) -> list:
+    """Of a text, or of each of several. Raises StunError."""
     try:
         return tokenizer(text)["input_ids"]
     except Exception as error:  # tokenizers raises a bare one
         raise StunError(f"{where}: the tokenizer of {tokenizer.name_or_path} fails: {_first_line(error)}") from error
+
+
+def check_vocabulary(ids: list[int], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise StunError where the tokenizer does not belong to the model."""
+    if max(ids) >= vocab_size:
+        own = f"the tokenizer of {tokenizer.name_or_path}"
+        raise StunError(f"{own} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
 
 
 def _shares(weights: list[float], total: int) -> list[int]:
@@ -167,7 +175,7 @@ def _packed(
     ids: list[int] = []
     for text in _texts(rows, source, key, tokenizer):
         if text.strip():
-            ids += _ids(text, f"{key}.path={source.path}", tokenizer) + end
+            ids += token_ids(text, f"{key}.path={source.path}", tokenizer) + end
         if len(ids) >= need:
             break
     if not ids:
@@ -178,7 +186,5 @@ def _packed(
             f"{key}.path={source.path}: {len(ids)} tokens, but {samples} samples of {name}.length={cfg.length} "
             f"need {need}; at most {len(ids) // cfg.length} samples of this length"
         )
-    if max(ids) >= vocab_size:
-        own = f"the tokenizer of {tokenizer.name_or_path}"
-        raise StunError(f"{own} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
+    check_vocabulary(ids, tokenizer, vocab_size)
     return torch.tensor(ids[:need]).view(samples, cfg.length)

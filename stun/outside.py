@@ -9,7 +9,7 @@ import torch
 
 from stun.arch import Architecture
 from stun.ranks import Ranks
-from stun.stream import compute_dtype
+from stun.stream import compute_dtype, from_first
 
 
 @contextmanager
@@ -17,12 +17,7 @@ def outside(arch: Architecture, ranks: Ranks) -> Iterator[None]:
     """Inside it `arch.enter` needs no embedding and `arch.leave` works. The first rank reads the weights."""
     placeholders, dtype = list(_places(arch)), compute_dtype(arch, ranks.device)
     for name in arch.outer_weights:
-        info = arch.info(name)
-        if ranks.is_first:
-            tensor = arch.source.read(name).to(ranks.device)
-        else:
-            tensor = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
-        arch.install_outer({name: ranks.broadcast(tensor, 0)}, dtype)
+        arch.install_outer({name: from_first(arch, ranks, name, arch.source.read)}, dtype)
     try:
         yield
     finally:

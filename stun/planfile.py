@@ -9,13 +9,14 @@ from stun.allocation import check_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
 from stun.checkpoint import Checkpoint, write_json
-from stun.config import PruneConfig, StunError, validate_experts
+from stun.config import PruneConfig, StunError
 from stun.identity import model_digest
 from stun.plan import LayerPlan, Plan, read_layers
 from stun.planning import check_loadable, make_plan
 from stun.protect import check_listed
 from stun.statistics import Statistics
 from stun.traffic import model_bytes
+from stun.validation import validate_experts
 
 
 @dataclass(frozen=True)

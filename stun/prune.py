@@ -16,7 +16,7 @@ from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas,
 from stun.card import CARD, keep_source_card, write_card
 from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
 from stun.compressed import mark
-from stun.config import Budget, PruneConfig, StunError, validate
+from stun.config import Budget, PruneConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.figure import curve_figure
 from stun.identity import fingerprint, observed, plain
@@ -39,6 +39,7 @@ from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
 from stun.stream import embed
 from stun.tracking import check_tracking, tracked
+from stun.validation import validate
 
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:

@@ -8,10 +8,11 @@ from pathlib import Path
 from stun.arch import Architecture
 from stun.budget import LayerSize, experts_to_drop, make_budget, measure_layers
 from stun.checkpoint import Checkpoint
-from stun.config import ExpertsMethod, PruneConfig, Representative, validate
+from stun.config import ExpertsMethod, PruneConfig, Representative
 from stun.plan import LayerPlan, Plan
 from stun.planfile import read_plan
 from stun.search import reachable
+from stun.validation import validate
 
 
 @dataclass(frozen=True)

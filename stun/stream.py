@@ -317,15 +317,20 @@ class States:
     total: int
 
 
+def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A source tensor on every rank, which the first gets from `read` and broadcasts."""
+    info = arch.info(name)
+    if ranks.is_first:
+        tensor = read(name).to(ranks.device)
+    else:
+        tensor = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
+    return ranks.broadcast(tensor, 0)
+
+
 def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
     """This rank's share of the micro-batches [B, T] as they reach the first layer. The first rank gets the embedding's weight
     from `read` and broadcasts it."""
-    dtype, info = compute_dtype(arch, ranks.device), arch.info(arch.embedding)
-    if ranks.is_first:
-        weight_VD = read(arch.embedding).to(ranks.device)
-    else:
-        weight_VD = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
-    weight_VD = ranks.broadcast(weight_VD, 0).to(dtype)
+    weight_VD = from_first(arch, ranks, arch.embedding, read).to(compute_dtype(arch, ranks.device))
     hidden, arguments, of_shape = [], [], {}
     for batch in batches[ranks.rank :: ranks.world]:
         with steady(ranks.device):

@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from stun.checkpoint import write_json
-from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, validate, with_overrides
+from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
 from stun.evaluate import evaluate
 from stun.inputs import load_json
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
+from stun.validation import validate
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from transformers import PreTrainedTokenizerBase
 
 from stun.config import StunError, TaskConfig
-from stun.data import in_order, load_rows
+from stun.data import check_vocabulary, in_order, load_rows, token_ids
 
 _QUESTION = "{question}"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
@@ -82,16 +82,11 @@ def with_answer(row: Row) -> str:
 
 def encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> list[list[int]]:
     """Token ids of texts. Raises StunError where a text gives none, or the tokenizer does not belong to the model."""
-    try:
-        found = tokenizer(texts)["input_ids"]
-    except Exception as error:  # tokenizers raises a bare one
-        raise StunError(f"{key}: the tokenizer of {tokenizer.name_or_path} fails: {error}") from error
+    found = token_ids(texts, key, tokenizer)
     for number, ids in enumerate(found):
         if not ids:
             raise StunError(f"{key}: row {number}: an empty text")
-        if max(ids) >= vocab_size:
-            own = f"the tokenizer of {tokenizer.name_or_path}"
-            raise StunError(f"{own} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
+        check_vocabulary(ids, tokenizer, vocab_size)
     return found
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from zoo import make_checkpoint
 
 from stun.prune import take_statistics
 from stun.ranks import Ranks
+from stun.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +50,26 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return get
+
+
+class _Stop(Exception):
+    """Ends a run at a given place."""
+
+
+@contextmanager
+def stopped_after(stream: str, layer: int):
+    """What runs inside ends once that layer of that stream is on disk."""
+    queue = Recorder.layer
+
+    def stop(self, index, *arguments, **keywords):
+        queue(self, index, *arguments, **keywords)
+        if (self.ledger.stream, index) == (stream, layer):
+            self.close()
+            raise _Stop
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(_Stop):
+        patched.setattr(Recorder, "layer", stop)
+        yield
 
 
 @pytest.fixture(scope="module")

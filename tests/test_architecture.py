@@ -11,11 +11,12 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import stun.config
+import stun.validation
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
     {"config"},
-    {"inputs"},
+    {"inputs", "validation"},
     {"families", "layout", "plan", "stats", "powers", "select_kernel", "headers", "meter", "trackers", "batches", "lock"},
     {"plausible", "records"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
@@ -115,7 +116,7 @@ def test_every_experiment_composes(job, name):
     cfg = composed(job, [f"experiment={name}", *missing])
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
-    stun.config.validate(typed)
+    stun.validation.validate(typed)
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])
@@ -123,7 +124,7 @@ def test_fractions_on_the_command_line(value):
     typed = OmegaConf.to_object(
         composed("prune", [f"experts.fraction={value}", "model.path=m", "calibration.path=c", "target=0.4", "run_dir=r"])
     )
-    stun.config.validate(typed)
+    stun.validation.validate(typed)
     assert str(typed.experts.fraction) == value
 
 

@@ -19,7 +19,7 @@ import mutations
 import pytest
 import run_mutations
 import torch
-from conftest import load_tensors, same_tensors
+from conftest import load_tensors, same_tensors, stopped_after
 from forms import rewrite
 from selections import TEXT, config
 from test_quantised import fp8
@@ -32,7 +32,6 @@ from stun.config import CalibrationConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.planfile import plan_from_run
 from stun.prune import prune
-from stun.recorder import Recorder
 
 SECONDS = 20
 SLACK = 2**29  # address space that threads and allocators take whatever they are asked
@@ -230,25 +229,12 @@ def test_statistics(planned, tmp_path, change, says):
     refused(tmp_path, lambda: make_plan(tmp_path), f"{file.name}: {says}")
 
 
-class Stop(Exception):
-    """Ends a run."""
-
-
 @pytest.fixture(scope="module")
 def half_done(sources, tmp_path_factory, warm):
     """A folder with a model and a run of it that ended after the first pruned layer."""
-    folder, queue = tmp_path_factory.mktemp("half"), Recorder.layer
+    folder = tmp_path_factory.mktemp("half")
     mutated(sources("mixtral", num_hidden_layers=2), folder, lambda folder: None)
-
-    def stop(self, index, *arguments, **keywords):
-        waited = queue(self, index, *arguments, **keywords)
-        if self.ledger.stream == "prune":
-            self.close()
-            raise Stop
-        return waited
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Recorder, "layer", stop)
+    with stopped_after("prune", 0):
         prune(request_for(folder), warm)
     return folder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_tensors, run_job, settings
+from conftest import load_tensors, run_job, settings, stopped_after
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
@@ -33,7 +33,6 @@ from stun.config import (
 )
 from stun.powers import kurtosis, power_sums, together
 from stun.prune import prune, take_statistics
-from stun.recorder import Recorder
 from stun.report import data
 from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
@@ -263,23 +262,10 @@ def test_the_same_on_two_ranks_and_from_shared_statistics(checkpoint, tmp_path, 
     assert not data.scores(run)[0].clusters and "by score" in write_reports(tmp_path / "two")[0].read_text()
 
 
-def test_a_resumed_run_keeps_what_was_measured(checkpoint, tmp_path, ranks, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    cfg, queue = config(checkpoint("mixtral"), tmp_path / "run"), Recorder.layer
-
-    def stop(self, index, *arguments):
-        waited = queue(self, index, *arguments)
-        if (self.ledger.stream, index) == ("prune", 1):
-            self.close()
-            raise Stop
-        return waited
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recorder, "layer", stop)
-        with pytest.raises(Stop):
-            prune(cfg, ranks)
+def test_a_resumed_run_keeps_what_was_measured(checkpoint, tmp_path, ranks):
+    cfg = config(checkpoint("mixtral"), tmp_path / "run")
+    with stopped_after("prune", 1):
+        prune(cfg, ranks)
     entries = {
         stream: [json.loads(file.read_text()) for file in sorted((tmp_path / "run" / "progress").glob(f"{stream}-*"))]
         for stream in ("observe", "prune")

@@ -9,13 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_tensors, same_tensors
+from conftest import ROOT, load_tensors, same_tensors, stopped_after
 from kill_runs import request
 from zoo import make_checkpoint
 
 from stun.config import StunError
 from stun.prune import prune
-from stun.recorder import Recorder
 
 LAYERS = 5
 KILLS = 40
@@ -40,29 +39,14 @@ def test_killed_at_any_instant(tmp_path):
         assert left == {"config.yaml", "layers.json", "manifest.json", "plan.json", "stats", "model"}
 
 
-class Stop(Exception):
-    """Ends a run at a given place."""
-
-
 @pytest.fixture
-def interrupted(checkpoint, tmp_path, ranks, monkeypatch):
+def interrupted(checkpoint, tmp_path, ranks):
     """`interrupted(stream, layer)`: a run folder whose stream ended once that layer was on disk, and the request for it."""
 
     def get(stream: str, layer: int):
         cfg = request(str(checkpoint("arctic")), tmp_path / "run")
-        queue = Recorder.layer
-
-        def stop(self, index, *arguments, **keywords):
-            waited = queue(self, index, *arguments, **keywords)
-            if (self.ledger.stream, index) == (stream, layer):
-                self.close()
-                raise Stop
-            return waited
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Recorder, "layer", stop)
-            with pytest.raises(Stop):
-                prune(cfg, ranks)
+        with stopped_after(stream, layer):
+            prune(cfg, ranks)
         return cfg, tmp_path / "run"
 
     return get

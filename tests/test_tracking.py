@@ -10,22 +10,17 @@ import sys
 import threading
 
 import pytest
-from conftest import run_job, settings
+from conftest import run_job, settings, stopped_after
 from kill_runs import TEXT, request
 from wandb_files import launches
 
 from stun.config import EvaluateConfig, ModelConfig, ReportConfig, StunError, TaskConfig, TrackingConfig, Wandb
 from stun.prune import prune
-from stun.recorder import Recorder
 from stun.tracking import Background, check_tracking, track_report, tracked
 
 LAYERS = 3
 OFFLINE, WANDB = TrackingConfig(wandb=Wandb.offline, tensorboard=True), TrackingConfig(wandb=Wandb.offline)
 SECRETS = {"WANDB_API_KEY": "SecretSecret" * 4, "HF_TOKEN": "hf_SecretToken"}
-
-
-class Stop(Exception):
-    """Ends a run at a given place."""
 
 
 def tracked_request(checkpoint, folder, tracking=OFFLINE):
@@ -40,21 +35,13 @@ def resumed(checkpoint, ranks, tmp_path_factory):
     from contextlib import redirect_stdout
     from io import StringIO
 
-    folder, queue, log = tmp_path_factory.mktemp("tracked") / "run", Recorder.layer, StringIO()
+    folder, log = tmp_path_factory.mktemp("tracked") / "run", StringIO()
     cfg = tracked_request(checkpoint, folder)
-
-    def stop(self, index, *arguments, **keywords):
-        waited = queue(self, index, *arguments, **keywords)
-        if (self.ledger.stream, index) == ("prune", 1):
-            self.close()
-            raise Stop
-        return waited
 
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(log):
         for name, value in SECRETS.items():
             patched.setenv(name, value)
-        with pytest.MonkeyPatch.context() as stopped, pytest.raises(Stop):
-            stopped.setattr(Recorder, "layer", stop)
+        with stopped_after("prune", 1):
             prune(cfg, ranks)
         summary = prune(cfg, ranks)
     return folder, summary, log.getvalue()

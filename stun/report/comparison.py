@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from stun.asked import SAME
 from stun.checkpoint import write_atomically
 from stun.report import draw, html
 from stun.report.page import FOLDER, PAGE, bytes_in_words
@@ -51,7 +52,7 @@ def alike(runs: dict[str, dict]) -> dict[str, dict]:
     for name, run in runs.items():
         request = run.get("result", {}).get("request", {})
         if run.get("result"):
-            asked[name] = json.dumps([request.get(key) for key in ("task", "rows", "sequences")], sort_keys=True)
+            asked[name] = json.dumps([request.get(key) for key in SAME], sort_keys=True)
     most = Counter(asked.values()).most_common(1)
     return {name: runs[name] for name, own in asked.items() if own == most[0][0]}
 

@@ -1,0 +1,73 @@
+"""Checks of a configuration that need no model."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from stun.config import ExpertsConfig, PruneConfig, SparsifyConfig, StunError, TrackingConfig
+
+
+def _require(ok: bool, key: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise StunError(f"{key}={value}: {allowed}")
+
+
+def validate(cfg: PruneConfig) -> None:
+    """Refuse values that no model could be pruned with. Raises StunError."""
+    calibration = cfg.calibration
+    validate_experts(cfg, list(calibration.sources))
+    for key in ("samples", "length", "micro_batch"):
+        value = getattr(calibration, key)
+        _require(value >= 1, f"calibration.{key}", value, "at least 1")
+    _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
+    for name, source in calibration.mixture.items():
+        _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
+    validate_tracking(cfg.tracking)
+    _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
+
+
+def validate_tracking(tracking: TrackingConfig) -> None:
+    """Refuse what W&B takes for no project. Raises StunError."""
+    fits = re.fullmatch(r"[\w. -]{1,128}", tracking.project)
+    _require(bool(fits), "tracking.project", tracking.project, "letters, digits, spaces, `-`, `_` and `.`, up to 128 of them")
+
+
+def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
+    """Refuse values that no plan could be made with; `sources` are the names of the calibration sources. Raises StunError."""
+    experts = cfg.experts
+    _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
+    share = experts.fraction
+    known = (share == "auto" and cfg.target > 0) or (isinstance(share, (int, float)) and 0 <= share <= 1)
+    _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto for a target above 0")
+    _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
+    for key in ("lambda1", "lambda2", "lambda3", "kappa"):
+        value = getattr(experts, key)
+        _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
+    _require(abs(experts.b) <= 8, "experts.b", experts.b, "an exponent from -8 to 8")
+    _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
+    for key in ("a", "beta"):
+        _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
+    _validate_sparsify(cfg.sparsify, experts)
+    share = experts.protect.domain_share
+    _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")
+    unknown = sorted(experts.source_weights.keys() - set(sources))
+    _require(not unknown, "experts.source_weights", unknown, f"sources are {', '.join(sources)}")
+    for name, weight in experts.source_weights.items():
+        _require(0 <= weight < math.inf, f"experts.source_weights.{name}", weight, "a number, 0 or more")
+    total = sum(experts.source_weights.get(name, 1.0) for name in sources)
+    _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")
+
+
+def _validate_sparsify(how: SparsifyConfig, experts: ExpertsConfig) -> None:
+    """Refuse values that no weights could be removed with. Raises StunError."""
+    numbers = how.pattern.split(":")
+    fits = len(numbers) == 2 and all(n.isdecimal() for n in numbers) and 0 < int(numbers[0]) < int(numbers[1]) <= 64
+    _require(not how.pattern or fits, "sparsify.pattern", how.pattern, "N:M with N below M, such as 2:4; M up to 64")
+    plain = how.ratios == "uniform" and not how.per_expert
+    _require(not how.pattern or plain, "sparsify.pattern", how.pattern, "a pattern fixes every matrix; leave ratios uniform")
+    _require(not how.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target decides")
+    _require(1 <= how.outlier < math.inf, "sparsify.outlier", how.outlier, "a multiple of the mean score, 1 or more")
+    _require(0 <= how.spread <= 0.5, "sparsify.spread", how.spread, "0 to 0.5")
+    _require(how.swaps >= 0, "sparsify.swaps", how.swaps, "0 or more")
+    _require(0 < how.gram_gib < math.inf, "sparsify.gram_gib", how.gram_gib, "GiB, above 0")
