@@ -17,10 +17,9 @@ from transformers import Cache
 
 from stun.arch import Architecture
 from stun.names import experts_of
-from stun.stats import Agreement
-from stun.stream import compute_dtype
+from stun.stream import compute_dtype, tokens_together
+from stun.workers import workers_on
 
-_LOOKED_AT = 2048  # tokens of which the statistics are traced: Agreement looks at fewer at once
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -75,20 +74,25 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
 class _Exchange:
     """Allocates what stun.stream.Exchange does for a micro-batch, the experts serving equally many tokens."""
 
-    def __init__(self, num_experts: int, world: int, is_watched: bool):
-        self.num_experts, self.world, self.is_watched = num_experts, world, is_watched
+    def __init__(self, num_experts: int, world: int, workers: int):
+        self.num_experts, self.world, self.workers = num_experts, world, workers
 
     def forward(self, module: nn.Module, hidden_TD, index_TK, weights_TK) -> torch.Tensor:
         rows_ND = hidden_TD.repeat_interleave(index_TK.shape[1], 0)
         received_ND = rows_ND if self.world == 1 else torch.empty_like(rows_ND)
         del rows_ND
         served_ND = torch.empty_like(received_ND)
-        module._apply_gate(self._inner(module, received_ND[: -(-len(received_ND) // max(1, self.num_experts // self.world))]))
-        back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
-        output_TKD = torch.empty_like(back_ND).view(*index_TK.shape, -1)
-        if self.is_watched:
-            Agreement(1, self.num_experts, "meta").add(0, index_TK[:_LOOKED_AT], output_TKD[:_LOOKED_AT])
-        return (output_TKD * weights_TK[..., None]).sum(1).to(hidden_TD.dtype)
+        own = max(1, self.num_experts // self.world)
+        rows_nD = received_ND[: -(-len(received_ND) // own)]
+        inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, own) - 1)]
+        module._apply_gate(self._inner(module, rows_nD))
+        del inner
+        _back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
+        output_TD, size = torch.empty_like(hidden_TD), tokens_together(hidden_TD, index_TK.shape[1])
+        _pieces = [
+            torch.empty_like(hidden_TD[:size], dtype=torch.float32).repeat(2 * index_TK.shape[1], 1) for _ in range(self.workers)
+        ]
+        return output_TD
 
     @staticmethod
     def _inner(module: nn.Module, rows_nD: torch.Tensor) -> torch.Tensor:
@@ -104,11 +108,10 @@ def _arguments(arch: Architecture, batch: int, length: int, **given) -> list[dic
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch beside weights and hidden states: at most in each layer, `watched` by the first stream or `plain`;
-    `arguments` stay for the whole stream (masks, rotary embeddings)."""
+    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`; `arguments` stay for the whole
+    stream (masks, rotary embeddings)."""
 
-    watched: list[int]
-    plain: list[int]
+    layers: list[int]
     arguments: int
 
 
@@ -117,17 +120,16 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
     given, traced = _arguments(arch, batch, length), {}
     kept = {id(own): own.nbytes() for own in _storages(given)}
 
-    def peak(index: int, is_watched: bool) -> int:
+    def peak(index: int) -> int:
         layer = arch.decoder.layers[index]
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
         arguments = tuple((name, getattr(value, "shape", None)) for name, value in given[index].items())
-        kind = (is_watched, shapes, arguments)
+        kind = (shapes, arguments)
         if kind not in traced:
-            traced[kind] = _trace(arch, index, given[index], (batch, length), device, world, is_watched)
+            traced[kind] = _trace(arch, index, given[index], (batch, length), device, world)
         return traced[kind]
 
-    layers = range(len(arch.layers))
-    return Activations([peak(i, True) for i in layers], [peak(i, False) for i in layers], sum(kept.values()))
+    return Activations([peak(index) for index in range(len(arch.layers))], sum(kept.values()))
 
 
 def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
@@ -140,19 +142,19 @@ def trace_row(arch: Architecture, length: int, device: torch.device, world: int)
     peak = cached = 0
     for layers in traced.values():
         index, arguments = layers[0]
-        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world, False))
+        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world))
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
         cached += len(layers) * sum(own.nbytes() for own in _storages([*vars(cache.layers[index]).values()]))
     return peak, cached
 
 
 @torch.no_grad()
-def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int, is_watched: bool) -> int:
+def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int) -> int:
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
     layer = arch.build_layer(index, experts).to("meta", dtype)
     found = experts_of(layer)
     if found:
-        found[1].exchange = _Exchange(experts, world, is_watched)
+        found[1].exchange = _Exchange(experts, world, workers_on(device))
     caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
     arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**given, **dict.fromkeys(caches)}) | caches
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Gen
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.checkpoint import Checkpoint
-from stun.config import StunError
+from stun.config import Precision, StunError
 from stun.families import COUNT_FIELDS, family_of
 from stun.headers import TensorInfo
 from stun.layout import LayerLayout
@@ -40,11 +40,11 @@ class Architecture:
     """A checkpoint's model without its weights: the modules on the meta device, and the map of names.
 
     `layers` are the decoder layers, `mtp` the layouts of multi-token-prediction heads with experts, `outer` maps every other
-    source name to its parameter ('' where the model has none).
+    source name to its parameter ('' where the model has none). `precision` is what its layers are to be computed in.
     """
 
-    def __init__(self, source: Checkpoint):
-        self.source = source
+    def __init__(self, source: Checkpoint, precision: Precision = Precision.auto):
+        self.source, self.precision = source, precision
         folder, self.is_nested = source.folder, isinstance(source.config.get("text_config"), dict)
         self.model_type, self.family = family_of(folder, source.config)
         try:

@@ -200,7 +200,9 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 def _mapped(nbytes: int) -> torch.Tensor:
     """[nbytes] uint8 in pages of its own."""
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def _no_weights(folder: Path) -> str:

@@ -73,6 +73,14 @@ class Scope(Enum):
     attention = "attention"
 
 
+class Precision(Enum):
+    """What layers are computed in: the dtype of the checkpoint where the device multiplies it fast, or always float32. CPUs
+    multiply bfloat16 fast where they have tiles for it (AMX)."""
+
+    auto = "auto"
+    float32 = "float32"
+
+
 class Wandb(Enum):
     """Whether Weights & Biases gets a job's numbers: not at all, as files to be sent later (`wandb sync`), or as they come."""
 
@@ -244,6 +252,7 @@ class PruneConfig:
     plan: str = ""
     compress: bool = False
     statistics: str = ""
+    precision: Precision = Precision.auto
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

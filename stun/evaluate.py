@@ -13,7 +13,7 @@ from stun.arch import Architecture
 from stun.asked import Asked, ask, dense_result, finished_result, validate_evaluation
 from stun.checkpoint import write_json
 from stun.compressed import open_checkpoint
-from stun.config import EvaluateConfig, StunError
+from stun.config import EvaluateConfig, Precision, StunError
 from stun.data import load_tokenizer
 from stun.generate import Decoding, describe, generate
 from stun.hardware import read_speed
@@ -36,7 +36,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     """
     started = time.perf_counter()
     validate_evaluation(cfg)
-    arch = Architecture(open_checkpoint(cfg.model.path))
+    arch = Architecture(open_checkpoint(cfg.model.path), _precision(ranks))
     tokenizer = load_tokenizer(arch.source.folder)
     asked = ranks.on_first(lambda: ask(cfg, arch, tokenizer))
     reference = ranks.on_first(lambda: dense_result(cfg, asked)) if cfg.dense else None
@@ -64,9 +64,14 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     return result
 
 
+def _precision(ranks: Ranks) -> Precision:
+    """CPUs evaluate in float32 whatever they could multiply: exact match turns on last bits, and machines are compared by it."""
+    return Precision.float32 if ranks.device.type == "cpu" else Precision.auto
+
+
 def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
-        dense = Architecture(open_checkpoint(reference["model"]))
+        dense = Architecture(open_checkpoint(reference["model"]), _precision(ranks))
     except StunError as error:
         raise StunError(f"dense={file}: its model cannot be read: {error}") from error
     for what, one, other in (

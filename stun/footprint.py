@@ -17,6 +17,7 @@ from stun.plan import LayerPlan
 from stun.request import Job
 from stun.stream import compute_dtype
 from stun.traffic import expert_infos
+from stun.workers import workers_on
 
 LIBRARIES = 48 * 2**20  # what they take at their first calls (tokenizer, products, collectives); 40 to 60 MiB were measured
 # Bytes at once for every weight of the matrix that is being pruned, every entry of its Gram matrix, and every row, beside these
@@ -174,18 +175,18 @@ class Footprint:
         return ahead + self.layers[index].read + self.states if self.is_gpu else 0
 
     def _cast(self, layout: LayerLayout) -> int:
-        """One matrix of an expert, converted to what is computed in."""
+        """One matrix of an expert for each worker, converted to what is computed in."""
         infos = [info for info in expert_infos(self.arch, layout) if info.dtype is not self.dtype]
         parts: dict[tuple, int] = {}
         for part in layout.experts[0] if infos else ():
             parts[part] = sum(info.numel for info in self.arch.piece(layout, 0, part)) * self.dtype.itemsize
-        return max(parts.values(), default=0)
+        return max(parts.values(), default=0) * min(workers_on(self.launch.device), layout.num_experts)
 
     def _stream(self, index: int, name: str) -> Memory:
         """The dense model, observed."""
         layout, weights, ahead = self.arch.layers[index], self.layers[index], self._ahead_of_first_stream(index)
         running = weights.running(self._all_experts(index)) + self._cast(layout)
-        device = self._held(index) + running + self.activations.watched[index]
+        device = self._held(index) + running + self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
             device = max(device, self._held(index) + running + self._largest(layout, [OUTLIERS]))
         return self._memory(f"{name} layer {index}", device + (0 if self.is_gpu else ahead), self._host_ahead(index, ahead))
@@ -195,7 +196,7 @@ class Footprint:
         weights, held = self.layers[index], self.states * (self.candidates * min(index, 1) + 1)
         how, layout = self.cfg.sparsify, self.arch.layers[index]
         copy = weights.running(self._all_experts(index))
-        device = held + self._held(1) - self.states + 2 * copy + self.activations.plain[index]
+        device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._largest(layout, transient_costs(how))) + self._grams(layout, index)[0]
         ahead = self._ahead_of_first_stream(index)
         return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_ahead(index, ahead))
@@ -204,7 +205,7 @@ class Footprint:
         """Measuring, masking, refitting and running a layer, and handing its tensors over to be written."""
         layout, weights, plan, how = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
         kept, held, is_run = weights.running(weights.kept), self._held(index), self.streams["prune"]
-        run = held + self.activations.plain[index] + self._cast(layout) if is_run else 0
+        run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
         clones = weights.kept + self._closing(layout)[0] if how.reconstruct else 0

@@ -135,7 +135,7 @@ def generate(
     batches = micro_batches([len(ids) for ids in prompts], room.batch)
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners)
-    stream.stays, stream.steady = room.stays, lambda device: nullcontext()
+    stream.stays, stream.steady = room.stays, nullcontext
     wave, found = room.turns * ranks.world, {}
     with outside(arch, ranks):
         for start in range(0, len(batches), wave):

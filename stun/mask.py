@@ -93,7 +93,7 @@ class _Masking:
                 remember = reconstruction.names if reconstruction and is_first else ()
                 names = self.names if is_first else []
                 moments = Moments(self.stream, self.layer, names, block, self.how.reads_grams, gated, remember)
-                moments.run(self.states)
+                moments.measure(self.states)
                 if is_first:
                     tokens, dense = moments.tokens, moments.dense
                 if remember:

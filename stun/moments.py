@@ -7,7 +7,8 @@ owner of a dense matrix receives each micro-batch's part on its turn.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from stun.config import StunError
 from stun.ranks import Ranks
 from stun.stats import squared_sum
 from stun.stream import Layer, LayerStream, Observer, States
+
+_ROWS = 1024  # of the inputs of a dense matrix that one worker adds up
 
 
 def gram(rows_TD: torch.Tensor) -> torch.Tensor:
@@ -58,12 +61,23 @@ class Sums(Observer):
 
     def run(self, states: States, *others: Observer) -> States:
         """Run the layer once, watched by `others` too; returns its outputs."""
-        hooks = [self._linear(name).register_forward_pre_hook(self._hook(name)) for name in self.names]
+        with self._watching(states):
+            return self.stream.run(self.layer, states, self, *others)
+
+    def measure(self, states: States) -> None:
+        """The same without outputs."""
+        with self._watching(states):
+            self.stream.measure(self.layer, states, self)
+
+    @contextmanager
+    def _watching(self, states: States) -> Iterator[None]:
         self._states = states
-        outputs = self.stream.run(self.layer, states, self, *others)
-        for hook in hooks:
-            hook.remove()
-        return outputs
+        hooks = [self._linear(name).register_forward_pre_hook(self._hook(name)) for name in self.names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _linear(self, name: str) -> nn.Module:
         """The linear module whose weight is `name`."""
@@ -111,6 +125,13 @@ class Moments(Sums):
     def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
         return gram(rows_TD) if self.grams else squared_sum(rows_TD)
 
+    def _of_many(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """The same, of a whole micro-batch and by all workers; parts are added in their order."""
+        if self.grams:
+            return gram(rows_TD)
+        first, *others = self.stream.ranks.workers.map(squared_sum, rows_TD.split(_ROWS))
+        return sum(others, first)
+
     def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
         parts = {"gate_up_proj": input_nD, "down_proj": inner_nI}
         return {part: self._of(rows.float() * gate_n[:, None] if self.gated else rows) for part, rows in parts.items()}
@@ -119,7 +140,7 @@ class Moments(Sums):
         if name in self.inputs:
             self.inputs[name].append(input_TD)
         if self._last[0] is not input_TD:
-            self._last = (input_TD, {"inputs": self._of(input_TD.flatten(0, -2))})
+            self._last = (input_TD, {"inputs": self._of_many(input_TD.flatten(0, -2))})
         return self._last[1]
 
     def round_ends(self, turn) -> None:

@@ -36,9 +36,11 @@ class _Watcher(Observer):
         self.sources = sources
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
 
-    def routed(self, micro_batch, index_TK, output_TKD) -> None:
+    def routed(self, micro_batch, index_TK) -> None:
         self.coactivation.add(self.sources[micro_batch], index_TK)
-        self.agreement.add(self.sources[micro_batch], index_TK, output_TKD)
+
+    def combined(self, micro_batch, index_tK, output_tKD) -> None:
+        self.agreement.add(self.sources[micro_batch], index_tK, output_tKD)
 
     def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
         self.powers.add(self.sources[micro_batch], expert, output_nD, gate_n)
@@ -226,7 +228,7 @@ def prune_layers(
                 stream.build(layer)
             quota = quota_of(plans[index], kept, quotas[index])
             masked = mask_layer(stream, layer, states, quota, how)
-            if states is not None:
+            if states is not None and index + 1 < len(arch.layers):  # nothing follows the last one
                 ranks.meter.enter("propagate")
                 stream.build(layer)
                 states = stream.run(layer, states)

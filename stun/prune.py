@@ -37,7 +37,7 @@ from stun.run import Run, load_yaml
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
-from stun.stream import embed
+from stun.stream import check_alike, embed
 from stun.tracking import check_tracking, tracked
 from stun.validation import validate
 
@@ -52,7 +52,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     started, ranks.meter = time.perf_counter(), Meter()
     ranks.reset_peak_memory()
     source = Checkpoint.open(cfg.model.path)
-    arch = Architecture(source)
+    arch = Architecture(source, cfg.precision)
+    check_alike(arch, ranks)
     sizes = measure_layers(arch, cfg.sparsify.scope)
     given = read_plan(cfg.plan, arch, sizes, cfg, cfg.target) if cfg.plan else None
     is_auto = cfg.experts.fraction == "auto" and not given
@@ -181,7 +182,8 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     """
     validate(cfg)
     ranks.on_first(lambda: check_tracking(cfg.tracking))
-    arch = Architecture(Checkpoint.open(cfg.model.path))
+    arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
+    check_alike(arch, ranks)
     samples = ranks.on_first(lambda: _samples(cfg, arch))
     identity = ranks.on_first(lambda: observed(cfg, arch.source, samples) | {"outliers": cfg.sparsify.counts_outliers})
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, {"statistics": identity}))

@@ -17,6 +17,7 @@ import torch
 
 from stun.config import StunError
 from stun.meter import Meter
+from stun.workers import Workers
 
 T = TypeVar("T")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -71,10 +72,12 @@ class Ranks:
         else:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // self.local_world))
-            # M_MMAP_THRESHOLD: blocks from 2 MiB on go back to the system when freed. By default glibc raises that limit as it
-            # goes, and peak memory comes to depend on what happens to lie between the blocks it keeps.
-            _libc_call("mallopt", -3, 2 << 20)
+            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed blocks are used again, where otherwise each large one goes back to the
+            # system, which clears every page anew (a third of a small run's time). `return_memory` gives them back.
+            _libc_call("mallopt", -3, 1 << 30)
+            _libc_call("mallopt", -1, 1 << 30)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+        self.workers = Workers(self.device)
         _start_deepspeed(on_gpu)
         import deepspeed.comm
 

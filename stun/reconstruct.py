@@ -40,7 +40,7 @@ class Reconstruction:
         stream.build(layer)
         for place, block in enumerate(self.blocks):
             sums = _Pairs(self, [] if place else self.names, block)
-            sums.run(states)
+            sums.measure(states)
             for number, own in sums.experts.items():
                 parts, before = layer.experts[layer.kept[number]], self.before.experts[layer.kept[number]]
                 _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), own)

@@ -40,7 +40,7 @@ class Job:
 def open_job(cfg: PruneConfig) -> Job:
     """The job that a configuration asks for. Raises StunError where it cannot be."""
     validate(cfg)
-    arch = Architecture(Checkpoint.open(cfg.model.path))
+    arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
     sizes = measure_layers(arch, cfg.sparsify.scope)
     given = read_plan(cfg.plan, arch, sizes, cfg, cfg.target) if cfg.plan else None
     return make_job(cfg, arch, sizes, given)

@@ -23,7 +23,7 @@ from stun.progress import Progress
 from stun.ranks import Ranks
 from stun.recorder import Recorder
 from stun.steady import steady
-from stun.stream import Layer, LayerStream, States, embed, even_owners
+from stun.stream import Layer, LayerStream, States, compute_dtype, embed, even_owners
 
 _LOGITS = 2**26  # entries of the logits that are computed at once
 
@@ -118,7 +118,7 @@ def _at_the_end(
 ) -> list[float]:
     """Sums over all predicted tokens: how many, negative log-likelihood, and of two models KL and how often they agree."""
     mine: list[list[float]] = []
-    with ExitStack() as stack, steady(ranks.device):
+    with ExitStack() as stack, steady(ranks.device, compute_dtype(models[0], ranks.device), ranks.workers):
         for model in models:
             stack.enter_context(outside(model, ranks))
         for turn, batch in enumerate(batches[ranks.rank :: ranks.world]):

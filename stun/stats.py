@@ -9,11 +9,13 @@ on it.
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 
 COSINE_UNIT = 2**30  # cosines are summed as multiples of 1 / COSINE_UNIT
-_TOKENS = 1024  # looked at together by Agreement, which bounds its memory
+_TINY = 1e-12  # norm from which an output has a direction
+_SQUARED = 1 << 17  # entries squared at once: on a CPU as many as stay in a core's cache
 
 
 class CoActivation:
@@ -34,16 +36,18 @@ class Agreement:
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
         self.sums_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
+        self._lock = threading.Lock()
 
     def add(self, source: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
-        """Add T tokens, whose K experts gave `output_TKD`."""
-        flat = self.sums_SEE[source].view(-1)
-        for index_tK, output_tKD in zip(index_TK.split(_TOKENS), output_TKD.split(_TOKENS), strict=True):
-            unit_tKD = torch.nn.functional.normalize(output_tKD.float(), dim=-1)
-            for first in range(index_tK.shape[1]):
-                cosine_tK = (unit_tKD * unit_tKD[:, first, None]).sum(-1).double()
-                place_tK = index_tK[:, first, None] * self.sums_SEE.shape[1] + index_tK
-                flat.index_add_(0, place_tK.flatten(), (cosine_tK * COSINE_UNIT).round().long().flatten())
+        """Add T tokens, whose K experts gave `output_TKD`. Several threads may call this at once."""
+        output_TKD = output_TKD.float()
+        product_TKK = output_TKD @ output_TKD.mT
+        norm_TK = product_TKK.diagonal(dim1=1, dim2=2).sqrt().clamp_min(_TINY)
+        cosine_TKK = (product_TKK / norm_TK[:, :, None] / norm_TK[:, None, :]).double()
+        place_TKK = index_TK[:, :, None] * self.sums_SEE.shape[1] + index_TK[:, None, :]
+        units_TKK = (cosine_TKK * COSINE_UNIT).round().long()
+        with self._lock:
+            self.sums_SEE[source].view(-1).index_add_(0, place_TKK.flatten(), units_TKK.flatten())
 
 
 class OutputPowers:
@@ -56,10 +60,9 @@ class OutputPowers:
 
     def add(self, source: int, expert: int, output_nD: torch.Tensor, gate_n: torch.Tensor) -> None:
         """Add the tokens of one expert from one micro-batch."""
-        norm_n, gate_n = output_nD.float().norm(dim=-1).double(), gate_n.double()
-        norms_n3 = torch.stack([torch.ones_like(norm_n), norm_n, norm_n.square()], dim=1)
-        gates_n3 = torch.stack([torch.ones_like(gate_n), gate_n, gate_n.square()], dim=1)
-        self.sums_SE33[source, expert] += (gates_n3[:, :, None] * norms_n3[:, None, :]).sum(0)
+        norm_n = torch.linalg.vector_norm(output_nD, dim=-1, dtype=torch.float32).double()
+        gates_n3, norms_n3 = (torch.linalg.vander(values_n, N=3) for values_n in (gate_n.double(), norm_n))
+        self.sums_SE33[source, expert] += gates_n3.T @ norms_n3
         self.peak_SE[source, expert] = torch.maximum(self.peak_SE[source, expert], norm_n.max())
 
 
@@ -73,4 +76,8 @@ def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
 
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:
     """[D] sum of squares of each column, float64: the square of Wanda's ||X_j||_2."""
-    return x_TD.float().square().sum(0).double()
+    sum_D = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
+    size = max(16, (_SQUARED if x_TD.device.type == "cpu" else 256 * _SQUARED) // x_TD.shape[1])
+    for x_tD in x_TD.split(size):
+        sum_D += x_tD.float().square().sum(0)
+    return sum_D

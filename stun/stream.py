@@ -12,22 +12,26 @@ Shapes: T tokens of a micro-batch, K top-k, D hidden, E experts, N = T * K route
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
+from stun.config import Precision, StunError
 from stun.layout import LayerLayout
 from stun.names import experts_of
+from stun.products import linear
 from stun.ranks import Ranks
 from stun.sparsify.scores import require_finite
 from stun.steady import steady
@@ -44,8 +48,11 @@ class Observer(Protocol):
 
     def round_ends(self, turn: int) -> None: ...
 
-    def routed(self, micro_batch: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
-        """Experts chosen for the tokens of one of this rank's micro-batches, and what they gave."""
+    def routed(self, micro_batch: int, index_TK: torch.Tensor) -> None:
+        """Experts chosen for the tokens of one of this rank's micro-batches."""
+
+    def combined(self, micro_batch: int, index_tK: torch.Tensor, output_tKD: torch.Tensor) -> None:
+        """What the chosen experts gave for some of these tokens. Called from several threads at once."""
 
     def expert(
         self,
@@ -53,10 +60,11 @@ class Observer(Protocol):
         expert: int,
         input_nD: torch.Tensor,
         inner_nI: torch.Tensor,
-        output_nD: torch.Tensor,
+        output_nD: torch.Tensor | None,
         gate_n: torch.Tensor,
     ) -> None:
-        """One of this rank's experts served n tokens of a micro-batch; `gate_n` multiplies the outputs later."""
+        """One of this rank's experts served n tokens of a micro-batch; `gate_n` multiplies the outputs later, which are None
+        where they are not computed. Called from several threads at once, each with another expert."""
 
 
 @dataclass
@@ -83,6 +91,11 @@ class Layer:
             tensors.clear()
 
 
+def tokens_together(hidden_TD: torch.Tensor, top_k: int) -> int:
+    """Of how many tokens the experts' outputs are added up at once: on a CPU as many as stay in a core's cache."""
+    return max(1, (1 << 18 if hidden_TD.device.type == "cpu" else 1 << 26) // (max(1, top_k) * hidden_TD.shape[1]))
+
+
 class Exchange:
     """Sends the tokens of a layer's micro-batch to the owners of their experts, and the outputs back."""
 
@@ -90,6 +103,7 @@ class Exchange:
         self.layer, self.ranks, self.dtype = layer, ranks, dtype
         self.observers: tuple[Observer, ...] = ()
         self.turn = 0  # of the round of micro-batches, one a rank, that is being run
+        self.gives_outputs = True  # or only what the experts' last matrices see
         owner_E = torch.tensor(layer.owner, dtype=torch.int64)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
         self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
@@ -100,46 +114,73 @@ class Exchange:
     def forward(
         self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]."""
-        top_k = index_TK.shape[1]
-        order_N = torch.argsort(self.place_E[index_TK.flatten()], stable=True)
-        counts_E = torch.bincount(self.place_E[index_TK.flatten()], minlength=len(self.place_E))
-        counts_RE = self.ranks.all_gather(counts_E).cpu()
+        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. Where outputs are not computed, NaN: no
+        result can come to depend on them unseen."""
+        place_N = self.place_E[index_TK.flatten()]
+        order_N = torch.argsort(place_N, stable=True)
+        counts_RE = self.ranks.all_gather(torch.bincount(place_N, minlength=len(self.place_E))).cpu()
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
         mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         receive = mine_Re.sum(1).tolist()
-        rows_ND = self.ranks.exchange(hidden_TD[order_N // top_k], send, receive)
+        rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
         gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if self.observers else rows_ND[:, 0]
-        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
-        back_ND = self.ranks.exchange(served_ND, receive, send)
-        output_ND = torch.empty_like(back_ND)
-        output_ND[order_N] = back_ND
-        output_TKD = output_ND.view(*index_TK.shape, hidden_TD.shape[1])
         for observer in self.observers if len(index_TK) else ():
-            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, output_TKD)
-        weighted_TKD = output_TKD * weights_TK[..., None]
-        return weighted_TKD.sum(1).to(hidden_TD.dtype)
+            observer.routed(self._micro_batch(self.ranks.rank), index_TK)
+        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
+        if served_ND is None:
+            return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
+        back_ND = self.ranks.exchange(served_ND, receive, send)
+        return self._combine(back_ND, torch.argsort(order_N).view_as(index_TK), index_TK, weights_TK)
 
-    def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor) -> torch.Tensor:
-        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch."""
-        output_ND, start = torch.empty_like(rows_ND), 0
-        for rank, counts_e in enumerate(counts_Re.tolist()):
-            micro_batch = self.turn * self.ranks.world + rank
-            for number, count in zip(self.mine, counts_e, strict=True):
+    def _micro_batch(self, rank: int) -> int:
+        """The number of the micro-batch that `rank` runs in this round."""
+        return self.turn * self.ranks.world + rank
+
+    def _serve(
+        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch; experts side by
+        side."""
+        output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
+        ends_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re).tolist()
+
+        def serve(place: int) -> None:
+            for rank, count in enumerate(counts_Re[:, place].tolist()):
                 if count:
-                    rows = slice(start, start + count)
-                    output_ND[rows] = self._serve_expert(module, micro_batch, number, rows_ND[rows], gates_N[rows])
-                    start += count
+                    rows = slice(ends_Re[rank][place] - count, ends_Re[rank][place])
+                    found_nD = self._serve_expert(module, self._micro_batch(rank), self.mine[place], rows_ND[rows], gates_N[rows])
+                    if output_ND is not None:
+                        output_ND[rows] = found_nD
+
+        self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND
 
     def _serve_expert(
         self, module: nn.Module, micro_batch: int, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         inner_nI = self.inner(module, number, input_nD)
-        output_nD = self.project(number, "down_proj", inner_nI)
+        output_nD = self.project(number, "down_proj", inner_nI) if self.gives_outputs else None
         for observer in self.observers:
             observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
         return output_nD
+
+    def _combine(
+        self, back_ND: torch.Tensor, place_TK: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
+        output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
+        size = tokens_together(back_ND, place_TK.shape[1])
+
+        def combine(start: int) -> None:
+            tokens = slice(start, start + size)
+            place_tK = place_TK[tokens]
+            output_tKD = back_ND.index_select(0, place_tK.flatten()).view(*place_tK.shape, -1).float()
+            for observer in self.observers:
+                observer.combined(self._micro_batch(self.ranks.rank), index_TK[tokens], output_tKD)
+            output_TD[tokens] = (output_tKD * weights_TK[tokens, :, None]).sum(1)
+
+        self.ranks.workers.map(combine, range(0, len(place_TK), size))
+        return output_TD
 
     def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
         """What an expert's `down_proj` is applied to: [n, I]."""
@@ -149,7 +190,7 @@ class Exchange:
         """Rows times one of an expert's matrices, plus its bias where the family has one."""
         parts = self.layer.experts[self.layer.kept[number]]
         weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
-        return F.linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+        return linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
     def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
         """Take part in a round for which this rank has no micro-batch."""
@@ -167,9 +208,29 @@ def _run_experts(module, hidden_states, top_k_index, top_k_weights):
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _run_experts)
 
 
+@cache
+def multiplies_tiles() -> bool:
+    """Whether this CPU has instructions for whole tiles of bfloat16 (AMX). Without them products in it are slower than in
+    float32, those of pairs (AVX512_BF16) included; with them four to seven times as fast."""
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return bool(flags) and "amx_bf16" in flags[1].split()
+
+
 def compute_dtype(arch: Architecture, device: torch.device) -> torch.dtype:
-    """float32 on CPUs, where lower precision is slow; on GPUs the dtype the checkpoint is stored in."""
-    return torch.float32 if device.type == "cpu" else arch.dtype
+    """The dtype the checkpoint is stored in, where the device multiplies it fast and the job does not ask for float32."""
+    is_fast = device.type != "cpu" or (arch.dtype is torch.bfloat16 and multiplies_tiles())
+    return arch.dtype if is_fast and arch.precision is Precision.auto else torch.float32
+
+
+def check_alike(arch: Architecture, ranks: Ranks) -> None:
+    """Raises StunError, on all ranks, where some of their CPUs would compute in another dtype than others."""
+    found = ranks.gather_objects(str(compute_dtype(arch, ranks.device)))
+    if len(set(found)) > 1:
+        ranks.on_first(lambda: _refuse(f"the ranks' CPUs compute in {', '.join(sorted(set(found)))}; give precision=float32"))
+
+
+def _refuse(message: str) -> None:
+    raise StunError(message)
 
 
 def even_owners(layout: LayerLayout, world: int) -> list[int]:
@@ -187,7 +248,7 @@ class LayerStream:
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype = compute_dtype(arch, ranks.device)
         self.stays, self.held = 0, []  # the first `stays` layers are held for the next iteration, built and ready to run
-        self.steady: Callable[[torch.device], AbstractContextManager] = steady
+        self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
@@ -275,13 +336,20 @@ class LayerStream:
         if found:
             found[1].exchange = Exchange(layer, self.ranks, self.dtype)
 
-    @torch.no_grad()
     def run(self, layer: Layer, states: States, *observers: Observer) -> States:
         """`layer` applied to every micro-batch of this rank; all ranks take part in every round."""
+        return States(self._rounds(layer, states, observers, True), states.arguments, states.total)
+
+    def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
+        """The same for the observers' sake alone: what the experts give is not computed."""
+        self._rounds(layer, states, observers, False)
+
+    @torch.no_grad()
+    def _rounds(self, layer: Layer, states: States, observers: tuple[Observer, ...], gives_outputs: bool) -> list[torch.Tensor]:
         found = experts_of(layer.module)
         experts = found[1] if found else None
         if experts is not None:
-            experts.exchange.observers = observers
+            experts.exchange.observers, experts.exchange.gives_outputs = observers, gives_outputs
         outputs = []
         for turn in range(-(-states.total // self.ranks.world)):
             if experts is not None:
@@ -291,18 +359,18 @@ class LayerStream:
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
                 arguments = states.arguments[turn][layer.layout.index]
-                with self.steady(self.ranks.device):
+                with self.steady():
                     output = layer.module(hidden_BTD, **arguments)
-                output = output[0] if isinstance(output, tuple) else output
-                require_finite(output, f"layer {layer.layout.index}: output of micro-batch {turn}")
-                outputs.append(output)
+                if gives_outputs:
+                    outputs.append(output[0] if isinstance(output, tuple) else output)
+                    require_finite(outputs[-1], f"layer {layer.layout.index}: output of micro-batch {turn}")
                 self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
             elif experts is not None:
-                with self.steady(self.ranks.device):
+                with self.steady():
                     experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
             for observer in observers:
                 observer.round_ends(turn)
-        return States(outputs, states.arguments, states.total)
+        return outputs
 
 
 @dataclass
@@ -330,10 +398,11 @@ def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str]
 def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
     """This rank's share of the micro-batches [B, T] as they reach the first layer. The first rank gets the embedding's weight
     from `read` and broadcasts it."""
-    weight_VD = from_first(arch, ranks, arch.embedding, read).to(compute_dtype(arch, ranks.device))
+    dtype = compute_dtype(arch, ranks.device)
+    weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
     hidden, arguments, of_shape = [], [], {}
     for batch in batches[ranks.rank :: ranks.world]:
-        with steady(ranks.device):
+        with steady(ranks.device, dtype, ranks.workers):
             states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
         if batch.shape not in of_shape:
