@@ -100,10 +100,10 @@ class _Exchange:
         return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
 
 
-def _arguments(arch: Architecture, batch: int, length: int, **given) -> list[dict]:
+def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **given) -> list[dict]:
     """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
     tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
-    return arch.enter(tokens_BT, torch.zeros(1, 1).expand(arch.info(arch.embedding).shape[0], 1), **given)[1]
+    return arch.enter(tokens_BT, torch.zeros(1, 1, dtype=dtype).expand(arch.info(arch.embedding).shape[0], 1), **given)[1]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Activations:
 
 def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int) -> Activations:
     """What B x T tokens take on one of `world` ranks. Layers of one kind are traced once."""
-    given, traced = _arguments(arch, batch, length), {}
+    given, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
     kept = {id(own): own.nbytes() for own in _storages(given)}
 
     def peak(index: int) -> int:
@@ -135,7 +135,7 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
 def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
     """Bytes that one sequence of T tokens takes on one of `world` ranks: at most while it runs through a layer, and for good in
     the caches of all layers. Layers of one kind are traced once."""
-    given, traced = _arguments(arch, 1, length, use_cache=True), {}
+    given, traced = _arguments(arch, 1, length, compute_dtype(arch, device), use_cache=True), {}
     for index, arguments in enumerate(given):
         shapes = tuple((name, tuple(weight.shape)) for name, weight in arch.decoder.layers[index].named_parameters())
         traced.setdefault(shapes, []).append((index, arguments))

@@ -32,7 +32,8 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """How much an expert is worth: stun.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta)."""
+    """How much an expert is worth: stun.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
+    worth more than another, so of equals the lower number stays; that needs no forward."""
 
     reap = "reap"
     man = "man"
@@ -43,6 +44,7 @@ class Score(Enum):
     energy = "energy"
     aimer = "aimer"
     random = "random"
+    index = "index"
     custom = "custom"
 
 

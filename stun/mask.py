@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -53,12 +54,10 @@ class _Masking:
         reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.how.reconstruct else None
         tokens, dense, norms = self._experts(blocks, reconstruction)
         ranks.meter.enter("mask")
+        mine = [name for name in self.names if owners[name] == ranks.rank]
+        ranks.workers.map(lambda name: self._dense(name, dense[name]["inputs"] if self.how.reads_inputs else None), mine)
         for name in self.names:
-            weight_OD = layer.dense[name]
-            if owners[name] == ranks.rank:
-                moment = dense[name]["inputs"] if self.how.reads_inputs else None
-                self._matrix(weight_OD, moment, self.quota.dense[name], name)
-            ranks.broadcast(weight_OD, owners[name])
+            ranks.broadcast(layer.dense[name], owners[name])
         unseen = self._unseen(tokens, norms) if self.how.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
@@ -86,8 +85,8 @@ class _Masking:
         """
         tokens, dense, norms = torch.zeros(len(self.layer.kept), dtype=torch.int64), {}, {}
         for place, block in enumerate(blocks):
-            moments, meter = None, self.stream.ranks.meter
-            meter.enter("measure")
+            moments, ranks = None, self.stream.ranks
+            ranks.meter.enter("measure")
             if self.how.reads_inputs:
                 gated, is_first = self.how.method is SparsifyMethod.moe_pruner, place == 0
                 remember = reconstruction.names if reconstruction and is_first else ()
@@ -98,22 +97,26 @@ class _Masking:
                     tokens, dense = moments.tokens, moments.dense
                 if remember:
                     reconstruction.inputs = moments.inputs
-            meter.enter("mask")
-            for number in block:
-                sums = moments.experts.get(number) if moments else {}
-                if sums is not None:
-                    self._expert(number, sums)
-                    norms[number] = {part: own.diagonal().clone() if own.dim() == 2 else own for part, own in sums.items()}
+            ranks.meter.enter("mask")
+            found = {number: moments.experts.get(number) if moments else {} for number in block}
+            seen = {number: sums for number, sums in found.items() if sums is not None}
+            ranks.workers.map(partial(self._expert, sums=seen), seen)
+            for number, sums in seen.items():
+                norms[number] = {part: own.diagonal().clone() if own.dim() == 2 else own for part, own in sums.items()}
         return tokens, dense, norms
 
-    def _expert(self, number: int, sums: dict[str, torch.Tensor]) -> None:
-        """Prune one expert by its inputs' moments, by part."""
+    def _expert(self, number: int, sums: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Prune one expert by its inputs' moments: `sums` has them by expert and part."""
         layer, expert = self.layer, self.layer.kept[number]
         for part, count in self.quota.experts[number].items():
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 what = f"layer {layer.layout.index} expert {expert} {part}"
-                self._matrix(weight_OD, sums.get(part), count, what)
+                self._matrix(weight_OD, sums[number].get(part), count, what)
+
+    def _dense(self, name: str, moment: torch.Tensor | None) -> None:
+        """Prune one dense matrix by its inputs' moment."""
+        self._matrix(self.layer.dense[name], moment, self.quota.dense[name], name)
 
     def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, what: str) -> None:
         """Prune one matrix, and count the scores of some of its rows."""
@@ -131,5 +134,5 @@ class _Masking:
         for number in (~seen_E).nonzero().flatten().tolist():
             if self.layer.owner[number] == ranks.rank:
                 sums = {part: own_D.diag().float() if self.how.reads_grams else own_D for part, own_D in stand_in.items()}
-                self._expert(number, sums)
+                self._expert(number, {number: sums})
         return int((~seen_E).sum())

@@ -11,6 +11,7 @@ from stun.layout import LayerLayout
 from stun.powers import power_sums
 from stun.records import KINDS
 from stun.stream import Layer, LayerStream
+from stun.workers import Workers
 
 
 def kind_of(layout: LayerLayout, name: str) -> str:
@@ -28,18 +29,18 @@ def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int
     return counts
 
 
-def nonzero_by_kind(layout: LayerLayout, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def nonzero_by_kind(layout: LayerLayout, tensors: dict[str, torch.Tensor], workers: Workers) -> dict[str, int]:
     """Non-zero entries of what a rank writes of a layer."""
     counts: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        counts[kind_of(layout, name)] += int(tensor.count_nonzero())
+    for name, count in zip(tensors, workers.map(lambda own: int(own.count_nonzero()), tensors.values()), strict=True):
+        counts[kind_of(layout, name)] += count
     return dict(counts)
 
 
-def expert_powers(layer: Layer, without_zeros: bool = False) -> dict:
+def expert_powers(layer: Layer, workers: Workers, without_zeros: bool = False) -> dict:
     """Sums of powers over this rank's experts' matrices."""
     weights = (weight for expert in layer.experts.values() for weight in expert.values() if weight.dim() > 1)
-    return power_sums(weights, without_zeros)
+    return power_sums(weights, without_zeros, workers.map)
 
 
 class WeightPowers:
@@ -50,23 +51,23 @@ class WeightPowers:
     """
 
     def __init__(self, stream: LayerStream, layer: Layer):
-        self.layer, owners = layer, stream.writer_of(layer.layout)
+        self.layer, self.workers, owners = layer, stream.ranks.workers, stream.writer_of(layer.layout)
         self.names = [name for name in sorted(layer.layout.linears) if owners[name] == stream.ranks.rank]
         self.stages = {"dense": self._dense_matrices()}
         if len(layer.kept) == layer.layout.num_experts:
-            self.stages["dense"]["experts"] = expert_powers(layer)
+            self.stages["dense"]["experts"] = expert_powers(layer, self.workers)
 
     def experts_left(self, is_changed: bool) -> None:
         """Enter what is there now; `is_changed` says whether experts have left or have other values."""
-        own = expert_powers(self.layer) if is_changed else self.stages["dense"]["experts"]
+        own = expert_powers(self.layer, self.workers) if is_changed else self.stages["dense"]["experts"]
         self.stages["experts_left"] = self.stages["dense"] | {"experts": own}
 
     def weights_left(self) -> None:
         """Enter what is there now."""
-        self.stages["weights_left"] = self._dense_matrices(True) | {"experts": expert_powers(self.layer, True)}
+        self.stages["weights_left"] = self._dense_matrices(True) | {"experts": expert_powers(self.layer, self.workers, True)}
 
     def _dense_matrices(self, without_zeros: bool = False) -> dict[str, dict]:
         kinds: dict[str, list[torch.Tensor]] = {}
         for name in self.names:
             kinds.setdefault(kind_of(self.layer.layout, name), []).append(self.layer.dense[name])
-        return {kind: power_sums(matrices, without_zeros) for kind, matrices in kinds.items()}
+        return {kind: power_sums(matrices, without_zeros, self.workers.map) for kind, matrices in kinds.items()}

@@ -49,8 +49,9 @@ class _Watcher(Observer):
         """The layer's statistics over all ranks. In a sum of floating-point numbers an expert is non-zero on one rank only:
         exact."""
         weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64, device=ranks.device)
-        for number, expert in layer.experts.items():
-            weights_E3[number] = torch.tensor(weight_sums(list(expert.values())), dtype=torch.float64)
+        sums = ranks.workers.map(lambda expert: weight_sums(list(expert.values())), layer.experts.values())
+        for number, own in zip(layer.experts, sums, strict=True):
+            weights_E3[number] = torch.tensor(own, dtype=torch.float64)
         return {
             "router_distance": router_distance(layer.dense[layer.layout.router].float()),
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
@@ -100,7 +101,7 @@ def observe(
         entry = {
             "seconds": dict(layer.seconds),
             "peak_bytes": ranks.lap_memory(),
-            "powers": {"dense": {"experts": expert_powers(layer)}} if recorder else {},
+            "powers": {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {},
         }
         ranks.meter.enter("write wait")
         if recorder:
@@ -240,7 +241,7 @@ def prune_layers(
             "unseen": masked.unseen,
             "seconds": dict(layer.seconds),
             "peak_bytes": ranks.lap_memory(),
-            "nonzero": nonzero_by_kind(layer.layout, tensors),
+            "nonzero": nonzero_by_kind(layer.layout, tensors, ranks.workers),
             "powers": powers.stages,
             "saliency": masked.saliency.to_json(),
         }

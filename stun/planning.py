@@ -8,7 +8,7 @@ import torch
 from stun.allocation import set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, floor_of, make_budget
-from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, Score, StunError
 from stun.experts.distances import expert_distance, router_distance
 from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
@@ -24,10 +24,18 @@ def check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
         raise StunError(f"experts.budget=global: {why}. Use experts.budget=uniform")
 
 
+def reads_statistics(how: ExpertsConfig) -> bool:
+    """Whether choosing experts takes more than the routers' rows."""
+    alike_by_use = how.lambda2 or how.lambda3
+    special_by_use = how.protect.super_experts or how.protect.domain_share
+    return bool(how.score is not Score.index or alike_by_use or special_by_use)
+
+
 def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], stats: Statistics | None) -> Plan:
     """The plan for `drops` experts to leave each layer (with the global budget only their sum counts).
 
-    `stats` may be None where nobody leaves and no outliers are counted. Raises StunError where protected experts do not allow it.
+    `stats` may be None where nobody leaves, or the routers' rows say who, and no outliers are counted. Raises StunError where
+    protected experts do not allow it.
     """
     layers = [LayerPlan.of(layout.num_experts, [[e] for e in range(layout.num_experts)]) for layout in arch.layers]
     moe = [layout.index for layout in arch.layers if layout.experts]
@@ -46,12 +54,18 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
     return plan
 
 
-def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> list[Evidence]:
-    """What the statistics say of the experts of every layer in `moe`, calibration sources weighed as configured."""
+def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics | None) -> list[Evidence]:
+    """What the statistics, or without them the routers, say of the experts of every layer in `moe`; calibration sources are
+    weighed as configured."""
     how = cfg.experts
     pooled, protected = [], protected_experts(cfg, arch, moe, stats)
     for index in moe:
-        distance_EE, score_E = weigh(how, stats.load(index, arch.layers[index].num_experts), stats, index)
+        layout = arch.layers[index]
+        if stats:
+            distance_EE, score_E = weigh(how, stats.load(index, layout.num_experts), stats, index)
+        else:
+            distance_EE = expert_distance(router_distance(arch.source.read(layout.router).float()), lambda1=how.lambda1)
+            score_E = torch.zeros(layout.num_experts, dtype=torch.float64)
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
             raise StunError(f"layer {index}: an expert's score or distance is not finite; experts.b or a lambda is too large")
         pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))

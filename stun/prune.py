@@ -27,7 +27,7 @@ from stun.outcome import save_layers, save_observed, summarise
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
-from stun.planning import check_loadable, make_plan
+from stun.planning import check_loadable, make_plan, reads_statistics
 from stun.preflight import preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
@@ -85,7 +85,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
             drops, budget = _request(cfg, arch, sizes, None)
         ranks.log(f"prune {cfg.model.path} | {_describe(arch, budget, drops)} | {ranks.world} ranks on {ranks.device.type}")
         _say_what_loads(arch, drops, given is None and cfg.experts.budget is Budget["global"], ranks)
-        if (any(drops) and not given) or (budget.zeros and cfg.sparsify.counts_outliers):
+        chooses = any(drops) and not given and reads_statistics(cfg.experts)
+        if chooses or (budget.zeros and cfg.sparsify.counts_outliers):
             _observe(cfg, arch, samples, ranks, run)
         plan = ranks.on_first(lambda: _save_plan(_plan(cfg, arch, sizes, drops, given, run), run))
         result = _prune_and_write(cfg, arch, sizes, plan, samples, ranks, run)
@@ -199,7 +200,7 @@ def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: l
     """The plan given, with its ratios, or one made from the statistics."""
     if given:
         set_ratios(given, cfg.sparsify, arch, sizes, run.stats)
-    return given or make_plan(cfg, arch, sizes, drops, run.stats)
+    return given or make_plan(cfg, arch, sizes, drops, run.stats if run.stats.complete else None)
 
 
 def _save_plan(plan: Plan, run: Run) -> Plan:

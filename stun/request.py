@@ -11,6 +11,7 @@ from stun.checkpoint import Checkpoint
 from stun.config import ExpertsMethod, PruneConfig, Representative
 from stun.plan import LayerPlan, Plan
 from stun.planfile import read_plan
+from stun.planning import reads_statistics
 from stun.search import reachable
 from stun.validation import validate
 
@@ -30,7 +31,8 @@ class Job:
     def streams(self) -> dict[str, bool]:
         """The streams over the layers, and whether each runs the model."""
         drops, how = any(len(layer.clusters) < layer.experts for layer in self.plan.layers), self.cfg.sparsify
-        observes = (drops and not self.is_given) or (self.plan.zeros and how.counts_outliers) or self.candidates
+        chooses = drops and not self.is_given and reads_statistics(self.cfg.experts)
+        observes = chooses or (self.plan.zeros and how.counts_outliers) or self.candidates
         is_there = self.cfg.statistics or (Path(self.cfg.run_dir) / "stats" / "about.json").is_file()
         first = {"observe": True} if observes and not is_there else {}
         search = {"search": True} if self.candidates else {}

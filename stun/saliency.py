@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import torch
@@ -24,15 +25,18 @@ class Saliency:
     def __init__(self) -> None:
         self.all: Counter[int] = Counter()
         self.removed: Counter[int] = Counter()
+        self._lock = threading.Lock()
 
     def add(self, how: SparsifyConfig, dense_OD: torch.Tensor, gone_OD: torch.Tensor, moment: torch.Tensor | None) -> None:
-        """Count the weights of one matrix's rows, of which `gone_OD` were removed; `moment` as stun.sparsify.matrix takes it."""
+        """Count the weights of one matrix's rows, of which `gone_OD` were removed; `moment` as stun.sparsify.matrix takes it.
+        Several threads may call this at once."""
         with one_thread():  # of the logarithm's last bits (stun.steady)
             octave_OD = scores_of(how, dense_OD, moment).log2() * OCTAVE
         bin_OD = octave_OD.floor().clamp(LOWEST, HIGHEST).long() - LOWEST
         for counter, chosen in ((self.all, bin_OD.flatten()), (self.removed, bin_OD[gone_OD])):
             counts = torch.bincount(chosen, minlength=HIGHEST - LOWEST + 1).tolist()
-            counter.update({place + LOWEST: count for place, count in enumerate(counts) if count})
+            with self._lock:
+                counter.update({place + LOWEST: count for place, count in enumerate(counts) if count})
 
     def to_json(self) -> dict[str, dict[str, int]]:
         return {name: {str(place): count for place, count in sorted(getattr(self, name).items())} for name in ("all", "removed")}

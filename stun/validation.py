@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 import re
 
-from stun.config import ExpertsConfig, PruneConfig, SparsifyConfig, StunError, TrackingConfig
+from stun.config import (
+    ExpertsConfig,
+    ExpertsMethod,
+    PruneConfig,
+    Representative,
+    Score,
+    SparsifyConfig,
+    StunError,
+    TrackingConfig,
+)
 
 
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:
@@ -48,6 +57,8 @@ def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
     for key in ("a", "beta"):
         _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
+    ranked = experts.method is ExpertsMethod.rank or experts.representative is Representative.score
+    _require(experts.score is not Score.index or not ranked, "experts.score", "index", "one that tells experts apart, to rank by")
     _validate_sparsify(cfg.sparsify, experts)
     share = experts.protect.domain_share
     _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")

@@ -66,6 +66,7 @@ PURE_IMPORTS = {
     "json",
     "math",
     "pathlib",
+    "threading",
 }
 PURE_FROM_STUN = {"config", "inputs", "plan", "experts", "sparsify", "select_kernel"}
 

@@ -17,6 +17,7 @@ from stun.names import experts_of
 from stun.passes import observe
 from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
+from stun.workers import Workers
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
 CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3_moe", {})]
@@ -78,24 +79,28 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
         assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
-def test_the_number_of_threads_does_not_matter(checkpoint, ranks, family):
+def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, family, dtype):
     """Tensors large enough to be cut into a piece a thread, at places that no vector width divides."""
-    arch = Architecture(Checkpoint.open(checkpoint(family)))
+    monkeypatch.setattr("stun.stream.multiplies_tiles", lambda: True)  # slow where it is not so
+    arch = Architecture(Checkpoint.open(checkpoint(family, dtype=dtype)))
     tokens = torch.randint(0, 260, (33, 121), generator=torch.Generator().manual_seed(0))
     found, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
+        monkeypatch.setattr(ranks, "workers", Workers(ranks.device))
         states = embed(arch, ranks, [tokens], arch.source.read)
         stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
         sums = []
         for layer in stream:
+            assert stream.dtype is dtype
             stream.build(layer)
             names = sorted(layer.layout.linears)
             moments = Moments(stream, layer, names, list(range(len(layer.kept))), True, False)
             states = moments.run(states)
             sums += [*states.hidden, *(own["inputs"].clone() for own in moments.dense.values())]
-            sums += [part.clone() for own in moments.experts.values() for part in own.values()]
+            sums += [part.clone() for _, own in sorted(moments.experts.items()) for part in own.values()]
         found.append(sums)
     torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))

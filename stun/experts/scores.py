@@ -52,4 +52,6 @@ def score_experts(
         return aimer_score(weights_E3)
     if score is Score.random:
         return random_score(len(powers_E33), layer, seed)
+    if score is Score.index:
+        return torch.zeros(len(powers_E33), dtype=torch.float64)
     return moment_score(powers_E33, *(custom if score is Score.custom else PRESETS[score]))

@@ -1,0 +1,75 @@
+"""Products in bfloat16 on CPUs: right, and the same on any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stun.products import linear
+from stun.steady import Steady
+from stun.workers import Workers
+
+SHAPES = [(1024, 768, 1536), (500, 2048, 1024), (1500, 4864, 768), (33, 4864, 768), (1, 64, 2000), (128, 2048, 256)]
+
+
+@pytest.fixture
+def on_threads():
+    """Calls a function with so many threads and workers, and torch's own threads are put back."""
+    before = torch.get_num_threads()
+
+    def call(count: int, function):
+        torch.set_num_threads(count)
+        return function(Workers(torch.device("cpu")))
+
+    with torch.no_grad():
+        yield call
+    torch.set_num_threads(before)
+
+
+def factors(rows: int, inner: int, columns: int, *batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    left = torch.randn(*batch, rows, inner, generator=generator).bfloat16()
+    return left, torch.randn(*batch, columns, inner, generator=generator).bfloat16().mT
+
+
+def check(on_threads, function, exact: torch.Tensor) -> None:
+    """The same bits with 1, 2 and 3 threads, near the exact product."""
+
+    def call(workers: Workers) -> torch.Tensor:
+        with Steady(workers):
+            return function()
+
+    found = [on_threads(count, call) for count in (1, 2, 3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0].double(), exact, rtol=0.01, atol=0.01 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_matrices(on_threads, shape):
+    """Shapes in which torch's own differ with the number of threads."""
+    left, right = factors(*shape)
+    bias = torch.randn(shape[2]).bfloat16()
+    exact = left.double() @ right.double()
+    check(on_threads, lambda: left @ right, exact)
+    check(on_threads, lambda: torch.nn.functional.linear(left, right.mT, bias), exact + bias)
+
+
+def test_products_of_batches(on_threads):
+    left, right = factors(70, 512, 33, 19)
+    added = torch.randn(70, 33).bfloat16()
+    exact = left.double() @ right.double()
+    check(on_threads, lambda: left @ right, exact)
+    check(on_threads, lambda: torch.baddbmm(added, left, right), exact + added)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 511, 512, 513, 1700])
+def test_an_experts_product(rows):
+    left, right = factors(rows, 256, 96)
+    bias = torch.randn(96).bfloat16()
+    for own in (None, bias):
+        exact = left.double() @ right.double() + (0 if own is None else own.double())
+        torch.testing.assert_close(linear(left, right.mT, own).double(), exact, rtol=0.02, atol=0.3)
+    transposed = linear(left, right.contiguous().mT)  # a weight stored with a row for each input
+    torch.testing.assert_close(transposed.double(), left.double() @ right.double(), rtol=0.02, atol=0.3)
+    few = {linear(left[: rows // 2], right.mT).shape, linear(left[: rows // 2].float(), right.mT.float()).shape}
+    assert few == {(rows // 2, 96)}
