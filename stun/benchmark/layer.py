@@ -1,0 +1,214 @@
+"""One MoE decoder layer of Arctic's kind, phase by phase, beside what the machine allows.
+
+read       from the disk, not its cache, to the device
+plain      the forward alone
+observe    the forward with the first stream's statistics
+select     the plan from these, and the representatives of its clusters
+records    what streams record of the weights: kurtosis before and after, non-zero counts
+measure    the forward with the inputs' moments
+mask       the choice of single weights
+propagate  the forward of the pruned layer
+write      to the disk, synced
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from stun.arch import Architecture
+from stun.benchmark.checkpoints import arctic, forget, write_checkpoint
+from stun.benchmark.limits import DeviceMeter, Rates, measure_rates
+from stun.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
+from stun.checkpoint import Checkpoint
+from stun.config import BenchmarkConfig, CheckpointShape
+from stun.duration import forward_flop
+from stun.mask import mask_layer
+from stun.measure import WeightPowers, nonzero_by_kind
+from stun.passes import Watcher, keep_representatives
+from stun.plan import LayerPlan
+from stun.planning import make_plan
+from stun.ranks import Ranks
+from stun.shards import own_tensors, write_shard
+from stun.statistics import Statistics
+from stun.stream import Layer, LayerStream, States, embed, even_owners
+
+_STREAM = "layer"
+_FORWARDS = ("plain", "observe", "measure", "propagate")
+_OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # a layer's computation
+
+
+def layer_shape(cfg: BenchmarkConfig, device: torch.device) -> CheckpointShape:
+    """The one layer that is measured on `device`."""
+    return replace((device.type == "cuda" and cfg.gpu_shape) or cfg.shape, layers=1)
+
+
+def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """Seconds of every phase beside its limit, and what they come to over `cfg.depth` layers. Everything runs twice: first on one
+    micro-batch, since first calls load kernels."""
+    shape, model = layer_shape(cfg, ranks.device), folder / "source"
+    write_checkpoint(model, arctic(shape), ranks.device)
+    arch = Architecture(Checkpoint.open(model))
+    states = _random_states(cfg, arch, shape.vocabulary, ranks)
+    _Phases(cfg, arch, States(states.hidden[:1], states.arguments[:1], 1), folder / "warm", ranks).run()
+    phases = _Phases(cfg, arch, states, folder / "timed", ranks)
+    ranks.reset_peak_memory()
+    phases.run()
+    peak = ranks.peak_memory()
+    rates = measure_rates(arch.source, folder, ranks.device, phases.stream.dtype)
+    rows = {name: _beside(seconds, phases.work.get(name), rates) for name, seconds in phases.seconds.items()}
+    return {
+        "shape": asdict(shape),
+        "tokens": phases.tokens,
+        "dtype": str(phases.stream.dtype).removeprefix("torch."),
+        "rates": asdict(rates),
+        "peak_bytes": peak,
+        "phases": rows,
+        **_totals(phases.seconds, cfg.depth),
+    }
+
+
+def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ranks: Ranks) -> States:
+    """Normal hidden states of the calibration's size, in its micro-batches."""
+    calibration = cfg.calibration
+    generator = torch.Generator(ranks.device).manual_seed(0)
+    tokens_ST = torch.arange(calibration.samples * calibration.length).view(calibration.samples, -1) % vocabulary
+    states = embed(arch, ranks, list(tokens_ST.split(calibration.micro_batch)), arch.source.read)
+    for hidden_BTD in states.hidden:
+        hidden_BTD.normal_(generator=generator)
+    return states
+
+
+def _beside(seconds: float, work: tuple[str, int] | None, rates: Rates) -> dict:
+    """A phase's seconds, and those that its bytes or FLOP (`work`: the rate that bounds them, how many) need at least."""
+    if work is None:
+        return {"seconds": seconds}
+    rate, amount = work
+    limit, unit = amount / getattr(rates, rate), "flop" if rate == "flops" else "bytes"
+    return {"seconds": seconds, unit: amount, "rate": rate, "limit": limit, "ratio": seconds / limit}
+
+
+def _totals(seconds: dict[str, float], depth: int) -> dict:
+    """Observing beside the plain forward; the share of the mask in both streams' phases (each reads the layer); seconds of both
+    streams over `depth` layers, where reading, computing and writing go on side by side and where only computing counts."""
+    observe, prune = (sum(seconds.get(name, 0.0) for name in names) for names in (_OBSERVE, _PRUNE))
+    stored = max(seconds["read"], observe) + max(seconds["read"], prune, seconds["write"])
+    return {
+        "observe_to_plain": seconds["observe"] / seconds["plain"],
+        "mask_share": seconds.get("mask", 0.0) / (2 * seconds["read"] + observe + prune + seconds["write"]),
+        "depth": depth,
+        "seconds_with_storage": depth * stored,
+        "seconds_without_storage": depth * (observe + prune),
+    }
+
+
+class _Phases:
+    """One layer from disk to disk. `seconds` are those of its phases, `work` what bounds them and how much of it there is."""
+
+    def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
+        self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
+        self.layout, self.sizes = arch.layers[0], measure_layers(arch, cfg.sparsify.scope)
+        self.stream = LayerStream(arch, ranks, arch.layers, [even_owners(self.layout, ranks.world)])
+        self.tokens = sum(hidden_BTD.shape[:2].numel() for hidden_BTD in states.hidden)
+        self.work: dict[str, tuple[str, int]] = {}
+        folder.mkdir()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(self.meter.seconds[_STREAM])
+
+    def run(self) -> None:
+        """All phases, in the order in which the two streams come to them."""
+        self.meter = self.ranks.meter = DeviceMeter(self.ranks.device)
+        forget(self.arch.source.folder)
+        before = self.arch.source.bytes_read
+        self.meter.begin(_STREAM)
+        layer = next(iter(self.stream))
+        self.meter.enter("plain")
+        self._forward(layer)
+        self.meter.enter("observe")
+        statistics = self._observe(layer)
+        self._count_forwards()
+        self.work["read"] = ("read", self.arch.source.bytes_read - before)
+        self._prune(layer, statistics)
+        self.meter.end()
+        layer.release()
+
+    def _forward(self, layer: Layer, *observers) -> None:
+        self.stream.build(layer)
+        self.stream.run(layer, self.states, *observers)
+
+    def _observe(self, layer: Layer) -> Statistics:
+        """The statistics, which are saved beside the phases."""
+        watcher = Watcher(self.layout.num_experts, [0] * self.states.total, self.ranks.device)
+        self._forward(layer, watcher)
+        totals = watcher.totals(layer, self.ranks)
+        self.meter.enter("")
+        statistics = Statistics(self.folder / "stats")
+        statistics.save(0, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        calibration = self.cfg.calibration
+        taken_on = {"model": "", "sources": {"all": calibration.samples}, "calibration_tokens": ""}
+        statistics.finish({**taken_on, "micro_batch": calibration.micro_batch})
+        return statistics
+
+    def _prune(self, layer: Layer, statistics: Statistics) -> None:
+        """What the second stream does to a layer."""
+        enter, stream, cfg = self.meter.enter, self.stream, self.cfg
+        enter("select")
+        plan = make_plan(cfg, self.arch, self.sizes, experts_to_drop(cfg, self.sizes, self.arch), statistics)
+        own = plan.layers[0]
+        enter("records")
+        before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
+        enter("select")
+        self.work["select"] = ("copy", _bytes_to_choose(layer, own) + _file_bytes(statistics.folder))
+        kept = keep_representatives(stream, layer, own)
+        enter("records")
+        powers.experts_left(is_changed=own.mean or len(kept) < own.experts)
+        enter("measure")
+        quota = quota_of(own, kept, layer_quotas(self.sizes, plan)[0])
+        stream.build(layer)
+        mask_layer(stream, layer, self.states, quota, cfg.sparsify)
+        enter("propagate")
+        self._forward(layer)
+        enter("records")
+        powers.weights_left()
+        tensors = own_tensors(stream, layer)
+        nonzero_by_kind(self.layout, tensors)
+        enter("write")
+        entry = write_shard(self.folder, "layer.safetensors", tensors, cfg.compress)
+        enter("")
+        self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # each is read and written
+        dense, left = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)
+        looked_at = 2 * dense + before + left * (2 if len(kept) < own.experts else 1)
+        self.work["records"] = ("copy", looked_at + sum(tensor.nbytes for tensor in tensors.values()))
+        self.work["write"] = ("write", sum(entry["tensors"].values()))
+
+    def _count_forwards(self) -> None:
+        """What a forward computes; what watches it is not counted, nor are the further forwards of blocks of Gram matrices."""
+        flop = forward_flop(self.arch, self.tokens, self.cfg.calibration.length)
+        for name in _FORWARDS:
+            if name != "measure" or self.cfg.sparsify.reads_inputs:
+                self.work[name] = ("flops", flop)
+
+
+def _expert_bytes(layer: Layer) -> int:
+    return sum(weight.nbytes for expert in layer.experts.values() for weight in expert.values())
+
+
+def _bytes_to_choose(layer: Layer, plan: LayerPlan) -> int:
+    """Bytes of the experts that are compared with their cluster's mean."""
+    compared = [] if plan.kept else [expert for cluster in plan.clusters if len(cluster) > 2 for expert in cluster]
+    return sum(weight.nbytes for expert in compared for weight in layer.experts[expert].values())
+
+
+def _bytes_to_mask(layer: Layer, quota: LayerQuota) -> int:
+    """Bytes of the matrices that lose weights."""
+    dense = sum(layer.dense[name].nbytes for name, count in quota.dense.items() if count)
+    experts = zip(layer.kept, quota.experts, strict=True)
+    return dense + sum(layer.experts[expert][part].nbytes for expert, own in experts for part, count in own.items() if count)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
