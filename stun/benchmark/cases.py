@@ -91,11 +91,13 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
             raise StunError("case=layer: needs a target above 0, a number as experts.fraction and uniform ratios")
     else:
         most = cfg.calibration.samples * (max(cfg.factors) if cfg.case is BenchmarkCase.growth else 1)
+        if not Path(cfg.model.path).is_dir():
+            raise StunError(f"model.path={cfg.model.path}: not a folder; its tokenizer is needed")
         tokenizer = load_tokenizer(Path(cfg.model.path))
         calibration_samples(replace(cfg.calibration, samples=most), tokenizer, cfg.shape.vocabulary)
     family = arctic if cfg.case is BenchmarkCase.layer else qwen3_moe
     largest = max(bytes_of(family(shape)) for shape in shapes)
-    needed, free = 3 * largest + SAMPLE, disk_free(cfg.run_dir)  # the source, what is made of it, hidden states or a copy
+    needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # the source and what is made of it; runs check for more
     if needed > free:
         raise StunError(f"run_dir={cfg.run_dir}: about {needed / GIB:.1f} GiB of disk are needed, {free / GIB:.1f} GiB are free")
 

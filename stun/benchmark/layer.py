@@ -4,15 +4,16 @@ read       from the disk, not its cache, to the device
 plain      the forward alone
 observe    the forward with the first stream's statistics
 select     the plan from these, and the representatives of its clusters
-records    what streams record of the weights: kurtosis before and after, non-zero counts
+records    what both streams record of the weights: kurtosis before and after, non-zero counts
 measure    the forward with the inputs' moments
 mask       the choice of single weights
 propagate  the forward of the pruned layer
-write      to the disk, synced
+write      from the device to the disk, synced
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from stun.checkpoint import Checkpoint
 from stun.config import BenchmarkConfig, CheckpointShape
 from stun.duration import forward_flop
 from stun.mask import mask_layer
-from stun.measure import WeightPowers, nonzero_by_kind
+from stun.measure import WeightPowers, expert_powers, nonzero_by_kind
 from stun.passes import Watcher, keep_representatives
 from stun.plan import LayerPlan
 from stun.planning import make_plan
@@ -53,6 +54,7 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     arch = Architecture(Checkpoint.open(model))
     states = _random_states(cfg, arch, shape.vocabulary, ranks)
     _Phases(cfg, arch, States(states.hidden[:1], states.arguments[:1], 1), folder / "warm", ranks).run()
+    shutil.rmtree(folder / "warm")
     phases = _Phases(cfg, arch, states, folder / "timed", ranks)
     ranks.reset_peak_memory()
     phases.run()
@@ -160,6 +162,7 @@ class _Phases:
         plan = make_plan(cfg, self.arch, self.sizes, experts_to_drop(cfg, self.sizes, self.arch), statistics)
         own = plan.layers[0]
         enter("records")
+        expert_powers(layer)  # the first stream's
         before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
         enter("select")
         self.work["select"] = ("copy", _bytes_to_choose(layer, own) + _file_bytes(statistics.folder))
@@ -181,7 +184,7 @@ class _Phases:
         enter("")
         self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # each is read and written
         dense, left = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)
-        looked_at = 2 * dense + before + left * (2 if len(kept) < own.experts else 1)
+        looked_at = 2 * dense + 2 * before + left * (2 if len(kept) < own.experts else 1)
         self.work["records"] = ("copy", looked_at + sum(tensor.nbytes for tensor in tensors.values()))
         self.work["write"] = ("write", sum(entry["tensors"].values()))
 
