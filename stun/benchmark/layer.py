@@ -37,6 +37,7 @@ from stun.statistics import Statistics
 from stun.stream import Layer, LayerStream, States, embed, even_owners
 
 _STREAM = "layer"
+_WARM = 8  # experts of the layer that warms up
 _FORWARDS = ("plain", "observe", "measure", "propagate")
 _OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # a layer's computation
 
@@ -47,29 +48,34 @@ def layer_shape(cfg: BenchmarkConfig, device: torch.device) -> CheckpointShape:
 
 
 def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """Seconds of every phase beside its limit, and what they come to over `cfg.depth` layers. Everything runs twice: first on one
-    micro-batch, since first calls load kernels."""
-    shape, model = layer_shape(cfg, ranks.device), folder / "source"
-    write_checkpoint(model, arctic(shape), ranks.device)
-    arch = Architecture(Checkpoint.open(model))
-    states = _random_states(cfg, arch, shape.vocabulary, ranks)
-    _Phases(cfg, arch, States(states.hidden[:1], states.arguments[:1], 1), folder / "warm", ranks).run()
+    """Seconds of every phase beside its limit, and what they come to over `cfg.depth` layers. First calls load kernels: a layer
+    with fewer experts of the same size runs before, on one micro-batch."""
+    shape, calibration = layer_shape(cfg, ranks.device), cfg.calibration
+    few = replace(shape, experts=min(shape.experts, max(_WARM, shape.top_k)))
+    once = replace(calibration, samples=min(calibration.samples, calibration.micro_batch))
+    _run(replace(cfg, target=cfg.target / 2, calibration=once), few, folder / "warm", ranks)
     shutil.rmtree(folder / "warm")
-    phases = _Phases(cfg, arch, states, folder / "timed", ranks)
-    ranks.reset_peak_memory()
-    phases.run()
-    peak = ranks.peak_memory()
-    rates = measure_rates(arch.source, folder, ranks.device, phases.stream.dtype)
+    phases = _run(cfg, shape, folder / "timed", ranks)
+    rates = measure_rates(phases.arch.source, folder, ranks.device, phases.stream.dtype)
     rows = {name: _beside(seconds, phases.work.get(name), rates) for name, seconds in phases.seconds.items()}
     return {
         "shape": asdict(shape),
         "tokens": phases.tokens,
         "dtype": str(phases.stream.dtype).removeprefix("torch."),
         "rates": asdict(rates),
-        "peak_bytes": peak,
+        "peak_bytes": phases.peak,
         "phases": rows,
         **_totals(phases.seconds, cfg.depth),
     }
+
+
+def _run(cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks) -> _Phases:
+    """The phases of such a layer, run."""
+    write_checkpoint(folder / "source", arctic(shape), ranks.device)
+    arch = Architecture(Checkpoint.open(folder / "source"))
+    phases = _Phases(cfg, arch, _random_states(cfg, arch, shape.vocabulary, ranks), folder, ranks)
+    phases.run()
+    return phases
 
 
 def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ranks: Ranks) -> States:
@@ -107,7 +113,8 @@ def _totals(seconds: dict[str, float], depth: int) -> dict:
 
 
 class _Phases:
-    """One layer from disk to disk. `seconds` are those of its phases, `work` what bounds them and how much of it there is."""
+    """One layer from disk to disk. `seconds` are those of its phases, `work` what bounds them and how much of it there is,
+    `peak` the most bytes held."""
 
     def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
         self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
@@ -115,7 +122,7 @@ class _Phases:
         self.stream = LayerStream(arch, ranks, arch.layers, [even_owners(self.layout, ranks.world)])
         self.tokens = sum(hidden_BTD.shape[:2].numel() for hidden_BTD in states.hidden)
         self.work: dict[str, tuple[str, int]] = {}
-        folder.mkdir()
+        self.peak = 0
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -124,6 +131,7 @@ class _Phases:
     def run(self) -> None:
         """All phases, in the order in which the two streams come to them."""
         self.meter = self.ranks.meter = DeviceMeter(self.ranks.device)
+        self.ranks.reset_peak_memory()
         forget(self.arch.source.folder)
         before = self.arch.source.bytes_read
         self.meter.begin(_STREAM)
@@ -136,6 +144,7 @@ class _Phases:
         self.work["read"] = ("read", self.arch.source.bytes_read - before)
         self._prune(layer, statistics)
         self.meter.end()
+        self.peak = self.ranks.peak_memory()
         layer.release()
 
     def _forward(self, layer: Layer, *observers) -> None:
