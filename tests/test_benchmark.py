@@ -178,7 +178,7 @@ def test_every_case_has_a_configuration(case):
         ("layer", ["sparsify.ratios=owl"], "uniform ratios"),
         ("layer", ["depth=0"], "depth=0"),
         ("layer", ["shape.expert_width=1000000000"], "GiB of disk are needed"),
-        ("weights", ["methods.wanda=[sparsify.swops=1]"], "swops"),
+        ("weights", ["methods.wanda=['sparsify.swops=1']"], "swops"),
         ("growth", ["factors=[]"], "factors"),
         ("growth", ["factors=[100000]"], "calibration"),
         ("ranks", ["worlds=[0]"], "worlds"),
