@@ -1,12 +1,12 @@
-"""Measure what removing single weights costs: python -m jobs.benchmark run_dir=runs/benchmark [shape.hidden=1024 ...]"""
+"""Measure what pruning costs: python -m jobs.benchmark case=layer run_dir=runs/benchmark [shape.hidden=2048 ...]"""
 
 from jobs import launch
-from stun.benchmark import benchmark_weights
-from stun.table import benchmark_table
+from stun.benchmark.cases import benchmark
+from stun.benchmark.table import benchmark_table
 
 
 def work(cfg, ranks) -> None:
-    result = benchmark_weights(cfg, ranks)
+    result = benchmark(cfg, ranks)
     ranks.on_first(lambda: print(benchmark_table(result)))
 
 

@@ -379,13 +379,35 @@ class CheckpointShape:
     vocabulary: int = 512
 
 
+class BenchmarkCase(Enum):
+    """What is measured: one layer, phase by phase; the methods that remove weights; whole runs as one size grows, on several
+    ranks, and as layers are added."""
+
+    layer = "layer"
+    weights = "weights"
+    growth = "growth"
+    ranks = "ranks"
+    depth = "depth"
+
+
 @dataclass
 class BenchmarkConfig(PruneConfig):
-    """Time `methods` (a name to overrides of the configuration) on a checkpoint of `shape`, which gets the tokenizer of
-    `model.path`. Everything is written to the new folder `run_dir`; weights.json stays."""
+    """Measure `case` on checkpoints of random weights of `shape`, which get the tokenizer of `model.path`; `layer` on one of
+    `gpu_shape` on a GPU, where that is given. Everything is written below the folder `run_dir`, of which CASE.json stays.
 
+    `layer` says what the phases of one layer come to over `depth` layers; `weights` times `methods`, a name to overrides of the
+    configuration; `growth` multiplies layers, experts and tokens by each of `factors`; `ranks` runs on each of `worlds` ranks;
+    `depth` on checkpoints of each of `depths` layers.
+    """
+
+    case: BenchmarkCase = BenchmarkCase.layer
     shape: CheckpointShape = field(default_factory=CheckpointShape)
+    gpu_shape: CheckpointShape | None = None
+    depth: int = 35
     methods: dict[str, list[str]] = field(default_factory=dict)
+    factors: list[int] = field(default_factory=list)
+    worlds: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
 
 
 @dataclass

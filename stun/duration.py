@@ -21,8 +21,7 @@ def minutes(footprint: Footprint, read: dict[str, list[int]], written: int, snap
     reading, for which all wait. Bytes are written as fast as they are read."""
     job, launch = footprint.job, footprint.launch
     tokens = job.cfg.calibration.samples * job.cfg.calibration.length
-    scores = job.cfg.calibration.length * job.arch.config.hidden_size * len(job.arch.layers)  # all tokens before it, and values
-    forward = 2 * (_active(job.arch) + scores) * tokens / (launch.world * launch.flops)
+    forward = forward_flop(job.arch, tokens, job.cfg.calibration.length) / (launch.world * launch.flops)
     streams, found = job.streams, {}
     for name, ranks in read.items():
         bytes_a_node = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
@@ -34,7 +33,14 @@ def minutes(footprint: Footprint, read: dict[str, list[int]], written: int, snap
     return found
 
 
-def _active(arch: Architecture) -> int:
+def forward_flop(arch: Architecture, tokens: int, length: int) -> int:
+    """FLOP of all decoder layers on so many tokens in samples of `length`: two for every parameter that a token meets, and for
+    every product of its scores with the tokens before it (half of the sample on average) and of these with their values."""
+    scores = length * arch.config.hidden_size * len(arch.layers)
+    return 2 * (active_parameters(arch) + scores) * tokens
+
+
+def active_parameters(arch: Architecture) -> int:
     """Parameters of the decoder layers' matrices that a token meets."""
     total = 0
     for layout in arch.layers:

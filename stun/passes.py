@@ -28,7 +28,7 @@ from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
 from stun.stream import Layer, LayerStream, Observer, States, even_owners
 
 
-class _Watcher(Observer):
+class Watcher(Observer):
     """Collects selection statistics of one layer; `sources[m]` is the calibration source of micro-batch m."""
 
     def __init__(self, num_experts: int, sources: list[int], device: torch.device):
@@ -85,7 +85,7 @@ def observe(
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
         ranks.meter.enter("observe")
-        watcher = _Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
+        watcher = Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
         stream.build(layer)
         start = time.perf_counter()
         watchers = (watcher,) if layer.kept else ()
@@ -124,6 +124,15 @@ def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
             squared = squared_distance_to_mean([layer.experts[e] for e in cluster]) if len(cluster) > 2 else []
             mine.append(nearest_member(cluster, squared))
     return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
+
+
+def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> list[int]:
+    """Drop all experts of a layer but one of every cluster, with the cluster's mean where the plan says so; returns who stays."""
+    kept = _choose(layer, plan, stream.ranks)
+    if plan.mean:
+        _reconstruct(layer, plan, kept)
+    stream.keep(layer, kept)
+    return kept
 
 
 def squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
@@ -218,10 +227,7 @@ def prune_layers(
         ranks.doing = f"prune layer {index}"
         ranks.meter.enter("choose")
         powers = WeightPowers(stream, layer)
-        kept = _choose(layer, plans[index], ranks)
-        if plans[index].mean:
-            _reconstruct(layer, plans[index], kept)
-        stream.keep(layer, kept)
+        kept = keep_representatives(stream, layer, plans[index])
         powers.experts_left(is_changed=plans[index].mean or len(kept) < plans[index].experts)
         masked = Masked(0, Saliency())
         if not layer.layout.is_mtp:

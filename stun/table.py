@@ -40,7 +40,7 @@ def results_table(results: dict[str, dict]) -> str:
         line("experts kept", lambda r: _of(r, lambda p: f"{sum(p['kept'])}/{sum(p['experts'])}"))
         line("seconds to prune", lambda r: _of(r, lambda p: f"{p['seconds']:.1f}"))
         line("peak memory, GiB", lambda r: _of(r, lambda p: f"{p['peak_bytes'] / 2**30:.2f}"))
-    return _printed(table)
+    return printed(table)
 
 
 def plan_table(plans: dict) -> str:
@@ -72,7 +72,7 @@ def plan_table(plans: dict) -> str:
     for source in next(iter(plans.values())).needs:
         cells = (f"{'?' if d.needs[source][1] is None else d.needs[source][1]} of {d.needs[source][0]}" for d in plans.values())
         table.add_row(f"kept of those serving 90 % of {source!r}", *cells)
-    return _printed(table)
+    return printed(table)
 
 
 def report_table(runs: dict[str, dict | str]) -> str:
@@ -88,7 +88,7 @@ def report_table(runs: dict[str, dict | str]) -> str:
         kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result", {})
         scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
         table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
-    return _printed(table)
+    return printed(table)
 
 
 def summary_table(summary: dict, run_dir: str) -> str:
@@ -114,19 +114,7 @@ def summary_table(summary: dict, run_dir: str) -> str:
     }
     for title, value in rows.items():
         table.add_row(title, Text(value))
-    return _printed(table)
-
-
-def benchmark_table(result: dict) -> str:
-    """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("", "seconds", "/ read and write", "peak, GiB"):
-        table.add_column(title, justify="right" if title else "left")
-    disk = result["disk_seconds"]
-    table.add_row(f"read and write {result['bytes'] / 1e6:.0f} MB", f"{disk:.2f}", "1.0", "")
-    for method, row in result["methods"].items():
-        table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / 2**30:.2f}")
-    return f"{result['device']}, {result['ranks']} ranks\n{_printed(table)}"
+    return printed(table)
 
 
 def job_command(job: str, **settings: str) -> str:
@@ -140,7 +128,8 @@ def job_command(job: str, **settings: str) -> str:
     return shlex.join(["python", "-m", f"jobs.{job}", *words])
 
 
-def _printed(table: Table) -> str:
+def printed(table: Table) -> str:
+    """A table as text."""
     text = StringIO()
     Console(file=text, width=200, markup=False, emoji=False, force_terminal=False).print(table)  # names are text
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())

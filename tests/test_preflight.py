@@ -16,7 +16,7 @@ from zoo import FAMILIES, make_checkpoint
 import stun.preflight
 from stun.activations import Allocations, trace_layers
 from stun.arch import Architecture
-from stun.benchmark import random_checkpoint
+from stun.benchmark.checkpoints import random_checkpoint
 from stun.checkpoint import Checkpoint
 from stun.config import (
     CalibrationConfig,

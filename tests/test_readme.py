@@ -145,7 +145,7 @@ def test_tracked_run(checkpoint, tmp_path):
 
 @pytest.mark.launch
 def test_benchmark_and_expand(checkpoint, tmp_path):
-    """The benchmark prints a ratio for every method; a compressed run is expanded to what an ordinary one writes."""
+    """The case of the methods prints a ratio for each; a compressed run is expanded to what an ordinary one writes."""
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.micro_batch": "2"}
     shape = {"shape.hidden": "64", "shape.expert_width": "32", "shape.layers": "2", "shape.experts": "4"}
     output = run(here(commands("benchmark")[0], {**small, **shape, "run_dir": str(tmp_path / "benchmark")}))

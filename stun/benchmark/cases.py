@@ -1,0 +1,116 @@
+"""The cases by name: what each checks, measures and leaves in its folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
+from stun.benchmark.layer import benchmark_layer, layer_shape
+from stun.benchmark.limits import SAMPLE
+from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
+from stun.benchmark.weights import benchmark_weights, ways
+from stun.checkpoint import write_json
+from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, StunError
+from stun.data import calibration_samples, load_tokenizer
+from stun.hardware import GIB, disk_free
+from stun.ranks import Ranks
+from stun.validation import validate
+
+_CASES = {
+    BenchmarkCase.layer: benchmark_layer,
+    BenchmarkCase.weights: benchmark_weights,
+    BenchmarkCase.growth: benchmark_growth,
+    BenchmarkCase.ranks: benchmark_ranks,
+    BenchmarkCase.depth: benchmark_depth,
+}
+_MADE = "made"  # what a case makes below run_dir and removes
+
+
+def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
+    """Measure `cfg.case`; returns what is in `cfg.run_dir`/CASE.json then. All ranks call this together. Raises StunError before
+    anything is made where the request cannot be met."""
+    folder = Path(cfg.run_dir)
+    ranks.on_first(lambda: _check(cfg, ranks))
+    ranks.on_first(lambda: (folder / _MADE).mkdir(parents=True))
+    try:
+        result = {"case": cfg.case.name, **machine(ranks), **_CASES[cfg.case](cfg, folder / _MADE, ranks)}
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(folder / _MADE)
+    ranks.on_first(lambda: write_json(folder / f"{cfg.case.name}.json", result))
+    return result
+
+
+def machine(ranks: Ranks) -> dict:
+    """What was measured on, and when."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"{cores} CPU cores",
+        "gpus": gpus,
+        "cores": cores,
+        "ranks": ranks.world,
+    }
+
+
+def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
+    """Of all checkpoints that a case makes."""
+    if cfg.case is BenchmarkCase.layer:
+        return [layer_shape(cfg, ranks.device)]
+    if cfg.case is BenchmarkCase.growth:
+        return [shape for shape, _ in sizes(cfg).values()]
+    return [replace(cfg.shape, layers=max(cfg.depths))] if cfg.case is BenchmarkCase.depth else [cfg.shape]
+
+
+def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
+    """Raises StunError where something of the request cannot be, before anything is made."""
+    _check_folder(cfg)
+    if ranks.world > 1 and cfg.case is not BenchmarkCase.weights:
+        raise StunError(f"case={cfg.case.name}: runs on one rank, here are {ranks.world}; case=ranks starts its own")
+    lists = {BenchmarkCase.growth: "factors", BenchmarkCase.ranks: "worlds", BenchmarkCase.depth: "depths"}
+    for name in (lists[cfg.case],) if cfg.case in lists else ():
+        if not getattr(cfg, name) or min(getattr(cfg, name)) < 1:
+            raise StunError(f"{name}={getattr(cfg, name)}: whole numbers above 0 are needed")
+    if cfg.depth < 1:
+        raise StunError(f"depth={cfg.depth}: at least 1")
+    shapes = _shapes(cfg, ranks)
+    for shape in shapes:
+        _check_shape(shape)
+    for own in ways(cfg, Path(cfg.model.path)).values() if cfg.case is BenchmarkCase.weights else (cfg,):
+        validate(own)
+    if cfg.case is BenchmarkCase.layer:
+        if cfg.experts.fraction == "auto" or cfg.sparsify.ratios != "uniform" or cfg.sparsify.per_expert or not cfg.target:
+            raise StunError("case=layer: needs a target above 0, a number as experts.fraction and uniform ratios")
+    else:
+        most = cfg.calibration.samples * (max(cfg.factors) if cfg.case is BenchmarkCase.growth else 1)
+        if not Path(cfg.model.path).is_dir():
+            raise StunError(f"model.path={cfg.model.path}: not a folder; its tokenizer is needed")
+        tokenizer = load_tokenizer(Path(cfg.model.path))
+        calibration_samples(replace(cfg.calibration, samples=most), tokenizer, cfg.shape.vocabulary)
+    family = arctic if cfg.case is BenchmarkCase.layer else qwen3_moe
+    largest = max(bytes_of(family(shape)) for shape in shapes)
+    needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # the source and what is made of it; runs check for more
+    if needed > free:
+        raise StunError(f"run_dir={cfg.run_dir}: about {needed / GIB:.1f} GiB of disk are needed, {free / GIB:.1f} GiB are free")
+
+
+def _check_folder(cfg: BenchmarkConfig) -> None:
+    """The folder may hold the results of other cases, and nothing else."""
+    folder, results = Path(cfg.run_dir), {f"{case.name}.json" for case in BenchmarkCase if case is not cfg.case}
+    if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - results):
+        raise StunError(f"run_dir={cfg.run_dir}: holds something; choose an empty or new folder, or other cases' results")
+
+
+def _check_shape(shape: CheckpointShape) -> None:
+    if min(shape.expert_width, shape.layers, shape.top_k, shape.vocabulary, shape.hidden // 64) < 1 or shape.hidden % 64:
+        raise StunError(f"shape={shape}: numbers above 0 are needed, and hidden a multiple of 64")
+    if shape.top_k > shape.experts:
+        raise StunError(f"shape.top_k={shape.top_k}: at most shape.experts={shape.experts}")

@@ -1,0 +1,149 @@
+"""The phases of one decoder layer, as the two streams come to them, each timed until the device is done.
+
+read       from the disk, not its cache, to the device
+plain      the forward alone
+observe    the forward with the first stream's statistics
+select     the plan from these, and the representatives of its clusters
+records    what both streams record of the weights: kurtosis before and after, non-zero counts
+measure    the forward with the inputs' moments
+mask       the choice of single weights
+propagate  the forward of the pruned layer
+write      from the device to the disk, synced
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stun.arch import Architecture
+from stun.benchmark.checkpoints import forget
+from stun.benchmark.limits import DeviceMeter
+from stun.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
+from stun.config import BenchmarkConfig
+from stun.duration import forward_flop
+from stun.mask import mask_layer
+from stun.measure import WeightPowers, expert_powers, nonzero_by_kind
+from stun.passes import Watcher, keep_representatives
+from stun.plan import LayerPlan
+from stun.planning import make_plan
+from stun.ranks import Ranks
+from stun.shards import own_tensors, write_shard
+from stun.statistics import Statistics
+from stun.stream import Layer, LayerStream, States, even_owners
+
+_STREAM = "layer"
+_FORWARDS = ("plain", "observe", "measure", "propagate")
+
+
+class LayerPhases:
+    """One layer from disk to disk. `seconds` are those of its phases, `work` what bounds them and how much of it there is,
+    `peak` the most bytes held."""
+
+    def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
+        self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
+        self.layout, self.sizes = arch.layers[0], measure_layers(arch, cfg.sparsify.scope)
+        self.stream = LayerStream(arch, ranks, arch.layers, [even_owners(self.layout, ranks.world)])
+        self.tokens = sum(hidden_BTD.shape[:2].numel() for hidden_BTD in states.hidden)
+        self.work: dict[str, tuple[str, int]] = {}
+        self.peak = 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(self.meter.seconds[_STREAM])
+
+    def run(self) -> None:
+        """All phases, in the order in which the two streams come to them."""
+        self.meter = self.ranks.meter = DeviceMeter(self.ranks.device)
+        self.ranks.reset_peak_memory()
+        forget(self.arch.source.folder)
+        before = self.arch.source.bytes_read
+        self.meter.begin(_STREAM)
+        layer = next(iter(self.stream))
+        self.meter.enter("plain")
+        self._forward(layer)
+        self.meter.enter("observe")
+        statistics = self._observe(layer)
+        self._count_forwards()
+        self.work["read"] = ("read", self.arch.source.bytes_read - before)
+        self._prune(layer, statistics)
+        self.meter.end()
+        self.peak = self.ranks.peak_memory()
+        layer.release()
+
+    def _forward(self, layer: Layer, *observers) -> None:
+        self.stream.build(layer)
+        self.stream.run(layer, self.states, *observers)
+
+    def _observe(self, layer: Layer) -> Statistics:
+        """The statistics, which are saved beside the phases."""
+        watcher = Watcher(self.layout.num_experts, [0] * self.states.total, self.ranks.device)
+        self._forward(layer, watcher)
+        totals = watcher.totals(layer, self.ranks)
+        self.meter.enter("")
+        statistics = Statistics(self.folder / "stats")
+        statistics.save(0, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
+        calibration = self.cfg.calibration
+        taken_on = {"model": "", "sources": {"all": calibration.samples}, "calibration_tokens": ""}
+        statistics.finish({**taken_on, "micro_batch": calibration.micro_batch})
+        return statistics
+
+    def _prune(self, layer: Layer, statistics: Statistics) -> None:
+        """What the second stream does to a layer."""
+        enter, stream, cfg = self.meter.enter, self.stream, self.cfg
+        enter("select")
+        plan = make_plan(cfg, self.arch, self.sizes, experts_to_drop(cfg, self.sizes, self.arch), statistics)
+        own = plan.layers[0]
+        enter("records")
+        expert_powers(layer)  # the first stream's
+        before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
+        enter("select")
+        self.work["select"] = ("copy", _bytes_to_choose(layer, own) + _file_bytes(statistics.folder))
+        kept = keep_representatives(stream, layer, own)
+        enter("records")
+        powers.experts_left(is_changed=own.mean or len(kept) < own.experts)
+        enter("measure")
+        quota = quota_of(own, kept, layer_quotas(self.sizes, plan)[0])
+        stream.build(layer)
+        mask_layer(stream, layer, self.states, quota, cfg.sparsify)
+        enter("propagate")
+        self._forward(layer)
+        enter("records")
+        powers.weights_left()
+        tensors = own_tensors(stream, layer)
+        nonzero_by_kind(self.layout, tensors)
+        enter("write")
+        entry = write_shard(self.folder, "layer.safetensors", tensors, cfg.compress)
+        enter("")
+        self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # each is read and written
+        dense, left = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)
+        looked_at = 2 * dense + 2 * before + left * (2 if len(kept) < own.experts else 1)
+        self.work["records"] = ("copy", looked_at + sum(tensor.nbytes for tensor in tensors.values()))
+        self.work["write"] = ("write", sum(entry["tensors"].values()))
+
+    def _count_forwards(self) -> None:
+        """What a forward computes; what watches it is not counted, nor are the further forwards of blocks of Gram matrices."""
+        flop = forward_flop(self.arch, self.tokens, self.cfg.calibration.length)
+        for name in _FORWARDS:
+            if name != "measure" or self.cfg.sparsify.reads_inputs:
+                self.work[name] = ("flops", flop)
+
+
+def _expert_bytes(layer: Layer) -> int:
+    return sum(weight.nbytes for expert in layer.experts.values() for weight in expert.values())
+
+
+def _bytes_to_choose(layer: Layer, plan: LayerPlan) -> int:
+    """Bytes of the experts that are compared with their cluster's mean."""
+    compared = [] if plan.kept else [expert for cluster in plan.clusters if len(cluster) > 2 for expert in cluster]
+    return sum(weight.nbytes for expert in compared for weight in layer.experts[expert].values())
+
+
+def _bytes_to_mask(layer: Layer, quota: LayerQuota) -> int:
+    """Bytes of the matrices that lose weights."""
+    dense = sum(layer.dense[name].nbytes for name, count in quota.dense.items() if count)
+    experts = zip(layer.kept, quota.experts, strict=True)
+    return dense + sum(layer.experts[expert][part].nbytes for expert, own in experts for part, count in own.items() if count)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,0 +1,66 @@
+"""Whole runs of jobs.prune in processes of their own, and their figures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from stun.config import PruneConfig, StunError
+from stun.headers import read_header
+from stun.identity import plain
+from stun.inputs import load_json
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_CHUNK = 2**24
+
+
+def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
+    """Run jobs.prune with this configuration, under torchrun on so many ranks or, for 0, in a plain process; returns its summary
+    and, as `wall_seconds`, what its user waits. Raises StunError where it fails."""
+    config = Path(f"{cfg.run_dir}.yaml").absolute()
+    config.parent.mkdir(parents=True, exist_ok=True)
+    own = {field.name: plain(getattr(cfg, field.name)) for field in fields(PruneConfig)}
+    config.write_text(yaml.safe_dump({"defaults": ["prune", "_self_"], **own}))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    job = ["-m", "jobs.prune", f"--config-dir={config.parent}", f"--config-name={config.stem}"]
+    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
+    command, start = [sys.executable, *(torchrun if ranks else ()), *job], time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
+        raise StunError(f"jobs.prune of {cfg.model.path}: {' '.join(said).removeprefix('error: ')}")
+    return load_json(Path(cfg.run_dir) / "manifest.json")["summary"] | {"wall_seconds": seconds}
+
+
+def figures(summary: dict) -> dict:
+    """What every case says of a run: seconds of the work, and with the start of the process; bytes of the rank that held most."""
+    return {name: summary[name] for name in ("seconds", "wall_seconds", "peak_bytes", "phases")}
+
+
+def forwards(summary: dict) -> int:
+    """How often a run's streams ran the layers."""
+    return sum(name in ("observe", "measure", "propagate") for phases in summary["phases"].values() for name in phases)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint, by name: dtype, shape and bytes."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            for name, info in read_header(file).items():
+                digest, left = hashlib.sha256(f"{info.dtype} {info.shape} ".encode()), info.nbytes
+                handle.seek(info.start)
+                while left:
+                    content = handle.read(min(left, _CHUNK))
+                    digest.update(content)
+                    left -= len(content)
+                found[name] = digest.hexdigest()
+    return found

@@ -1,0 +1,116 @@
+"""Whole runs as one size grows, on several ranks, and as layers are added."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from stun.arch import Architecture
+from stun.benchmark.checkpoints import forget, random_checkpoint
+from stun.benchmark.limits import measure_rates
+from stun.benchmark.runs import digests, figures, forwards, run_prune
+from stun.checkpoint import Checkpoint
+from stun.config import BenchmarkConfig, CheckpointShape
+from stun.duration import forward_flop
+from stun.inputs import load_json
+from stun.ranks import Ranks
+from stun.records import FILE, PHASES
+from stun.stream import compute_dtype
+
+
+def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:
+    """Shape and calibration samples of every run of `growth`, by name."""
+    shape, samples = cfg.shape, cfg.calibration.samples
+    found = {"base": (shape, samples)}
+    for factor in cfg.factors:
+        found |= {
+            f"{factor} x layers": (replace(shape, layers=factor * shape.layers), samples),
+            f"{factor} x experts": (replace(shape, experts=factor * shape.experts), samples),
+            f"{factor} x tokens": (shape, factor * samples),
+        }
+    return found
+
+
+def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """Every run beside the longest of reading its bytes, computing its forwards and writing its model, and beside the first run.
+    Each begins without its source in the system's cache; its second stream may find some of it there."""
+    model, rows, rates = folder / "source", {}, None
+    for name, (shape, samples) in sizes(cfg).items():
+        ranks.log(f"growth: {name}")
+        random_checkpoint(model, shape, Path(cfg.model.path))
+        arch = Architecture(Checkpoint.open(model))
+        rates = rates or measure_rates(arch.source, folder, ranks.device, compute_dtype(arch, ranks.device))
+        own = _of(cfg, model, folder / "run", samples)
+        forget(model)
+        summary = run_prune(own)
+        tokens = samples * own.calibration.length
+        read, written = sum(summary["bytes_read"]), summary["bytes_written"]
+        flop = forwards(summary) * forward_flop(arch, tokens, own.calibration.length)
+        limits = {"read": read / rates.read, "compute": flop / rates.flops, "write": written / rates.write}
+        needed = max(limits.values())
+        rows[name] = {
+            "shape": asdict(shape),
+            "tokens": tokens,
+            **figures(summary),
+            **{"bytes_read": read, "bytes_written": written, "flop": flop, "limits": limits, "limit": needed},
+            "ratio": summary["seconds"] / needed,
+            "cost": summary["seconds"] / (rows["base"] if rows else summary)["seconds"],
+        }
+        _clear(folder)
+    return {"rates": asdict(rates), "runs": rows}
+
+
+def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """The same run on each of `cfg.worlds` ranks, beside the first of them, and whether all wrote the same tensors."""
+    model, rows, written = folder / "source", {}, []
+    random_checkpoint(model, cfg.shape, Path(cfg.model.path))
+    for world in cfg.worlds:
+        ranks.log(f"ranks: {world}")
+        forget(model)
+        summary = run_prune(_of(cfg, model, folder / "run"), world)
+        written.append(digests(folder / "run" / "model"))
+        rows[str(world)] = {
+            **figures(summary),
+            "speed_up": next(iter(rows.values()), summary)["seconds"] / summary["seconds"],
+            "tensors": len(written[-1]),
+            "sha256": hashlib.sha256(json.dumps(sorted(written[-1].items())).encode()).hexdigest(),
+        }
+        shutil.rmtree(folder / "run")
+    return {"shape": asdict(cfg.shape), "runs": rows, "identical": all(own == written[0] for own in written)}
+
+
+def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """Runs of one width on each of `cfg.depths` layers: memory, and how far reading and writing hide behind computing."""
+    model, rows = folder / "source", {}
+    for layers in cfg.depths:
+        ranks.log(f"depth: {layers} layers")
+        random_checkpoint(model, replace(cfg.shape, layers=layers), Path(cfg.model.path))
+        forget(model)
+        summary = run_prune(_of(cfg, model, folder / "run"))
+        measured = load_json(folder / "run" / FILE)
+        streams = {name: _overlap(measured[name], phases) for name, phases in summary["phases"].items() if name in measured}
+        rows[str(layers)] = {**figures(summary), "streams": streams}
+        _clear(folder)
+    return {"shape": asdict(cfg.shape), "runs": rows}
+
+
+def _overlap(layers: list[dict], phases: dict[str, float]) -> dict:
+    """Of one stream: seconds that its layers were read, computed and written, its seconds in all, and these beside the largest of
+    the three; 1 where the two others hide behind it."""
+    sums = {phase: sum(layer["seconds"][phase] for layer in layers) for phase in PHASES}
+    total = sum(phases.values())
+    return {**sums, "total": total, "ratio": total / max(sums.values())}
+
+
+def _of(cfg: BenchmarkConfig, model: Path, run: Path, samples: int = 0) -> BenchmarkConfig:
+    """The configuration for one run on the checkpoint `model`."""
+    calibration = replace(cfg.calibration, samples=samples or cfg.calibration.samples)
+    return replace(cfg, model=replace(cfg.model, path=str(model)), calibration=calibration, run_dir=str(run))
+
+
+def _clear(folder: Path) -> None:
+    for name in ("source", "run"):
+        shutil.rmtree(folder / name)

@@ -1,0 +1,94 @@
+"""The tables that the cases end in."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from stun.config import BenchmarkCase
+from stun.hardware import GIB
+from stun.table import printed
+
+
+def benchmark_table(result: dict) -> str:
+    """What a case found, below what it ran on."""
+    tables = {
+        BenchmarkCase.layer: _layer,
+        BenchmarkCase.weights: _weights,
+        BenchmarkCase.growth: _growth,
+        BenchmarkCase.ranks: _ranks,
+        BenchmarkCase.depth: _depth,
+    }
+    ranks = f"{result['ranks']} rank{'s' if result['ranks'] > 1 else ''}"
+    return f"{result['device']}, {ranks}\n{tables[BenchmarkCase[result['case']]](result)}"
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    return table
+
+
+def _layer(result: dict) -> str:
+    """A line per phase: seconds, those of its limit, their ratio, and what the limit is; then what they come to."""
+    table, rates = _table("", "seconds", "limit", "/ limit", "bound by"), result["rates"]
+    for phase, row in result["phases"].items():
+        cells = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", row["rate"]) if "limit" in row else ("", "", "")
+        table.add_row(phase, f"{row['seconds']:.3g}", *cells)
+    shape, with_storage, without = result["shape"], result["seconds_with_storage"], result["seconds_without_storage"]
+    lines = [
+        f"hidden {shape['hidden']}, expert width {shape['expert_width']}, {shape['experts']} experts, top-{shape['top_k']}; "
+        f"{result['tokens']:,} tokens in {result['dtype']}",
+        _rates(rates),
+        printed(table).rstrip("\n"),
+        f"observe / plain: {result['observe_to_plain']:.2f}",
+        f"mask / all of both streams: {result['mask_share']:.2f}",
+        f"{result['depth']} layers: {with_storage:,.0f} seconds with storage, {without:,.0f} without",
+        f"peak memory: {result['peak_bytes'] / GIB:.2f} GiB",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rates(rates: dict) -> str:
+    disk = f"disk read {rates['read'] / GIB:.2f} GiB/s, write {rates['write'] / GIB:.2f} GiB/s"
+    return f"{disk}; memory copy {rates['copy'] / GIB:.1f} GiB/s; flops {rates['flops'] / 1e12:.3g} T/s"
+
+
+def _weights(result: dict) -> str:
+    """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
+    table, disk = _table("", "seconds", "/ read and write", "peak, GiB"), result["disk_seconds"]
+    table.add_row(f"read and write {result['bytes'] / 1e6:.0f} MB", f"{disk:.2f}", "1.0", "")
+    for method, row in result["methods"].items():
+        table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / GIB:.2f}")
+    return printed(table)
+
+
+def _growth(result: dict) -> str:
+    """A line per run: seconds, those of its limit and which that is, their ratio, seconds beside the first run's, memory."""
+    table = _table("", "seconds", "limit", "/ limit", "bound by", "/ base", "peak, GiB")
+    for name, row in result["runs"].items():
+        bound = max(row["limits"], key=row["limits"].get)
+        limit = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", bound)
+        table.add_row(name, f"{row['seconds']:.2f}", *limit, f"{row['cost']:.2f}", f"{row['peak_bytes'] / GIB:.2f}")
+    return f"{_rates(result['rates'])}\n{printed(table)}"
+
+
+def _ranks(result: dict) -> str:
+    """A line per number of ranks: seconds, speed-up, memory of a rank; then whether all wrote the same."""
+    table = _table("", "seconds", "speed-up", "peak a rank, GiB")
+    for world, row in result["runs"].items():
+        name = f"{world} rank{'s' if int(world) > 1 else ''}"
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['peak_bytes'] / GIB:.2f}")
+    return f"{printed(table)}tensors written: {'identical' if result['identical'] else 'NOT identical'}\n"
+
+
+def _depth(result: dict) -> str:
+    """A line per number of layers: memory, seconds, and for each stream its seconds beside the largest of reading, computing and
+    writing."""
+    streams = list(dict.fromkeys(stream for row in result["runs"].values() for stream in row["streams"]))
+    table = _table("", "peak, GiB", "seconds", *(f"{stream} / largest phase" for stream in streams))
+    for layers, row in result["runs"].items():
+        overlaps = (f"{row['streams'][stream]['ratio']:.2f}" for stream in streams)
+        name = f"{layers} layer{'s' if int(layers) > 1 else ''}"
+        table.add_row(name, f"{row['peak_bytes'] / GIB:.2f}", f"{row['seconds']:.2f}", *overlaps)
+    return printed(table)

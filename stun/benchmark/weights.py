@@ -1,0 +1,50 @@
+"""What each way to remove single weights costs beside reading and writing the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from stun.benchmark.checkpoints import random_checkpoint
+from stun.checkpoint import Checkpoint
+from stun.config import BenchmarkConfig, PruneConfig, with_overrides
+from stun.prune import prune
+from stun.ranks import Ranks
+
+
+def ways(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:
+    """The configuration of every method, for the checkpoint `model`. Raises StunError."""
+    return {m: with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), o) for m, o in cfg.methods.items()}
+
+
+def disk_seconds(folder: Path, scratch: Path) -> float:
+    """Seconds to read all weights of a checkpoint and to write as many bytes to disk, nothing else."""
+    start = time.perf_counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        content = file.read_bytes()
+        with open(scratch, "wb") as copy:
+            copy.write(content)
+            copy.flush()
+            os.fsync(copy.fileno())
+    scratch.unlink()
+    return time.perf_counter() - start
+
+
+def benchmark_weights(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and the seconds that its bytes need alone.
+
+    No expert leaves, so that one stream does all the work. All ranks call this together.
+    """
+    model = folder / "source"
+    ranks.on_first(lambda: random_checkpoint(model, cfg.shape, Path(cfg.model.path)))
+    disk = ranks.on_first(lambda: disk_seconds(model, folder / "scratch"))
+    rows = {}
+    for method, own in ways(cfg, model).items():
+        summary = prune(replace(own, run_dir=str(folder / "run")), ranks)
+        rows[method] = {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sparsity": summary["sparsity"]}
+        ranks.on_first(lambda: shutil.rmtree(folder / "run"))
+    nbytes = sum(info.nbytes for info in Checkpoint.open(str(model)).tensors.values())
+    return {"bytes": nbytes, "disk_seconds": disk, "methods": rows}
