@@ -22,14 +22,15 @@ from stun.workers import workers_on
 LIBRARIES = 48 * 2**20  # what they take at their first calls (tokenizer, products, collectives); 40 to 60 MiB were measured
 # Bytes at once for every weight of the matrix that is being pruned, every entry of its Gram matrix, and every row, beside these
 # two; tests/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
-SELECT, SPARSEGPT, ALPS, SWAPS, REFIT, OUTLIERS = (16, 0, 0), (17, 11, 0), (49, 21, 0), (40, 0, 22000), (47, 4, 0), (20, 0, 0)
+SELECT, PATTERN, OUTLIERS = (12, 0, 0), (16, 0, 0), (20, 0, 0)
+SPARSEGPT, ALPS, SWAPS, REFIT = (17, 11, 0), (49, 21, 0), (40, 0, 22000), (47, 4, 0)
 
 
 def transient_costs(how: SparsifyConfig) -> list[tuple[int, int, int]]:
     """Of what a configuration does to a matrix one after the other."""
     solver = {SparsifyMethod.sparsegpt: [SPARSEGPT], SparsifyMethod.alps: [ALPS]}.get(how.method, [])
     refits = [REFIT] if how.reconstruct or solver else []
-    return [SELECT, *solver, *([SWAPS] if how.swaps else []), *refits]
+    return [PATTERN if how.pattern else SELECT, *solver, *([SWAPS] if how.swaps else []), *refits]
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ class Footprint:
     def _search(self, index: int) -> Memory:
         """Every candidate's hidden states, the dense layer and a pruned copy of it."""
         weights, held = self.layers[index], self.states * (self.candidates * min(index, 1) + 1)
-        how, layout = self.cfg.sparsify, self.arch.layers[index]
+        layout = self.arch.layers[index]
         copy = weights.running(self._all_experts(index))
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
-        device += max(self._cast(layout), self._largest(layout, transient_costs(how))) + self._grams(layout, index)[0]
+        device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
         ahead = self._ahead_of_first_stream(index)
         return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_ahead(index, ahead))
 
@@ -212,7 +213,7 @@ class Footprint:
         device = {
             "choose": weights.running(weights.experts) + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
-            "mask": kept + idle + grams + clones + (self._largest(layout, transient_costs(how)) if self.plan.zeros else 0),
+            "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run,
             "hand over": kept + idle + (0 if self.is_gpu else weights.joined),
         }
@@ -243,6 +244,10 @@ class Footprint:
         """What the most expensive matrix of the layer needs beside itself and its Gram matrix."""
         shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
         return max((w * r * c + g * c * c + o * r for r, c in shapes for w, g, o in costs), default=0)
+
+    def _pruning(self, layout: LayerLayout) -> int:
+        """What the workers need while each of them prunes a matrix."""
+        return workers_on(self.launch.device) * self._largest(layout, transient_costs(self.cfg.sparsify))
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
         """Bytes of the Gram matrices of one expert."""
