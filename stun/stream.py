@@ -31,7 +31,7 @@ from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
 from stun.config import Precision, StunError
 from stun.layout import LayerLayout
 from stun.names import experts_of
-from stun.products import linear
+from stun.products import linear, stretched
 from stun.ranks import Ranks
 from stun.sparsify.scores import require_finite
 from stun.steady import steady
@@ -130,7 +130,8 @@ class Exchange:
         if served_ND is None:
             return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
         back_ND = self.ranks.exchange(served_ND, receive, send)
-        return self._combine(back_ND, torch.argsort(order_N).view_as(index_TK), index_TK, weights_TK)
+        back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+        return self._combine(back_ND, back_N.view_as(index_TK), index_TK, weights_TK)
 
     def _micro_batch(self, rank: int) -> int:
         """The number of the micro-batch that `rank` runs in this round."""
@@ -147,22 +148,27 @@ class Exchange:
         def serve(place: int) -> None:
             for rank, count in enumerate(counts_Re[:, place].tolist()):
                 if count:
-                    rows = slice(ends_Re[rank][place] - count, ends_Re[rank][place])
-                    found_nD = self._serve_expert(module, self._micro_batch(rank), self.mine[place], rows_ND[rows], gates_N[rows])
+                    start = ends_Re[rank][place] - count
+                    rows = slice(start, start + count)
+                    found_nD = self._serve_expert(
+                        module, self._micro_batch(rank), self.mine[place], stretched(rows_ND, start, count), gates_N[rows]
+                    )
                     if output_ND is not None:
-                        output_ND[rows] = found_nD
+                        output_ND[rows] = found_nD[:count]
 
         self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND
 
     def _serve_expert(
-        self, module: nn.Module, micro_batch: int, number: int, input_nD: torch.Tensor, gate_n: torch.Tensor
+        self, module: nn.Module, micro_batch: int, number: int, input_mD: torch.Tensor, gate_n: torch.Tensor
     ) -> torch.Tensor | None:
-        inner_nI = self.inner(module, number, input_nD)
-        output_nD = self.project(number, "down_proj", inner_nI) if self.gives_outputs else None
+        """Outputs for rows of which the first n are the expert's own."""
+        inner_mI, count = self.inner(module, number, input_mD), len(gate_n)
+        output_mD = self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
         for observer in self.observers:
-            observer.expert(micro_batch, number, input_nD, inner_nI, output_nD, gate_n)
-        return output_nD
+            output_nD = None if output_mD is None else output_mD[:count]
+            observer.expert(micro_batch, number, input_mD[:count], inner_mI[:count], output_nD, gate_n)
+        return output_mD
 
     def _combine(
         self, back_ND: torch.Tensor, place_TK: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
