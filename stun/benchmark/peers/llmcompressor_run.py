@@ -7,6 +7,8 @@ wanda, reap or reap+wanda, SPARSITY the share of every row that Wanda zeroes, EX
 REAP removes. OUT gets the pruned checkpoint. Experts see the tokens that are routed to them; with --all-experts all tokens, which
 is llm-compressor's default. Needs an environment with llmcompressor (written for 0.14) and with torchvision, without which
 transformers 5.17 cannot load a model in llm-compressor's way, and memory for the whole model.
+
+Legend: S samples, B those of a micro-batch, T length.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers import Modifier
@@ -25,6 +26,7 @@ from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
 from phases import Phases
 from safetensors.torch import load_file
 from sparsity import removed
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,6 +37,18 @@ def recipe(step: str, sparsity: float, expert_sparsity: float) -> Modifier:
     if step == "reap":
         return REAPPruningModifier(sparsity=expert_sparsity)
     return WandaPruningModifier(sparsity=sparsity, targets=["Linear"], ignore=["re:.*lm_head", "re:.*gate$"])
+
+
+def loader(tokens_ST: torch.Tensor, batch_size: int, dtype: torch.dtype) -> DataLoader:
+    """Micro-batches, each with the causal mask [1, 1, T, T] that attention adds.
+
+    With a mask of ones [B, T], llm-compressor 0.14 calibrates Qwen3-MoE with attention to later tokens too: its traced model asks
+    transformers for the mask with a copy of the config that names no kind of attention, and gets none.
+    """
+    length = tokens_ST.shape[1]
+    mask_11TT = torch.full((1, 1, length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    batches = [{"input_ids": tokens_BT, "attention_mask": mask_11TT} for tokens_BT in tokens_ST.split(batch_size)]
+    return DataLoader(batches, batch_size=None)
 
 
 def main() -> None:
@@ -49,23 +63,19 @@ def main() -> None:
     asked, phases = parser.parse_args(), Phases()
     with phases.phase("load"), load_quantizable_moe():
         model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto")
-    tokens = load_file(asked.tokens)["tokens"]
-    rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    tokens_ST = load_file(asked.tokens)["tokens"]
     for step in asked.method.split("+"):
         with phases.phase(step):
             oneshot(
                 model=model,
                 tokenizer=AutoTokenizer.from_pretrained(asked.model),
-                dataset=Dataset.from_dict(rows),
+                dataset=loader(tokens_ST, asked.batch_size, model.dtype),
                 recipe=recipe(step, asked.sparsity, asked.expert_sparsity),
-                max_seq_length=tokens.shape[1],
-                num_calibration_samples=len(tokens),
-                batch_size=asked.batch_size,
                 moe_calibrate_all_experts=asked.all_experts,
             )
     with phases.phase("save"):
         model.save_pretrained(asked.out)
-    phases.report(tokens=tokens.numel(), dtype=str(model.dtype).removeprefix("torch."), **removed(asked.model, asked.out))
+    phases.report(tokens=tokens_ST.numel(), dtype=str(model.dtype).removeprefix("torch."), **removed(asked.model, asked.out))
 
 
 if __name__ == "__main__":
