@@ -1,0 +1,126 @@
+"""STUN as published scripts run it: a whole Qwen3-MoE model in memory, experts out of it, then the loop of Wanda's prune.py.
+
+    python naive.py MODEL TOKENS OUT TARGET EXPERT_FRACTION MICRO_BATCH
+
+MODEL is a qwen3_moe checkpoint's folder, TOKENS a safetensors file with an int64 tensor `tokens` [samples, length]. TARGET is the
+share of the decoder layers' parameters that goes, EXPERT_FRACTION the share of these that leaves as whole experts. OUT gets the
+pruned checkpoint. Needs torch, transformers and scipy, and memory for the whole model and the inputs and outputs of a layer for
+all tokens (on the first GPU where there is one). The model computes in the dtype it is stored in.
+
+Weights (Sun et al., arXiv 2306.11695): every layer runs once with hooks on its linear modules, loses in every row the weights
+with the lowest |weight| * norm of its input, and runs once more for the next layer's inputs.
+
+Legend: B samples of a micro-batch, T length, D hidden size, O outputs and I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from naive_experts import LinearExperts, drop_experts
+from phases import Phases
+from safetensors.torch import load_file
+from sparsity import removed
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+class _Caught(Exception):
+    """The first layer has been called."""
+
+
+def inputs_of_layers(model: nn.Module, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[dict]]:
+    """Hidden states [B, T, D] of every micro-batch that reach the first layer, and its keyword arguments."""
+    hidden, arguments, first = [], [], model.model.layers[0]
+
+    def catch(_, positional: tuple, keywords: dict) -> None:
+        hidden.append(positional[0])
+        arguments.append(keywords)
+        raise _Caught
+
+    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    for tokens_BT in batches:
+        with suppress(_Caught):
+            model.model(input_ids=tokens_BT, use_cache=False)
+    hook.remove()
+    return hidden, arguments
+
+
+def prune_layer(layer: nn.Module, run: Callable[[], list[torch.Tensor]], sparsity: float) -> None:
+    """Zero that share of every row of a layer's linear modules, rounded down to whole weights."""
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    sums = {module: torch.zeros(module.weight.shape[1], device=module.weight.device) for module in linears}
+
+    def add(module: nn.Linear, positional: tuple, _) -> None:
+        sums[module] += positional[0].flatten(0, -2).float().square().sum(0)
+
+    hooks = [module.register_forward_hook(add) for module in linears]
+    run()
+    for hook in hooks:
+        hook.remove()
+    for module in linears:
+        score_OI = module.weight.abs().float() * sums[module].sqrt()
+        order_OI = torch.sort(score_OI, dim=-1, stable=True)[1]
+        module.weight.scatter_(1, order_OI[:, : int(score_OI.shape[1] * sparsity)], 0)
+
+
+def prune_weights(model: nn.Module, batches: list[torch.Tensor], sparsity: float) -> None:
+    """Layer by layer, each with the inputs that the pruned layers before it give."""
+    hidden, arguments = inputs_of_layers(model, batches)
+    for layer in model.model.layers:
+        fused = getattr(layer.mlp, "experts", None)
+        if fused is not None:
+            layer.mlp.experts = LinearExperts(fused)
+
+        def run(layer=layer, hidden=hidden) -> list[torch.Tensor]:
+            return [layer(states, **own) for states, own in zip(hidden, arguments, strict=True)]
+
+        prune_layer(layer, run, sparsity)
+        hidden = run()
+        if fused is not None:
+            layer.mlp.experts = fused
+
+
+def split(model: nn.Module, blocks: list[nn.Module], target: float, fraction: float) -> tuple[int, float]:
+    """Experts that every layer with any loses, to the nearest whole one, and the share of what is left of the matrices."""
+    total = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
+    matrices = [block.experts.gate_up_proj[0].numel() + block.experts.down_proj[0].numel() for block in blocks]
+    of_experts = sum(matrix + block.gate.weight.shape[1] for matrix, block in zip(matrices, blocks, strict=True))
+    drop = round(fraction * target * total / of_experts)
+    left = linear + sum(matrix * (block.gate.num_experts - drop) for matrix, block in zip(matrices, blocks, strict=True))
+    return drop, (target * total - drop * of_experts) / left
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ("model", Path), ("tokens", Path), ("out", Path), ("target", float), ("expert_fraction", float), ("micro_batch", int)
+    for name, kind in names:
+        parser.add_argument(name, type=kind)
+    asked, phases = parser.parse_args(), Phases()
+    with phases.phase("load"):
+        if AutoConfig.from_pretrained(asked.model).model_type != "qwen3_moe":
+            raise SystemExit(f"{asked.model}: not a qwen3_moe checkpoint")
+        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto").eval().to(phases.device).requires_grad_(False)
+    batches = load_file(asked.tokens)["tokens"].to(phases.device).split(asked.micro_batch)
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    drop, sparsity = split(model, blocks, asked.target, asked.expert_fraction)
+    if not 0 <= sparsity < 1 or model.config.num_experts - drop < model.config.num_experts_per_tok:
+        raise SystemExit(f"target {asked.target}, expert_fraction {asked.expert_fraction}: {drop} experts of a layer cannot go")
+    with phases.phase("experts"):
+        drop_experts(model, blocks, drop)
+    with phases.phase("weights"):
+        prune_weights(model, batches, sparsity)
+    with phases.phase("save"):
+        model.save_pretrained(asked.out)
+    ran = sum(tokens_BT.numel() for tokens_BT in batches)
+    phases.report(tokens=ran, dropped=drop, row_sparsity=sparsity, **removed(asked.model, asked.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Seconds of the phases of a peer's run and its peak memory, printed as one JSON line, the last on stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Phases:
+    """`seconds[name]` is the time inside `phase(name)`; `device` is the first GPU or the CPU; `peak_bytes` is the most bytes held
+    up to the end of the last phase: of a GPU what was allocated, else this process' resident memory."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes = 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside it, time counts as that phase's; a GPU has finished its work at either end."""
+        start = self._now()
+        yield
+        self.seconds[name] = self._now() - start
+        self.peak_bytes = self._peak()
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def report(self, **more) -> None:
+        """Print seconds, peak memory and what else is known."""
+        known = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "device": self.device.type}
+        print(json.dumps({**known, **more}), flush=True)
