@@ -94,7 +94,7 @@ class LayerPhases:
         plan = make_plan(cfg, self.arch, self.sizes, experts_to_drop(cfg, self.sizes, self.arch), statistics)
         own = plan.layers[0]
         enter("records")
-        expert_powers(layer)  # the first stream's
+        expert_powers(layer, self.ranks.workers)  # the first stream's
         before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
         enter("select")
         self.work["select"] = ("copy", _bytes_to_choose(layer, own) + _file_bytes(statistics.folder))
@@ -110,7 +110,7 @@ class LayerPhases:
         enter("records")
         powers.weights_left()
         tensors = own_tensors(stream, layer)
-        nonzero_by_kind(self.layout, tensors)
+        nonzero_by_kind(self.layout, tensors, self.ranks.workers)
         enter("write")
         entry = write_shard(self.folder, "layer.safetensors", tensors, cfg.compress)
         enter("")
