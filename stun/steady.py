@@ -34,7 +34,9 @@ class Steady(TorchDispatchMode):
         packet, keywords = function.overloadpacket, keywords or {}
         if packet in _PRODUCTS and arguments[-1].dtype is torch.bfloat16:
             return self._product(function, *arguments[: _PRODUCTS[packet]], *arguments[-2:], **keywords)
-        if packet in _UNSTEADY or (packet is _aten.convolution and arguments[0].dtype is torch.bfloat16):
+        # A square is a product, the same however it is computed.
+        is_square = packet is _aten.pow and isinstance(arguments[1], (int, float)) and arguments[1] == 2
+        if (packet in _UNSTEADY and not is_square) or (packet is _aten.convolution and arguments[0].dtype is torch.bfloat16):
             with one_thread():
                 return function(*arguments, **keywords)
         return function(*arguments, **keywords)
