@@ -17,6 +17,7 @@ from stun.plan import LayerPlan
 from stun.request import Job
 from stun.stream import compute_dtype
 from stun.traffic import expert_infos
+from stun.transfer import BUFFER, BUFFERS
 from stun.workers import workers_on
 
 LIBRARIES = 48 * 2**20  # what they take at their first calls (tokenizer, products, collectives); 40 to 60 MiB were measured
@@ -173,7 +174,8 @@ class Footprint:
 
     def _host_ahead(self, index: int, ahead: int) -> int:
         """On GPUs the host holds the layer that is moved to the GPU and the next one, and the states that are being written."""
-        return ahead + self.layers[index].read + self.states if self.is_gpu else 0
+        pinned = 2 * BUFFERS * BUFFER  # of the thread that computes and of the one that writes
+        return ahead + self.layers[index].read + self.states + pinned if self.is_gpu else 0
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert for each worker, converted to what is computed in."""

@@ -15,6 +15,7 @@ from stun.layout import renumber
 from stun.ledger import REPEAT
 from stun.plan import LayerPlan
 from stun.stream import Layer, LayerStream
+from stun.transfer import to_host
 
 
 def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
@@ -65,7 +66,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_co
     `tensors`. They must not change any more."""
     if not tensors:
         return {"file": None, "tensors": {}}
-    stored, metadata = {key: tensor.cpu() for key, tensor in tensors.items()}, None
+    stored, metadata = {key: to_host(tensor) for key, tensor in tensors.items()}, None
     if is_compressed:
         stored, metadata = compress(stored)
     write_tensors(folder / name, stored, metadata)

@@ -16,6 +16,7 @@ from stun.headers import read_header
 from stun.ledger import REPEAT, part_name
 from stun.ranks import Ranks
 from stun.stream import States
+from stun.transfer import to_host
 
 KEPT = 3  # a rank may have finished a layer while another is writing the one before the last
 
@@ -33,7 +34,7 @@ class Snapshots:
     def save(self, layer: int, states: States) -> dict:
         """Write this rank's states after a layer; returns what an entry of the ledger must hold to find them again."""
         rank, world = self.ranks.rank, self.ranks.world
-        tensors = {str(turn * world + rank): hidden.cpu() for turn, hidden in enumerate(states.hidden)}
+        tensors = {str(turn * world + rank): to_host(hidden) for turn, hidden in enumerate(states.hidden)}
         file = self._file(layer, rank, world)
         write_tensors(file, tensors)
         self.nbytes += file.stat().st_size

@@ -35,6 +35,7 @@ from stun.products import linear, stretched
 from stun.ranks import Ranks
 from stun.sparsify.scores import require_finite
 from stun.steady import steady
+from stun.transfer import to_device
 
 
 class Observer(Protocol):
@@ -315,9 +316,9 @@ class LayerStream:
         owners, dense = self.writer_of(layout), {}
         for name in sorted(layout.dense):
             info = self.arch.info(name)
-            tensor = own[name].to(device) if name in own else torch.empty(info.shape, dtype=info.dtype, device=device)
+            tensor = to_device(own[name], device) if name in own else torch.empty(info.shape, dtype=info.dtype, device=device)
             dense[name] = self.ranks.broadcast(tensor, owners[name])
-        placed = {number: {part: t.to(device) for part, t in expert.items()} for number, expert in experts.items()}
+        placed = {number: {part: to_device(t, device) for part, t in expert.items()} for number, expert in experts.items()}
         kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
         unused = {name: own[name] for name in layout.unused if name in own}
         owner = [self.owners[index][number] for number in kept]

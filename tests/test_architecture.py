@@ -31,6 +31,7 @@ ORDER = [
         "lock",
         "workers",
         "products",
+        "transfer",
     },
     {"plausible", "records"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
