@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import same_tensors
 from selections import config
 
 from stun.config import (
@@ -33,6 +34,10 @@ def test_one_stream_serves_every_selection(observed, tmp_path):
         for number, similarity in enumerate(similarities):
             experts = ExpertsConfig(method=method, score=score, budget=budget, representative=representative, **similarity)
             cfg = config(source, run_dir, experts=experts)
+            if score is Score.index and (method is ExpertsMethod.rank or representative is Representative.score):
+                with pytest.raises(StunError, match=r"experts.score=index.*tells experts apart"):
+                    plan_from_run(cfg, tmp_path / "plan.json")
+                continue
             (described,) = plan_from_run(cfg, tmp_path / "plan.json").values()
             plan = described.plan
             assert plan.dropped + plan.zeros == round(0.4 * plan.parameters)
@@ -41,6 +46,18 @@ def test_one_stream_serves_every_selection(observed, tmp_path):
             seen[method, score, budget, representative, number] = json.dumps([layer.clusters for layer in plan.layers])
     assert sorted((f.name, f.stat().st_mtime_ns) for f in (run_dir / "stats").iterdir()) == before
     assert len(set(seen.values())) > 30, "the methods must differ, or this proves nothing"
+
+
+@pytest.mark.parametrize("budget", Budget)
+def test_router_rows_alone_take_no_forward(observed, tmp_path, ranks, budget):
+    """One stream in place of two, and the same tensors as from statistics."""
+    source, run_dir = observed
+    experts = ExpertsConfig(score=Score.index, budget=budget, fraction=0.5)
+    alone = prune(config(source, tmp_path / "alone", experts=experts), ranks)
+    shared = prune(config(source, tmp_path / "shared", experts=experts, statistics=str(run_dir)), ranks)
+    assert list(alone["phases"]) == ["prune"] and not (tmp_path / "alone" / "stats").exists()
+    assert alone["kept"] == shared["kept"] and sum(alone["kept"]) < sum(alone["experts"])
+    same_tensors(tmp_path / "alone" / "model", tmp_path / "shared" / "model")
 
 
 def test_protected_experts_stay(observed, tmp_path, ranks):
