@@ -45,7 +45,8 @@ def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples) -> dict:
     """What decides the statistics of the first stream, beside whether they hold outliers."""
     identity = fingerprint(cfg, source, samples)
     tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
-    return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, "micro_batch": size}
+    run_as = {"micro_batch": size, "precision": cfg.precision.name}
+    return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, **run_as}
 
 
 def differences(old: object, new: object, where: str = "") -> list[str]:
