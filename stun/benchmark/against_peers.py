@@ -43,7 +43,6 @@ from stun.stream import LayerStream, compute_dtype, embed, even_owners
 
 _DROPPED = 0.25  # of the experts, where some leave
 _FORWARDS = {"forward": (Precision.auto, "auto"), "forward, float32": (Precision.float32, "float32")}
-NOT_RUN = "not run: peers.llmcompressor names no interpreter"
 
 
 def pruned(cfg: BenchmarkConfig) -> dict[str, PruneConfig]:
@@ -83,7 +82,7 @@ def benchmark_peers(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """A row for every tool in every task, with its ratios to STUN's; Wanda once more on each of `cfg.depths` layers. Raises
     StunError where STUN fails; where another tool does, its row says so."""
     tasks, asked = {}, pruned(cfg)
-    bench = _Bench(cfg, cfg.shape, folder, ranks)
+    bench = Bench(cfg, cfg.shape, folder, ranks)
     for task, (precision, dtype) in _FORWARDS.items():
         ranks.log(f"peers: {task}")
         tasks[task] = bench.forward(precision, dtype)
@@ -93,11 +92,11 @@ def benchmark_peers(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     for layers in cfg.depths:
         task = f"wanda, {layers} layer{'s' if layers > 1 else ''}"
         ranks.log(f"peers: {task}")
-        tasks[task] = _Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(asked["wanda"])
+        tasks[task] = Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(asked["wanda"])
     return {"shape": asdict(cfg.shape), "tokens": bench.samples.tokens_ST.numel(), "tasks": tasks}
 
 
-class _Bench:
+class Bench:
     """A checkpoint of `shape`, the tokens that STUN calibrates on, and every tool's row on them."""
 
     def __init__(self, cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks):
@@ -116,7 +115,7 @@ class _Bench:
         return _beside(stun, transformers=self._peer(sys.executable, "forward", self.cfg.calibration.micro_batch, dtype))
 
     def prune(self, asked: PruneConfig) -> dict[str, dict]:
-        """jobs.prune beside llm-compressor, which gets the share of zeros that STUN has put into every row, and the script."""
+        """jobs.prune beside llm-compressor, asked for the shares of zeros and experts that STUN has removed, and the script."""
         forget(self.model)
         run, micro_batch = self.folder / "run", asked.calibration.micro_batch
         summary = run_prune(replace(asked, model=replace(asked.model, path=str(self.model)), run_dir=str(run)))
@@ -128,14 +127,15 @@ class _Bench:
         script = (out, asked.target, asked.experts.fraction, micro_batch)
         return _beside(
             stun,
-            **{"llm-compressor": self._llmcompressor(out, *method, "--batch-size", micro_batch)},
+            **{"llm-compressor": self.llmcompressor(out, *method, "--batch-size", micro_batch)},
             naive=self._peer(sys.executable, "naive", *script),
         )
 
-    def _llmcompressor(self, *arguments: object) -> dict:
+    def llmcompressor(self, *arguments: object) -> dict:
+        """Its row where there is an interpreter for it, given what the script is to get after the model and the tokens."""
         python = self.cfg.peers.llmcompressor
         if not python:
-            return {"reason": NOT_RUN}
+            return {"reason": "not run: peers.llmcompressor names no interpreter"}
         return self._peer(str(Path(shutil.which(python)).absolute()), "llmcompressor_run", *arguments)
 
     def _peer(self, python: str, script: str, *arguments: object) -> dict:
