@@ -109,7 +109,6 @@ class Bench:
 
     def forward(self, precision: Precision, dtype: str) -> dict[str, dict]:
         """STUN's stream beside transformers in `dtype`."""
-        forget(self.model)
         stun = stream_forward(self.model, precision, self.samples, self.cfg.calibration.micro_batch, self.ranks)
         self.ranks.return_memory()
         return _beside(stun, transformers=self._peer(sys.executable, "forward", self.cfg.calibration.micro_batch, dtype))
