@@ -381,13 +381,21 @@ class CheckpointShape:
 
 class BenchmarkCase(Enum):
     """What is measured: one layer, phase by phase; the methods that remove weights; whole runs as one size grows, on several
-    ranks, and as layers are added."""
+    ranks, and as layers are added; whole runs beside other tools."""
 
     layer = "layer"
     weights = "weights"
     growth = "growth"
     ranks = "ranks"
     depth = "depth"
+    peers = "peers"
+
+
+@dataclass
+class PeersConfig:
+    """`llmcompressor`: a Python interpreter that has llm-compressor (stun/benchmark/peers says which); empty: it is not run."""
+
+    llmcompressor: str = ""
 
 
 @dataclass
@@ -397,7 +405,8 @@ class BenchmarkConfig(PruneConfig):
 
     `layer` says what the phases of one layer come to over `depth` layers; `weights` times `methods`, a name to overrides of the
     configuration; `growth` multiplies layers, experts and tokens by each of `factors`; `ranks` runs on each of `worlds` ranks;
-    `depth` on checkpoints of each of `depths` layers.
+    `depth` on checkpoints of each of `depths` layers. `peers` runs STUN and other tools on the same tokens, and once more on
+    each of `depths` layers.
     """
 
     case: BenchmarkCase = BenchmarkCase.layer
@@ -408,6 +417,7 @@ class BenchmarkConfig(PruneConfig):
     factors: list[int] = field(default_factory=list)
     worlds: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    peers: PeersConfig = field(default_factory=PeersConfig)
 
 
 @dataclass

@@ -15,8 +15,10 @@ from selections import TEXT
 from test_architecture import composed
 from transformers import AutoModelForCausalLM
 
+from stun.benchmark.against_peers import Bench
 from stun.benchmark.cases import benchmark
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe, write_checkpoint
+from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import digests
 from stun.benchmark.table import benchmark_table
 from stun.checkpoint import Checkpoint
@@ -122,6 +124,68 @@ def test_depth(tmp_path, ranks):
         assert stream["ratio"] == stream["total"] / max(stream[phase] for phase in ("read", "compute", "write")) > 0
 
 
+def program(file, script: str) -> str:
+    """A program that runs a shell script."""
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.mark.launch
+def test_peers(tmp_path, ranks):
+    """All tools reach the target and keep as many experts; llm-compressor fails, having been asked for what STUN has reached."""
+    python = program(tmp_path / "python", 'echo trying >&2; echo "ImportError: $5 $6 $7" >&2; echo "now gone" >&2; exit 1')
+    found = measured("peers", tmp_path / "run", ranks, f"peers.llmcompressor={python}", "depths=[2]")
+    forwards, prunes = ("forward", "forward, float32"), {"wanda": (1, E), "reap + wanda": (1, E - 2), "wanda, 2 layers": (2, E)}
+    assert found["tokens"] == TOKENS and list(found["tasks"]) == [*forwards, *prunes]
+    for task in forwards:
+        stun, transformers = found["tasks"][task].values()
+        assert transformers["tokens"] == TOKENS and transformers["seconds"] == transformers["phases"]["forward"]
+        assert transformers["ratios"]["seconds"] == transformers["seconds"] / stun["seconds"] > 0
+        assert stun["peak_bytes"] > 0 and "wall_seconds" not in stun["ratios"]
+    assert found["tasks"][forwards[1]]["STUN"]["dtype"] == "float32"
+    for task, (layers, left) in prunes.items():
+        rows = found["tasks"][task]
+        assert list(rows) == ["STUN", "llm-compressor", "naive"]
+        for name in ("STUN", "naive"):
+            row = rows[name]
+            assert row["sparsity"] == pytest.approx(0.5, abs=0.01) and row["experts"] == [left] * layers
+            assert row["wall_seconds"] > row["seconds"] > 0 and row["peak_bytes"] > 0
+            assert row["ratios"] == {key: row[key] / rows["STUN"][key] for key in ("seconds", "wall_seconds", "peak_bytes")}
+        phases = rows["naive"]["phases"]
+        assert rows["naive"]["seconds"] == pytest.approx(sum(phases.values()) - phases["load"])
+        method, ratio, share = rows["llm-compressor"].pop("reason").removeprefix("failed: ImportError: ").split()
+        assert not rows["llm-compressor"] and method == ("wanda" if left == E else "reap+wanda") and float(share) == 1 - left / E
+        assert float(ratio) == pytest.approx(rows["naive"]["row_sparsity"], abs=1e-4)
+
+
+def test_without_an_interpreter_llmcompressor_is_not_run(tmp_path, ranks):
+    cfg = request("peers", tmp_path)
+    row = Bench(cfg, cfg.shape, tmp_path, ranks).llmcompressor("wanda", 0.5, 0.0)
+    assert row == {"reason": "not run: peers.llmcompressor names no interpreter"}
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 3", "it ended with status 3"),
+        ("kill -9 $$", "it ended with status -9"),
+        ("echo cannot go on >&2; exit 1", "cannot go on"),
+        ("echo 'a.BadError: of this' >&2; echo 'and more' >&2; exit 1", "a.BadError: of this"),
+        ("echo done", "its last line is no report"),
+        ("true", "its last line is no report"),
+        ("""echo '{"seconds": 1, "peak_bytes": 1}'""", "its last line is no report"),
+    ],
+)
+def test_a_peer_that_fails_says_why(tmp_path, script, reason):
+    assert run_peer(program(tmp_path / "python", script), "naive", tmp_path) == {"reason": f"failed: {reason}"}
+
+
+def test_a_peer_that_cannot_start_says_why(tmp_path):
+    (tmp_path / "python").touch()
+    assert "Permission denied" in run_peer(str(tmp_path / "python"), "naive", tmp_path)["reason"]
+
+
 @pytest.mark.launch
 def test_a_run_that_fails_says_why(tmp_path, ranks):
     """... and nothing of it stays."""
@@ -185,6 +249,12 @@ def test_every_case_has_a_configuration(case):
         ("depth", ["depths=[0,1]"], "depths"),
         ("depth", ["model.path=nowhere"], "not a folder"),
         ("depth", ["target=1"], "target=1"),
+        ("peers", ["depths=[0]"], "depths"),
+        ("peers", ["sparsify.method=magnitude"], "Wanda alone"),
+        ("peers", ["target=0"], "target=0"),
+        ("peers", ["target=0.1"], r"target=0\.1: 2 of 8 experts"),
+        ("peers", ["shape.top_k=7"], r"shape\.top_k=7: 2 of 8 experts"),
+        ("peers", ["peers.llmcompressor=nowhere"], "no such program"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, ranks, case, overrides, what):

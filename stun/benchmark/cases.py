@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from stun.benchmark.against_peers import benchmark_peers, check_peers, pruned
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.limits import SAMPLE
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, ways
 from stun.checkpoint import write_json
-from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, StunError
+from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, PruneConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.hardware import GIB, disk_free
 from stun.ranks import Ranks
@@ -28,6 +29,7 @@ _CASES = {
     BenchmarkCase.growth: benchmark_growth,
     BenchmarkCase.ranks: benchmark_ranks,
     BenchmarkCase.depth: benchmark_depth,
+    BenchmarkCase.peers: benchmark_peers,
 }
 _MADE = "made"  # what a case makes below run_dir and removes
 
@@ -67,7 +69,15 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
         return [layer_shape(cfg, ranks.device)]
     if cfg.case is BenchmarkCase.growth:
         return [shape for shape, _ in sizes(cfg).values()]
-    return [replace(cfg.shape, layers=max(cfg.depths))] if cfg.case is BenchmarkCase.depth else [cfg.shape]
+    deepest = [replace(cfg.shape, layers=max(cfg.depths))] if cfg.depths else []
+    return {BenchmarkCase.depth: deepest, BenchmarkCase.peers: [cfg.shape, *deepest]}.get(cfg.case, [cfg.shape])
+
+
+def _asked(cfg: BenchmarkConfig) -> list[PruneConfig]:
+    """Of all runs of a case, as far as they differ in more than their sizes."""
+    if cfg.case is BenchmarkCase.weights:
+        return list(ways(cfg, Path(cfg.model.path)).values())
+    return list(pruned(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
 
 
 def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
@@ -75,16 +85,15 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     _check_folder(cfg)
     if ranks.world > 1 and cfg.case is not BenchmarkCase.weights:
         raise StunError(f"case={cfg.case.name}: runs on one rank, here are {ranks.world}; case=ranks starts its own")
-    lists = {BenchmarkCase.growth: "factors", BenchmarkCase.ranks: "worlds", BenchmarkCase.depth: "depths"}
-    for name in (lists[cfg.case],) if cfg.case in lists else ():
-        if not getattr(cfg, name) or min(getattr(cfg, name)) < 1:
-            raise StunError(f"{name}={getattr(cfg, name)}: whole numbers above 0 are needed")
+    _check_list(cfg)
     if cfg.depth < 1:
         raise StunError(f"depth={cfg.depth}: at least 1")
     shapes = _shapes(cfg, ranks)
     for shape in shapes:
         _check_shape(shape)
-    for own in ways(cfg, Path(cfg.model.path)).values() if cfg.case is BenchmarkCase.weights else (cfg,):
+    if cfg.case is BenchmarkCase.peers:
+        check_peers(cfg)
+    for own in _asked(cfg):
         validate(own)
     if cfg.case is BenchmarkCase.layer:
         if cfg.experts.fraction == "auto" or cfg.sparsify.ratios != "uniform" or cfg.sparsify.per_expert or not cfg.target:
@@ -100,6 +109,14 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # the source and what is made of it; runs check for more
     if needed > free:
         raise StunError(f"run_dir={cfg.run_dir}: about {needed / GIB:.1f} GiB of disk are needed, {free / GIB:.1f} GiB are free")
+
+
+def _check_list(cfg: BenchmarkConfig) -> None:
+    """The numbers of a case that runs once for each of them; `peers` can do without."""
+    depths = dict.fromkeys((BenchmarkCase.depth, BenchmarkCase.peers), "depths")
+    name = {BenchmarkCase.growth: "factors", BenchmarkCase.ranks: "worlds", **depths}.get(cfg.case)
+    if name and min(getattr(cfg, name), default=1 if cfg.case is BenchmarkCase.peers else 0) < 1:
+        raise StunError(f"{name}={getattr(cfg, name)}: whole numbers above 0 are needed")
 
 
 def _check_folder(cfg: BenchmarkConfig) -> None:

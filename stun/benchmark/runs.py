@@ -1,4 +1,4 @@
-"""Whole runs of jobs.prune in processes of their own, and their figures."""
+"""Processes beside this one: whole runs of jobs.prune, and their figures."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _CHUNK = 2**24
 
 
+def run_alone(command: list[str], folder: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
+    """Run a command that is no part of this process' launch, in `folder` and with these environment variables; returns it done,
+    and the seconds that its user waits."""
+    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, errors="replace")
+    return done, time.perf_counter() - start
+
+
 def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
     """Run jobs.prune with this configuration, under torchrun on so many ranks or, for 0, in a plain process; returns its summary
     and, as `wall_seconds`, what its user waits. Raises StunError where it fails."""
@@ -30,10 +39,7 @@ def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
     config.write_text(yaml.safe_dump({"defaults": ["prune", "_self_"], **own}))
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     job = ["-m", "jobs.prune", f"--config-dir={config.parent}", f"--config-name={config.stem}"]
-    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
-    command, start = [sys.executable, *(torchrun if ranks else ()), *job], time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    done, seconds = run_alone([sys.executable, *(torchrun if ranks else ()), *job])
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
         raise StunError(f"jobs.prune of {cfg.model.path}: {' '.join(said).removeprefix('error: ')}")

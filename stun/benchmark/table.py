@@ -17,6 +17,7 @@ def benchmark_table(result: dict) -> str:
         BenchmarkCase.growth: _growth,
         BenchmarkCase.ranks: _ranks,
         BenchmarkCase.depth: _depth,
+        BenchmarkCase.peers: _peers,
     }
     ranks = f"{result['ranks']} rank{'s' if result['ranks'] > 1 else ''}"
     return f"{result['device']}, {ranks}\n{tables[BenchmarkCase[result['case']]](result)}"
@@ -35,10 +36,9 @@ def _layer(result: dict) -> str:
     for phase, row in result["phases"].items():
         cells = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", row["rate"]) if "limit" in row else ("", "", "")
         table.add_row(phase, f"{row['seconds']:.3g}", *cells)
-    shape, with_storage, without = result["shape"], result["seconds_with_storage"], result["seconds_without_storage"]
+    with_storage, without = result["seconds_with_storage"], result["seconds_without_storage"]
     lines = [
-        f"hidden {shape['hidden']}, expert width {shape['expert_width']}, {shape['experts']} experts, top-{shape['top_k']}; "
-        f"{result['tokens']:,} tokens in {result['dtype']}",
+        f"{_shape(result)} in {result['dtype']}",
         _rates(rates),
         printed(table).rstrip("\n"),
         f"observe / plain: {result['observe_to_plain']:.2f}",
@@ -47,6 +47,12 @@ def _layer(result: dict) -> str:
         f"peak memory: {result['peak_bytes'] / GIB:.2f} GiB",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shape(result: dict) -> str:
+    shape, tokens = result["shape"], result["tokens"]
+    sizes = f"hidden {shape['hidden']}, expert width {shape['expert_width']}, {shape['experts']} experts, top-{shape['top_k']}"
+    return f"{sizes}; {tokens:,} tokens"
 
 
 def _rates(rates: dict) -> str:
@@ -92,3 +98,28 @@ def _depth(result: dict) -> str:
         name = f"{layers} layer{'s' if int(layers) > 1 else ''}"
         table.add_row(name, f"{row['peak_bytes'] / GIB:.2f}", f"{row['seconds']:.2f}", *overlaps)
     return printed(table)
+
+
+def _peers(result: dict) -> str:
+    """A line per task and tool: its seconds, those of its whole process and its memory, each also beside STUN's, the sparsity
+    reached; or why there are none."""
+    measures = ("seconds", "wall_seconds", "peak_bytes")
+    table = _table("", "", "computes in", "seconds", "/ STUN", "process", "/ STUN", "peak, GiB", "/ STUN", "sparsity", "")
+    for task, rows in result["tasks"].items():
+        for tool, row in rows.items():
+            if "reason" in row:
+                table.add_row(task, tool, *[""] * 8, row["reason"])
+                continue
+            known = {**row, "peak_bytes": row["peak_bytes"] / GIB}
+            cells = [text for name in measures for text in (_cell(known, name), _cell(row["ratios"], name))]
+            table.add_row(task, tool, row["dtype"], *cells, _cell(row, "sparsity", 4), "")
+    return f"{_shape(result)}; layers: {result['shape']['layers']}\n{printed(table)}{_PEERS}"
+
+
+_PEERS = """seconds: of STUN all, reading included; of the others once the model is loaded (transformers' forward too)
+process: with imports, loading and counting zeros; STUN's forward has none of its own, transformers' also tries implementations
+"""
+
+
+def _cell(values: dict, name: str, digits: int = 2) -> str:
+    return f"{values[name]:.{digits}f}" if name in values else ""

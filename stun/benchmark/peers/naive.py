@@ -119,7 +119,8 @@ def main() -> None:
     with phases.phase("save"):
         model.save_pretrained(asked.out)
     ran = sum(tokens_BT.numel() for tokens_BT in batches)
-    phases.report(tokens=ran, dropped=drop, row_sparsity=sparsity, **removed(asked.model, asked.out))
+    known = {"dtype": str(model.dtype).removeprefix("torch."), "dropped": drop, "row_sparsity": sparsity}
+    phases.report(tokens=ran, **known, **removed(asked.model, asked.out))
 
 
 if __name__ == "__main__":

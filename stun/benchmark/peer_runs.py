@@ -1,0 +1,39 @@
+"""The scripts in the folder `peers`, in processes of their own, and their figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from stun.benchmark.runs import run_alone
+
+_SCRIPTS = Path(__file__).absolute().parent / "peers"
+_BEFORE = ("load", "trial")  # phases that are not the work itself
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*")
+
+
+def run_peer(python: str, script: str, folder: Path, *arguments: object) -> dict:
+    """Run a script with the interpreter `python`, in `folder`, where it may leave what it likes.
+
+    Returns what it reports, with the `seconds` of its work, those of its `phases`, and `wall_seconds`, which its user waits; or
+    the `reason` why there is nothing: a peer's failure is a result.
+    """
+    try:
+        done, seconds = run_alone([python, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)], folder, HF_HUB_OFFLINE="1")
+    except OSError as error:
+        return {"reason": f"failed: {error}"}
+    if done.returncode:
+        return {"reason": f"failed: {_last_error(done.stderr) or f'it ended with status {done.returncode}'}"}
+    try:
+        report = json.loads(done.stdout.splitlines()[-1])
+        phases, known = report["seconds"], {"wall_seconds": seconds, "peak_bytes": int(report["peak_bytes"])}
+        return {**report, "seconds": sum(phases[name] for name in phases if name not in _BEFORE), "phases": phases, **known}
+    except (LookupError, ValueError, TypeError):
+        return {"reason": "failed: its last line is no report"}
+
+
+def _last_error(said: str) -> str:
+    """The last line that names an error, or else the last one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return ([line for line in lines if _ERROR.fullmatch(line)] or lines or [""])[-1][:300]
