@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Cache
 
 from stun.arch import Architecture
+from stun.exchange import tokens_together
 from stun.names import experts_of
-from stun.stream import compute_dtype, tokens_together
+from stun.precision import compute_dtype
 from stun.workers import workers_on
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -72,7 +73,7 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
 
 
 class _Exchange:
-    """Allocates what stun.stream.Exchange does for a micro-batch, the experts serving equally many tokens."""
+    """Allocates what stun.exchange.Exchange does for a micro-batch, the experts serving equally many tokens."""
 
     def __init__(self, num_experts: int, world: int, workers: int):
         self.num_experts, self.world, self.workers = num_experts, world, workers

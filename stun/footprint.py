@@ -14,8 +14,8 @@ from stun.config import Scope, SparsifyConfig, SparsifyMethod
 from stun.hardware import GIB, Launch
 from stun.layout import LayerLayout
 from stun.plan import LayerPlan
+from stun.precision import compute_dtype
 from stun.request import Job
-from stun.stream import compute_dtype
 from stun.traffic import expert_infos
 from stun.transfer import BUFFER, BUFFERS
 from stun.workers import workers_on

@@ -9,11 +9,12 @@ import torch
 
 from stun.budget import LayerQuota
 from stun.config import SparsifyConfig, SparsifyMethod
+from stun.exchange import Layer
 from stun.moments import Moments, pooled
 from stun.reconstruct import Reconstruction
 from stun.saliency import STRIDE, Saliency
 from stun.sparsify.matrix import sparsify
-from stun.stream import Layer, LayerStream, States
+from stun.stream import LayerStream, States
 
 
 @dataclass

@@ -7,10 +7,11 @@ from collections import Counter
 import torch
 
 from stun.arch import Architecture
+from stun.exchange import Layer
 from stun.layout import LayerLayout
 from stun.powers import power_sums
 from stun.records import KINDS
-from stun.stream import Layer, LayerStream
+from stun.stream import LayerStream
 from stun.workers import Workers
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from stun.config import StunError
+from stun.exchange import Layer, Observer
 from stun.ranks import Ranks
 from stun.stats import squared_sum
-from stun.stream import Layer, LayerStream, Observer, States
+from stun.stream import LayerStream, States
 
 _ROWS = 1024  # of the inputs of a dense matrix that one worker adds up
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from stun.exchange import Layer
 from stun.moments import Moments, pooled
 from stun.sparsify.ratios import BINS, score_histogram
 from stun.sparsify.scores import require_finite, wanda_scores
-from stun.stream import Layer, LayerStream
+from stun.stream import LayerStream
 
 
 class OutlierCounter(Moments):

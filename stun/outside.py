@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 
 from stun.arch import Architecture
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
-from stun.stream import compute_dtype, from_first
+from stun.stream import from_first
 
 
 @contextmanager

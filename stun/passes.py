@@ -13,6 +13,7 @@ import torch
 from stun.arch import Architecture
 from stun.budget import LayerQuota, quota_of
 from stun.config import SparsifyConfig, StunError
+from stun.exchange import Layer, Observer
 from stun.experts.distances import router_distance
 from stun.ledger import REPEAT, part_name
 from stun.mask import Masked, mask_layer
@@ -25,7 +26,7 @@ from stun.recorder import Recorder
 from stun.saliency import Saliency
 from stun.shards import cluster_owners, own_tensors
 from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
-from stun.stream import Layer, LayerStream, Observer, States, even_owners
+from stun.stream import LayerStream, States, even_owners
 
 
 class Watcher(Observer):

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stun.exchange import Layer
 from stun.ranks import Ranks
-from stun.stream import Layer
 
 _view: Live | None = None  # what is drawn now
 

@@ -28,6 +28,7 @@ from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan, reads_statistics
+from stun.precision import check_alike
 from stun.preflight import preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
@@ -37,7 +38,7 @@ from stun.run import Run, load_yaml
 from stun.search import check_samples, reachable, search_fraction
 from stun.shards import hub_names, keep_only, write_shard
 from stun.statistics import Statistics
-from stun.stream import check_alike, embed
+from stun.stream import embed
 from stun.tracking import check_tracking, tracked
 from stun.validation import validate
 

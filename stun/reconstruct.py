@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import torch
 
+from stun.exchange import Exchange, Layer
 from stun.moments import Sums, gram
 from stun.names import experts_of
 from stun.sparsify.refit import refit
-from stun.stream import Exchange, Layer, LayerStream, States
+from stun.stream import LayerStream, States
 
 
 class Reconstruction:

@@ -10,8 +10,8 @@ from stun.config import StunError
 from stun.hardware import GIB, free_memory
 from stun.layout import LayerLayout
 from stun.outside import outside_bytes
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
-from stun.stream import compute_dtype
 from stun.traffic import expert_infos
 
 _USED = 0.8  # of the free memory: allocators round up and libraries take their part

@@ -18,12 +18,14 @@ import torch
 
 from stun.arch import Architecture
 from stun.batches import MicroBatch, micro_batches, padded
+from stun.exchange import Layer
 from stun.outside import outside
+from stun.precision import compute_dtype
 from stun.progress import Progress
 from stun.ranks import Ranks
 from stun.recorder import Recorder
 from stun.steady import steady
-from stun.stream import Layer, LayerStream, States, compute_dtype, embed, even_owners
+from stun.stream import LayerStream, States, embed, even_owners
 
 _LOGITS = 2**26  # entries of the logits that are computed at once
 

@@ -17,13 +17,14 @@ from stun.arch import Architecture
 from stun.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget, quota_of
 from stun.config import PruneConfig, Representative, SparsifyConfig, StunError
 from stun.data import Samples
+from stun.exchange import Layer
 from stun.mask import mask_layer
 from stun.plan import Plan
 from stun.planning import make_plan
 from stun.progress import Progress
 from stun.ranks import Ranks
 from stun.statistics import Statistics
-from stun.stream import Layer, LayerStream, States, embed, even_owners
+from stun.stream import LayerStream, States, embed, even_owners
 
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 _HELD_OUT = 8  # one sample in so many

@@ -10,11 +10,12 @@ import torch
 from stun.checkpoint import write_tensors
 from stun.compressed import compress
 from stun.config import StunError
+from stun.exchange import Layer
 from stun.headers import read_header
 from stun.layout import renumber
 from stun.ledger import REPEAT
 from stun.plan import LayerPlan
-from stun.stream import Layer, LayerStream
+from stun.stream import LayerStream
 from stun.transfer import to_host
 
 

@@ -1,243 +1,31 @@
 """One decoder layer at a time: read, spread over the ranks, run expert-parallel, release.
 
 Every expert is read, run and written by its owner alone; every dense tensor is read by one rank and broadcast. While a layer
-computes, the next one is read and the one before is written.
-
-The unit of work is a micro-batch of samples. Micro-batch m runs on rank m % world, and an owner serves the micro-batches of a
-round in that order and never joins two of them into one product. So every product has the same shape, and every sum the
-same order, whatever the number of ranks.
-
-Shapes: T tokens of a micro-batch, K top-k, D hidden, E experts, N = T * K routed rows, n rows of one expert.
+computes, the next one is read and the one before is written. The unit of work is a micro-batch of samples: micro-batch m runs on
+rank m % world, whatever the number of ranks (stun.exchange).
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from stun.arch import EXPERTS_IMPLEMENTATION, Architecture
-from stun.config import Precision, StunError
+from stun.arch import Architecture
+from stun.exchange import Exchange, Layer, Observer
 from stun.layout import LayerLayout
 from stun.names import experts_of
-from stun.products import linear, stretched
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
 from stun.sparsify.scores import require_finite
 from stun.steady import steady
 from stun.transfer import to_device
-
-
-class Observer(Protocol):
-    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order.
-
-    A round is one micro-batch on every rank that has one left; all ranks see it start and end. What an observer does not define
-    does nothing.
-    """
-
-    def round_starts(self, turn: int) -> None: ...
-
-    def round_ends(self, turn: int) -> None: ...
-
-    def routed(self, micro_batch: int, index_TK: torch.Tensor) -> None:
-        """Experts chosen for the tokens of one of this rank's micro-batches."""
-
-    def combined(self, micro_batch: int, index_tK: torch.Tensor, output_tKD: torch.Tensor) -> None:
-        """What the chosen experts gave for some of these tokens. Called from several threads at once."""
-
-    def expert(
-        self,
-        micro_batch: int,
-        expert: int,
-        input_nD: torch.Tensor,
-        inner_nI: torch.Tensor,
-        output_nD: torch.Tensor | None,
-        gate_n: torch.Tensor,
-    ) -> None:
-        """One of this rank's experts served n tokens of a micro-batch; `gate_n` multiplies the outputs later, which are None
-        where they are not computed. Called from several threads at once, each with another expert."""
-
-
-@dataclass
-class Layer:
-    """One decoder layer, spread over the ranks.
-
-    `dense` (on every rank) and `experts` (this rank's own, by number in the source) hold tensors in their stored dtype.
-    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; rank `owner[i]` has `kept[i]`.
-    """
-
-    layout: LayerLayout
-    dense: dict[str, torch.Tensor]
-    experts: dict[int, dict[str, torch.Tensor]]
-    unused: dict[str, torch.Tensor]
-    kept: list[int]
-    owner: list[int]
-    module: nn.Module | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def release(self) -> None:
-        """Let go of all tensors, whoever still holds the layer."""
-        self.module = None
-        for tensors in (self.dense, self.experts, self.unused):
-            tensors.clear()
-
-
-def tokens_together(hidden_TD: torch.Tensor, top_k: int) -> int:
-    """Of how many tokens the experts' outputs are added up at once: on a CPU as many as stay in a core's cache."""
-    return max(1, (1 << 18 if hidden_TD.device.type == "cpu" else 1 << 26) // (max(1, top_k) * hidden_TD.shape[1]))
-
-
-class Exchange:
-    """Sends the tokens of a layer's micro-batch to the owners of their experts, and the outputs back."""
-
-    def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
-        self.layer, self.ranks, self.dtype = layer, ranks, dtype
-        self.observers: tuple[Observer, ...] = ()
-        self.turn = 0  # of the round of micro-batches, one a rank, that is being run
-        self.gives_outputs = True  # or only what the experts' last matrices see
-        owner_E = torch.tensor(layer.owner, dtype=torch.int64)
-        self.by_owner_E = torch.argsort(owner_E, stable=True)
-        self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
-        self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
-        self.first = sum(self.per_rank[: ranks.rank])
-        self.mine = self.by_owner_E[self.first : self.first + self.per_rank[ranks.rank]].tolist()
-
-    def forward(
-        self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. Where outputs are not computed, NaN: no
-        result can come to depend on them unseen."""
-        place_N = self.place_E[index_TK.flatten()]
-        order_N = torch.argsort(place_N, stable=True)
-        counts_RE = self.ranks.all_gather(torch.bincount(place_N, minlength=len(self.place_E))).cpu()
-        send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
-        mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
-        receive = mine_Re.sum(1).tolist()
-        rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if self.observers else rows_ND[:, 0]
-        for observer in self.observers if len(index_TK) else ():
-            observer.routed(self._micro_batch(self.ranks.rank), index_TK)
-        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
-        if served_ND is None:
-            return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
-        back_ND = self.ranks.exchange(served_ND, receive, send)
-        back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        return self._combine(back_ND, back_N.view_as(index_TK), index_TK, weights_TK)
-
-    def _micro_batch(self, rank: int) -> int:
-        """The number of the micro-batch that `rank` runs in this round."""
-        return self.turn * self.ranks.world + rank
-
-    def _serve(
-        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch; experts side by
-        side."""
-        output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
-        ends_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re).tolist()
-
-        def serve(place: int) -> None:
-            for rank, count in enumerate(counts_Re[:, place].tolist()):
-                if count:
-                    start = ends_Re[rank][place] - count
-                    rows = slice(start, start + count)
-                    found_nD = self._serve_expert(
-                        module, self._micro_batch(rank), self.mine[place], stretched(rows_ND, start, count), gates_N[rows]
-                    )
-                    if output_ND is not None:
-                        output_ND[rows] = found_nD[:count]
-
-        self.ranks.workers.map(serve, range(len(self.mine)))
-        return output_ND
-
-    def _serve_expert(
-        self, module: nn.Module, micro_batch: int, number: int, input_mD: torch.Tensor, gate_n: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Outputs for rows of which the first n are the expert's own."""
-        inner_mI, count = self.inner(module, number, input_mD), len(gate_n)
-        output_mD = self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
-        for observer in self.observers:
-            output_nD = None if output_mD is None else output_mD[:count]
-            observer.expert(micro_batch, number, input_mD[:count], inner_mI[:count], output_nD, gate_n)
-        return output_mD
-
-    def _combine(
-        self, back_ND: torch.Tensor, place_TK: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
-        output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
-        size = tokens_together(back_ND, place_TK.shape[1])
-
-        def combine(start: int) -> None:
-            tokens = slice(start, start + size)
-            place_tK = place_TK[tokens]
-            output_tKD = back_ND.index_select(0, place_tK.flatten()).view(*place_tK.shape, -1).float()
-            for observer in self.observers:
-                observer.combined(self._micro_batch(self.ranks.rank), index_TK[tokens], output_tKD)
-            output_TD[tokens] = (output_tKD * weights_TK[tokens, :, None]).sum(1)
-
-        self.ranks.workers.map(combine, range(0, len(place_TK), size))
-        return output_TD
-
-    def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
-        """What an expert's `down_proj` is applied to: [n, I]."""
-        return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
-
-    def project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
-        """Rows times one of an expert's matrices, plus its bias where the family has one."""
-        parts = self.layer.experts[self.layer.kept[number]]
-        weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
-        return linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
-
-    def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
-        """Take part in a round for which this rank has no micro-batch."""
-        device = self.ranks.device
-        hidden_TD = torch.empty(0, hidden_size, device=device, dtype=self.dtype)
-        index_TK = torch.empty(0, top_k, device=device, dtype=torch.int64)
-        self.forward(module, hidden_TD, index_TK, torch.empty(0, top_k, device=device))
-
-
-def _run_experts(module, hidden_states, top_k_index, top_k_weights):
-    """The experts implementation that transformers calls inside a decoder layer."""
-    return module.exchange.forward(module, hidden_states, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _run_experts)
-
-
-@cache
-def multiplies_tiles() -> bool:
-    """Whether this CPU has instructions for whole tiles of bfloat16 (AMX). Without them products in it are slower than in
-    float32, those of pairs (AVX512_BF16) included; with them four to seven times as fast."""
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return bool(flags) and "amx_bf16" in flags[1].split()
-
-
-def compute_dtype(arch: Architecture, device: torch.device) -> torch.dtype:
-    """The dtype the checkpoint is stored in, where the device multiplies it fast and the job does not ask for float32."""
-    is_fast = device.type != "cpu" or (arch.dtype is torch.bfloat16 and multiplies_tiles())
-    return arch.dtype if is_fast and arch.precision is Precision.auto else torch.float32
-
-
-def check_alike(arch: Architecture, ranks: Ranks) -> None:
-    """Raises StunError, on all ranks, where some of their CPUs would compute in another dtype than others."""
-    found = ranks.gather_objects(str(compute_dtype(arch, ranks.device)))
-    if len(set(found)) > 1:
-        ranks.on_first(lambda: _refuse(f"the ranks' CPUs compute in {', '.join(sorted(set(found)))}; give precision=float32"))
-
-
-def _refuse(message: str) -> None:
-    raise StunError(message)
 
 
 def even_owners(layout: LayerLayout, world: int) -> list[int]:

@@ -38,8 +38,9 @@ from stun.config import (
     StunError,
 )
 from stun.data import Samples, calibration_samples, load_tokenizer
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
-from stun.stream import LayerStream, compute_dtype, embed, even_owners
+from stun.stream import LayerStream, embed, even_owners
 
 _DROPPED = 0.25  # of the experts, where some leave
 _FORWARDS = {"forward": (Precision.auto, "auto"), "forward, float32": (Precision.float32, "float32")}

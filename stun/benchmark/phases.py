@@ -21,6 +21,7 @@ from stun.benchmark.limits import DeviceMeter
 from stun.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
 from stun.config import BenchmarkConfig
 from stun.duration import forward_flop
+from stun.exchange import Layer
 from stun.mask import mask_layer
 from stun.measure import WeightPowers, expert_powers, nonzero_by_kind
 from stun.passes import Watcher, keep_representatives
@@ -29,7 +30,7 @@ from stun.planning import make_plan
 from stun.ranks import Ranks
 from stun.shards import own_tensors, write_shard
 from stun.statistics import Statistics
-from stun.stream import Layer, LayerStream, States, even_owners
+from stun.stream import LayerStream, States, even_owners
 
 _STREAM = "layer"
 _FORWARDS = ("plain", "observe", "measure", "propagate")

@@ -16,9 +16,9 @@ from stun.checkpoint import Checkpoint
 from stun.config import BenchmarkConfig, CheckpointShape
 from stun.duration import forward_flop
 from stun.inputs import load_json
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
 from stun.records import FILE, PHASES
-from stun.stream import compute_dtype
 
 
 def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:
