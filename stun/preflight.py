@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stun.config import ClusterConfig, StunError
-from stun.duration import minutes
+from stun.duration import Duration, durations
 from stun.footprint import Footprint, Memory
 from stun.hardware import ACHIEVED, GIB, Launch, described, disk_free, resident, this_launch
 from stun.ranks import Ranks
@@ -21,7 +21,7 @@ SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met wit
 @dataclass(frozen=True)
 class Estimate:
     """What one run needs on one launch. `read` are bytes by stream and rank, `written` those of the model, `snapshots` of hidden
-    states over the whole run; `free` is the disk's, `minutes` are by stream."""
+    states over the whole run; `free` is the disk's, `durations` are by stream."""
 
     launch: Launch
     layers: int
@@ -33,7 +33,12 @@ class Estimate:
     memory: Memory
     disk: Disk
     free: int
-    minutes: dict[str, float]
+    durations: dict[str, Duration]
+
+    @property
+    def minutes(self) -> dict[str, float]:
+        """By stream."""
+        return {name: duration.minutes for name, duration in self.durations.items()}
 
     @property
     def host_needed(self) -> int:
@@ -64,7 +69,7 @@ def estimate(job: Job, launch: Launch) -> Estimate:
         memory=footprint.peak(),
         disk=disk,
         free=disk_free(cfg.run_dir),
-        minutes=minutes(footprint, read, written, snapshots),
+        durations=durations(footprint, read, written, snapshots),
     )
 
 
@@ -76,9 +81,9 @@ def report(found: Estimate) -> list[str]:
     gpu = f"{_size(found.memory.gpu)} of {_size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
     host = f"{_size(found.host_needed)} of {_size(launch.host_memory)} of a node"
     rank = f"{_size(found.memory.host)} a rank, {_size(launch.base)} at its start"
-    minutes = ", ".join(f"{name} {value:.1f}" for name, value in found.minutes.items())
+    minutes = ", ".join(f"{name} {_digits(value)}" for name, value in found.minutes.items())
     kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
-    speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
+    speeds = f"{launch.speeds.products / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
     lines = {
         "launch": f"{_count(launch.world, 'rank')} on {_count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
@@ -86,13 +91,18 @@ def report(found: Estimate) -> list[str]:
         "writes": f"{_size(found.written)} of model, {_size(found.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
         "disk": f"{_size(found.disk.needed)} needed, {_size(found.free)} free",
-        "time": f"about {sum(found.minutes.values()):.1f} minutes ({minutes})",
+        "time": f"about {_digits(sum(found.minutes.values()))} minutes ({minutes})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _digits(value: float) -> str:
+    """As many as say something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _size(nbytes: float) -> str:
@@ -170,8 +180,8 @@ def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> N
     base = max(ranks.gather_objects(resident()))
 
     def look() -> None:
-        source = job.arch.source
-        launch = described(cluster, source, base) if cluster and cluster.nodes else this_launch(ranks, source, base)
+        is_described = cluster and cluster.nodes
+        launch = described(cluster, job.arch, base) if is_described else this_launch(ranks, job.arch, job.cfg, base)
         lines, refusal = check(job, launch)
         for line in lines:
             ranks.log(line)

@@ -32,17 +32,18 @@ from stun.config import (
     StunError,
 )
 from stun.footprint import Footprint, transient_costs
-from stun.hardware import GIB, Launch, described
+from stun.hardware import GIB, GPUS, Launch, described
 from stun.preflight import SURE, check, estimate
 from stun.prune import prune
 from stun.request import open_job
 from stun.sparsify.matrix import scores_of, sparsify
 from stun.sparsify.select import smallest_per_row
+from stun.speeds import Speeds
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
 RANK = ExpertsConfig(method=ExpertsMethod.rank)
-CPU = Launch("cpu", 1, 1, 0, 64 * GIB, 1e12, 1e9, float("inf"), 1e12, GIB // 2)
-GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, flops=3e14, link=6e10)
+CPU = Launch("cpu", 1, 1, 0, 64 * GIB, Speeds(1e12, 1e11, 5e9), 1e9, 1e9, float("inf"), 5e9, GIB // 2)
+GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, speeds=GPUS["h100"].speeds, link=6e10)
 
 
 def asked(source, run_dir, **changes) -> PruneConfig:
@@ -200,7 +201,7 @@ def test_480_billion_parameters(checkpoint, tmp_path):
     calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
     job = open_job(asked(source, tmp_path / "run", calibration=calibration))
     cluster = ClusterConfig(nodes=1, gpus=8, gpu="h100", host_gib=2048, read_gib_s=4)
-    launch = described(cluster, job.arch.source, base=GIB)
+    launch = described(cluster, job.arch, base=GIB)
     found = estimate(job, launch)
     first, last = (sum(found.read[stream]) for stream in ("observe", "prune"))
     assert last < first and 950e9 < first < 965e9
