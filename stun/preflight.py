@@ -41,6 +41,11 @@ class Estimate:
         return {name: duration.minutes for name, duration in self.durations.items()}
 
     @property
+    def most_read(self) -> int:
+        """Bytes of the rank that reads most, in all streams."""
+        return max(sum(ranks) for ranks in zip(*self.read.values(), strict=True))
+
+    @property
     def host_needed(self) -> int:
         """Bytes that the ranks of a node need together."""
         return self.memory.host * self.launch.per_node
@@ -76,22 +81,21 @@ def estimate(job: Job, launch: Launch) -> Estimate:
 def report(found: Estimate) -> list[str]:
     """The lines to print."""
     launch, read = found.launch, {name: sum(ranks) for name, ranks in found.read.items()}
-    streams = ", ".join(f"{name} {_size(total)}" for name, total in read.items())
-    most = max(sum(ranks) for ranks in zip(*found.read.values(), strict=True))
-    gpu = f"{_size(found.memory.gpu)} of {_size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
-    host = f"{_size(found.host_needed)} of {_size(launch.host_memory)} of a node"
-    rank = f"{_size(found.memory.host)} a rank, {_size(launch.base)} at its start"
-    minutes = ", ".join(f"{name} {_digits(value)}" for name, value in found.minutes.items())
+    streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
+    gpu = f"{size(found.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
+    host = f"{size(found.host_needed)} of {size(launch.host_memory)} of a node"
+    rank = f"{size(found.memory.host)} a rank, {size(launch.base)} at its start"
+    minutes = ", ".join(f"{name} {digits(value)}" for name, value in found.minutes.items())
     kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
     speeds = f"{launch.speeds.products / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
     lines = {
         "launch": f"{_count(launch.world, 'rank')} on {_count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
-        "reads": f"up to {_size(sum(read.values()))} ({streams}), at most {_size(most)} a rank",
-        "writes": f"{_size(found.written)} of model, {_size(found.snapshots)} of hidden states",
+        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(found.most_read)} a rank",
+        "writes": f"{size(found.written)} of model, {size(found.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
-        "disk": f"{_size(found.disk.needed)} needed, {_size(found.free)} free",
-        "time": f"about {_digits(sum(found.minutes.values()))} minutes ({minutes})",
+        "disk": f"{size(found.disk.needed)} needed, {size(found.free)} free",
+        "time": f"about {digits(sum(found.minutes.values()))} minutes ({minutes})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
@@ -100,12 +104,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """As many as say something."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
     """Bytes in GiB, as many digits as say something."""
     value = nbytes / GIB
     return f"{value:,.0f} GiB" if value >= 100 else f"{value:.1f} GiB" if value >= 10 else f"{value:.2f} GiB"
@@ -128,7 +132,7 @@ def check(job: Job, launch: Launch) -> tuple[list[str], str]:
     lines, refusals = report(found), []
     for what, needed, there in shortages(found):
         share = 1.0 if what == "disk" else SURE
-        text = f"{what}: about {_size(needed)} needed, {_size(there)} there"
+        text = f"{what}: about {size(needed)} needed, {size(there)} there"
         if share * needed > there:
             refusals.append(text)
         else:

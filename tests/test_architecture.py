@@ -49,7 +49,7 @@ ORDER = [
     {"footprint"},
     {"duration"},
     {"preflight"},
-    {"prune"},
+    {"prune", "worlds"},
     {"study", "benchmark", "report"},
 ]
 PURE = {"stats", "powers", "plan", "clusters", "distances", "scores", "select"}
