@@ -7,7 +7,6 @@ send one another is not in it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from stun.footprint import Footprint
 from stun.layout import LayerLayout
 from stun.powers import power_sums
 from stun.sparsify.matrix import SOLVERS, sparsify
+from stun.speeds import usual
 from stun.traffic import expert_infos
 from stun.workers import Workers
 
@@ -181,9 +181,6 @@ def time_to_count() -> float:
 
 def _time_of_each(work: Callable[[torch.Tensor], object], weight_OD: torch.Tensor) -> float:
     """Seconds of `work` for each weight, a matrix on every worker."""
-    workers, spent = Workers(torch.device("cpu")), []
-    for _ in range(3):  # the first one also loads what it calls
-        start = time.perf_counter()
-        workers.map(work, [weight_OD] * workers.count)
-        spent.append(time.perf_counter() - start)
-    return min(spent) / weight_OD.numel() / workers.count
+    workers = Workers(torch.device("cpu"))
+    seconds = usual(lambda: workers.map(work, [weight_OD] * workers.count))
+    return seconds / weight_OD.numel() / workers.count

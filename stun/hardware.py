@@ -14,14 +14,15 @@ import torch
 from stun.arch import Architecture
 from stun.config import ClusterConfig, PruneConfig, StunError
 from stun.ranks import Ranks
-from stun.speeds import Speeds, norm_speed, rank_speeds, read_speed, write_speed
+from stun.speeds import Speeds, norm_speed, rank_speeds, read_speed, slowest, write_speed
 from stun.stream import compute_dtype
 
 GIB = 2**30
 ACHIEVED = 0.3  # share of the data sheet's arithmetic, and of its memory's speed, assumed to be reached; never measured here
 _WRITTEN = 2**26  # bytes to measure the disk of the run folder
 _ROWS = 512  # an expert's products are timed on at most so many rows
-_WIDTH = 2048  # of at most this width, and attention on at most so many tokens
+_WIDTH = 1024  # and of at most this width
+_LENGTH = 2048  # attention on at most so many tokens
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
-    """The launch that is running, for this job. Call it on one rank. Raises StunError where the run folder's disk cannot be
-    written."""
+    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time.
+    Raises StunError, on all of them, where the run folder's disk cannot be written."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     place, host = (ranks.world // local, local), host_memory(local)
-    disk = (read_speed(arch.source), write_speed(_place(cfg.run_dir), min(_WRITTEN, disk_free(cfg.run_dir) // 2)))
+    disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
-        speeds = _speeds_here(ranks, arch, cfg)
+        speeds = slowest(ranks.gather_objects(_speeds_here(ranks, arch, cfg)))
+        ranks.return_memory()
         return Launch("cpu", *place, 0, host, speeds, *disk, float("inf"), speeds.between, base)
     found = torch.cuda.get_device_properties(ranks.device)
     known = next(
@@ -107,13 +109,18 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
     return Launch(found.name, *place, found.total_memory, host, known.speeds, *disk, known.link * 1e9, here, base)
 
 
+def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
+    """Bytes/s of reading the source and of writing the run folder."""
+    return read_speed(arch.source), write_speed(_place(run_dir), min(_WRITTEN, disk_free(run_dir) // 2))
+
+
 def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:
     """Of this rank's CPU, in the dtype that layers are computed in, for as many rows as an expert has of a micro-batch."""
     calibration, experts = cfg.calibration, max((layout.num_experts for layout in arch.layers), default=0)
     tokens = min(calibration.micro_batch, calibration.samples) * calibration.length
     rows = max(1, min(_ROWS, arch.top_k * tokens // experts if experts else tokens))
     width = min(_WIDTH, arch.config.hidden_size)
-    return rank_speeds(ranks.workers, compute_dtype(arch, ranks.device), rows, width, min(_WIDTH, calibration.length))
+    return rank_speeds(ranks.workers, compute_dtype(arch, ranks.device), rows, width, min(_LENGTH, calibration.length))
 
 
 def resident() -> int:

@@ -182,14 +182,17 @@ def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> N
     """Print what `job` needs on this launch, or on `cluster`. All ranks call this together; raises StunError, on all of them,
     where it cannot fit."""
     base = max(ranks.gather_objects(resident()))
+    if cluster and cluster.nodes:
+        launch = ranks.on_first(lambda: described(cluster, job.arch, base))
+    else:
+        launch = this_launch(ranks, job.arch, job.cfg, base)
+    ranks.on_first(lambda: _tell(job, launch, ranks))
 
-    def look() -> None:
-        is_described = cluster and cluster.nodes
-        launch = described(cluster, job.arch, base) if is_described else this_launch(ranks, job.arch, job.cfg, base)
-        lines, refusal = check(job, launch)
-        for line in lines:
-            ranks.log(line)
-        if refusal:
-            raise StunError(refusal)
 
-    ranks.on_first(look)
+def _tell(job: Job, launch: Launch, ranks: Ranks) -> None:
+    """Print what is needed. Raises StunError where it cannot fit."""
+    lines, refusal = check(job, launch)
+    for line in lines:
+        ranks.log(line)
+    if refusal:
+        raise StunError(refusal)

@@ -1,6 +1,6 @@
 """What this machine does a second, measured: its disk, and the arithmetic of one rank, as the streams use them.
 
-A measurement takes a tenth of a second or so, and is the fastest of a few rounds.
+What is predicted from is the usual speed, with whatever else the machine does; what phases stand beside is the best.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from stun.products import linear
 from stun.workers import Workers
 
 SAMPLE = 2**28  # bytes read, written or copied to measure a rate
-_ROUNDS = 3
+_ROUNDS, _SECONDS = 3, 0.1
 _CHUNK = 2**24
 _HEADS, _WIDTH = 8, 64  # of the attention that is timed
 _ENTRIES = 2**21  # of the tensor on which a norm is timed
@@ -38,7 +38,13 @@ class Speeds:
 
 def rank_speeds(workers: Workers, dtype: torch.dtype, rows: int, width: int, length: int) -> Speeds:
     """Those of this rank's CPU in `dtype`: products of so many rows of `width`, attention in samples of `length`."""
-    return Speeds(product_speed(workers, dtype, rows, width), attention_speed(dtype, length), norm_speed(dtype, width))
+    products = product_speed(workers, dtype, rows, width, timed=usual)
+    return Speeds(products, attention_speed(dtype, length), norm_speed(dtype, width))
+
+
+def slowest(ranks: list[Speeds]) -> Speeds:
+    """Of each kind: all wait for the slowest rank."""
+    return Speeds(*map(min, zip(*map(astuple, ranks), strict=True)))
 
 
 def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
@@ -74,18 +80,21 @@ def copy_speed(device: torch.device) -> float:
     return 2 * SAMPLE / best(lambda: target.copy_(source), device)
 
 
-def product_speed(workers: Workers, dtype: torch.dtype, rows: int, width: int, device: str | torch.device = "cpu") -> float:
-    """FLOP/s of products [rows, width] x [width, width] made as an expert's are, four for each worker."""
+def product_speed(
+    workers: Workers, dtype: torch.dtype, rows: int, width: int, device: str | torch.device = "cpu", timed: Callable | None = None
+) -> float:
+    """FLOP/s of products [rows, width] x [width, width] made as an expert's are, two for each worker; the best, or as `timed`
+    says."""
     rows_nD = torch.ones(rows, width, dtype=dtype, device=device)
-    weights = [torch.ones(width, width, dtype=dtype, device=device) for _ in range(4 * workers.count)]
-    seconds = best(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)
+    weights = [torch.ones(width, width, dtype=dtype, device=device) for _ in range(2 * workers.count)]
+    seconds = (timed or best)(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)
     return len(weights) * 2 * rows * width**2 / seconds
 
 
 def attention_speed(dtype: torch.dtype, length: int) -> float:
     """FLOP/s of causal attention in a sample of `length`, of which half of the scores count."""
     heads_BHTD = torch.ones(1, _HEADS, length, _WIDTH, dtype=dtype)
-    seconds = best(lambda: F.scaled_dot_product_attention(heads_BHTD, heads_BHTD, heads_BHTD, is_causal=True))
+    seconds = usual(lambda: F.scaled_dot_product_attention(heads_BHTD, heads_BHTD, heads_BHTD, is_causal=True))
     return 2 * _HEADS * length**2 * _WIDTH / seconds
 
 
@@ -100,7 +109,19 @@ def norm_speed(dtype: torch.dtype, width: int) -> float:
         return weight_D * (wide_TD * scale_T).to(dtype)
 
     written = rows_TD.numel() * (2 * 4 + 2 * dtype.itemsize + (0 if dtype is torch.float32 else 4))
-    return written / best(norm)
+    return written / usual(norm)
+
+
+def usual(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Seconds of a round, after one to warm up: the mean over a tenth of a second and at least two."""
+    work()
+    wait_for(device)
+    rounds, start = 0, time.perf_counter()
+    while rounds < 2 or time.perf_counter() - start < _SECONDS:
+        work()
+        wait_for(device)
+        rounds += 1
+    return (time.perf_counter() - start) / rounds
 
 
 def best(work: Callable[[], object], device: str | torch.device = "cpu") -> float:

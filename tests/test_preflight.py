@@ -6,12 +6,15 @@ import json
 import re
 import tracemalloc
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 from conftest import ROOT, TEXT, load_tensors, run_job, settings
 from safetensors.torch import load_file
 from test_readme import commands, here, run
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
 import stun.preflight
@@ -27,6 +30,7 @@ from stun.config import (
     ExpertsMethod,
     ModelConfig,
     PruneConfig,
+    Score,
     SparsifyConfig,
     SparsifyMethod,
     StunError,
@@ -235,6 +239,24 @@ def test_480_billion_parameters_on_several_numbers_of_gpus(checkpoint, ranks, tm
     assert all(cell.endswith("(compute)") for cell in rows["fast"]["observe, minutes"])
     with pytest.raises(StunError, match=r"cluster.worlds: 12 must be up to cluster.gpus=8 or several times as many"):
         worlds(job, ranks, replace(slow, worlds=[12]))
+
+
+def test_products_are_those_of_transformers(checkpoint, tmp_path):
+    """A FLOP a second makes them countable. Measuring stops before the experts' last matrix, the last layer is not run after its
+    masks, and a plan without scores has no first stream."""
+    source, tokens = checkpoint("mixtral"), CALIBRATION.samples * CALIBRATION.length
+    model = AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager").model
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens).view(CALIBRATION.samples, -1) % 256)
+    counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    counting = replace(CPU, speeds=Speeds(1.0, inf, inf), here=0.0)
+    found = estimate(open_job(asked(source, tmp_path / "run")), counting).durations
+    assert found["observe"].compute == counts["aten.mm"] + counts.get("aten.addmm", 0)
+    layers, last = model.config.num_hidden_layers, model.config.hidden_size * model.config.intermediate_size
+    skipped = 2 * tokens * layers * model.config.num_experts_per_tok * last + found["observe"].compute / layers
+    assert found["prune"].compute == 2 * found["observe"].compute - skipped
+    by_number = asked(source, tmp_path / "run", experts=ExpertsConfig(score=Score.index))
+    assert list(estimate(open_job(by_number), counting).durations) == ["prune"]
 
 
 @pytest.mark.launch
