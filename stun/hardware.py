@@ -111,7 +111,7 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
     """Bytes/s of reading the source and of writing the run folder."""
-    return read_speed(arch.source), write_speed(_place(run_dir), min(_WRITTEN, disk_free(run_dir) // 2))
+    return read_speed(arch.source), write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
 
 
 def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:

@@ -36,6 +36,36 @@ class Speeds:
     between: float
 
 
+def usual(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Seconds of a round, after one to warm up: the mean over a tenth of a second and at least two."""
+    work()
+    wait_for(device)
+    rounds, start = 0, time.perf_counter()
+    while rounds < 2 or time.perf_counter() - start < _SECONDS:
+        work()
+        wait_for(device)
+        rounds += 1
+    return (time.perf_counter() - start) / rounds
+
+
+def best(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Seconds of the fastest round after one to warm up."""
+    spent = []
+    for _ in range(1 + _ROUNDS):
+        wait_for(device)
+        start = time.perf_counter()
+        work()
+        wait_for(device)
+        spent.append(time.perf_counter() - start)
+    return min(spent[1:])
+
+
+def wait_for(device: str | torch.device) -> None:
+    """Return once a GPU has done what it was given; a CPU has by then."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def rank_speeds(workers: Workers, dtype: torch.dtype, rows: int, width: int, length: int) -> Speeds:
     """Those of this rank's CPU in `dtype`: products of so many rows of `width`, attention in samples of `length`."""
     products = product_speed(workers, dtype, rows, width, timed=usual)
@@ -81,13 +111,13 @@ def copy_speed(device: torch.device) -> float:
 
 
 def product_speed(
-    workers: Workers, dtype: torch.dtype, rows: int, width: int, device: str | torch.device = "cpu", timed: Callable | None = None
+    workers: Workers, dtype: torch.dtype, rows: int, width: int, device: str | torch.device = "cpu", timed: Callable = best
 ) -> float:
     """FLOP/s of products [rows, width] x [width, width] made as an expert's are, two for each worker; the best, or as `timed`
     says."""
     rows_nD = torch.ones(rows, width, dtype=dtype, device=device)
     weights = [torch.ones(width, width, dtype=dtype, device=device) for _ in range(2 * workers.count)]
-    seconds = (timed or best)(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)
+    seconds = timed(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)
     return len(weights) * 2 * rows * width**2 / seconds
 
 
@@ -110,33 +140,3 @@ def norm_speed(dtype: torch.dtype, width: int) -> float:
 
     written = rows_TD.numel() * (2 * 4 + 2 * dtype.itemsize + (0 if dtype is torch.float32 else 4))
     return written / usual(norm)
-
-
-def usual(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
-    """Seconds of a round, after one to warm up: the mean over a tenth of a second and at least two."""
-    work()
-    wait_for(device)
-    rounds, start = 0, time.perf_counter()
-    while rounds < 2 or time.perf_counter() - start < _SECONDS:
-        work()
-        wait_for(device)
-        rounds += 1
-    return (time.perf_counter() - start) / rounds
-
-
-def best(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
-    """Seconds of the fastest round after one to warm up."""
-    spent = []
-    for _ in range(1 + _ROUNDS):
-        wait_for(device)
-        start = time.perf_counter()
-        work()
-        wait_for(device)
-        spent.append(time.perf_counter() - start)
-    return min(spent[1:])
-
-
-def wait_for(device: str | torch.device) -> None:
-    """Return once a GPU has done what it was given; a CPU has by then."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
