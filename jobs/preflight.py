@@ -1,13 +1,18 @@
 """Say what a run needs and whether it is there: python -m jobs.preflight model.path=... target=0.4 run_dir=runs/x cluster.nodes=8
-cluster.gpus=8"""
+cluster.gpus=8; or, with 'cluster.worlds=[1,8,64]', what it would need on each of so many GPUs"""
 
 from jobs import launch
 from stun.preflight import preflight
 from stun.request import open_job
+from stun.worlds import worlds
 
 
 def work(cfg, ranks) -> None:
-    preflight(open_job(cfg), ranks, cfg.cluster)
+    job = open_job(cfg)
+    if cfg.cluster.worlds:
+        worlds(job, ranks, cfg.cluster)
+    else:
+        preflight(job, ranks, cfg.cluster)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ class _Fused(TorchFunctionMode):
 
 
 class Allocations(TorchDispatchMode):
-    """Inside it, `peak` is the most bytes that tensors made here have held at once."""
+    """Inside it, `peak` is the most bytes that tensors made here have held at once, `made` all that they have held."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.made = 0
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -66,6 +66,7 @@ class Allocations(TorchDispatchMode):
 
         self._seen[key] = weakref.ref(storage, gone)
         self.now += nbytes
+        self.made += nbytes
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:
@@ -109,10 +110,11 @@ def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`; `arguments` stay for the whole
-    stream (masks, rotary embeddings)."""
+    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`, where the tensors that come and go
+    are `made` bytes in all; `arguments` stay for the whole stream (masks, rotary embeddings)."""
 
     layers: list[int]
+    made: list[int]
     arguments: int
 
 
@@ -121,7 +123,7 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
     given, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
     kept = {id(own): own.nbytes() for own in _storages(given)}
 
-    def peak(index: int) -> int:
+    def allocations(index: int) -> Allocations:
         layer = arch.decoder.layers[index]
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
         arguments = tuple((name, getattr(value, "shape", None)) for name, value in given[index].items())
@@ -130,7 +132,8 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
             traced[kind] = _trace(arch, index, given[index], (batch, length), device, world)
         return traced[kind]
 
-    return Activations([peak(index) for index in range(len(arch.layers))], sum(kept.values()))
+    found = [allocations(index) for index in range(len(arch.layers))]
+    return Activations([own.peak for own in found], [own.made for own in found], sum(kept.values()))
 
 
 def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
@@ -143,14 +146,14 @@ def trace_row(arch: Architecture, length: int, device: torch.device, world: int)
     peak = cached = 0
     for layers in traced.values():
         index, arguments = layers[0]
-        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world))
+        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world).peak)
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
         cached += len(layers) * sum(own.nbytes() for own in _storages([*vars(cache.layers[index]).values()]))
     return peak, cached
 
 
 @torch.no_grad()
-def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int) -> int:
+def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int) -> Allocations:
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
     layer = arch.build_layer(index, experts).to("meta", dtype)
     found = experts_of(layer)
@@ -161,4 +164,4 @@ def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int],
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
     with _Fused(device.type == "cuda"), Allocations() as allocations:
         layer(hidden_BTD, **arguments)
-    return allocations.peak
+    return allocations

@@ -261,13 +261,16 @@ class PruneConfig:
 @dataclass
 class ClusterConfig:
     """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in stun.hardware; a node's memory in GiB
-    and what it reads in GiB/s (0: as much as this machine does). Without `nodes` the launch that is running is described."""
+    and what it reads in GiB/s (0: as much as this machine does) and writes (0: as much as it reads). `worlds` lists numbers of
+    GPUs to describe side by side. Without it and `nodes` the launch that is running is described."""
 
     nodes: int = 0
     gpus: int = 8
     gpu: str = "h100"
     host_gib: float = 1024.0
     read_gib_s: float = 0.0
+    write_gib_s: float = 0.0
+    worlds: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -16,13 +16,13 @@ from stun.compressed import open_checkpoint
 from stun.config import EvaluateConfig, Precision, StunError
 from stun.data import load_tokenizer
 from stun.generate import Decoding, describe, generate
-from stun.hardware import read_speed
 from stun.harness import run_harness
 from stun.identity import model_digest
 from stun.partial import Generated, Partial
 from stun.ranks import Ranks
 from stun.room import generation_room, scoring_batch
 from stun.scoring import score
+from stun.speeds import read_speed
 from stun.task import completion, extract, scores
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # of the dense model's result

@@ -6,51 +6,65 @@ import contextlib
 import os
 import re
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from stun.checkpoint import Checkpoint
-from stun.config import ClusterConfig, StunError
+from stun.arch import Architecture
+from stun.config import ClusterConfig, PruneConfig, StunError
 from stun.ranks import Ranks
+from stun.speeds import Speeds, norm_speed, rank_speeds, read_speed, slowest, write_speed
+from stun.stream import compute_dtype
 
 GIB = 2**30
-ACHIEVED = 0.3  # share of the data sheet's arithmetic that is assumed to be reached; never measured here
+ACHIEVED = 0.3  # share of the data sheet's arithmetic, and of its memory's speed, assumed to be reached; never measured here
+_WRITTEN = 2**26  # bytes to measure the disk of the run folder
+_ROWS = 512  # an expert's products are timed on at most so many rows
+_WIDTH = 1024  # and of at most this width
+_LENGTH = 2048  # attention on at most so many tokens
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` in bytes; `tflops` of dense bfloat16; `link` to the host in GB/s, one way. From the vendor's data sheets."""
+    """`memory` in bytes, and its `bandwidth` in GB/s; `tflops` of dense bfloat16; `link` to the host in GB/s, one way. From the
+    vendor's data sheets."""
 
     memory: int
+    bandwidth: float
     tflops: float
     link: float
 
+    @property
+    def speeds(self) -> Speeds:
+        """Those of a rank, as they are assumed. An operation reads as much as it writes."""
+        flops = self.tflops * 1e12 * ACHIEVED
+        return Speeds(flops, flops, self.bandwidth * 1e9 / 2 * ACHIEVED)
+
 
 GPUS = {
-    "a100-40": Gpu(40 * 10**9, 312, 32),
-    "a100": Gpu(80 * 10**9, 312, 32),
-    "h100": Gpu(80 * 10**9, 989, 64),
-    "h200": Gpu(141 * 10**9, 989, 64),
-    "b200": Gpu(180 * 10**9, 2250, 64),
+    "a100-40": Gpu(40 * 10**9, 1555, 312, 32),
+    "a100": Gpu(80 * 10**9, 2039, 312, 32),
+    "h100": Gpu(80 * 10**9, 3350, 989, 64),
+    "h200": Gpu(141 * 10**9, 4800, 989, 64),
+    "b200": Gpu(180 * 10**9, 8000, 2250, 64),
 }
 
 
 @dataclass(frozen=True)
 class Launch:
     """`nodes` of `per_node` ranks each, and what each of them has: bytes of memory of a GPU (0: ranks compute on the CPU) and of
-    a node's host, FLOP/s of a rank, bytes/s that a node reads and that go to a GPU, FLOP/s of the CPU here. `base` is what a
-    rank's process holds before it reads any weight."""
+    a node's host, its speeds, bytes/s that a node reads, that it writes and that go to a GPU. `here` is the `between` of this
+    machine's CPU, by which what is timed here is scaled. `base` is what a rank's process holds before it reads any weight."""
 
     name: str
     nodes: int
     per_node: int
     gpu_memory: int
     host_memory: int
-    flops: float
+    speeds: Speeds
     read: float
+    write: float
     link: float
     here: float
     base: int
@@ -64,40 +78,49 @@ class Launch:
         return torch.device("cuda" if self.gpu_memory else "cpu")
 
 
-def described(cluster: ClusterConfig, source: Checkpoint, base: int) -> Launch:
+def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
     """The launch that `cluster` describes. Raises StunError where it names a GPU that is not in the table."""
     if cluster.gpu not in GPUS:
         raise StunError(f"cluster.gpu={cluster.gpu}: known are {', '.join(GPUS)}")
-    if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0 or cluster.read_gib_s < 0:
+    if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0 or min(cluster.read_gib_s, cluster.write_gib_s) < 0:
         raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
-    gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(source)
-    flops, host = gpu.tflops * 1e12 * ACHIEVED, int(cluster.host_gib * GIB)
-    return Launch(cluster.gpu, cluster.nodes, cluster.gpus, gpu.memory, host, flops, read, gpu.link * 1e9, matmul_speed(), base)
+    gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
+    disk = (read, cluster.write_gib_s * GIB or read)
+    here, host = norm_speed(torch.float32, _WIDTH), int(cluster.host_gib * GIB)
+    place = (cluster.nodes, cluster.gpus, gpu.memory, host)
+    return Launch(cluster.gpu, *place, gpu.speeds, *disk, gpu.link * 1e9, here, base)
 
 
-def this_launch(ranks: Ranks, source: Checkpoint, base: int) -> Launch:
-    """The launch that is running. Call it on one rank."""
+def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
+    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time.
+    Raises StunError, on all of them, where the run folder's disk cannot be written."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    place = (ranks.world // local, local)
+    place, host = (ranks.world // local, local), host_memory(local)
+    disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
-        speed = matmul_speed()
-        return Launch("cpu", *place, 0, host_memory(local), speed, read_speed(source), float("inf"), speed, base)
+        speeds = slowest(ranks.gather_objects(_speeds_here(ranks, arch, cfg)))
+        ranks.return_memory()
+        return Launch("cpu", *place, 0, host, speeds, *disk, float("inf"), speeds.between, base)
     found = torch.cuda.get_device_properties(ranks.device)
     known = next(
         (gpu for name, gpu in sorted(GPUS.items(), reverse=True) if name.split("-")[0] in found.name.lower()), GPUS["a100"]
     )
-    flops = known.tflops * 1e12 * ACHIEVED
-    return Launch(
-        found.name,
-        *place,
-        found.total_memory,
-        host_memory(local),
-        flops,
-        read_speed(source),
-        known.link * 1e9,
-        matmul_speed(),
-        base,
-    )
+    here = norm_speed(torch.float32, _WIDTH)
+    return Launch(found.name, *place, found.total_memory, host, known.speeds, *disk, known.link * 1e9, here, base)
+
+
+def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
+    """Bytes/s of reading the source and of writing the run folder."""
+    return read_speed(arch.source), write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+
+
+def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:
+    """Of this rank's CPU, in the dtype that layers are computed in, for as many rows as an expert has of a micro-batch."""
+    calibration, experts = cfg.calibration, max((layout.num_experts for layout in arch.layers), default=0)
+    tokens = min(calibration.micro_batch, calibration.samples) * calibration.length
+    rows = max(1, min(_ROWS, arch.top_k * tokens // experts if experts else tokens))
+    width = min(_WIDTH, arch.config.hidden_size)
+    return rank_speeds(ranks.workers, compute_dtype(arch, ranks.device), rows, width, min(_LENGTH, calibration.length))
 
 
 def resident() -> int:
@@ -135,28 +158,10 @@ def free_memory(ranks: Ranks) -> int:
 
 def disk_free(run_dir: str) -> int:
     """Bytes free where the run folder is or will be."""
+    return shutil.disk_usage(_place(run_dir)).free
+
+
+def _place(run_dir: str) -> Path:
+    """The run folder, or the nearest folder above it that is there."""
     folder = Path(run_dir).absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
-
-
-def matmul_speed(seconds: float = 0.1, size: int = 512) -> float:
-    """FLOP/s of float32 products here, with the threads that this rank has."""
-    matrix, done = torch.ones(size, size), 0
-    matrix @ matrix
-    start = time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        matrix @ matrix
-        done += 1
-    return done * 2 * size**3 / spent
-
-
-def read_speed(source: Checkpoint, nbytes: int = 256 * 2**20) -> float:
-    """Bytes/s of reading the head of the largest shard. The system is asked to forget it first; where it does not, this is the
-    speed of its cache."""
-    file = max({info.file for info in source.tensors.values()}, key=lambda file: file.stat().st_size)
-    with file.open("rb", buffering=0) as handle:
-        os.posix_fadvise(handle.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)
-        buffer, read, start = bytearray(2**24), 0, time.perf_counter()
-        while read < nbytes and (count := handle.readinto(buffer)):
-            read += count
-        return read / (time.perf_counter() - start)
+    return next(place for place in (folder, *folder.parents) if place.is_dir())

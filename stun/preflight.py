@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stun.config import ClusterConfig, StunError
-from stun.duration import minutes
+from stun.duration import Duration, durations
 from stun.footprint import Footprint, Memory
 from stun.hardware import ACHIEVED, GIB, Launch, described, disk_free, resident, this_launch
 from stun.ranks import Ranks
@@ -21,7 +21,7 @@ SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met wit
 @dataclass(frozen=True)
 class Estimate:
     """What one run needs on one launch. `read` are bytes by stream and rank, `written` those of the model, `snapshots` of hidden
-    states over the whole run; `free` is the disk's, `minutes` are by stream."""
+    states over the whole run; `free` is the disk's, `durations` are by stream."""
 
     launch: Launch
     layers: int
@@ -33,7 +33,17 @@ class Estimate:
     memory: Memory
     disk: Disk
     free: int
-    minutes: dict[str, float]
+    durations: dict[str, Duration]
+
+    @property
+    def minutes(self) -> dict[str, float]:
+        """By stream."""
+        return {name: duration.minutes for name, duration in self.durations.items()}
+
+    @property
+    def most_read(self) -> int:
+        """Bytes of the rank that reads most, in all streams."""
+        return max(sum(ranks) for ranks in zip(*self.read.values(), strict=True))
 
     @property
     def host_needed(self) -> int:
@@ -64,29 +74,28 @@ def estimate(job: Job, launch: Launch) -> Estimate:
         memory=footprint.peak(),
         disk=disk,
         free=disk_free(cfg.run_dir),
-        minutes=minutes(footprint, read, written, snapshots),
+        durations=durations(footprint, read, written, snapshots),
     )
 
 
 def report(found: Estimate) -> list[str]:
     """The lines to print."""
     launch, read = found.launch, {name: sum(ranks) for name, ranks in found.read.items()}
-    streams = ", ".join(f"{name} {_size(total)}" for name, total in read.items())
-    most = max(sum(ranks) for ranks in zip(*found.read.values(), strict=True))
-    gpu = f"{_size(found.memory.gpu)} of {_size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
-    host = f"{_size(found.host_needed)} of {_size(launch.host_memory)} of a node"
-    rank = f"{_size(found.memory.host)} a rank, {_size(launch.base)} at its start"
-    minutes = ", ".join(f"{name} {value:.1f}" for name, value in found.minutes.items())
+    streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
+    gpu = f"{size(found.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
+    host = f"{size(found.host_needed)} of {size(launch.host_memory)} of a node"
+    rank = f"{size(found.memory.host)} a rank, {size(launch.base)} at its start"
+    minutes = ", ".join(f"{name} {digits(value)}" for name, value in found.minutes.items())
     kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
-    speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
+    speeds = f"{launch.speeds.products / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
     lines = {
         "launch": f"{_count(launch.world, 'rank')} on {_count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
-        "reads": f"up to {_size(sum(read.values()))} ({streams}), at most {_size(most)} a rank",
-        "writes": f"{_size(found.written)} of model, {_size(found.snapshots)} of hidden states",
+        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(found.most_read)} a rank",
+        "writes": f"{size(found.written)} of model, {size(found.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
-        "disk": f"{_size(found.disk.needed)} needed, {_size(found.free)} free",
-        "time": f"about {sum(found.minutes.values()):.1f} minutes ({minutes})",
+        "disk": f"{size(found.disk.needed)} needed, {size(found.free)} free",
+        "time": f"about {digits(sum(found.minutes.values()))} minutes ({minutes})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
@@ -95,7 +104,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _size(nbytes: float) -> str:
+def digits(value: float) -> str:
+    """As many as say something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def size(nbytes: float) -> str:
     """Bytes in GiB, as many digits as say something."""
     value = nbytes / GIB
     return f"{value:,.0f} GiB" if value >= 100 else f"{value:.1f} GiB" if value >= 10 else f"{value:.2f} GiB"
@@ -118,7 +132,7 @@ def check(job: Job, launch: Launch) -> tuple[list[str], str]:
     lines, refusals = report(found), []
     for what, needed, there in shortages(found):
         share = 1.0 if what == "disk" else SURE
-        text = f"{what}: about {_size(needed)} needed, {_size(there)} there"
+        text = f"{what}: about {size(needed)} needed, {size(there)} there"
         if share * needed > there:
             refusals.append(text)
         else:
@@ -168,14 +182,17 @@ def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> N
     """Print what `job` needs on this launch, or on `cluster`. All ranks call this together; raises StunError, on all of them,
     where it cannot fit."""
     base = max(ranks.gather_objects(resident()))
+    if cluster and cluster.nodes:
+        launch = ranks.on_first(lambda: described(cluster, job.arch, base))
+    else:
+        launch = this_launch(ranks, job.arch, job.cfg, base)
+    ranks.on_first(lambda: _tell(job, launch, ranks))
 
-    def look() -> None:
-        source = job.arch.source
-        launch = described(cluster, source, base) if cluster and cluster.nodes else this_launch(ranks, source, base)
-        lines, refusal = check(job, launch)
-        for line in lines:
-            ranks.log(line)
-        if refusal:
-            raise StunError(refusal)
 
-    ranks.on_first(look)
+def _tell(job: Job, launch: Launch, ranks: Ranks) -> None:
+    """Print what is needed. Raises StunError where it cannot fit."""
+    lines, refusal = check(job, launch)
+    for line in lines:
+        ranks.log(line)
+    if refusal:
+        raise StunError(refusal)

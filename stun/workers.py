@@ -29,12 +29,12 @@ def workers_on(device: torch.device) -> int:
 
 
 class Workers:
-    """The workers of this rank."""
+    """The workers of this rank, `count` of them."""
 
     def __init__(self, device: torch.device):
-        count, is_cpu = workers_on(device), device.type == "cpu"
+        self.count, is_cpu = workers_on(device), device.type == "cpu"
         # A single worker, too, is a thread of its own: stun.steady looks at what the calling one does.
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="work", initializer=_settle) if is_cpu else None
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=_settle) if is_cpu else None
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """What `function` gives for each item, in their order; raises what the first of them that fails raised. It may not call

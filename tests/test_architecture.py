@@ -35,7 +35,7 @@ ORDER = [
     },
     {"plausible", "records"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
-    {"names", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task"},
+    {"names", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task", "speeds"},
     {"statistics", "partial", "harness"},
     {"run"},
     {"arch", "card"},
@@ -51,7 +51,7 @@ ORDER = [
     {"footprint"},
     {"duration"},
     {"preflight"},
-    {"prune"},
+    {"prune", "worlds"},
     {"study", "benchmark", "report"},
 ]
 PURE = {"stats", "powers", "plan", "clusters", "distances", "scores", "select"}

@@ -6,12 +6,15 @@ import json
 import re
 import tracemalloc
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
 from conftest import ROOT, TEXT, load_tensors, run_job, settings
 from safetensors.torch import load_file
 from test_readme import commands, here, run
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
 import stun.preflight
@@ -27,22 +30,25 @@ from stun.config import (
     ExpertsMethod,
     ModelConfig,
     PruneConfig,
+    Score,
     SparsifyConfig,
     SparsifyMethod,
     StunError,
 )
 from stun.footprint import Footprint, transient_costs
-from stun.hardware import GIB, Launch, described
+from stun.hardware import GIB, GPUS, Launch, described
 from stun.preflight import SURE, check, estimate
 from stun.prune import prune
 from stun.request import open_job
 from stun.sparsify.matrix import scores_of, sparsify
 from stun.sparsify.select import smallest_per_row
+from stun.speeds import Speeds
+from stun.worlds import worlds
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
 RANK = ExpertsConfig(method=ExpertsMethod.rank)
-CPU = Launch("cpu", 1, 1, 0, 64 * GIB, 1e12, 1e9, float("inf"), 1e12, GIB // 2)
-GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, flops=3e14, link=6e10)
+CPU = Launch("cpu", 1, 1, 0, 64 * GIB, Speeds(1e12, 1e11, 5e9), 1e9, 1e9, float("inf"), 5e9, GIB // 2)
+GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, speeds=GPUS["h100"].speeds, link=6e10)
 
 
 def asked(source, run_dir, **changes) -> PruneConfig:
@@ -200,7 +206,7 @@ def test_480_billion_parameters(checkpoint, tmp_path):
     calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
     job = open_job(asked(source, tmp_path / "run", calibration=calibration))
     cluster = ClusterConfig(nodes=1, gpus=8, gpu="h100", host_gib=2048, read_gib_s=4)
-    launch = described(cluster, job.arch.source, base=GIB)
+    launch = described(cluster, job.arch, base=GIB)
     found = estimate(job, launch)
     first, last = (sum(found.read[stream]) for stream in ("observe", "prune"))
     assert last < first and 950e9 < first < 965e9
@@ -215,6 +221,59 @@ def test_480_billion_parameters(checkpoint, tmp_path):
     print("\n".join(lines))
 
 
+def test_480_billion_parameters_on_several_numbers_of_gpus(checkpoint, ranks, tmp_path, capsys):
+    """Reading bounds all of them until the disk is fast; a node's disk is read by all its GPUs."""
+    source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=35)
+    calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
+    job = open_job(asked(source, tmp_path / "run", calibration=calibration))
+    slow = ClusterConfig(gpu="h200", host_gib=2048, read_gib_s=5, worlds=[1, 8, 64])
+    rows = {}
+    for name, cluster in {"slow": slow, "fast": replace(slow, read_gib_s=1000, gpu="a100-40", worlds=[1, 8])}.items():
+        worlds(job, ranks, cluster)
+        cells = (re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines())
+        rows[name] = {title: own for title, *own in cells if own}
+    assert rows["slow"]["GPUs"] == ["1", "8", "64"] and rows["slow"]["nodes"] == ["1", "1", "8"]
+    one, eight, many = (float(cell.removesuffix(" (read)")) for cell in rows["slow"]["observe, minutes"])
+    assert one == eight and 890 / 5 / 60 < one < 1.1 * 890 / 5 / 60 and 6 < one / many < 9
+    assert rows["slow"]["memory fits"] == ["yes"] * 3 and rows["fast"]["memory fits"] == ["no: GPU", "yes"]
+    assert all(cell.endswith("(compute)") for cell in rows["fast"]["observe, minutes"])
+    with pytest.raises(StunError, match=r"cluster.worlds: 12 must be up to cluster.gpus=8 or several times as many"):
+        worlds(job, ranks, replace(slow, worlds=[12]))
+
+
+def test_products_are_those_of_transformers(checkpoint, tmp_path):
+    """A FLOP a second makes them countable. Measuring stops before the experts' last matrix, the last layer is not run after its
+    masks, and a plan without scores has no first stream."""
+    source, tokens = checkpoint("mixtral"), CALIBRATION.samples * CALIBRATION.length
+    model = AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager").model
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(tokens).view(CALIBRATION.samples, -1) % 256)
+    counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    counting = replace(CPU, speeds=Speeds(1.0, inf, inf), here=0.0)
+    found = estimate(open_job(asked(source, tmp_path / "run")), counting).durations
+    assert found["observe"].compute == counts["aten.mm"] + counts.get("aten.addmm", 0)
+    layers, last = model.config.num_hidden_layers, model.config.hidden_size * model.config.intermediate_size
+    skipped = 2 * tokens * layers * model.config.num_experts_per_tok * last + found["observe"].compute / layers
+    assert found["prune"].compute == 2 * found["observe"].compute - skipped
+    by_number = asked(source, tmp_path / "run", experts=ExpertsConfig(score=Score.index))
+    assert list(estimate(open_job(by_number), counting).durations) == ["prune"]
+
+
+@pytest.mark.launch
+def test_time_is_what_was_estimated(tmp_path):
+    """Within a factor of three, on a machine that does other things as well."""
+    random_checkpoint(tmp_path / "model", SHAPES["timed"], ROOT / "stun" / "reference" / "model")
+    own = {"calibration.samples": 8, "calibration.length": 512, "calibration.micro_batch": 2}
+    arguments = {"model.path": tmp_path / "model", "calibration.path": TEXT, "run_dir": tmp_path / "run", "target": 0.4, **own}
+    done = run_job("prune", [f"{key}={value}" for key, value in arguments.items()], ranks=1)
+    (minutes,) = re.findall(r"time +about [\d.]+ minutes \((.*)\)", done.stdout)
+    phases = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["phases"]
+    for stream, value in re.findall(r"(\w+) ([\d.e-]+)", minutes):
+        measured = sum(phases[stream].values())
+        print(f"{stream}: estimated {60 * float(value):.2f}, measured {measured:.2f} s")
+        assert 1 / 3 < 60 * float(value) / measured < 3
+
+
 @pytest.mark.launch
 def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     source = checkpoint("arctic")
@@ -224,6 +283,8 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     assert "64 ranks on 8 nodes, h100" in printed and not (tmp_path / "run").exists()
     done = run_job("preflight", own, ranks=2)
     assert "2 ranks on 1 node, cpu" in done.stdout
+    done = run_job("preflight", [*own, "cluster.worlds=[8,16]", "cluster.gpus=8"])
+    assert "prune, minutes" in done.stdout and not (tmp_path / "run").exists()
     done = run_job("preflight", [*own, "cluster.nodes=1", "cluster.host_gib=0.1"], check=False)
     assert done.returncode == 2 and "error: does not fit: host memory of a node" in done.stderr
 
@@ -238,6 +299,7 @@ RUNS = {
     "Gram matrices": ("grams", {"sparsify.swaps": 2}, 1),
 }
 SHAPES = {
+    "timed": CheckpointShape(hidden=512, expert_width=512, experts=16, layers=4),
     "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=48, layers=3),
     "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),

@@ -13,7 +13,6 @@ import torch
 from stun.benchmark.against_peers import benchmark_peers, check_peers, pruned
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.layer import benchmark_layer, layer_shape
-from stun.benchmark.limits import SAMPLE
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, ways
 from stun.checkpoint import write_json
@@ -21,6 +20,7 @@ from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, PruneCo
 from stun.data import calibration_samples, load_tokenizer
 from stun.hardware import GIB, disk_free
 from stun.ranks import Ranks
+from stun.speeds import SAMPLE
 from stun.validation import validate
 
 _CASES = {

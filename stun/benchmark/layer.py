@@ -35,7 +35,7 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     _run(replace(cfg, target=cfg.target / 2, calibration=once), few, folder / "warm", ranks)
     shutil.rmtree(folder / "warm")
     phases = _run(cfg, shape, folder / "timed", ranks)
-    rates = measure_rates(phases.arch.source, folder, ranks.device, phases.stream.dtype)
+    rates = measure_rates(phases.arch.source, folder, ranks, phases.stream.dtype)
     rows = {name: _beside(seconds, phases.work.get(name), rates) for name, seconds in phases.seconds.items()}
     return {
         "shape": asdict(shape),

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stun.checkpoint import Checkpoint
-from stun.hardware import read_speed
 from stun.meter import Meter
+from stun.ranks import Ranks
+from stun.speeds import copy_speed, product_speed, read_speed, wait_for, write_speed
 
-SAMPLE = 2**28  # bytes read, written or copied to measure a rate
-_ROUNDS = 3
+_LARGE = {"cpu": (512, 2048), "cuda": (8192, 8192)}  # rows and width of a product
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,11 @@ class Rates:
     flops: float
 
 
-def measure_rates(source: Checkpoint, folder: Path, device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of the disk that `source` is on, and `folder`; of `device`, the best of a few rounds."""
-    return Rates(read_speed(source, SAMPLE), _write_speed(folder), _copy_speed(device), _product_speed(device, dtype))
-
-
-def wait_for(device: torch.device) -> None:
-    """Return once a GPU has done what it was given; a CPU has by then."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def measure_rates(source: Checkpoint, folder: Path, ranks: Ranks, dtype: torch.dtype) -> Rates:
+    """The rates of the disk that `source` is on, and `folder`; of this rank's device, the best of a few rounds."""
+    device, large = ranks.device, _LARGE[ranks.device.type]
+    flops = product_speed(ranks.workers, dtype, *large, device)
+    return Rates(read_speed(source), write_speed(folder), copy_speed(device), flops)
 
 
 class DeviceMeter(Meter):
@@ -50,39 +43,3 @@ class DeviceMeter(Meter):
     def enter(self, phase: str) -> None:
         wait_for(self.device)
         super().enter(phase)
-
-
-def _write_speed(folder: Path) -> float:
-    file, content = folder / "scratch", os.urandom(2**24)
-    start = time.perf_counter()
-    with file.open("wb", buffering=0) as handle:
-        for _ in range(SAMPLE // len(content)):
-            handle.write(content)
-        os.fsync(handle.fileno())
-    seconds = time.perf_counter() - start
-    file.unlink()
-    return SAMPLE / seconds
-
-
-def _copy_speed(device: torch.device) -> float:
-    source = torch.ones(SAMPLE, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * SAMPLE / _best(lambda: target.copy_(source), device)
-
-
-def _product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 2048
-    matrix, product = torch.ones(size, size, dtype=dtype, device=device), torch.empty(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / _best(lambda: torch.mm(matrix, matrix, out=product), device)
-
-
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest round after one to warm up."""
-    spent = []
-    for _ in range(1 + _ROUNDS):
-        wait_for(device)
-        start = time.perf_counter()
-        work()
-        wait_for(device)
-        spent.append(time.perf_counter() - start)
-    return min(spent[1:])

@@ -42,7 +42,7 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
         ranks.log(f"growth: {name}")
         random_checkpoint(model, shape, Path(cfg.model.path))
         arch = Architecture(Checkpoint.open(model))
-        rates = rates or measure_rates(arch.source, folder, ranks.device, compute_dtype(arch, ranks.device))
+        rates = rates or measure_rates(arch.source, folder, ranks, compute_dtype(arch, ranks.device))
         own = _of(cfg, model, folder / "run", samples)
         forget(model)
         summary = run_prune(own)
