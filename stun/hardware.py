@@ -13,9 +13,9 @@ import torch
 
 from stun.arch import Architecture
 from stun.config import ClusterConfig, PruneConfig, StunError
+from stun.precision import compute_dtype
 from stun.ranks import Ranks
 from stun.speeds import Speeds, norm_speed, rank_speeds, read_speed, slowest, write_speed
-from stun.stream import compute_dtype
 
 GIB = 2**30
 ACHIEVED = 0.3  # share of the data sheet's arithmetic, and of its memory's speed, assumed to be reached; never measured here
