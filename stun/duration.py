@@ -60,22 +60,24 @@ def durations(footprint: Footprint, read: dict[str, list[int]], written: int, sn
     return found
 
 
-def forward_flop(arch: Architecture, tokens: int, length: int) -> int:
+def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:
     """FLOP of all decoder layers on so many tokens in samples of `length`: two for every parameter that a token meets, and for
-    every product of its scores with the tokens before it (half of the sample on average) and of these with their values."""
-    return 2 * (active_parameters(arch) + _scores(arch, length)) * tokens
+    every product of its scores with the tokens before it (half of the sample on average) and of these with their values. Without
+    outputs, experts end before their last matrix."""
+    return 2 * (active_parameters(arch, gives_outputs) + _scores(arch, length)) * tokens
 
 
 def _scores(arch: Architecture, length: int) -> int:
     return length * arch.config.hidden_size * len(arch.layers)
 
 
-def active_parameters(arch: Architecture) -> int:
+def active_parameters(arch: Architecture, gives_outputs: bool = True) -> int:
     """Parameters of the decoder layers' matrices that a token meets."""
     total = 0
     for layout in arch.layers:
         total += sum(arch.info(name).numel for name in layout.dense if len(arch.info(name).shape) == 2)
-        total += arch.top_k * sum(info.numel for info in expert_infos(arch, layout))
+        expert = sum(info.numel for info in expert_infos(arch, layout))
+        total += arch.top_k * (expert if gives_outputs else expert - _last_matrix(arch, layout))
     return total
 
 
@@ -116,8 +118,7 @@ class _Computing:
     def _run(self, gives_outputs: bool = True) -> float:
         """All layers once; without outputs, experts end before their last matrix."""
         arch, itemsize = self.arch, self.footprint.dtype.itemsize
-        left = 0 if gives_outputs else arch.top_k * sum(_last_matrix(arch, layout) for layout in arch.layers)
-        flop, scores = 2 * (active_parameters(arch) - left) * self.tokens, 2 * _scores(arch, self.length) * self.tokens
+        flop, scores = 2 * active_parameters(arch, gives_outputs) * self.tokens, 2 * _scores(arch, self.length) * self.tokens
         written = sum(self.footprint.activations.made) * self.batches
         combined = 2 * _FLOAT * self._routed(lambda layout: arch.config.hidden_size) if gives_outputs else 0
         infos = [(layout, info) for layout in arch.layers for info in expert_infos(arch, layout)]

@@ -123,9 +123,9 @@ class LayerPhases:
 
     def _count_forwards(self) -> None:
         """What a forward computes; what watches it is not counted, nor are the further forwards of blocks of Gram matrices."""
-        flop = forward_flop(self.arch, self.tokens, self.cfg.calibration.length)
         for name in _FORWARDS:
             if name != "measure" or self.cfg.sparsify.reads_inputs:
+                flop = forward_flop(self.arch, self.tokens, self.cfg.calibration.length, gives_outputs=name != "measure")
                 self.work[name] = ("flops", flop)
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import yaml
 
+from stun.arch import Architecture
 from stun.config import PruneConfig, StunError
+from stun.duration import forward_flop
 from stun.headers import read_header
 from stun.identity import plain
 from stun.inputs import load_json
@@ -51,9 +53,12 @@ def figures(summary: dict) -> dict:
     return {name: summary[name] for name in ("seconds", "wall_seconds", "peak_bytes", "phases")}
 
 
-def forwards(summary: dict) -> int:
-    """How often a run's streams ran the layers."""
-    return sum(name in ("observe", "measure", "propagate") for phases in summary["phases"].values() for name in phases)
+def computed_flop(summary: dict, arch: Architecture, tokens: int, length: int) -> int:
+    """FLOP of the forwards that a run's streams made. Nothing runs the last layer once it is pruned."""
+    phases = {name for stream in summary["phases"].values() for name in stream}
+    whole, measured = (forward_flop(arch, tokens, length, gives_outputs) for gives_outputs in (True, False))
+    after = whole // len(arch.layers) * (len(arch.layers) - 1)
+    return sum(flop for name, flop in (("observe", whole), ("measure", measured), ("propagate", after)) if name in phases)
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from stun.arch import Architecture
 from stun.benchmark.checkpoints import forget, random_checkpoint
 from stun.benchmark.limits import measure_rates
-from stun.benchmark.runs import digests, figures, forwards, run_prune
+from stun.benchmark.runs import computed_flop, digests, figures, run_prune
 from stun.checkpoint import Checkpoint
 from stun.config import BenchmarkConfig, CheckpointShape
-from stun.duration import forward_flop
 from stun.inputs import load_json
 from stun.precision import compute_dtype
 from stun.ranks import Ranks
@@ -48,7 +47,7 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
         summary = run_prune(own)
         tokens = samples * own.calibration.length
         read, written = sum(summary["bytes_read"]), summary["bytes_written"]
-        flop = forwards(summary) * forward_flop(arch, tokens, own.calibration.length)
+        flop = computed_flop(summary, arch, tokens, own.calibration.length)
         limits = {"read": read / rates.read, "compute": flop / rates.flops, "write": written / rates.write}
         needed = max(limits.values())
         rows[name] = {
