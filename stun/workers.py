@@ -19,6 +19,7 @@ MOST = 16  # workers of a rank: each may hold a matrix converted to what is comp
 
 def _settle() -> None:
     """What torch keeps by thread."""
+    torch.get_num_threads()  # else the thread's first operation takes over the number that another thread has set last
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def on_threads():
     with torch.no_grad():
         yield call
     torch.set_num_threads(before)
+
+
+def test_a_worker_has_one_thread(on_threads):
+    """Whatever the calling thread sets before its first operation."""
+
+    def look(workers: Workers) -> list[int]:
+        workers.map(time.sleep, [0.05] * 4)
+        torch.set_num_threads(2)
+        return workers.map(lambda _: torch.get_num_threads(), range(4))
+
+    assert on_threads(2, look) == [1, 1, 1, 1]
 
 
 def factors(rows: int, inner: int, columns: int, *batch: int) -> tuple[torch.Tensor, torch.Tensor]:
