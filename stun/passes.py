@@ -95,15 +95,12 @@ def observe(
             states = counter.run(states, *watchers)
         else:
             states = stream.run(layer, states, *watchers)
-        layer.seconds["compute"] = time.perf_counter() - start
         totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
+        powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {}
+        layer.seconds["compute"] = time.perf_counter() - start
         if ranks.is_first and totals:
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
-        entry = {
-            "seconds": dict(layer.seconds),
-            "peak_bytes": ranks.lap_memory(),
-            "powers": {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {},
-        }
+        entry = {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "powers": powers}
         ranks.meter.enter("write wait")
         if recorder:
             layer.seconds["write"] = recorder.wait()
@@ -241,22 +238,24 @@ def prune_layers(
                 stream.build(layer)
                 states = stream.run(layer, states)
         powers.weights_left()
-        layer.seconds["compute"] = time.perf_counter() - start
         tensors = own_tensors(stream, layer)
+        nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
+        layer.seconds["compute"] = time.perf_counter() - start
         entry = {
             "kept": kept,
             "unseen": masked.unseen,
             "seconds": dict(layer.seconds),
             "peak_bytes": ranks.lap_memory(),
-            "nonzero": nonzero_by_kind(layer.layout, tensors, ranks.workers),
+            "nonzero": nonzero,
             "powers": powers.stages,
             "saliency": masked.saliency.to_json(),
         }
-        nonzero = sum(entry["nonzero"].values())
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        share = int(ranks.sum_integers(torch.tensor([nonzero], device=ranks.device))) / arch.parameters_of(layer.layout)
+        share = int(ranks.sum_integers(torch.tensor([sum(nonzero.values())], device=ranks.device))) / arch.parameters_of(
+            layer.layout
+        )
         told = f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}"
         progress.layer(layer, told, experts_kept=len(kept), nonzero_share=share)
         recorder.layer(index, states, entry, partial(write, name, tensors))
