@@ -152,6 +152,8 @@ def test_benchmark_and_expand(checkpoint, tmp_path):
     result = json.loads((tmp_path / "benchmark" / "weights.json").read_text())
     assert len(result["methods"]) == 9 and all(abs(row["sparsity"] - 0.5) < 1e-4 for row in result["methods"].values())
     assert "/ read and write" in output and [f.name for f in (tmp_path / "benchmark").iterdir()] == ["weights.json"]
+    output = run(here(commands("performance")[0], {**small, **shape, "run_dir": str(tmp_path / "layer")}))
+    assert "observe / plain" in output and [f.name for f in (tmp_path / "layer").iterdir()] == ["layer.json"]
     for name, flag in (("small", "true"), ("plain", "false")):
         own = {"model.path": str(checkpoint("qwen3_moe")), "calibration.path": str(HELDOUT), "run_dir": str(tmp_path / name)}
         run(here(commands("own")[0], {**small, **own, "compress": flag}))
