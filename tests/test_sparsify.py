@@ -7,7 +7,7 @@ import torch
 
 from stun.config import StunError
 from stun.sparsify.scores import require_finite, wanda_scores
-from stun.sparsify.select import quotas, smallest_per_row
+from stun.sparsify.select import quotas, smallest_per_row, without
 from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, squared_sum, weight_sums
 
 
@@ -54,6 +54,19 @@ def test_non_finite_names_the_place():
     weight[1, 2] = float("nan")
     with pytest.raises(StunError, match=r"layer 4.*\[1, 2\]"):
         require_finite(weight, "layer 4")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_weights_without_those_of_a_mask(dtype):
+    """The bits of masked_fill, of transposed views too, and the weights themselves stay."""
+    weight = torch.randn(7, 9).to(dtype)
+    weight[0, :3] = torch.tensor([torch.inf, -0.0, torch.nan])
+    before = weight.clone()
+    for own in (weight, weight.T):
+        mask = torch.rand(own.shape) < 0.5
+        found, expected = without(own, mask), own.masked_fill(mask, 0)
+        assert found.dtype is dtype and torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert torch.equal(weight.view(torch.uint8), before.view(torch.uint8))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])

@@ -8,7 +8,7 @@ from stun.config import SparsifyConfig, SparsifyMethod
 from stun.sparsify.alps import alps
 from stun.sparsify.refit import refit
 from stun.sparsify.scores import magnitude_scores, output_error, require_finite, wanda_scores
-from stun.sparsify.select import Pattern, smallest_of_pattern, smallest_per_row
+from stun.sparsify.select import Pattern, smallest_of_pattern, smallest_per_row, without
 from stun.sparsify.sparsegpt import sparsegpt
 from stun.sparsify.swaps import swap
 
@@ -24,7 +24,7 @@ def sparsify(how: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tensor 
     """
     pattern = Pattern.parse(how.pattern)
     gram_DD = moment if how.reads_grams else None
-    masked_OD = weight_OD.masked_fill(_mask(how, weight_OD, moment, total, pattern, what), 0)
+    masked_OD = without(weight_OD, _mask(how, weight_OD, moment, total, pattern, what))
     if how.method in SOLVERS:
         solved_OD = SOLVERS[how.method](weight_OD, gram_DD, total, pattern).to(weight_OD.dtype)
         require_finite(solved_OD, f"{what}: {how.method.name}")
