@@ -76,8 +76,8 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
 class _Exchange:
     """Allocates what stun.exchange.Exchange does for a micro-batch, the experts serving equally many tokens."""
 
-    def __init__(self, num_experts: int, world: int, workers: int):
-        self.num_experts, self.world, self.workers = num_experts, world, workers
+    def __init__(self, num_experts: int, world: int, device: torch.device):
+        self.num_experts, self.world, self.device, self.workers = num_experts, world, device, workers_on(device)
 
     def forward(self, module: nn.Module, hidden_TD, index_TK, weights_TK) -> torch.Tensor:
         rows_ND = hidden_TD.repeat_interleave(index_TK.shape[1], 0)
@@ -87,10 +87,11 @@ class _Exchange:
         own = max(1, self.num_experts // self.world)
         rows_nD = received_ND[: -(-len(received_ND) // own)]
         inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, own) - 1)]
-        module._apply_gate(self._inner(module, rows_nD))
+        for _ in range(own - len(inner)):
+            module._apply_gate(self._inner(module, rows_nD))
         del inner
         _back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
-        output_TD, size = torch.empty_like(hidden_TD), tokens_together(hidden_TD, index_TK.shape[1])
+        output_TD, size = torch.empty_like(hidden_TD), tokens_together(self.device, hidden_TD.shape[1], index_TK.shape[1])
         _pieces = [
             torch.empty_like(hidden_TD[:size], dtype=torch.float32).repeat(2 * index_TK.shape[1], 1) for _ in range(self.workers)
         ]
@@ -158,7 +159,7 @@ def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int],
     layer = arch.build_layer(index, experts).to("meta", dtype)
     found = experts_of(layer)
     if found:
-        found[1].exchange = _Exchange(experts, world, workers_on(device))
+        found[1].exchange = _Exchange(experts, world, device)
     caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
     arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**given, **dict.fromkeys(caches)}) | caches
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")

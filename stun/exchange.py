@@ -76,9 +76,9 @@ class Layer:
             tensors.clear()
 
 
-def tokens_together(hidden_TD: torch.Tensor, top_k: int) -> int:
+def tokens_together(device: torch.device, width: int, top_k: int) -> int:
     """Of how many tokens the experts' outputs are added up at once: on a CPU as many as stay in a core's cache."""
-    return max(1, (1 << 18 if hidden_TD.device.type == "cpu" else 1 << 26) // (max(1, top_k) * hidden_TD.shape[1]))
+    return max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // (max(1, top_k) * width))
 
 
 class Exchange:
@@ -160,7 +160,7 @@ class Exchange:
     ) -> torch.Tensor:
         """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
         output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
-        size = tokens_together(back_ND, place_TK.shape[1])
+        size = tokens_together(back_ND.device, back_ND.shape[1], place_TK.shape[1])
 
         def combine(start: int) -> None:
             tokens = slice(start, start + size)

@@ -263,6 +263,10 @@ class Footprint:
             return mine
         return min(mine, max(1, int(how.gram_gib * GIB / (each * (2 if how.reconstruct else 1)))))
 
+    def _at_once(self, index: int) -> int:
+        """Experts that are measured at the same time, each with sums of its own on their way."""
+        return max(1, min(workers_on(self.launch.device), self.block(index)))
+
     def blocks(self, index: int) -> int:
         """How often a layer runs to be measured."""
         mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
@@ -281,7 +285,7 @@ class Footprint:
         for name, nbytes in dense.items():
             owned[layout.copied.index(name) % world] += nbytes
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
-        return self._expert_grams(index) + max(owned), shared + each
+        return self._expert_grams(index) + max(owned), shared + each * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Of the dense matrices that close a block: bytes with their inputs in all micro-batches, and of their Gram matrices."""
@@ -295,4 +299,5 @@ class Footprint:
         """Sums of two kinds for what closes the experts and the dense blocks, beside those of the dense matrices from before; and
         what one micro-batch adds to them."""
         down, closing = 8 * self._parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
-        return down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index), down + closing
+        held = down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index)
+        return held, down * self._at_once(index) + closing

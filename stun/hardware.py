@@ -82,7 +82,9 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
     """The launch that `cluster` describes. Raises StunError where it names a GPU that is not in the table."""
     if cluster.gpu not in GPUS:
         raise StunError(f"cluster.gpu={cluster.gpu}: known are {', '.join(GPUS)}")
-    if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0 or min(cluster.read_gib_s, cluster.write_gib_s) < 0:
+    if min(cluster.read_gib_s, cluster.write_gib_s) < 0:
+        raise StunError("cluster.read_gib_s and cluster.write_gib_s must be 0 or more")
+    if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0:
         raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
     gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
     disk = (read, cluster.write_gib_s * GIB or read)
@@ -102,9 +104,8 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
         ranks.return_memory()
         return Launch("cpu", *place, 0, host, speeds, *disk, float("inf"), speeds.between, base)
     found = torch.cuda.get_device_properties(ranks.device)
-    known = next(
-        (gpu for name, gpu in sorted(GPUS.items(), reverse=True) if name.split("-")[0] in found.name.lower()), GPUS["a100"]
-    )
+    alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in found.name.lower()] or [GPUS["a100"]]
+    known = min(alike, key=lambda gpu: abs(gpu.memory - found.total_memory))
     here = norm_speed(torch.float32, _WIDTH)
     return Launch(found.name, *place, found.total_memory, host, known.speeds, *disk, known.link * 1e9, here, base)
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 
+import torch
+
 from stun.checkpoint import Checkpoint
 from stun.config import PruneConfig
 from stun.data import Samples
@@ -41,11 +43,11 @@ def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -
     return {"config": config, "source": model_digest(source), "calibration_tokens": text, **contents}
 
 
-def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples) -> dict:
-    """What decides the statistics of the first stream, beside whether they hold outliers."""
+def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torch.dtype) -> dict:
+    """What decides the statistics of the first stream, computed in `dtype`, beside whether they hold outliers."""
     identity = fingerprint(cfg, source, samples)
     tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
-    run_as = {"micro_batch": size, "precision": cfg.precision.name}
+    run_as = {"micro_batch": size, "computed_in": str(dtype).removeprefix("torch.")}
     return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, **run_as}
 
 

@@ -15,6 +15,7 @@ import torch
 
 _BLOCK = {"cpu": 1 << 17}  # weights taken to float64 at once: on a CPU as many as stay in a core's cache
 _LARGE_BLOCK = 1 << 24
+_COUNTED = 1 << 22  # weights in bfloat16 counted at once
 
 
 def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, each: Callable = map) -> dict:
@@ -39,8 +40,7 @@ class _Total:
 
     def add(self, weight_OD: torch.Tensor) -> None:
         if weight_OD.dtype is torch.bfloat16:
-            bits = weight_OD.contiguous().view(torch.int16).flatten().int() + (1 << 15)
-            counts_V = torch.bincount(bits, minlength=1 << 16).cpu()
+            counts_V = _occurrences(weight_OD)
             with self._lock:
                 self.counts_V += counts_V
                 self.zeros += int(counts_V[0] + counts_V[1 << 15])
@@ -60,11 +60,19 @@ class _Total:
         value_v = (places - (1 << 15)).to(torch.int16).view(torch.bfloat16).double()
         counts_v = self.counts_V[places]
         terms = []
-        for power, own in enumerate(self.rows, 1):
-            power_v = value_v**power
+        square_v = value_v * value_v
+        for power_v, own in zip((value_v, square_v, square_v * value_v, square_v * square_v), self.rows, strict=True):
             parts = [power_v * (counts_v % (1 << 20)), power_v * (counts_v >> 20 << 20)]
             terms.append(own + [value for part in parts for value in part.tolist() if value])
         return terms
+
+
+def _occurrences(weight_OD: torch.Tensor) -> torch.Tensor:
+    """[2^16] how often every bfloat16 occurs, by its bits as a signed integer, counted from the lowest; on the CPU."""
+    counts_V = torch.zeros(1 << 16, dtype=torch.int64, device=weight_OD.device)
+    for bits in weight_OD.contiguous().view(torch.int16).flatten().split(_COUNTED):
+        counts_V += torch.bincount(bits.int().add_(1 << 15), minlength=1 << 16)
+    return counts_V.cpu()
 
 
 def _row_sums(weight_OD: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,11 @@ def _has_programs(rows_nD: torch.Tensor) -> bool:
 
 
 def stretched(rows_ND: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """`count` rows from `start` on, and perhaps some that follow them, so that their number is one of few."""
+    """`count` rows from `start` on, and perhaps some that follow them, or zeros, so that their number is one of few."""
     step = _STEP if _has_programs(rows_ND) else 1
-    return rows_ND[start : start + -(-count // step) * step]
+    size = -(-count // step) * step
+    rows_nD = rows_ND[start : start + size]
+    return rows_nD if len(rows_nD) == size else F.pad(rows_nD, (0, 0, 0, size - len(rows_nD)))
 
 
 def linear(rows_nD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

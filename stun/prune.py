@@ -28,7 +28,7 @@ from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
 from stun.planning import check_loadable, make_plan, reads_statistics
-from stun.precision import check_alike
+from stun.precision import check_alike, compute_dtype
 from stun.preflight import preflight
 from stun.protect import check_listed
 from stun.ranks import Ranks
@@ -78,7 +78,9 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         return finished
 
     if cfg.statistics and samples:
-        run.stats = ranks.on_first(lambda: _share(cfg.statistics, cfg, arch, samples))
+        run.stats = ranks.on_first(
+            lambda: _share(cfg.statistics, observed(cfg, arch.source, samples, compute_dtype(arch, ranks.device)))
+        )
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks) as tracking:
         if is_auto:
             _observe(cfg, arch, samples, ranks, run)
@@ -167,13 +169,13 @@ def _observe(cfg: PruneConfig, arch: Architecture, samples: Samples, ranks: Rank
         states = embed(arch, ranks, samples.batches(size), arch.source.read)
         recorder, outliers = Recorder(run.folder, "observe", ranks, len(arch.layers)), cfg.sparsify.counts_outliers
         observe(arch, states, ranks, run.stats.save, samples.source_of_batch(size), outliers, recorder)
-        ranks.on_first(lambda: run.stats.finish(observed(cfg, arch.source, samples)))
+        ranks.on_first(lambda: run.stats.finish(observed(cfg, arch.source, samples, compute_dtype(arch, ranks.device))))
 
 
-def _share(folder: str, cfg: PruneConfig, arch: Architecture, samples: Samples) -> Statistics:
+def _share(folder: str, wanted: dict) -> Statistics:
     """The statistics in another run's folder. Raises StunError where they are not those that this run would take."""
     shared = Statistics(Path(folder) / "stats")
-    shared.check(observed(cfg, arch.source, samples))
+    shared.check(wanted)
     return shared
 
 
@@ -187,7 +189,8 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
     check_alike(arch, ranks)
     samples = ranks.on_first(lambda: _samples(cfg, arch))
-    identity = ranks.on_first(lambda: observed(cfg, arch.source, samples) | {"outliers": cfg.sparsify.counts_outliers})
+    dtype, outliers = compute_dtype(arch, ranks.device), cfg.sparsify.counts_outliers
+    identity = ranks.on_first(lambda: observed(cfg, arch.source, samples, dtype) | {"outliers": outliers})
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, {"statistics": identity}))
     ranks.log(f"observe {cfg.model.path} | {sum(samples.sources.values())} samples of {cfg.calibration.length} tokens")
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks):

@@ -68,10 +68,12 @@ class OutputPowers:
 
 def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
     """Sum of |w|, sum of w^2 and number of the weights of an expert; summed by row and then exactly."""
-    rows = [torch.atleast_2d(part.float()) for part in parts]
-    absolute = math.fsum(value for part in rows for value in part.abs().sum(1).tolist())
-    squared = math.fsum(value for part in rows for value in part.square().sum(1).tolist())
-    return absolute, squared, sum(part.numel() for part in rows)
+    absolute, squared = [], []
+    for part in map(torch.atleast_2d, parts):
+        for rows in part.split(max(1, _SQUARED // part.shape[1])):
+            absolute += rows.float().abs().sum(1).tolist()
+            squared += rows.float().square().sum(1).tolist()
+    return math.fsum(absolute), math.fsum(squared), sum(part.numel() for part in parts)
 
 
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:

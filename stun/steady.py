@@ -32,6 +32,8 @@ class Steady(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         packet, keywords = function.overloadpacket, keywords or {}
+        if packet is _aten._scaled_dot_product_flash_attention_for_cpu and arguments[0].dtype is torch.bfloat16:
+            return self._attention(function, *arguments, **keywords)
         if packet in _PRODUCTS and arguments[-1].dtype is torch.bfloat16:
             return self._product(function, *arguments[: _PRODUCTS[packet]], *arguments[-2:], **keywords)
         # A square is a product, the same however it is computed.
@@ -40,6 +42,17 @@ class Steady(TorchDispatchMode):
             with one_thread():
                 return function(*arguments, **keywords)
         return function(*arguments, **keywords)
+
+    def _attention(self, function, query_BHTD, key_BHTD, value_BHTD, *others, attn_mask=None, **keywords):
+        """Attention sample by sample: how its products are packed depends on the number of threads."""
+        is_own = attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) > 1
+
+        def attend(sample: int):
+            one = slice(sample, sample + 1)
+            mask = attn_mask[one] if is_own else attn_mask
+            return function(query_BHTD[one], key_BHTD[one], value_BHTD[one], *others, attn_mask=mask, **keywords)
+
+        return tuple(map(torch.cat, zip(*self.workers.map(attend, range(len(query_BHTD))), strict=True)))
 
     def _product(self, function, *arguments, **keywords) -> torch.Tensor:
         """A product of matrices, some rows at a time, or of a few rows some columns at a time; or of a batch of them."""

@@ -75,6 +75,19 @@ def test_products_of_batches(on_threads):
     check(on_threads, lambda: torch.baddbmm(added, left, right), exact + added)
 
 
+@pytest.mark.parametrize("mask", ["causal", "own", "shared"])
+def test_attention(on_threads, mask):
+    """Whole samples side by side are what one call gives."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(3, 2, 128, 16, generator=generator).bfloat16() for _ in range(3)]
+    given = {"is_causal": True}
+    if mask != "causal":
+        given = {"attn_mask": torch.rand(3 if mask == "own" else 1, 1, 128, 128, generator=generator).bfloat16()}
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    exact = torch.nn.functional.scaled_dot_product_attention(*(own.double() for own in heads), **wide)
+    check(on_threads, lambda: torch.nn.functional.scaled_dot_product_attention(*heads, **given), exact)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 511, 512, 513, 1700])
 def test_an_experts_product(rows):
     left, right = factors(rows, 256, 96)

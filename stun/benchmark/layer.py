@@ -51,7 +51,7 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
 def _run(cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks) -> LayerPhases:
     """The phases of such a layer, run."""
     write_checkpoint(folder / "source", arctic(shape), ranks.device)
-    arch = Architecture(Checkpoint.open(folder / "source"))
+    arch = Architecture(Checkpoint.open(folder / "source"), cfg.precision)
     phases = LayerPhases(cfg, arch, _random_states(cfg, arch, shape.vocabulary, ranks), folder, ranks)
     phases.run()
     return phases

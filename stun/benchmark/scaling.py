@@ -40,7 +40,7 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     for name, (shape, samples) in sizes(cfg).items():
         ranks.log(f"growth: {name}")
         random_checkpoint(model, shape, Path(cfg.model.path))
-        arch = Architecture(Checkpoint.open(model))
+        arch = Architecture(Checkpoint.open(model), cfg.precision)
         rates = rates or measure_rates(arch.source, folder, ranks, compute_dtype(arch, ranks.device))
         own = _of(cfg, model, folder / "run", samples)
         forget(model)
