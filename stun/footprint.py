@@ -121,11 +121,13 @@ class Footprint:
         return Memory(host, device, phase) if self.is_gpu else Memory(device + host, 0, phase)
 
     def _entry(self) -> Memory:
-        """The embedding, as stored and converted, then with the states that it gives."""
+        """The embedding, as stored and converted, then with the states that it gives; in the last stream beside all that lies
+        outside the layers and was written."""
         info = self.arch.info(self.arch.embedding)
+        beside = sum(self.arch.info(name).nbytes for name in self.arch.outer) - info.nbytes if self.streams["prune"] else 0
         converted = info.numel * self.dtype.itemsize
         both = 0 if info.dtype is self.dtype else info.nbytes
-        return self._memory("embedding", converted + max(both, self.states), info.nbytes if self.is_gpu else 0)
+        return self._memory("embedding", converted + max(both, self.states), beside + (info.nbytes if self.is_gpu else 0))
 
     def _outside(self) -> Memory:
         """What lies outside the layers, on its way from file to file on the first rank."""

@@ -94,8 +94,7 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
-    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time.
-    Raises StunError, on all of them, where the run folder's disk cannot be written."""
+    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     place, host = (ranks.world // local, local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
@@ -111,8 +110,13 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
-    """Bytes/s of reading the source and of writing the run folder."""
-    return read_speed(arch.source), write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+    """Bytes/s of reading the source and of writing the run folder; where a sample cannot be written, as fast as it reads: whether
+    the run can write is for the run to find."""
+    read = read_speed(arch.source)
+    try:
+        return read, write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+    except StunError:
+        return read, read
 
 
 def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:
