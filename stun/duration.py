@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -175,13 +176,20 @@ def time_to_choose(how: SparsifyConfig) -> float:
     return _time_of_each(lambda weight_OD: sparsify(how, weight_OD, own, half, "a sample"), weight_OD)
 
 
+@cache
 def time_to_count() -> float:
     """Seconds for each weight in bfloat16 whose powers are summed, on this machine's CPU."""
     return _time_of_each(lambda weight_OD: power_sums([weight_OD]), torch.randn(_LARGE, _LARGE, dtype=torch.bfloat16))
 
 
+@cache
+def _workers() -> Workers:
+    """Those of this machine's CPU, whatever the ranks compute on."""
+    return Workers(torch.device("cpu"))
+
+
 def _time_of_each(work: Callable[[torch.Tensor], object], weight_OD: torch.Tensor) -> float:
     """Seconds of `work` for each weight, a matrix on every worker."""
-    workers = Workers(torch.device("cpu"))
+    workers = _workers()
     seconds = usual(lambda: workers.map(work, [weight_OD] * workers.count))
     return seconds / weight_OD.numel() / workers.count

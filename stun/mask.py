@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -101,19 +100,19 @@ class _Masking:
             ranks.meter.enter("mask")
             found = {number: moments.experts.get(number) if moments else {} for number in block}
             seen = {number: sums for number, sums in found.items() if sums is not None}
-            ranks.workers.map(partial(self._expert, sums=seen), seen)
+            ranks.workers.map(lambda own: self._expert(*own), seen.items())
             for number, sums in seen.items():
                 norms[number] = {part: own.diagonal().clone() if own.dim() == 2 else own for part, own in sums.items()}
         return tokens, dense, norms
 
-    def _expert(self, number: int, sums: dict[int, dict[str, torch.Tensor]]) -> None:
-        """Prune one expert by its inputs' moments: `sums` has them by expert and part."""
+    def _expert(self, number: int, sums: dict[str, torch.Tensor]) -> None:
+        """Prune one expert by its inputs' moments, by part."""
         layer, expert = self.layer, self.layer.kept[number]
         for part, count in self.quota.experts[number].items():
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 what = f"layer {layer.layout.index} expert {expert} {part}"
-                self._matrix(weight_OD, sums[number].get(part), count, what)
+                self._matrix(weight_OD, sums.get(part), count, what)
 
     def _dense(self, name: str, moment: torch.Tensor | None) -> None:
         """Prune one dense matrix by its inputs' moment."""
@@ -135,5 +134,5 @@ class _Masking:
         for number in (~seen_E).nonzero().flatten().tolist():
             if self.layer.owner[number] == ranks.rank:
                 sums = {part: own_D.diag().float() if self.how.reads_grams else own_D for part, own_D in stand_in.items()}
-                self._expert(number, {number: sums})
+                self._expert(number, sums)
         return int((~seen_E).sum())

@@ -253,9 +253,8 @@ def prune_layers(
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        share = int(ranks.sum_integers(torch.tensor([sum(nonzero.values())], device=ranks.device))) / arch.parameters_of(
-            layer.layout
-        )
+        left = int(ranks.sum_integers(torch.tensor([sum(nonzero.values())], device=ranks.device)))
+        share = left / arch.parameters_of(layer.layout)
         told = f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}"
         progress.layer(layer, told, experts_kept=len(kept), nonzero_share=share)
         recorder.layer(index, states, entry, partial(write, name, tensors))

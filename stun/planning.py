@@ -12,6 +12,7 @@ from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Repre
 from stun.experts.distances import expert_distance, router_distance
 from stun.experts.scores import score_experts
 from stun.experts.select import Evidence, select_experts
+from stun.layout import LayerLayout
 from stun.plan import LayerPlan, Plan
 from stun.protect import protected_experts
 from stun.statistics import Statistics
@@ -64,8 +65,7 @@ def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats:
         if stats:
             distance_EE, score_E = weigh(how, stats.load(index, layout.num_experts), stats, index)
         else:
-            distance_EE = expert_distance(router_distance(arch.source.read(layout.router).float()), lambda1=how.lambda1)
-            score_E = torch.zeros(layout.num_experts, dtype=torch.float64)
+            distance_EE, score_E = _by_router(arch, layout, how.lambda1)
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
             raise StunError(f"layer {index}: an expert's score or distance is not finite; experts.b or a lambda is too large")
         pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))
@@ -85,6 +85,12 @@ def weigh(how: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics,
     return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed, (how.a, how.b, how.beta))
 
 
+def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:
+    """Distances [E, E] by the router's rows alone, and scores [E] that tell no expert from another."""
+    distance_EE = expert_distance(router_distance(arch.source.read(layout.router).float()), lambda1=lambda1)
+    return distance_EE, torch.zeros(layout.num_experts, dtype=torch.float64)
+
+
 def _plan_heads(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[LayerPlan]:
     """Plans of the experts of multi-token-prediction heads, by their router rows: no forward runs a head.
 
@@ -95,8 +101,7 @@ def _plan_heads(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list
     method = ExpertsMethod.stun if cfg.experts.method is ExpertsMethod.rank else cfg.experts.method
     plans = []
     for layout in arch.mtp:
-        distance_EE = expert_distance(router_distance(arch.source.read(layout.router).float()))
-        evidence = Evidence(distance_EE, torch.zeros(layout.num_experts, dtype=torch.float64))
+        evidence = Evidence(*_by_router(arch, layout))
         drop = 0 if common is None else layout.num_experts - common
         plans += select_experts(method, [evidence], [drop], [drop], False, arch.groups, Representative.nearest)
     return plans

@@ -161,9 +161,9 @@ def _advice(job: Job, launch: Launch) -> list[str]:
             advice.append(f"{world} {unit} would do")
             break
     calibration, how = job.cfg.calibration, job.cfg.sparsify
-    for size in (2**power for power in range(calibration.micro_batch.bit_length() - 1, -1, -1)):
-        if size < calibration.micro_batch and _fits(_with(job, calibration=replace(calibration, micro_batch=size)), launch):
-            advice.append(f"calibration.micro_batch={size} would do")
+    for fewer in (2**power for power in range(calibration.micro_batch.bit_length() - 1, -1, -1)):
+        if fewer < calibration.micro_batch and _fits(_with(job, calibration=replace(calibration, micro_batch=fewer)), launch):
+            advice.append(f"calibration.micro_batch={fewer} would do")
             break
     for part in (2, 4, 8, 16, 32) if how.reads_grams else ():
         if _fits(_with(job, sparsify=replace(how, gram_gib=how.gram_gib / part)), launch):

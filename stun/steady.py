@@ -18,7 +18,7 @@ from stun.workers import Workers
 _aten = torch.ops.aten
 _NAMES = "silu gelu sigmoid tanh exp exp2 expm1 erf log log2 log1p softplus mish hardswish elu sin cos pow rsqrt reciprocal"
 _UNSTEADY = {getattr(_aten, name + suffix) for name in _NAMES.split() for suffix in ("", "_") if hasattr(_aten, name + suffix)}
-_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.bmm: 0, _aten.baddbmm: 1}  # where the two factors begin among the arguments
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _ROWS, _BATCH = 512, 8  # of a product that are computed together
 
 
@@ -35,7 +35,7 @@ class Steady(TorchDispatchMode):
         if packet is _aten._scaled_dot_product_flash_attention_for_cpu and arguments[0].dtype is torch.bfloat16:
             return self._attention(function, *arguments, **keywords)
         if packet in _PRODUCTS and arguments[-1].dtype is torch.bfloat16:
-            return self._product(function, *arguments[: _PRODUCTS[packet]], *arguments[-2:], **keywords)
+            return self._product(function, *arguments, **keywords)
         # A square is a product, the same however it is computed.
         is_square = packet is _aten.pow and isinstance(arguments[1], (int, float)) and arguments[1] == 2
         if (packet in _UNSTEADY and not is_square) or (packet is _aten.convolution and arguments[0].dtype is torch.bfloat16):
