@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import datasets
 import hydra
 import torch
 import transformers
@@ -38,7 +37,7 @@ def launch(name: str, work: Work, observe: Work | None = None) -> None:
     names the rank and what it was doing. Either way the process ends at once, so that the launcher ends the others.
     """
     stun.config.register()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # where it is imported (stun.data)
     transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stun.config import CalibrationConfig, SourceConfig, StunError
 from stun.inputs import check_folder, parse_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -27,6 +30,8 @@ def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Da
         raise StunError(f"{key}={path}: no such file")
     if looks_local and not file.stat().st_size:
         raise StunError(f"{key}={path}: the file is empty")
+    from datasets import load_dataset  # takes seconds and 100 MiB, and the first rank alone reads
+
     try:
         if looks_local:
             return load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train")

@@ -33,10 +33,10 @@ class Observer(Protocol):
 
     def round_ends(self, turn: int) -> None: ...
 
-    def routed(self, micro_batch: int, index_TK: torch.Tensor) -> None:
-        """Experts chosen for the tokens of one of this rank's micro-batches."""
+    def routed(self, micro_batch: int, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """Experts chosen for the tokens of one of this rank's micro-batches, and their gate weights."""
 
-    def combined(self, micro_batch: int, index_tK: torch.Tensor, output_tKD: torch.Tensor) -> None:
+    def combined(self, tokens: slice, output_tKD: torch.Tensor) -> None:
         """What the chosen experts gave for some of these tokens. Called from several threads at once."""
 
     def expert(
@@ -110,13 +110,13 @@ class Exchange:
         rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
         gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if self.observers else rows_ND[:, 0]
         for observer in self.observers if len(index_TK) else ():
-            observer.routed(self._micro_batch(self.ranks.rank), index_TK)
+            observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
         if served_ND is None:
             return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
         back_ND = self.ranks.exchange(served_ND, receive, send)
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        return self._combine(back_ND, back_N.view_as(index_TK), index_TK, weights_TK)
+        return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
 
     def _micro_batch(self, rank: int) -> int:
         """The number of the micro-batch that `rank` runs in this round."""
@@ -155,9 +155,7 @@ class Exchange:
             observer.expert(micro_batch, number, input_mD[:count], inner_mI[:count], output_nD, gate_n)
         return output_mD
 
-    def _combine(
-        self, back_ND: torch.Tensor, place_TK: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def _combine(self, back_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
         output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
         size = tokens_together(back_ND.device, back_ND.shape[1], place_TK.shape[1])
@@ -167,7 +165,7 @@ class Exchange:
             place_tK = place_TK[tokens]
             output_tKD = back_ND.index_select(0, place_tK.flatten()).view(*place_tK.shape, -1).float()
             for observer in self.observers:
-                observer.combined(self._micro_batch(self.ranks.rank), index_TK[tokens], output_tKD)
+                observer.combined(tokens, output_tKD)
             output_TD[tokens] = (output_tKD * weights_TK[tokens, :, None]).sum(1)
 
         self.ranks.workers.map(combine, range(0, len(place_TK), size))

@@ -25,7 +25,7 @@ from stun.ranks import Ranks
 from stun.recorder import Recorder
 from stun.saliency import Saliency
 from stun.shards import cluster_owners, own_tensors
-from stun.stats import Agreement, CoActivation, OutputPowers, weight_sums
+from stun.stats import Agreement, CoActivation, OutputPowers, norms, weight_sums
 from stun.stream import LayerStream, States, even_owners
 
 
@@ -36,19 +36,24 @@ class Watcher(Observer):
         shape = (max(sources, default=0) + 1, num_experts, device)
         self.sources = sources
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
+        self._routed: tuple[int, torch.Tensor, torch.Tensor] | None = None  # of the micro-batch that runs: source, experts, gates
 
-    def routed(self, micro_batch, index_TK) -> None:
-        self.coactivation.add(self.sources[micro_batch], index_TK)
+    def routed(self, micro_batch, index_TK, weights_TK) -> None:
+        self._routed = (self.sources[micro_batch], index_TK, weights_TK)
+        self._product_TKK = weights_TK.new_empty(*index_TK.shape, index_TK.shape[1], dtype=torch.float32)
 
-    def combined(self, micro_batch, index_tK, output_tKD) -> None:
-        self.agreement.add(self.sources[micro_batch], index_tK, output_tKD)
+    def combined(self, tokens, output_tKD) -> None:
+        torch.bmm(output_tKD, output_tKD.mT, out=self._product_TKK[tokens])
 
-    def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
-        self.powers.add(self.sources[micro_batch], expert, output_nD, gate_n)
+    def round_ends(self, turn) -> None:
+        if self._routed:
+            (source, index_TK, gate_TK), self._routed = self._routed, None
+            self.coactivation.add(source, index_TK)
+            self.agreement.add(source, index_TK, self._product_TKK)
+            self.powers.add(source, index_TK, gate_TK, norms(self._product_TKK))
 
     def totals(self, layer: Layer, ranks: Ranks) -> dict[str, torch.Tensor]:
-        """The layer's statistics over all ranks. In a sum of floating-point numbers an expert is non-zero on one rank only:
-        exact."""
+        """The layer's statistics over all ranks. Of the weights' sums an expert is non-zero on one rank only: exact."""
         weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64, device=ranks.device)
         sums = ranks.workers.map(lambda expert: weight_sums(list(expert.values())), layer.experts.values())
         for number, own in zip(layer.experts, sums, strict=True):
@@ -57,10 +62,19 @@ class Watcher(Observer):
             "router_distance": router_distance(layer.dense[layer.layout.router].float()),
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
             "agreement": ranks.sum_integers(self.agreement.sums_SEE),
-            "powers": ranks.all_gather(self.powers.sums_SE33).sum(0),
-            "peak": ranks.all_gather(self.powers.peak_SE).sum(0),
+            "powers": self._powers(ranks),
+            "peak": ranks.all_gather(self.powers.peak_SE).amax(0).double(),
             "weights": ranks.all_gather(weights_E3).sum(0),
         }
+
+    def _powers(self, ranks: Ranks) -> torch.Tensor:
+        """[S, E, 3, 3] sums of all micro-batches, in their order."""
+        total_SE33 = torch.zeros(*self.powers.peak_SE.shape, 3, 3, dtype=torch.float64, device=ranks.device)
+        turns, none_E33 = -(-len(self.sources) // ranks.world), torch.zeros_like(total_SE33[0])
+        own_LE33 = torch.stack([*self.powers.sums, *[none_E33] * (turns - len(self.powers.sums))])
+        for source, sums_E33 in zip(self.sources, ranks.all_gather(own_LE33).transpose(0, 1).flatten(0, 1), strict=False):
+            total_SE33[source] += sums_E33
+        return total_SE33
 
 
 def observe(

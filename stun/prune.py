@@ -18,7 +18,6 @@ from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, wr
 from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
-from stun.figure import curve_figure
 from stun.identity import fingerprint, observed, plain
 from stun.inputs import load_json
 from stun.ledger import Ledger
@@ -110,6 +109,8 @@ def _search(
     cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], samples: Samples, fractions: list[float], ranks: Ranks, run: Run
 ) -> PruneConfig:
     """The configuration with the fraction of least held-out error; the curve goes into search.json and search.png."""
+    from stun.figure import curve_figure  # with matplotlib, which no other run needs
+
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, fractions) if file.is_file() else None)
     if curve is None:

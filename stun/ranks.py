@@ -6,11 +6,11 @@ import ctypes
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -31,10 +31,7 @@ def _environment() -> None:
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 def _first_host(nodes: str) -> str:
@@ -42,14 +39,17 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"^([^,\[]+)(?:\[([^-,\]]+))?.*", lambda m: m[1] + (m[2] or ""), nodes)
 
 
-def _start_deepspeed(on_gpu: bool) -> None:
+def _start_deepspeed(on_gpu: bool) -> ModuleType:
+    """DeepSpeed's communication among the ranks."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
+    import deepspeed.comm
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a JIT compile of more than a minute on CPUs
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+    return deepspeed.comm
 
 
 def _libc_call(name: str, *arguments: int) -> None:
@@ -78,10 +78,7 @@ class Ranks:
             _libc_call("mallopt", -1, 64 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         self.workers = Workers(self.device)
-        _start_deepspeed(on_gpu)
-        import deepspeed.comm
-
-        self._comm = deepspeed.comm
+        self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None  # a rank alone has nobody to talk to
         self._started, self._peak = time.monotonic(), 0
         self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
         self.meter = Meter()
@@ -100,7 +97,7 @@ class Ranks:
 
     def end(self) -> None:
         """Leave the others, once the work is done; where some are gone already this could hang."""
-        if self._comm.is_initialized():
+        if self._comm and self._comm.is_initialized():
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:

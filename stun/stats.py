@@ -9,7 +9,6 @@ on it.
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 
@@ -36,34 +35,37 @@ class Agreement:
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
         self.sums_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
-        self._lock = threading.Lock()
 
-    def add(self, source: int, index_TK: torch.Tensor, output_TKD: torch.Tensor) -> None:
-        """Add T tokens, whose K experts gave `output_TKD`. Several threads may call this at once."""
-        output_TKD = output_TKD.float()
-        product_TKK = output_TKD @ output_TKD.mT
-        norm_TK = product_TKK.diagonal(dim1=1, dim2=2).sqrt().clamp_min(_TINY)
+    def add(self, source: int, index_TK: torch.Tensor, product_TKK: torch.Tensor) -> None:
+        """Add T tokens, the outputs of whose K experts have these inner products."""
+        norm_TK = norms(product_TKK).clamp_min(_TINY)
         cosine_TKK = (product_TKK / norm_TK[:, :, None] / norm_TK[:, None, :]).double()
         place_TKK = index_TK[:, :, None] * self.sums_SEE.shape[1] + index_TK[:, None, :]
-        units_TKK = (cosine_TKK * COSINE_UNIT).round().long()
-        with self._lock:
-            self.sums_SEE[source].view(-1).index_add_(0, place_TKK.flatten(), units_TKK.flatten())
+        units_TKK = cosine_TKK.mul_(COSINE_UNIT).round_().long()
+        self.sums_SEE[source].view(-1).index_add_(0, place_TKK.flatten(), units_TKK.flatten())
+
+
+def norms(product_TKK: torch.Tensor) -> torch.Tensor:
+    """[T, K] norms of K vectors a token, from their inner products."""
+    return product_TKK.diagonal(dim1=1, dim2=2).sqrt()
 
 
 class OutputPowers:
     """Per expert, the sums over its tokens of g^a ||f||^beta for a and beta from 0 to 2, with f the expert's output and g its
-    gate weight, and the largest ||f||."""
+    gate weight, of every micro-batch by itself (`sums`, [E, 3, 3] each), and the largest ||f||."""
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
-        self.sums_SE33 = torch.zeros(sources, num_experts, 3, 3, dtype=torch.float64, device=device)
-        self.peak_SE = torch.zeros(sources, num_experts, dtype=torch.float64, device=device)
+        self.sums: list[torch.Tensor] = []
+        self.peak_SE = torch.zeros(sources, num_experts, device=device)
 
-    def add(self, source: int, expert: int, output_nD: torch.Tensor, gate_n: torch.Tensor) -> None:
-        """Add the tokens of one expert from one micro-batch."""
-        norm_n = torch.linalg.vector_norm(output_nD, dim=-1, dtype=torch.float32).double()
-        gates_n3, norms_n3 = (torch.linalg.vander(values_n, N=3) for values_n in (gate_n.double(), norm_n))
-        self.sums_SE33[source, expert] += gates_n3.T @ norms_n3
-        self.peak_SE[source, expert] = torch.maximum(self.peak_SE[source, expert], norm_n.max())
+    def add(self, source: int, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor) -> None:
+        """Add a micro-batch of T tokens with their K experts, these experts' gate weights, and the norms of their outputs."""
+        index_N, order_N = index_TK.flatten().sort(stable=True)
+        gate_N3, norm_N3 = (torch.linalg.vander(own_TK.flatten()[order_N].double(), N=3) for own_TK in (gate_TK, norm_TK))
+        power_N9 = (gate_N3[:, :, None] * norm_N3[:, None, :]).flatten(1)
+        count_E = torch.bincount(index_N, minlength=self.peak_SE.shape[1])
+        self.sums.append(torch.segment_reduce(power_N9, "sum", lengths=count_E, initial=0).view(-1, 3, 3))
+        self.peak_SE[source].scatter_reduce_(0, index_TK.flatten(), norm_TK.flatten(), "amax")
 
 
 def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:

@@ -8,7 +8,7 @@ import torch
 from stun.config import StunError
 from stun.sparsify.scores import require_finite, wanda_scores
 from stun.sparsify.select import quotas, smallest_per_row, without
-from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, squared_sum, weight_sums
+from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, norms, squared_sum, weight_sums
 
 
 def naive_mask(scores: torch.Tensor, total: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_coactivation_and_agreement_are_loops_over_tokens(top_k):
     counts, agreement = CoActivation(2, 9), Agreement(2, 9)
     for part, given in zip(index.split(64), outputs.split(64), strict=True):
         counts.add(1, part)
-        agreement.add(1, part, given)
+        agreement.add(1, part, given @ given.mT)
     expected, cosines = torch.zeros(9, 9, dtype=torch.int64), torch.zeros(9, 9, dtype=torch.float64)
     for token, given in zip(index.tolist(), outputs.double(), strict=True):
         for i, f in zip(token, given, strict=True):
@@ -88,18 +88,28 @@ def test_coactivation_and_agreement_are_loops_over_tokens(top_k):
     torch.testing.assert_close(agreement.sums_SEE[1].double() / COSINE_UNIT, cosines, atol=1e-5, rtol=1e-5)
 
 
-def test_output_powers_are_sums_over_tokens():
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_output_powers_are_sums_over_tokens(top_k):
     generator = torch.Generator().manual_seed(1)
-    outputs, gates = torch.randn(30, 6, generator=generator), torch.rand(30, generator=generator)
-    powers = OutputPowers(1, 3)
-    powers.add(0, 1, outputs[:10], gates[:10])
-    powers.add(0, 1, outputs[10:], gates[10:])
-    for a in range(3):
-        for beta in range(3):
-            naive = sum(gates[t].double() ** a * outputs[t].double().norm() ** beta for t in range(30))
-            torch.testing.assert_close(powers.sums_SE33[0, 1, a, beta], naive, atol=1e-4, rtol=1e-5)
-    assert powers.peak_SE[0, 1].item() == pytest.approx(float(outputs.norm(dim=1).max()))
-    assert not powers.sums_SE33[0, [0, 2]].any()
+    index = torch.rand(30, 5, generator=generator)[:, :4].topk(top_k).indices  # nobody chooses expert 4
+    norm, gate = (torch.rand(30, top_k, generator=generator) for _ in range(2))
+    powers = OutputPowers(2, 5)
+    for tokens in (slice(0, 10), slice(10, 30)):
+        powers.add(1, index[tokens], gate[tokens], norm[tokens])
+    assert len(powers.sums) == 2
+    for expert in range(5):
+        hit = index == expert
+        for a in range(3):
+            for beta in range(3):
+                naive = (gate[hit].double() ** a * norm[hit].double() ** beta).sum()
+                torch.testing.assert_close(sum(powers.sums)[expert, a, beta], naive, atol=0, rtol=1e-12)
+        assert powers.peak_SE[1, expert] == (norm[hit].max() if hit.any() else 0)
+    assert not powers.peak_SE[0].any()
+
+
+def test_norms_are_those_of_the_vectors():
+    outputs = torch.randn(7, 3, 11)
+    torch.testing.assert_close(norms(outputs @ outputs.mT), outputs.norm(dim=-1))
 
 
 def test_weight_sums():

@@ -83,7 +83,7 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
 @pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
 def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, family, dtype):
     """Tensors large enough to be cut into a piece a thread, at places that no vector width divides."""
-    monkeypatch.setattr("stun.precision.multiplies_tiles", lambda: True)  # slow where it is not so
+    monkeypatch.setattr("stun.precision.multiplies_bfloat16", lambda: True)  # slow where it is not so
     arch = Architecture(Checkpoint.open(checkpoint(family, dtype=dtype)))
     tokens = torch.randint(0, 260, (33, 121), generator=torch.Generator().manual_seed(0))
     found, threads = [], torch.get_num_threads()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,9 @@ class Merge:
 
 def complete_linkage(distance_EE: np.ndarray) -> list[Merge]:
     """All E - 1 merges of agglomerative clustering with complete linkage; distances never decrease (STUN, algorithm 1)."""
+    from scipy.cluster.hierarchy import linkage  # takes a second, and the first rank alone selects
+    from scipy.spatial.distance import squareform
+
     experts = len(distance_EE)
     if experts < 2:
         return []
