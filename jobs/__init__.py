@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import stun  # isort: skip  (before torch and numpy: it sets how they start)
 import hydra
 import torch
 import transformers

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from pathlib import Path
-
 import torch
 
 from stun.arch import Architecture
 from stun.config import Precision, StunError
+from stun.cpu import multiplies_bfloat16
 from stun.ranks import Ranks
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32: four to seven times as fast with instructions for whole tiles
-    (AMX), twice as fast with those for pairs (AVX512_BF16) on AMD's. On Intel's without tiles pairs are slower."""
-    found = dict(re.findall(r"^(vendor_id|flags)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M))
-    flags = found.get("flags", "").split()
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and found.get("vendor_id") == "AuthenticAMD")
 
 
 def compute_dtype(arch: Architecture, device: torch.device) -> torch.dtype:

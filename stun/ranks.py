@@ -74,8 +74,8 @@ class Ranks:
             torch.set_num_threads(max(1, cores // self.local_world))
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed blocks are used again, where otherwise each large one goes back to the
             # system, which clears every page anew (a third of a small run's time). `return_memory` gives them back.
-            _libc_call("mallopt", -3, 64 << 20)
-            _libc_call("mallopt", -1, 64 << 20)
+            _libc_call("mallopt", -3, 256 << 20)
+            _libc_call("mallopt", -1, 256 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         self.workers = Workers(self.device)
         self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None  # a rank alone has nobody to talk to

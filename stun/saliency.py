@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 
 import torch
 
 from stun.config import SparsifyConfig
 from stun.sparsify.matrix import scores_of
-from stun.sparsify.scores import one_thread
 
 STRIDE = 16  # of the rows that are looked at
 OCTAVE, LOWEST, HIGHEST = 4, -160, 160  # a bin is a quarter of an octave: bin b begins at 2^(b / OCTAVE)
+_BINS = HIGHEST - LOWEST + 1
+_MANTISSA = 23  # bits of a float32's fraction, below those of its exponent, which is biased by 127
+_QUARTERS = [int(torch.tensor(2 ** (part / OCTAVE)).view(torch.int32)) & ((1 << _MANTISSA) - 1) for part in range(1, OCTAVE)]
 
 
 class Saliency:
-    """Counts by bin of `all` scores looked at and of those of the `removed` weights, on this rank.
+    """Counts by bin of the scores looked at on this rank: `counts[0]` of the weights that stay, `counts[1]` of the removed ones.
 
     Looked at are rows 0, STRIDE, 2 * STRIDE, ... of every matrix. Methods that also change weights are shown by the score of the
     dense weights that their mask competes with, Wanda's.
     """
 
     def __init__(self) -> None:
-        self.all: Counter[int] = Counter()
-        self.removed: Counter[int] = Counter()
+        self.counts = torch.zeros(2, _BINS, dtype=torch.int64)
         self._lock = threading.Lock()
 
     def add(self, how: SparsifyConfig, dense_OD: torch.Tensor, gone_OD: torch.Tensor, moment: torch.Tensor | None) -> None:
         """Count the weights of one matrix's rows, of which `gone_OD` were removed; `moment` as stun.sparsify.matrix takes it.
         Several threads may call this at once."""
-        with one_thread():  # of the logarithm's last bits (stun.steady)
-            octave_OD = scores_of(how, dense_OD, moment).log2() * OCTAVE
-        bin_OD = octave_OD.floor().clamp(LOWEST, HIGHEST).long() - LOWEST
-        for counter, chosen in ((self.all, bin_OD.flatten()), (self.removed, bin_OD[gone_OD])):
-            counts = torch.bincount(chosen, minlength=HIGHEST - LOWEST + 1).tolist()
-            with self._lock:
-                counter.update({place + LOWEST: count for place, count in enumerate(counts) if count})
+        place_OD = bins(scores_of(how, dense_OD, moment)).sub_(LOWEST).add_(gone_OD, alpha=_BINS)
+        counts = torch.bincount(place_OD.flatten(), minlength=2 * _BINS).view(2, _BINS).cpu()
+        with self._lock:
+            self.counts += counts
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        return {name: {str(place): count for place, count in sorted(getattr(self, name).items())} for name in ("all", "removed")}
+        """`all` scores and those of the `removed` weights."""
+        return {name: _by_bin(counts) for name, counts in (("all", self.counts.sum(0)), ("removed", self.counts[1]))}
+
+
+def bins(scores_OD: torch.Tensor) -> torch.Tensor:
+    """The bin of every float32 >= 0, int32. By its bits, a tenth of the time of a logarithm, and exact."""
+    bits_OD = scores_OD.view(torch.int32)
+    bin_OD = (bits_OD >> _MANTISSA).sub_(127).mul_(OCTAVE)
+    fraction_OD = bits_OD & ((1 << _MANTISSA) - 1)
+    for edge in _QUARTERS:
+        bin_OD.add_(fraction_OD >= edge)
+    return bin_OD.clamp_(LOWEST, HIGHEST)
+
+
+def _by_bin(counts: torch.Tensor) -> dict[str, int]:
+    return {str(place + LOWEST): count for place, count in enumerate(counts.tolist()) if count}

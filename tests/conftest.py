@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from selections import TEXT, config
+from warm import WarmProcess
 from zoo import make_checkpoint
 
 from stun.prune import take_statistics
@@ -108,14 +112,31 @@ def environment() -> dict[str, str]:
     return {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """Run `jobs.<job>`: plain python for 0 ranks, torchrun otherwise."""
+def launch_job(job: str, arguments: list[str], ranks: int = 0) -> subprocess.CompletedProcess:
+    """Run `jobs.<job>` as a user does: plain python for 0 ranks, torchrun otherwise."""
     script = ["-m", f"jobs.{job}", *arguments]
     command = torchrun(ranks, script) if ranks else [sys.executable, *script]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return _succeeded(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600))
+
+
+def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+    """The same with ranks that need not import the package first (see warm.py)."""
+    with TemporaryDirectory() as folder:
+        done = _warm().run(job, arguments, ranks, environment(), Path(folder))
+    return _succeeded(done) if check else done
+
+
+def _succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    if done.returncode:
+        raise AssertionError(f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+@cache
+def _warm() -> WarmProcess:
+    process = WarmProcess(environment())
+    atexit.register(process.end)
+    return process
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import stun.validation
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
-    {"config"},
+    {"config", "cpu"},
     {"inputs", "validation"},
     {
         "families",

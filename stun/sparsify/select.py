@@ -30,7 +30,7 @@ class Pattern:
 
 
 def smallest_per_row(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
-    """Mask [O, D], true for the `total` entries to remove: the smallest of each row, ties to the lower column.
+    """Mask [O, D], true for the `total` entries to remove: the smallest of each row, ties to the lower column. Scores are >= 0.
 
     Every row loses total / O entries; where that is not whole, the extra ones are spread evenly over the rows.
     """
@@ -39,7 +39,8 @@ def smallest_per_row(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
     count_O = edges[1:] - edges[:-1]
     if scores_OD.is_cuda:
         return smallest_per_row_gpu(scores_OD, count_O)
-    return torch.from_numpy(_smallest_per_row(scores_OD.numpy(), count_O.numpy()))
+    # By their bits, which have the order of numbers >= 0: numpy selects integers in half the time.
+    return torch.from_numpy(_smallest_per_row(scores_OD.view(_BITS[scores_OD.element_size()]).numpy(), count_O.numpy()))
 
 
 def _smallest_per_row(scores_OD: np.ndarray, count_O: np.ndarray) -> np.ndarray:
@@ -54,7 +55,7 @@ def _smallest_per_row(scores_OD: np.ndarray, count_O: np.ndarray) -> np.ndarray:
     last_O = smallest_OD[:, -1].copy()
     fewer_O = count_O < most
     if fewer_O.any():
-        last_O[fewer_O] = smallest_OD[fewer_O, :-1].max(axis=1, initial=-np.inf)
+        last_O[fewer_O] = smallest_OD[fewer_O, :-1].max(axis=1, initial=-1)
     upto_OD = scores_OD <= last_O[:, None]
     if np.count_nonzero(upto_OD) == count_O.sum():
         return upto_OD

@@ -1,0 +1,110 @@
+"""Starts jobs whose ranks are forks of one process that has imported the package: python warm.py, a request a line on stdin.
+
+A launch takes a fraction of a second in place of many for imports on every rank. Ranks are processes with gloo between them all
+the same, and see what torchrun would tell them. Launchers themselves are tested in test_world.py and test_slurm.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600.0  # seconds of a launch
+GRACE = 30.0  # seconds that the other ranks of a failed one have to end, as under torchrun
+
+
+class WarmProcess:
+    """The process that forks, seen from a test."""
+
+    def __init__(self, env: dict[str, str]):
+        command = [sys.executable, str(Path(__file__).resolve())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+    def run(self, job: str, arguments: list[str], ranks: int, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+        """Run `jobs.<job>` on that many ranks, 0 for a process that no launcher has told anything; output goes through files in
+        `folder`."""
+        request = {"job": job, "arguments": arguments, "ranks": ranks, "env": env, "folder": str(folder)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def start(request: dict) -> list[int]:
+    """The processes of a launch. Only returns in the one that forks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(max(1, request["ranks"])):
+        child = os.fork()
+        if child == 0:
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
+            told = {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if request["ranks"] else {}
+            _become_rank(request, {key: str(value) for key, value in told.items()})
+        children.append(child)
+    return children
+
+
+def _become_rank(request: dict, told: dict[str, str]) -> None:
+    """Run the job as `python -m` does, and end."""
+    os.environ.clear()
+    os.environ.update({**request["env"], **told})
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.close(0)
+    sys.argv = [f"jobs/{request['job']}.py", *request["arguments"]]
+    runpy.run_module(f"jobs.{request['job']}", run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
+def wait(children: list[int]) -> int:
+    """The status of the first process that fails, once all have ended; 0 where none does."""
+    running, first, deadline = set(children), 0, time.monotonic() + LIMIT
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(child)
+        code = os.waitstatus_to_exitcode(status) if child else 0
+        is_late = time.monotonic() > deadline
+        if (code and not first) or is_late:
+            first, deadline = first or code or signal.SIGKILL, time.monotonic() + GRACE
+            for other in running:
+                os.kill(other, signal.SIGKILL if is_late else signal.SIGTERM)
+        if not child:
+            time.sleep(0.02)
+    return first
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    import datasets  # noqa: F401
+    import deepspeed.comm  # noqa: F401
+    import scipy.cluster.hierarchy  # noqa: F401
+
+    import jobs.evaluate
+    import jobs.prune  # noqa: F401
+
+    for name in ("jobs.prune", "jobs.evaluate"):
+        del sys.modules[name]  # they are run as programs
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in iter(sys.stdin.readline, ""):
+        code = wait(start(json.loads(line)))
+        print(code, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
