@@ -121,8 +121,13 @@ def launch_job(job: str, arguments: list[str], ranks: int = 0) -> subprocess.Com
 
 def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """The same with ranks that need not import the package first (see warm.py)."""
+    return run_warm(["-m", f"jobs.{job}", *arguments], ranks, check)
+
+
+def run_warm(script: list[str], ranks: int, check: bool = True) -> subprocess.CompletedProcess:
+    """`-m MODULE ...` or `FILE ...` on such ranks."""
     with TemporaryDirectory() as folder:
-        done = _warm().run(job, arguments, ranks, environment(), Path(folder))
+        done = _warm().run(list(map(str, script)), ranks, environment(), Path(folder))
     return _succeeded(done) if check else done
 
 

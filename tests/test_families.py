@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, same_tensors, torchrun
+from conftest import ROOT, run_warm, same_tensors
 from family_runs import CALIBRATION, RUNS, run
 from test_stream import captured, compare_statistics, naive_statistics
 from transformers import AutoModelForCausalLM
@@ -32,9 +31,7 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         make_checkpoint(folder / "sources" / family, family)
-    script = [str(ROOT / "tests" / "family_runs.py"), str(folder / "sources"), str(folder / "runs"), *FAMILIES]
-    done = subprocess.run(torchrun(2, script), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_warm([ROOT / "tests" / "family_runs.py", folder / "sources", folder / "runs", *FAMILIES], 2)
     return folder / "sources", folder / "runs"
 
 
@@ -79,7 +76,7 @@ def check_logits(arch, model, tokens, ranks):
         replaced.enter_context(mock.patch.object(last, "forward", lambda *_, **__: next(hidden)))
         streamed = logits_of(model, tokens)
     assert expected.std() > 0.1, "the logits must vary, or equality proves nothing"
-    torch.testing.assert_close(streamed, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(streamed, expected, atol=5e-4, rtol=1e-4)
 
 
 def check_statistics(arch, model, tokens, ranks, family):
@@ -119,7 +116,7 @@ def check_survivors(arch, model, tokens, folder):
         for index, survivors in kept.items():
             forbid(model.base_model.layers[index], survivors, replaced)
         expected = logits_of(model, tokens)
-    torch.testing.assert_close(logits_of(pruned, tokens), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(pruned, tokens), expected, atol=5e-4, rtol=1e-4)
     assert (expected - logits_of(model, tokens)).abs().max() > 1e-3, "the dropped experts mattered"
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, load_tensors, run_job, same_tensors, settings, torchrun
+from conftest import ROOT, load_tensors, run_job, run_warm, same_tensors, settings
 from method_runs import METHODS
 
 from stun.arch import Architecture
@@ -20,9 +19,7 @@ pytestmark = pytest.mark.launch
 def test_same_bytes_on_any_number_of_ranks(checkpoint, tmp_path, family, worlds):
     source = checkpoint(family, dtype=torch.bfloat16 if family == "gpt_oss" else torch.float32)
     for ranks in worlds:
-        command = torchrun(ranks, [str(ROOT / "tests" / "method_runs.py"), str(source), str(tmp_path / str(ranks))])
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert not done.returncode, done.stdout + done.stderr
+        run_warm([ROOT / "tests" / "method_runs.py", source, tmp_path / str(ranks)], ranks)
     plans = {}
     for name, how in METHODS.items():
         for ranks in worlds[1:]:

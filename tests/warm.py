@@ -6,6 +6,8 @@ the same, and see what torchrun would tell them. Launchers themselves are tested
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,14 +32,14 @@ class WarmProcess:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
-    def run(self, job: str, arguments: list[str], ranks: int, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
-        """Run `jobs.<job>` on that many ranks, 0 for a process that no launcher has told anything; output goes through files in
-        `folder`."""
-        request = {"job": job, "arguments": arguments, "ranks": ranks, "env": env, "folder": str(folder)}
+    def run(self, script: list[str], ranks: int, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+        """Run what python would be given, `-m MODULE ...` or `FILE ...`, on that many ranks, 0 for a process that no launcher has
+        told anything; output goes through files in `folder`."""
+        request = {"script": script, "ranks": ranks, "env": env, "folder": str(folder)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+        return subprocess.CompletedProcess(script, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
 
     def end(self) -> None:
         self._process.stdin.close()
@@ -60,15 +63,31 @@ def start(request: dict) -> list[int]:
 
 
 def _become_rank(request: dict, told: dict[str, str]) -> None:
-    """Run the job as `python -m` does, and end."""
+    """Run what python would, and end; without taking the interpreter down, which would copy all of its memory."""
     os.environ.clear()
     os.environ.update({**request["env"], **told})
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.close(0)
-    sys.argv = [f"jobs/{request['job']}.py", *request["arguments"]]
-    runpy.run_module(f"jobs.{request['job']}", run_name="__main__", alter_sys=True)
-    sys.exit()
+    atexit._clear()
+    is_module, *words = [request["script"][0] == "-m", *request["script"]]
+    sys.argv = words[is_module:]
+    code = 1
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait(children: list[int]) -> int:
@@ -99,11 +118,13 @@ def main() -> None:
 
     for name in ("jobs.prune", "jobs.evaluate"):
         del sys.modules[name]  # they are run as programs
+    gc.freeze()  # so that collecting garbage in a fork copies no memory either
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in iter(sys.stdin.readline, ""):
         code = wait(start(json.loads(line)))
         print(code, file=answers, flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
