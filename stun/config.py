@@ -76,8 +76,8 @@ class Scope(Enum):
 
 
 class Precision(Enum):
-    """What layers are computed in: the dtype of the checkpoint where the device multiplies it fast, or always float32. CPUs
-    multiply bfloat16 fast where they have tiles for it (AMX)."""
+    """What layers are computed in: the dtype of the checkpoint where the device multiplies it fast, or always float32.
+    stun.cpu says which CPUs multiply bfloat16 fast."""
 
     auto = "auto"
     float32 = "float32"

@@ -1,8 +1,8 @@
 """How long a run takes, from what it reads, computes and writes and what the machine does a second.
 
 What a rank computes of a stream is the sum of: products and attention (FLOP), what the operations between these write and the
-observers look at (bytes), weights that are counted for the records and weights that are chosen (timed here on a few). What ranks
-send one another is not in it.
+observers look at (bytes), weights that are counted for the records and weights that are chosen (on GPUs bytes, on CPUs timed here
+on a few). What ranks send one another is not in it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from stun.workers import Workers
 
 _SMALL, _LARGE = 256, 1024  # rows and columns of the matrices on which choosing weights is timed, by solvers and otherwise
 _FLOAT = 4  # bytes: observers look at float32
+_COUNTED, _CHOSEN = 18, 44  # bytes that the operations read and write for each weight that is counted, and that is chosen
 _OBSERVED, _WRITTEN = 2, 3  # how often the experts' weights are counted in the first stream, and what is written in the last
 
 
@@ -133,8 +134,8 @@ class _Computing:
         return self._run(gives_outputs=False) + self._shared(0, 0, 2 * _FLOAT * seen)
 
     def _watch(self) -> float:
-        """The experts' outputs, for their cosines and norms."""
-        return self._shared(0, 0, 2 * _FLOAT * self._routed(lambda layout: self.arch.config.hidden_size))
+        """The experts' outputs, for their inner products."""
+        return self._shared(0, 0, _FLOAT * self._routed(lambda layout: self.arch.config.hidden_size))
 
     def _routed(self, width: Callable[[LayerLayout], int]) -> int:
         """Entries of all rows that experts serve, of a layer's `width`."""
@@ -146,15 +147,20 @@ class _Computing:
 
     def _count(self, weights: int) -> float:
         """So many weights, for the records."""
-        return self._timed_here(time_to_count(), weights)
+        return self._for_each(_COUNTED, time_to_count, weights)
 
     def _choose(self) -> float:
         """The single weights that leave. Where values are refitted, the cost of a weight grows with the width."""
         how, width = self.job.cfg.sparsify, self.arch.config.hidden_size
         if not self.job.plan.zeros:
             return 0.0
-        wider = max(1.0, width / _SMALL) if _is_solved(how) else 1.0
-        return self._timed_here(time_to_choose(how) * wider, self.job.plan.scope_size)
+        if _is_solved(how):
+            return self._timed_here(time_to_choose(how) * max(1.0, width / _SMALL), self.job.plan.scope_size)
+        return self._for_each(_CHOSEN, lambda: time_to_choose(how), self.job.plan.scope_size)
+
+    def _for_each(self, nbytes: int, timed: Callable[[], float], weights: int) -> float:
+        """So many weights, for each of which a GPU reads and writes `nbytes`, and a CPU takes what is `timed` here."""
+        return self._shared(0, 0, nbytes * weights) if self.footprint.launch.gpu_memory else self._timed_here(timed(), weights)
 
     def _timed_here(self, seconds: float, weights: int) -> float:
         """A rank's share of so many weights, each of which takes `seconds` here: as much less as its memory is faster."""

@@ -29,6 +29,8 @@ class Observer(Protocol):
     does nothing.
     """
 
+    reads_gates = False  # whether `expert` is told the gate weights, which travel with the tokens then
+
     def round_starts(self, turn: int) -> None: ...
 
     def round_ends(self, turn: int) -> None: ...
@@ -39,17 +41,10 @@ class Observer(Protocol):
     def combined(self, tokens: slice, output_tKD: torch.Tensor) -> None:
         """What the chosen experts gave for some of these tokens. Called from several threads at once."""
 
-    def expert(
-        self,
-        micro_batch: int,
-        expert: int,
-        input_nD: torch.Tensor,
-        inner_nI: torch.Tensor,
-        output_nD: torch.Tensor | None,
-        gate_n: torch.Tensor,
-    ) -> None:
-        """One of this rank's experts served n tokens of a micro-batch; `gate_n` multiplies the outputs later, which are None
-        where they are not computed. Called from several threads at once, each with another expert."""
+    def expert(self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, gate_n: torch.Tensor | None) -> None:
+        """One of this rank's experts served n tokens of a micro-batch; its last matrix is applied to `inner_nI`, and `gate_n`
+        multiplies what that gives later. Called from several threads at once, each with another expert, the micro-batches in
+        their order."""
 
 
 @dataclass
@@ -108,7 +103,8 @@ class Exchange:
         mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         receive = mine_Re.sum(1).tolist()
         rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if self.observers else rows_ND[:, 0]
+        is_told = any(observer.reads_gates for observer in self.observers)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if is_told else None
         for observer in self.observers if len(index_TK) else ():
             observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
@@ -123,7 +119,7 @@ class Exchange:
         return self.turn * self.ranks.world + rank
 
     def _serve(
-        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor, counts_Re: torch.Tensor
+        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
     ) -> torch.Tensor | None:
         """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch; experts side by
         side."""
@@ -135,25 +131,22 @@ class Exchange:
                 if count:
                     start = ends_Re[rank][place] - count
                     rows = slice(start, start + count)
-                    found_nD = self._serve_expert(
-                        module, self._micro_batch(rank), self.mine[place], stretched(rows_ND, start, count), gates_N[rows]
-                    )
+                    gate_n = None if gates_N is None else gates_N[rows]
+                    found_mD = self._serve_expert(module, self.mine[place], stretched(rows_ND, start, count), count, gate_n)
                     if output_ND is not None:
-                        output_ND[rows] = found_nD[:count]
+                        output_ND[rows] = found_mD[:count]
 
         self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND
 
     def _serve_expert(
-        self, module: nn.Module, micro_batch: int, number: int, input_mD: torch.Tensor, gate_n: torch.Tensor
+        self, module: nn.Module, number: int, input_mD: torch.Tensor, count: int, gate_n: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Outputs for rows of which the first n are the expert's own."""
-        inner_mI, count = self.inner(module, number, input_mD), len(gate_n)
-        output_mD = self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
+        """Outputs for rows of which the first `count` are the expert's own; None where they are not computed."""
+        inner_mI = self.inner(module, number, input_mD)
         for observer in self.observers:
-            output_nD = None if output_mD is None else output_mD[:count]
-            observer.expert(micro_batch, number, input_mD[:count], inner_mI[:count], output_nD, gate_n)
-        return output_mD
+            observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
+        return self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
 
     def _combine(self, back_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""

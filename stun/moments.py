@@ -53,7 +53,7 @@ class Sums(Observer):
         """Shape and dtype of the sums of a dense matrix [rows, columns]."""
         raise NotImplementedError
 
-    def expert(self, micro_batch, expert, input_nD, inner_nI, output_nD, gate_n) -> None:
+    def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
         self.tokens[expert] += len(input_nD)
         if expert in self.numbers:
             own = self.experts[expert]
@@ -119,7 +119,7 @@ class Moments(Sums):
 
     def __init__(self, stream, layer, names, numbers, grams: bool, gated: bool, remember: Sequence[str] = ()):
         super().__init__(stream, layer, names, numbers)
-        self.grams, self.gated = grams, gated
+        self.grams, self.gated, self.reads_gates = grams, gated, gated
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
         self._last: tuple[torch.Tensor | None, dict] = (None, {})  # the projections of attention, for one, share their input
 

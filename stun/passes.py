@@ -32,11 +32,11 @@ from stun.stream import LayerStream, States, even_owners
 class Watcher(Observer):
     """Collects selection statistics of one layer; `sources[m]` is the calibration source of micro-batch m."""
 
-    def __init__(self, num_experts: int, sources: list[int], device: torch.device):
-        shape = (max(sources, default=0) + 1, num_experts, device)
-        self.sources = sources
+    def __init__(self, num_experts: int, sources: list[int], ranks: Ranks):
+        shape = (max(sources, default=0) + 1, num_experts, ranks.device)
+        self.sources, self.ranks = sources, ranks
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
-        self._routed: tuple[int, torch.Tensor, torch.Tensor] | None = None  # of the micro-batch that runs: source, experts, gates
+        self._own_EX = torch.zeros(num_experts, 10, dtype=torch.float64, device=ranks.device)
 
     def routed(self, micro_batch, index_TK, weights_TK) -> None:
         self._routed = (self.sources[micro_batch], index_TK, weights_TK)
@@ -46,14 +46,19 @@ class Watcher(Observer):
         torch.bmm(output_tKD, output_tKD.mT, out=self._product_TKK[tokens])
 
     def round_ends(self, turn) -> None:
-        if self._routed:
-            (source, index_TK, gate_TK), self._routed = self._routed, None
+        first, found_EX = turn * self.ranks.world, self._own_EX
+        if first + self.ranks.rank < len(self.sources):
+            source, index_TK, gate_TK = self._routed
             self.coactivation.add(source, index_TK)
             self.agreement.add(source, index_TK, self._product_TKK)
-            self.powers.add(source, index_TK, gate_TK, norms(self._product_TKK))
+            found_EX = self.powers.of(index_TK, gate_TK, norms(self._product_TKK))
+        self._routed = self._product_TKK = None
+        for source, own_EX in zip(self.sources[first:], self.ranks.all_gather(found_EX), strict=False):
+            self.powers.add(source, own_EX)
 
-    def totals(self, layer: Layer, ranks: Ranks) -> dict[str, torch.Tensor]:
+    def totals(self, layer: Layer) -> dict[str, torch.Tensor]:
         """The layer's statistics over all ranks. Of the weights' sums an expert is non-zero on one rank only: exact."""
+        ranks = self.ranks
         weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64, device=ranks.device)
         sums = ranks.workers.map(lambda expert: weight_sums(list(expert.values())), layer.experts.values())
         for number, own in zip(layer.experts, sums, strict=True):
@@ -62,19 +67,10 @@ class Watcher(Observer):
             "router_distance": router_distance(layer.dense[layer.layout.router].float()),
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
             "agreement": ranks.sum_integers(self.agreement.sums_SEE),
-            "powers": self._powers(ranks),
-            "peak": ranks.all_gather(self.powers.peak_SE).amax(0).double(),
+            "powers": self.powers.sums_SE33,
+            "peak": self.powers.peak_SE,
             "weights": ranks.all_gather(weights_E3).sum(0),
         }
-
-    def _powers(self, ranks: Ranks) -> torch.Tensor:
-        """[S, E, 3, 3] sums of all micro-batches, in their order."""
-        total_SE33 = torch.zeros(*self.powers.peak_SE.shape, 3, 3, dtype=torch.float64, device=ranks.device)
-        turns, none_E33 = -(-len(self.sources) // ranks.world), torch.zeros_like(total_SE33[0])
-        own_LE33 = torch.stack([*self.powers.sums, *[none_E33] * (turns - len(self.powers.sums))])
-        for source, sums_E33 in zip(self.sources, ranks.all_gather(own_LE33).transpose(0, 1).flatten(0, 1), strict=False):
-            total_SE33[source] += sums_E33
-        return total_SE33
 
 
 def observe(
@@ -100,7 +96,7 @@ def observe(
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
         ranks.meter.enter("observe")
-        watcher = Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks.device)
+        watcher = Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks)
         stream.build(layer)
         start = time.perf_counter()
         watchers = (watcher,) if layer.kept else ()
@@ -109,7 +105,7 @@ def observe(
             states = counter.run(states, *watchers)
         else:
             states = stream.run(layer, states, *watchers)
-        totals = (watcher.totals(layer, ranks) if layer.kept else {}) | (counter.totals() if outliers else {})
+        totals = (watcher.totals(layer) if layer.kept else {}) | (counter.totals() if outliers else {})
         powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {}
         layer.seconds["compute"] = time.perf_counter() - start
         if ranks.is_first and totals:

@@ -24,14 +24,13 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 
 
 def _environment() -> None:
-    """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun, a single rank otherwise."""
+    """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun. Where nobody says anything, a rank is
+    alone."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 def _first_host(nodes: str) -> str:
@@ -64,7 +63,8 @@ class Ranks:
     def __init__(self) -> None:
         _environment()
         on_gpu = torch.cuda.is_available()
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        is_alone = "RANK" not in os.environ
+        self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         if on_gpu:
             local %= torch.cuda.device_count()
@@ -74,6 +74,7 @@ class Ranks:
             torch.set_num_threads(max(1, cores // self.local_world))
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed blocks are used again, where otherwise each large one goes back to the
             # system, which clears every page anew (a third of a small run's time). `return_memory` gives them back.
+            _libc_call("mallopt", -3, 32 << 20)  # more is refused by older ones
             _libc_call("mallopt", -3, 256 << 20)
             _libc_call("mallopt", -1, 256 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")

@@ -60,6 +60,8 @@ def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torc
 class _Pairs(Sums):
     """Of the matrices that close a block: the sums of z z^T and of x z^T, with z their inputs and x those in the dense block."""
 
+    reads_gates = True
+
     def __init__(self, reconstruction: Reconstruction, names: list[str], numbers: list[int]):
         super().__init__(reconstruction.stream, reconstruction.layer, names, numbers)
         self.inputs = reconstruction.inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import torch
 
 from stun.config import SparsifyConfig
@@ -13,7 +14,8 @@ STRIDE = 16  # of the rows that are looked at
 OCTAVE, LOWEST, HIGHEST = 4, -160, 160  # a bin is a quarter of an octave: bin b begins at 2^(b / OCTAVE)
 _BINS = HIGHEST - LOWEST + 1
 _MANTISSA = 23  # bits of a float32's fraction, below those of its exponent, which is biased by 127
-_QUARTERS = [int(torch.tensor(2 ** (part / OCTAVE)).view(torch.int32)) & ((1 << _MANTISSA) - 1) for part in range(1, OCTAVE)]
+_FRACTION = (1 << _MANTISSA) - 1
+_QUARTERS = [int(np.float32(2 ** (part / OCTAVE)).view(np.int32)) & _FRACTION for part in range(1, OCTAVE)]
 
 
 class Saliency:
@@ -44,7 +46,7 @@ def bins(scores_OD: torch.Tensor) -> torch.Tensor:
     """The bin of every float32 >= 0, int32. By its bits, a tenth of the time of a logarithm, and exact."""
     bits_OD = scores_OD.view(torch.int32)
     bin_OD = (bits_OD >> _MANTISSA).sub_(127).mul_(OCTAVE)
-    fraction_OD = bits_OD & ((1 << _MANTISSA) - 1)
+    fraction_OD = bits_OD & _FRACTION
     for edge in _QUARTERS:
         bin_OD.add_(fraction_OD >= edge)
     return bin_OD.clamp_(LOWEST, HIGHEST)

@@ -1,6 +1,6 @@
 """Pure accumulators of calibration statistics, kept apart for every calibration source.
 
-Shapes: T tokens, n tokens of one expert, D hidden, I expert width, E experts, K top-k, S calibration sources. Sums are kept in
+Shapes: T tokens, D inputs, E experts, K top-k, N = T * K, S calibration sources. Sums are kept in
 float64 and added in the order of the calls, or as integers, whose order does not matter; so the same calls give the same bits.
 No reduction here runs over all elements at once: torch splits such sums by thread count, while a sum over rows does not depend
 on it.
@@ -52,20 +52,31 @@ def norms(product_TKK: torch.Tensor) -> torch.Tensor:
 
 class OutputPowers:
     """Per expert, the sums over its tokens of g^a ||f||^beta for a and beta from 0 to 2, with f the expert's output and g its
-    gate weight, of every micro-batch by itself (`sums`, [E, 3, 3] each), and the largest ||f||."""
+    gate weight, and the largest ||f||."""
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
-        self.sums: list[torch.Tensor] = []
-        self.peak_SE = torch.zeros(sources, num_experts, device=device)
+        self.sums_SE33 = torch.zeros(sources, num_experts, 3, 3, dtype=torch.float64, device=device)
+        self.peak_SE = torch.zeros(sources, num_experts, dtype=torch.float64, device=device)
 
-    def add(self, source: int, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor) -> None:
-        """Add a micro-batch of T tokens with their K experts, these experts' gate weights, and the norms of their outputs."""
-        index_N, order_N = index_TK.flatten().sort(stable=True)
-        gate_N3, norm_N3 = (torch.linalg.vander(own_TK.flatten()[order_N].double(), N=3) for own_TK in (gate_TK, norm_TK))
-        power_N9 = (gate_N3[:, :, None] * norm_N3[:, None, :]).flatten(1)
-        count_E = torch.bincount(index_N, minlength=self.peak_SE.shape[1])
-        self.sums.append(torch.segment_reduce(power_N9, "sum", lengths=count_E, initial=0).view(-1, 3, 3))
-        self.peak_SE[source].scatter_reduce_(0, index_TK.flatten(), norm_TK.flatten(), "amax")
+    def of(self, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor) -> torch.Tensor:
+        """[E, 10] sums and largest norm of T tokens, from their K experts, these' gate weights and their outputs' norms."""
+        experts, index_N = self.peak_SE.shape[1], index_TK.flatten()
+        gate_N3, norm_N3 = (torch.linalg.vander(own_TK.flatten().double(), N=3) for own_TK in (gate_TK, norm_TK))
+        power_N9, place_9 = (gate_N3[:, :, None] * norm_N3[:, None, :]).flatten(1), torch.arange(9, device=index_N.device)
+        sums_X = _sums_by(index_N[:, None] * 9 + place_9, power_N9, 9 * experts)
+        peak_E = torch.zeros(experts, dtype=torch.float64, device=index_N.device)
+        return torch.cat([sums_X.view(-1, 9), peak_E.scatter_reduce_(0, index_N, norm_N3[:, 1], "amax")[:, None]], 1)
+
+    def add(self, source: int, found_EX: torch.Tensor) -> None:
+        """Add what `of` gave for a micro-batch."""
+        self.sums_SE33[source] += found_EX[:, :9].view(-1, 3, 3)
+        self.peak_SE[source] = torch.maximum(self.peak_SE[source], found_EX[:, 9])
+
+
+def _sums_by(place: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
+    """[size] sums of the values that go to each place, in their order. On GPUs only index_put_ keeps an order: it sorts."""
+    sums, place, values = values.new_zeros(size), place.flatten(), values.flatten()
+    return sums.index_put_((place,), values, accumulate=True) if sums.is_cuda else sums.index_add_(0, place, values)
 
 
 def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:

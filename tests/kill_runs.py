@@ -5,6 +5,7 @@ The package is imported once and every rank is a fork of this process, so that a
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -15,7 +16,10 @@ import time
 import traceback
 from pathlib import Path
 
-import deepspeed.comm  # noqa: F401  (before the forks, which start it)
+# Before the forks, which need them.
+import datasets  # noqa: F401
+import deepspeed.comm  # noqa: F401
+import scipy.cluster.hierarchy  # noqa: F401
 
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
 from stun.prune import prune
@@ -89,6 +93,7 @@ def kill_and_continue(source: str, run_dir: Path, instant: float, victim: int | 
 
 
 def main(source: str, folder: Path, kills: int) -> None:
+    gc.freeze()  # so that collecting garbage in a fork copies no memory
     dice = random.Random(0)
     for name in ("first", "whole"):  # the first launch of all takes longer than any later one
         began = time.monotonic()

@@ -10,7 +10,7 @@ from math import inf
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, load_tensors, run_job, settings
+from conftest import ROOT, TEXT, launch_job, load_tensors, run_job, settings
 from safetensors.torch import load_file
 from test_readme import commands, here, run
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,10 +158,10 @@ def test_advice_is_what_fits(checkpoint, tmp_path):
     source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=2)
     long = replace(CALIBRATION, samples=64, length=4096, micro_batch=32)
     job = open_job(asked(source, tmp_path / "run", calibration=long))
-    _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=60 * GIB))
+    _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=56 * GIB))
     assert "2 GPUs would do" in refusal and "calibration.micro_batch=16 would do" in refusal
     one, two = (Footprint(job, replace(GPU, nodes=n, per_node=1)).peak().gpu for n in (1, 2))
-    assert two <= 60 * GIB < one
+    assert two <= 56 * GIB < SURE * one
     how = SparsifyConfig(method=SparsifyMethod.sparsegpt, gram_gib=60)
     job = open_job(asked(source, tmp_path / "run", sparsify=how))
     _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=60 * GIB))
@@ -289,7 +289,7 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     assert done.returncode == 2 and "error: does not fit: host memory of a node" in done.stderr
 
 
-# (checkpoint, overrides, ranks) of runs that need at least a GiB, each for another reason.
+# (checkpoint, overrides, ranks) of runs that need 0.9 GiB or more, each for another reason.
 RUNS = {
     "experts": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 1),
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
@@ -335,12 +335,12 @@ def test_memory_is_what_was_estimated(large, tmp_path, name):
     small["precision"] = "float32"  # whatever the CPU could do
     own = {**small, "sparsify.scope": "[experts]", "experts.fraction": 0, "model.path": large(model), "calibration.path": text}
     arguments = {**own, "run_dir": tmp_path / "run", **overrides}
-    done = run_job("prune", [f"{key}={value}" for key, value in arguments.items()], ranks)
+    done = launch_job("prune", [f"{key}={value}" for key, value in arguments.items()], ranks)
     estimated, base = (
         float(text) for text in re.search(r"\(([\d.]+) GiB a rank, ([\d.]+) GiB at its start\)", done.stdout).groups()
     )
     peak = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["peak_bytes"] / GIB
     print(f"{name}: estimated {estimated:.2f}, measured {peak:.2f}, at its start {base:.2f} GiB")
-    assert peak > 1
+    assert peak > 0.9
     assert abs(estimated / peak - 1) < 0.15
     assert abs((estimated - base) / (peak - base) - 1) < 0.25

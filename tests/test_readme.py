@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment, load_tensors, same_tensors
+from conftest import ROOT, environment, load_tensors, run_warm, same_tensors
 from test_evaluate import HARNESS_TASK
 
 README = (ROOT / "README.md").read_text()
@@ -34,6 +34,13 @@ def here(command: str, replace: dict[str, str]) -> list[str]:
 
 
 def run(command: list[str]) -> str:
+    """What the command says, its ranks being started as conftest.run_job does."""
+    start = len(command) - command[::-1].index("-m") - 1
+    return run_warm(command[start:], int(command[start - 1]) if "torch.distributed.run" in command else 0).stdout
+
+
+def launch(command: list[str]) -> str:
+    """The same, run as it stands."""
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -43,7 +50,7 @@ def run(command: list[str]) -> str:
 def test_demo(tmp_path):
     (command,) = commands("demo")
     job = command.split(" && ")[-1]
-    output = run(here(job, {"run_dir": str(tmp_path / "demo")}))
+    output = launch(here(job, {"run_dir": str(tmp_path / "demo")}))
     results = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     assert list(results) == ["dense", "STUN", "experts only", "weights only"]
     dense, stun, weights = (results[name]["average"] for name in ("dense", "STUN", "weights only"))
@@ -77,9 +84,9 @@ def test_prune_your_own_model(checkpoint, tmp_path):
     on_one_gpu, on_one_node, evaluate = commands("own")
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
     qwen = {"model.path": str(checkpoint("qwen3_moe")), "run_dir": str(tmp_path / "qwen3")}
-    run(here(on_one_gpu, {**small, **qwen}))
+    launch(here(on_one_gpu, {**small, **qwen}))
     arctic = {"model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "arctic")}
-    run(here(on_one_node, {**small, **arctic}))
+    launch(here(on_one_node, {**small, **arctic}))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:20]))
     output = str(tmp_path / "arctic" / "result.json")

@@ -95,16 +95,15 @@ def test_output_powers_are_sums_over_tokens(top_k):
     norm, gate = (torch.rand(30, top_k, generator=generator) for _ in range(2))
     powers = OutputPowers(2, 5)
     for tokens in (slice(0, 10), slice(10, 30)):
-        powers.add(1, index[tokens], gate[tokens], norm[tokens])
-    assert len(powers.sums) == 2
+        powers.add(1, powers.of(index[tokens], gate[tokens], norm[tokens]))
     for expert in range(5):
         hit = index == expert
         for a in range(3):
             for beta in range(3):
                 naive = (gate[hit].double() ** a * norm[hit].double() ** beta).sum()
-                torch.testing.assert_close(sum(powers.sums)[expert, a, beta], naive, atol=0, rtol=1e-12)
+                torch.testing.assert_close(powers.sums_SE33[1, expert, a, beta], naive, atol=0, rtol=1e-12)
         assert powers.peak_SE[1, expert] == (norm[hit].max() if hit.any() else 0)
-    assert not powers.peak_SE[0].any()
+    assert not powers.sums_SE33[0].any() and not powers.peak_SE[0].any()
 
 
 def test_norms_are_those_of_the_vectors():

@@ -14,7 +14,7 @@ from stun.data import calibration_samples, load_tokenizer
 from stun.experts.distances import router_distance
 from stun.moments import Moments
 from stun.names import experts_of
-from stun.passes import observe
+from stun.passes import Watcher, observe
 from stun.stats import COSINE_UNIT
 from stun.stream import LayerStream, embed, even_owners
 from stun.workers import Workers
@@ -98,7 +98,9 @@ def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, f
             stream.build(layer)
             names = sorted(layer.layout.linears)
             moments = Moments(stream, layer, names, list(range(len(layer.kept))), True, False)
-            states = moments.run(states)
+            watchers = [Watcher(len(layer.kept), [0], ranks)] if layer.kept else []
+            states = moments.run(states, *watchers)
+            sums += [part for watcher in watchers for _, part in sorted(watcher.totals(layer).items())]
             sums += [*states.hidden, *(own["inputs"].clone() for own in moments.dense.values())]
             sums += [part.clone() for _, own in sorted(moments.experts.items()) for part in own.values()]
         found.append(sums)

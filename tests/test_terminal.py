@@ -88,7 +88,7 @@ def test_the_view_is_drawn_and_goes(checkpoint, tmp_path):
 
 
 def test_after_ctrl_c(checkpoint, tmp_path):
-    arguments = settings(checkpoint("mixtral"), tmp_path / "run", calibration__samples=300)
+    arguments = settings(checkpoint("mixtral"), tmp_path / "run", calibration__samples=1500)
     terminal = Terminal(arguments)
     terminal.read("elapsed")
     attributes = termios.tcgetattr(terminal.theirs)

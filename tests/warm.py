@@ -38,7 +38,9 @@ class WarmProcess:
         request = {"script": script, "ranks": ranks, "env": env, "folder": str(folder)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that starts ranks has ended: {self._process.wait()}"
+        code = int(answer)
         return subprocess.CompletedProcess(script, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
 
     def end(self) -> None:
@@ -81,6 +83,8 @@ def _become_rank(request: dict, told: dict[str, str]) -> None:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

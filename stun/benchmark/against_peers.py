@@ -1,7 +1,8 @@
 """STUN and other tools on the same checkpoint and tokens, one after the other, each in a fresh process.
 
 forward       every layer once, nothing pruned: beside transformers' own forward, which is timed with the model loaded
-wanda         single weights alone: beside llm-compressor's Wanda and a script that holds the whole model (peers/naive.py)
+wanda         single weights alone: beside llm-compressor's Wanda, with the tokens that each expert is routed and with all tokens,
+              which is its default, and a script that holds the whole model (peers/naive.py)
 reap + wanda  a quarter of the experts and then single weights, to the same target: beside llm-compressor's REAP and Wanda, and
               the script with as many experts out of its own clusters
 
@@ -42,6 +43,7 @@ from stun.precision import compute_dtype
 from stun.ranks import Ranks
 from stun.stream import LayerStream, embed, even_owners
 
+AS_IT_COMES = "llm-compressor, all experts"  # its default: every expert sees every token
 _DROPPED = 0.25  # of the experts, where some leave
 _FORWARDS = {"forward": (Precision.auto, "auto"), "forward, float32": (Precision.float32, "float32")}
 
@@ -125,11 +127,10 @@ class Bench:
         dropped, out = self.shape.experts - summary["kept"][0], self.folder / "out"
         method = ("reap+wanda" if dropped else "wanda", summary["ratio"], dropped / self.shape.experts)
         script = (out, asked.target, asked.experts.fraction, micro_batch)
-        return _beside(
-            stun,
-            **{"llm-compressor": self.llmcompressor(out, *method, "--batch-size", micro_batch)},
-            naive=self._peer(sys.executable, "naive", *script),
-        )
+        peers = {"llm-compressor": self.llmcompressor(out, *method, "--batch-size", micro_batch)}
+        if not dropped:
+            peers[AS_IT_COMES] = self.llmcompressor(out, *method, "--batch-size", micro_batch, "--all-experts")
+        return _beside(stun, **peers, naive=self._peer(sys.executable, "naive", *script))
 
     def llmcompressor(self, *arguments: object) -> dict:
         """Its row where there is an interpreter for it, given what the script is to get after the model and the tokens."""

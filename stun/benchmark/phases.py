@@ -77,9 +77,9 @@ class LayerPhases:
 
     def _observe(self, layer: Layer) -> Statistics:
         """The statistics, which are saved beside the phases."""
-        watcher = Watcher(self.layout.num_experts, [0] * self.states.total, self.ranks.device)
+        watcher = Watcher(self.layout.num_experts, [0] * self.states.total, self.ranks)
         self._forward(layer, watcher)
-        totals = watcher.totals(layer, self.ranks)
+        totals = watcher.totals(layer)
         self.meter.enter("")
         statistics = Statistics(self.folder / "stats")
         statistics.save(0, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
