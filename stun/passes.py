@@ -36,7 +36,7 @@ class Watcher(Observer):
         shape = (max(sources, default=0) + 1, num_experts, ranks.device)
         self.sources, self.ranks = sources, ranks
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
-        self._own_EX = torch.zeros(num_experts, 10, dtype=torch.float64, device=ranks.device)
+        self._nothing_EX = torch.zeros(num_experts, 10, dtype=torch.float64, device=ranks.device)
 
     def routed(self, micro_batch, index_TK, weights_TK) -> None:
         self._routed = (self.sources[micro_batch], index_TK, weights_TK)
@@ -46,7 +46,7 @@ class Watcher(Observer):
         torch.bmm(output_tKD, output_tKD.mT, out=self._product_TKK[tokens])
 
     def round_ends(self, turn) -> None:
-        first, found_EX = turn * self.ranks.world, self._own_EX
+        first, found_EX = turn * self.ranks.world, self._nothing_EX
         if first + self.ranks.rank < len(self.sources):
             source, index_TK, gate_TK = self._routed
             self.coactivation.add(source, index_TK)
