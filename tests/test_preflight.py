@@ -144,7 +144,7 @@ def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
     for there, refused, warned in ((need, 0, 0), (0.9 * need, 0, 1), (SURE * need - 1, 1, 0)):
         lines, refusal = check(job, replace(CPU, host_memory=int(there)))
         assert bool(refusal) == refused and any(line.startswith("warning: host memory") for line in lines) == bool(warned)
-    assert "host memory of a node: about 0.55 GiB needed, 0.47 GiB there" in refusal
+    assert "host memory of a node: about 0.66 GiB needed, 0.56 GiB there" in refusal
     _, refusal = check(job, replace(GPU, gpu_memory=100))
     assert "GPU memory of a rank: about 0.00 GiB needed" in refusal and "no number of ranks" in refusal
     monkeypatch.setattr(stun.preflight, "disk_free", lambda run_dir: 10**5)
@@ -159,7 +159,7 @@ def test_advice_is_what_fits(checkpoint, tmp_path):
     long = replace(CALIBRATION, samples=64, length=4096, micro_batch=32)
     job = open_job(asked(source, tmp_path / "run", calibration=long))
     _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=56 * GIB))
-    assert "2 GPUs would do" in refusal and "calibration.micro_batch=16 would do" in refusal
+    assert "2 GPUs would do" in refusal and "calibration.micro_batch=8 would do" in refusal
     one, two = (Footprint(job, replace(GPU, nodes=n, per_node=1)).peak().gpu for n in (1, 2))
     assert two <= 56 * GIB < SURE * one
     how = SparsifyConfig(method=SparsifyMethod.sparsegpt, gram_gib=60)

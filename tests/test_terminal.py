@@ -30,7 +30,11 @@ class Terminal:
         termios.tcsetwinsize(theirs, (40, 110))
         env = {**environment(), "TERM": "xterm-256color"}
         command = [sys.executable, "-m", "jobs.prune", *arguments]
-        setup = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+        # A background job of a shell, which a test run may be, ignores the signal of Ctrl-C; nobody at a terminal does.
+        setup = (
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+        )
         self.job = subprocess.Popen(
             [sys.executable, "-c", setup, *command],
             cwd=ROOT,
@@ -94,7 +98,7 @@ def test_after_ctrl_c(checkpoint, tmp_path):
     attributes = termios.tcgetattr(terminal.theirs)
     assert attributes == terminal.before
     os.write(terminal.ours, b"\x03")
-    assert terminal.end() and "KeyboardInterrupt" in terminal.text
+    assert terminal.end() and "KeyboardInterrupt" in terminal.text, terminal.text
     assert "elapsed" not in terminal.text[terminal.text.rfind("KeyboardInterrupt") :]
 
 
