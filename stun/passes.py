@@ -36,7 +36,8 @@ class Watcher(Observer):
         shape = (max(sources, default=0) + 1, num_experts, ranks.device)
         self.sources, self.ranks = sources, ranks
         self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
-        self._nothing_EX = torch.zeros(num_experts, 10, dtype=torch.float64, device=ranks.device)
+        nobody_TK = torch.zeros(0, 1, dtype=torch.int64, device=ranks.device)
+        self._nothing_EX = self.powers.of(nobody_TK, nobody_TK, nobody_TK)
 
     def routed(self, micro_batch, index_TK, weights_TK) -> None:
         self._routed = (self.sources[micro_batch], index_TK, weights_TK)

@@ -112,11 +112,15 @@ def environment() -> dict[str, str]:
     return {**inherited, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def launch(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command as it stands."""
+    return _succeeded(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900))
+
+
 def launch_job(job: str, arguments: list[str], ranks: int = 0) -> subprocess.CompletedProcess:
     """Run `jobs.<job>` as a user does: plain python for 0 ranks, torchrun otherwise."""
     script = ["-m", f"jobs.{job}", *arguments]
-    command = torchrun(ranks, script) if ranks else [sys.executable, *script]
-    return _succeeded(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600))
+    return launch(torchrun(ranks, script) if ranks else [sys.executable, *script])
 
 
 def run_job(job: str, arguments: list[str], ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:

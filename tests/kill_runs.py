@@ -5,21 +5,18 @@ The package is imported once and every rank is a fork of this process, so that a
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-# Before the forks, which need them.
-import datasets  # noqa: F401
-import deepspeed.comm  # noqa: F401
-import scipy.cluster.hierarchy  # noqa: F401
+from warm import fork_ranks, get_ready, redirect
 
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
 from stun.prune import prune
@@ -34,31 +31,24 @@ def request(source: str, run_dir: Path) -> PruneConfig:
     return PruneConfig(ModelConfig(source), calibration, experts, SparsifyConfig(ratios="owl"), 0.5, str(run_dir))
 
 
+def become_rank(source: str, run_dir: Path, told: dict[str, str]) -> NoReturn:
+    """Prune as one of the ranks, and end."""
+    code, log = 1, run_dir.with_suffix(".log")
+    try:
+        redirect(stdout=log, stderr=log)
+        os.environ.update(told)
+        with Ranks() as ranks:
+            prune(request(source, run_dir), ranks)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def start(source: str, run_dir: Path, world: int) -> list[int]:
     """The processes of a launch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                out = os.open(run_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-                os.environ.update({key: str(value) for key, value in own.items()}, MASTER_ADDR="127.0.0.1")
-                with Ranks() as ranks:
-                    prune(request(source, run_dir), ranks)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return children
+    return fork_ranks(world, partial(become_rank, source, run_dir))
 
 
 def wait(children: list[int], limit: float = 120.0) -> list[int]:
@@ -93,7 +83,7 @@ def kill_and_continue(source: str, run_dir: Path, instant: float, victim: int | 
 
 
 def main(source: str, folder: Path, kills: int) -> None:
-    gc.freeze()  # so that collecting garbage in a fork copies no memory
+    get_ready()
     dice = random.Random(0)
     for name in ("first", "whole"):  # the first launch of all takes longer than any later one
         began = time.monotonic()

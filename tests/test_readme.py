@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment, load_tensors, run_warm, same_tensors
+from conftest import ROOT, launch, load_tensors, run_warm, same_tensors
 from test_evaluate import HARNESS_TASK
 
 README = (ROOT / "README.md").read_text()
@@ -39,18 +38,11 @@ def run(command: list[str]) -> str:
     return run_warm(command[start:], int(command[start - 1]) if "torch.distributed.run" in command else 0).stdout
 
 
-def launch(command: list[str]) -> str:
-    """The same, run as it stands."""
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.mark.launch
 def test_demo(tmp_path):
     (command,) = commands("demo")
     job = command.split(" && ")[-1]
-    output = launch(here(job, {"run_dir": str(tmp_path / "demo")}))
+    output = launch(here(job, {"run_dir": str(tmp_path / "demo")})).stdout
     results = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     assert list(results) == ["dense", "STUN", "experts only", "weights only"]
     dense, stun, weights = (results[name]["average"] for name in ("dense", "STUN", "weights only"))

@@ -17,7 +17,10 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600.0  # seconds of a launch
@@ -48,28 +51,41 @@ class WarmProcess:
         self._process.wait()
 
 
-def start(request: dict) -> list[int]:
-    """The processes of a launch. Only returns in the one that forks."""
+def get_ready() -> None:
+    """Before forks: import what jobs import late, and keep the garbage collector of a fork from copying memory."""
+    import datasets  # noqa: F401
+    import deepspeed.comm  # noqa: F401
+    import scipy.cluster.hierarchy  # noqa: F401
+
+    gc.freeze()
+
+
+def fork_ranks(world: int, become: Callable[[dict[str, str]], NoReturn]) -> list[int]:
+    """The processes of a launch. Each calls `become` with what a launcher would put into its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": probe.getsockname()[1]}
     children = []
-    for rank in range(max(1, request["ranks"])):
+    for rank in range(world):
         child = os.fork()
         if child == 0:
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
-            told = {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if request["ranks"] else {}
-            _become_rank(request, {key: str(value) for key, value in told.items()})
+            told = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", **shared}
+            become({key: str(value) for key, value in told.items()})
         children.append(child)
     return children
 
 
-def _become_rank(request: dict, told: dict[str, str]) -> None:
+def redirect(**files: Path) -> None:
+    """Append what this process writes to `stdout` and `stderr` to these files."""
+    for name, file in files.items():
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"stdout": 1, "stderr": 2}[name])
+
+
+def _become_rank(request: dict, told: dict[str, str]) -> NoReturn:
     """Run what python would, and end; without taking the interpreter down, which would copy all of its memory."""
     os.environ.clear()
-    os.environ.update({**request["env"], **told})
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update({**request["env"], **(told if request["ranks"] else {})})
+    redirect(**{name: Path(request["folder"]) / name for name in ("stdout", "stderr")})
     os.close(0)
     atexit._clear()
     is_module, *words = [request["script"][0] == "-m", *request["script"]]
@@ -113,21 +129,18 @@ def wait(children: list[int]) -> int:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    import datasets  # noqa: F401
-    import deepspeed.comm  # noqa: F401
-    import scipy.cluster.hierarchy  # noqa: F401
-
     import jobs.evaluate
     import jobs.prune  # noqa: F401
 
     for name in ("jobs.prune", "jobs.evaluate"):
         del sys.modules[name]  # they are run as programs
-    gc.freeze()  # so that collecting garbage in a fork copies no memory either
+    get_ready()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in iter(sys.stdin.readline, ""):
-        code = wait(start(json.loads(line)))
-        print(code, file=answers, flush=True)
+        request = json.loads(line)
+        children = fork_ranks(max(1, request["ranks"]), partial(_become_rank, request))
+        print(wait(children), file=answers, flush=True)
     os._exit(0)
 
 
