@@ -289,18 +289,18 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     assert done.returncode == 2 and "error: does not fit: host memory of a node" in done.stderr
 
 
-# (checkpoint, overrides, ranks) of runs that need 0.9 GiB or more, each for another reason.
+# (checkpoint, overrides, ranks) of runs that need at least a GiB, each for another reason.
 RUNS = {
     "experts": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 1),
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
-    "hidden states": ("thin", {"calibration.samples": 1280, "calibration.micro_batch": 32}, 1),
+    "hidden states": ("thin", {"calibration.samples": 1536, "calibration.micro_batch": 32}, 1),
     "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 1),
     "vocabulary": ("vocabulary", {}, 1),
     "Gram matrices": ("grams", {"sparsify.swaps": 2}, 1),
 }
 SHAPES = {
     "timed": CheckpointShape(hidden=512, expert_width=512, experts=16, layers=4),
-    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=48, layers=3),
+    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=3),
     "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),
     "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=2),
@@ -341,6 +341,6 @@ def test_memory_is_what_was_estimated(large, tmp_path, name):
     )
     peak = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["peak_bytes"] / GIB
     print(f"{name}: estimated {estimated:.2f}, measured {peak:.2f}, at its start {base:.2f} GiB")
-    assert peak > 0.9
+    assert peak > 1
     assert abs(estimated / peak - 1) < 0.15
     assert abs((estimated - base) / (peak - base) - 1) < 0.25
