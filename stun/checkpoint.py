@@ -221,6 +221,7 @@ def write_atomically(file: Path, write) -> None:
     """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link there would have its target written
         write(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -255,12 +256,18 @@ def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = IND
     write_json(folder / name, index)
 
 
-def copy_extras(source: Path, target: Path, skip: Iterable[str] = ("config.json", INDEX)) -> None:
-    """Copy what travels with a checkpoint: tokenizer, chat templates, generation config, custom code, licence."""
+def extras(source: Path) -> list[str]:
+    """Paths within `source` that go with a checkpoint: tokenizer, chat templates, custom code, licence."""
     weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
-    for file in sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")]):
-        is_weights = file.suffix in weights or file.name.endswith(".index.json")
-        if file.is_file() and file.name not in skip and not is_weights and not file.name.startswith("."):
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            write_atomically(copy, lambda path, file=file: shutil.copyfile(file, path))
+    files = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
+    is_weights = {file: file.suffix in weights or file.name.endswith(".index.json") for file in files}
+    found = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")
+    return [str(file.relative_to(source)) for file in found]
+
+
+def copy_extras(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
+    """Copy the `extras` of a checkpoint, but for those to `skip`."""
+    for name in (name for name in extras(source) if name not in skip):
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        write_atomically(copy, lambda path, name=name: shutil.copyfile(source / name, path))

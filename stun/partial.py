@@ -9,14 +9,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from stun.checkpoint import write_json
 from stun.config import StunError
 from stun.identity import differences
 from stun.inputs import is_count, load_json
-from stun.lock import hold
+from stun.lock import LOCK, hold
+from stun.owned import remove_written
+
+_STREAM = r"score-\d+/(progress|hidden)/[\w-]+\.(json|safetensors)"
+_WRITTEN = rf"{LOCK}|\w+\.json|{_STREAM}|generate-\d+/tokens-\d+\.json|(.*/)?\..+\.tmp"
 
 
 class Partial:
@@ -29,8 +32,12 @@ class Partial:
         """Make the folder, or go on in one of the same request. Raises StunError where it holds another (naming what differs), or
         another launch is at work in it."""
         file = self.folder / "request.json"
+        if self.folder.is_symlink():
+            raise StunError(f"{self.folder}: is a link; nothing is written through one. Put the folder itself there")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not file.is_file() and any(entry.name not in (LOCK, f".{file.name}.tmp") for entry in self.folder.iterdir()):
+                raise StunError(f"{self.folder}: was not made by an evaluation; move it elsewhere, or choose another output")
             hold(self.folder, str(self.folder))
         except OSError as error:
             raise StunError(f"output: {self.folder} cannot be written: {error}") from error
@@ -76,7 +83,7 @@ class Partial:
         write_json(self.folder / f"{name}.json", content)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_written(self.folder, _WRITTEN)
 
 
 class Generated:

@@ -13,8 +13,8 @@ from stun import serving
 from stun.allocation import check_ratios, set_ratios
 from stun.arch import Architecture
 from stun.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
-from stun.card import CARD, keep_source_card, write_card
-from stun.checkpoint import COMPRESSED_INDEX, INDEX, Checkpoint, copy_extras, write_index, write_json
+from stun.card import CARD, SOURCE_CARD, keep_source_card, write_card
+from stun.checkpoint import COMPRESSED_INDEX, INDEX, TEMPLATES, Checkpoint, copy_extras, extras, write_index, write_json
 from stun.compressed import mark
 from stun.config import Budget, PruneConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
@@ -23,6 +23,7 @@ from stun.inputs import load_json
 from stun.ledger import Ledger
 from stun.meter import Meter
 from stun.outcome import save_layers, save_observed, summarise
+from stun.owned import MARK, own_folder, run_id
 from stun.passes import PruneResult, observe, prune_layers
 from stun.plan import Plan
 from stun.planfile import read_plan
@@ -238,7 +239,7 @@ def _write_outside(
 ) -> dict:
     """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
     its other remains are removed. `outer` then holds these tensors."""
-    run.model.mkdir(exist_ok=True)
+    own_folder(run.model, run_id(run.folder))
     ledger = Ledger(run.folder / "progress", "outside")
     known = [entry for entries in ledger.finished() for entry in entries]
     files = known + [entry for entries in finished for entry in entries]
@@ -246,7 +247,8 @@ def _write_outside(
         for file, name in hub_names(files).items():
             if (run.model / name).is_file():
                 (run.model / name).rename(run.model / file)
-    keep_only(run.model, files)
+    beside = {MARK, "config.json", INDEX, COMPRESSED_INDEX, CARD, SOURCE_CARD, TEMPLATES, *extras(arch.source.folder)}
+    keep_only(run.model, files, beside)
     if not known:
         outer |= {name: arch.source.read(name) for name in arch.outer}
         known = [write("outside.safetensors", outer)]
@@ -259,7 +261,7 @@ def _write_around(cfg: PruneConfig, arch: Architecture, result: PruneResult, run
     names = hub_names(result.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model, skip=("config.json", INDEX, CARD))
+    copy_extras(arch.source.folder, run.model, skip=(CARD,))
     keep_source_card(arch.source.folder, run.model)
     config = arch.pruned_config([len(k) for k in result.kept[: len(arch.layers)]])
     write_json(run.model / "config.json", mark(config) if cfg.compress else config)

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 import yaml
@@ -23,6 +23,7 @@ from stun.config import StunError
 from stun.identity import differences
 from stun.inputs import load_json, read_bytes
 from stun.lock import LOCK, hold
+from stun.owned import MARK, own_folder, release, remove_written, run_id
 from stun.statistics import Statistics
 
 
@@ -48,8 +49,11 @@ def parse_yaml(content: bytes, where: str) -> object:
         raise StunError(f"{where}: cannot be read as YAML: {error}") from error
 
 
-_TEMPORARY = ("progress", "hidden")
-_BESIDE = {LOCK, ".config.yaml.tmp", "code", "logs"}  # what may be there before the run: the start of one, slurm/prune.sbatch
+# What only an unfinished run needs: folders, and the files in them that it writes.
+_PART = r"\.?\w+-\d{5}-\d+-of-\d+"
+_TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
+# What may be there before the run: the start of one, slurm/prune.sbatch.
+_BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
 _OUTPUT = {".out", ".err", ".log"}  # of the job
 
 
@@ -88,11 +92,20 @@ class Run:
             if not (run.folder / "manifest.json").exists():
                 hold(run.folder, f"run_dir={run_dir}")
                 write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
-                for name in _TEMPORARY:
-                    (run.folder / name).mkdir(exist_ok=True)
+                run._own_folders()
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         return run
+
+    def _own_folders(self) -> None:
+        """Raise StunError where a folder that this run writes to is a link or not this run's, before any file is read, written or
+        removed there."""
+        name = run_id(self.folder)
+        for part in _TEMPORARY:
+            own_folder(self.folder / part, name)
+        later = [self.model] if self.stats.complete else [self.model, self.stats.folder]  # into complete ones nothing is written
+        for folder in filter(os.path.lexists, later):
+            own_folder(folder, name)
 
     @property
     def summary(self) -> dict | None:
@@ -112,6 +125,10 @@ class Run:
 
     def clear(self) -> None:
         """Remove what only an unfinished run needs."""
-        for name in _TEMPORARY:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / LOCK).unlink(missing_ok=True)
+        for name, written in _TEMPORARY.items():
+            release(self.folder / name)
+            remove_written(self.folder / name, written)
+        for folder in (self.model, self.stats.folder):
+            release(folder)
+        for name in (LOCK, MARK):
+            (self.folder / name).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from pathlib import Path
 
 import torch
@@ -74,18 +74,29 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_co
     return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in stored.items()}}
 
 
-def keep_only(folder: Path, entries: list[dict]) -> None:
-    """Remove whatever an interrupted launch left in `folder` that no entry names. Raises StunError where a file is missing or
-    holds other tensors than its entry says."""
+# Files that only an unfinished run has in its `model`.
+_UNFINISHED = re.compile(r"(layer-\d{5}-\d+-of-\d+|outside)\.safetensors|\..+\.tmp")
+
+
+def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
+    """Remove the shards of an interrupted launch in `folder`, the run's own, that no entry names.
+
+    Raises StunError where a file is there that the run has not written (`extras` are those that it writes beside the shards),
+    is missing, or holds other tensors than its entry says. Nothing is removed then.
+    """
     known = {entry["file"]: entry["tensors"] for entry in entries if entry["file"]}
     if len(known) < sum(entry["file"] is not None for entry in entries):
         raise StunError(f"{folder}: two entries in the run's folder `progress` name the same file; {REPEAT}")
-    for file in folder.iterdir():
-        if file.name not in known:
-            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+    others = [file for file in sorted(folder.iterdir()) if file.name not in known and file.name not in extras]
+    remains = [file for file in others if _UNFINISHED.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
+    if len(remains) < len(others):
+        foreign = next(file for file in others if file not in remains)
+        raise StunError(f"{foreign}: was not written by this run; move it elsewhere, or remove it where nobody needs it")
+    for file in remains:
+        file.unlink()
     for name, tensors in known.items():
         file, state = folder / name, ""
-        if not file.is_file() or file.stat().st_size < sum(tensors.values()):
+        if file.is_symlink() or not file.is_file() or file.stat().st_size < sum(tensors.values()):
             state = "is too short" if file.is_file() else "is missing"
         elif {tensor: info.nbytes for tensor, info in read_header(file).items()} != tensors:
             state = "holds other tensors than its entry in `progress` says"

@@ -14,6 +14,7 @@ from stun.config import StunError
 from stun.headers import read_header
 from stun.identity import differences
 from stun.inputs import is_count, load_json
+from stun.owned import own_folder, run_id
 from stun.stats import COSINE_UNIT
 
 _RETAKE = "take the statistics anew in another run_dir"
@@ -62,7 +63,7 @@ class Statistics:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
     def save(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
-        self.folder.mkdir(exist_ok=True)
+        own_folder(self.folder, run_id(self.folder.parent))
         write_tensors(self._file(layer), statistics)
 
     def load(self, layer: int, experts: int | None = None) -> dict[str, torch.Tensor]:
@@ -88,7 +89,7 @@ class Statistics:
 
     def finish(self, taken_on: dict) -> None:
         """Declare the statistics complete; `taken_on` is what decided them (`observed`)."""
-        self.folder.mkdir(exist_ok=True)
+        own_folder(self.folder, run_id(self.folder.parent))
         files = {file.name: _digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
         write_json(self._about, {**taken_on, "cosine_unit": COSINE_UNIT, "files": files})
 

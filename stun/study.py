@@ -6,7 +6,6 @@ The rows of the task are halved, so that a choice made on one half can be checke
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from stun.checkpoint import write_json
 from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
 from stun.evaluate import evaluate
 from stun.inputs import load_json
+from stun.owned import remove_run
 from stun.planfile import plan_from_run
 from stun.prune import prune, take_statistics
 from stun.ranks import Ranks
@@ -56,7 +56,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
             identity = {"task": task, "overrides": list(cfg.methods[method])}
             compute = lambda cell=cell, base=base: _cell(cell, base, cfg, ranks)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
-            ranks.on_first(lambda cell=cell: shutil.rmtree(cell.run_dir, ignore_errors=True))
+            ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
             results[method][str(target)].append(_measures(result))
             ranks.log(f"{method} at {target}, seed {seed}: {_measures(result)['odd']:.3f}")
     return {"dense": _measures(dense), "seeds": list(cfg.seeds), "results": results}

@@ -35,7 +35,7 @@ ORDER = [
     },
     {"plausible", "records"},
     {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
-    {"names", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task", "speeds"},
+    {"names", "owned", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task", "speeds"},
     {"statistics", "partial", "harness"},
     {"run"},
     {"arch", "card"},

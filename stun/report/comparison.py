@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from stun.asked import SAME
 from stun.checkpoint import write_atomically
+from stun.owned import own_folder
 from stun.report import draw, html
 from stun.report.page import FOLDER, PAGE, bytes_in_words
 from stun.report.pictures import pictures
@@ -67,7 +68,7 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     """The comparison of the runs below `folder`, whose pages are there already, as a page."""
     done = {name: run for name, run in runs.items() if isinstance(run, dict)}
     own = folder / FOLDER
-    own.mkdir(exist_ok=True)
+    own_folder(own, "report")
     title = folder.resolve().name
     rows = [_row(number, name, run) for number, (name, run) in enumerate(done.items(), 1)]
     header = ["", "run", "sparsity", "experts", "on disk", "exact match", "perplexity", "seconds", "peak, GiB"]

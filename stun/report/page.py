@@ -6,19 +6,20 @@ from html import escape
 from pathlib import Path
 
 from stun.checkpoint import write_atomically
+from stun.owned import own_folder, remove_written
 from stun.report import data, html
 from stun.report.folder import RunFolder
 from stun.report.sections import SECTIONS
 
 FOLDER, PAGE = "report", "index.html"
+_PICTURES = r"experts-of-layer-\d+\.png|[a-z-]+-(light|dark)\.png"  # that an earlier page has, of other layers perhaps
 
 
 def write_page(run: RunFolder) -> Path:
     """Draw everything that the run has data for; returns the page."""
     folder = run.path / FOLDER
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
+    own_folder(folder, "report")
+    remove_written(folder, _PICTURES)
     sections = [section(run, folder) for section in SECTIONS]
     title = run.path.resolve().name
     body = f'{_header(run, title)}\n<div class="sections">\n{chr(10).join(sections)}\n</div>\n{_footer(run)}'
