@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import stun.config
 from stun.config import StunError
-from stun.progress import close_view
-from stun.ranks import Ranks
+from stun.runtime.ranks import Ranks
+from stun.stream.progress import close_view
 from stun.sweep import stages
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import launch
-from stun.checkpoint import write_json
+from stun.checkpoint.reader import write_json
 from stun.config import EvaluateConfig, ModelConfig, StunError
-from stun.evaluate import evaluate
-from stun.prune import prune
+from stun.evaluation.job import evaluate
+from stun.pruning.job import prune
+from stun.report.tables import results_table
 from stun.report.write import write_reports
-from stun.table import results_table
 
 
 def work(cfg, ranks) -> None:

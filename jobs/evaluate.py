@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.evaluate import evaluate
-from stun.identity import plain
-from stun.table import results_table
-from stun.tracking import check_tracking, tracked
-from stun.validation import validate_tracking
+from stun.evaluation.job import evaluate
+from stun.planning.validation import validate_tracking
+from stun.report.tables import results_table
+from stun.run.identity import plain
+from stun.tracking.tracker import check_tracking, tracked
 
 
 def work(cfg, ranks) -> None:

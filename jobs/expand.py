@@ -1,7 +1,7 @@
 """Write a compressed checkpoint as an ordinary one: python -m jobs.expand model.path=runs/x/model output=runs/x/dense"""
 
 from jobs import launch
-from stun.compressed import expand
+from stun.checkpoint.compressed import expand
 
 
 def work(cfg, ranks) -> None:

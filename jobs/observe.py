@@ -2,7 +2,7 @@
 calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
-from stun.prune import take_statistics
+from stun.pruning.job import take_statistics
 
 if __name__ == "__main__":
     launch("observe", take_statistics)

@@ -4,8 +4,8 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.planfile import plan_from_run
-from stun.table import plan_table
+from stun.planning.plan_file import plan_from_run
+from stun.report.tables import plan_table
 
 
 def work(cfg, ranks) -> None:

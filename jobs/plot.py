@@ -1,7 +1,7 @@
 """Draw comparisons of several targets: python -m jobs.plot comparisons='[runs/a/comparison.json,...]' output=comparison.png"""
 
 from jobs import launch
-from stun.figure import comparison_figure
+from stun.report.figure import comparison_figure
 
 
 def work(cfg, ranks) -> None:

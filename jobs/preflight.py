@@ -2,9 +2,9 @@
 cluster.gpus=8; or, with 'cluster.worlds=[1,8,64]', what it would need on each of so many GPUs"""
 
 from jobs import launch
-from stun.preflight import preflight
-from stun.request import open_job
-from stun.worlds import worlds
+from stun.planning.job import open_job
+from stun.preflight.job import preflight
+from stun.preflight.worlds import worlds
 
 
 def work(cfg, ranks) -> None:

@@ -1,8 +1,8 @@
 """Prune a checkpoint: torchrun --nproc-per-node 8 -m jobs.prune model.path=... calibration.path=... target=0.4 run_dir=runs/x"""
 
 from jobs import launch
-from stun.prune import prune, take_statistics
-from stun.table import summary_table
+from stun.pruning.job import prune, take_statistics
+from stun.report.tables import summary_table
 
 
 def work(cfg, ranks) -> None:

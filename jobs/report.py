@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.report.write import describe, write_reports
-from stun.tracking import track_report
+from stun.tracking.tracker import track_report
 
 
 def work(cfg, ranks) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.checkpoint import write_json
-from stun.study import markdown, study
+from stun.benchmark.study import markdown, study
+from stun.checkpoint.reader import write_json
 
 
 def work(cfg, ranks) -> None:

@@ -6,7 +6,7 @@ Arctic, and checkpoints of any supported family whose layers keep different numb
 
 import os
 
-from stun.cpu import start_numpy
+from stun.runtime.cpu import start_numpy
 
 # Before OpenMP starts. Its threads wait in a loop, by default for so long that one more busy process on the same cores slows a
 # rank down twentyfold (63 s for a run of 3 s, two cores). With this they soon sleep (10 s); an idle machine shows no difference.
@@ -22,8 +22,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
 
-from stun.models import arctic as _arctic  # noqa: E402
-from stun.models import heterogeneous as _heterogeneous  # noqa: E402
+from stun.model import arctic as _arctic  # noqa: E402
+from stun.model import heterogeneous as _heterogeneous  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -32,7 +32,7 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """How much an expert is worth: stun.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
+    """How much an expert is worth: stun.planning.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
     worth more than another, so of equals the lower number stays; that needs no forward."""
 
     reap = "reap"
@@ -77,7 +77,7 @@ class Scope(Enum):
 
 class Precision(Enum):
     """What layers are computed in: the dtype of the checkpoint where the device multiplies it fast, or always float32.
-    stun.cpu says which CPUs multiply bfloat16 fast."""
+    stun.runtime.cpu says which CPUs multiply bfloat16 fast."""
 
     auto = "auto"
     float32 = "float32"
@@ -241,7 +241,7 @@ class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
     `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. With `compress` the
-    checkpoint holds bitmasks and values (stun.compressed) in place of zeros. `statistics` is the folder of a run (jobs.observe)
+    checkpoint holds bitmasks and values (stun.checkpoint.compressed) in place of zeros. `statistics` is the folder of a run (jobs.observe)
     whose statistics this one uses instead of taking its own.
     """
 
@@ -260,7 +260,7 @@ class PruneConfig:
 
 @dataclass
 class ClusterConfig:
-    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in stun.hardware; a node's memory in GiB
+    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in stun.preflight.hardware; a node's memory in GiB
     and what it reads in GiB/s (0: as much as this machine does) and writes (0: as much as it reads). `worlds` lists numbers of
     GPUs to describe side by side. Without it and `nodes` the launch that is running is described."""
 

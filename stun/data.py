@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stun.config import CalibrationConfig, SourceConfig, StunError
-from stun.inputs import check_folder, parse_json
+from stun.files import check_folder, parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

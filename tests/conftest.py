@@ -18,9 +18,9 @@ from selections import TEXT, config
 from warm import WarmProcess
 from zoo import make_checkpoint
 
-from stun.prune import take_statistics
-from stun.ranks import Ranks
-from stun.recorder import Recorder
+from stun.pruning.job import take_statistics
+from stun.run.recorder import Recorder
+from stun.runtime.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from selections import TEXT
 
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig
-from stun.prune import prune
-from stun.ranks import Ranks
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=13, length=40, micro_batch=2)
 RUNS = {
@@ -30,9 +30,9 @@ def run(name: str, source: Path, run_dir: Path, ranks: Ranks) -> dict:
 
 def target_of_two(source: Path) -> float:
     """The sparsity at which exactly two experts of every layer leave."""
-    from stun.arch import Architecture
-    from stun.budget import measure_layers
-    from stun.checkpoint import Checkpoint
+    from stun.checkpoint.reader import Checkpoint
+    from stun.model.architecture import Architecture
+    from stun.planning.budget import measure_layers
 
     sizes = measure_layers(Architecture(Checkpoint.open(source)), list(Scope))
     return 2 * sum(size.expert for size in sizes) / sum(size.total for size in sizes)

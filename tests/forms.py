@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from selections import config
 from zoo import make_checkpoint
 
-from stun.checkpoint import write_index
+from stun.checkpoint.reader import write_index
 from stun.config import ExpertsConfig
-from stun.prune import prune
+from stun.pruning.job import prune
 
 UNIFORM = ExpertsConfig(fraction=0.5)
 

@@ -19,8 +19,8 @@ from typing import NoReturn
 from warm import fork_ranks, get_ready, redirect
 
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
-from stun.prune import prune
-from stun.ranks import Ranks
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
 
 TEXT = Path(__file__).resolve().parent.parent / "stun" / "reference" / "calibration.jsonl"
 

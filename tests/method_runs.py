@@ -9,8 +9,8 @@ from selections import TEXT
 
 from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
 from stun.config import SparsifyMethod as Method
-from stun.prune import prune
-from stun.ranks import Ranks
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=9, length=48, micro_batch=2)
 TINY = 1e-6  # GiB: experts are measured one at a time

@@ -11,7 +11,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import stun.config
-import stun.validation
+import stun.planning.validation
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [
@@ -133,7 +133,7 @@ def test_every_experiment_composes(job, name):
     cfg = composed(job, [f"experiment={name}", *missing])
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
-    stun.validation.validate(typed)
+    stun.planning.validation.validate(typed)
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])
@@ -141,7 +141,7 @@ def test_fractions_on_the_command_line(value):
     typed = OmegaConf.to_object(
         composed("prune", [f"experts.fraction={value}", "model.path=m", "calibration.path=c", "target=0.4", "run_dir=r"])
     )
-    stun.validation.validate(typed)
+    stun.planning.validation.validate(typed)
     assert str(typed.experts.fraction) == value
 
 

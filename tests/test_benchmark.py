@@ -21,7 +21,7 @@ from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe, write_checkp
 from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import digests
 from stun.benchmark.table import benchmark_table
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import BenchmarkCase, CheckpointShape, StunError
 
 D, I, E, K, V, LENGTH, SAMPLES = 128, 64, 8, 2, 512, 32, 6

@@ -11,7 +11,7 @@ from selections import config
 from test_report import RESULT
 from zoo import make_checkpoint
 
-from stun.prune import prune
+from stun.pruning.job import prune
 from stun.report.write import write_reports
 
 pytestmark = pytest.mark.launch

@@ -9,10 +9,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from selections import config
 from zoo import make_checkpoint
 
-from stun.card import SOURCE_CARD, _what_left, without_folders, write_card
 from stun.config import Budget, ExpertsConfig
-from stun.outcome import command_line
-from stun.prune import prune
+from stun.pruning.job import prune
+from stun.pruning.summary import command_line
+from stun.report.model_card import SOURCE_CARD, _what_left, without_folders, write_card
 from stun.report.write import write_reports
 
 # Of the hub's metadata (huggingface.co/docs/hub/model-cards), what a card here may hold.
@@ -90,7 +90,7 @@ def test_what_other_runtimes_cannot_load(checkpoint, tmp_path, ranks, form):
         ranks,
     )
     card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
-    needed = {"global": "import stun", "compressed": "from stun.compressed import load_model"}[form]
+    needed = {"global": "import stun", "compressed": "from stun.checkpoint.compressed import load_model"}[form]
     assert card.data.library_name == "stun-moe" and needed in card.text and card.data.base_model is None
 
 

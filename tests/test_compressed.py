@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from zoo import make_checkpoint
 
-from stun.checkpoint import copy_extras, write_json
-from stun.compressed import COMPRESSED_INDEX, compress, compress_tensor, expand, expand_tensor, is_compressed, load_model, mark
+from stun.checkpoint.compressed import (
+    COMPRESSED_INDEX,
+    compress,
+    compress_tensor,
+    expand,
+    expand_tensor,
+    is_compressed,
+    load_model,
+    mark,
+)
+from stun.checkpoint.reader import copy_extras, write_json
 from stun.config import StunError
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]

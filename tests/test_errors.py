@@ -11,7 +11,7 @@ from conftest import TEXT, load_tensors, run_job, settings
 from safetensors.torch import save_file
 
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig, StunError
-from stun.prune import prune
+from stun.pruning.job import prune
 
 
 def no_safetensors(folder):

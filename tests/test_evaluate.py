@@ -18,14 +18,14 @@ from test_quantised import fp8
 from test_scoring import damaged, full
 from zoo import make_checkpoint
 
-import stun.evaluate
-from stun.checkpoint import Checkpoint
-from stun.compressed import open_checkpoint
+import stun.evaluation.job
+from stun.checkpoint.compressed import open_checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, EvaluateConfig, HarnessConfig, ModelConfig, StunError, TaskConfig
 from stun.data import load_tokenizer
-from stun.evaluate import evaluate
-from stun.partial import Partial
-from stun.task import completion, extract, task_rows
+from stun.evaluation.job import evaluate
+from stun.evaluation.resume import Partial
+from stun.evaluation.task import completion, extract, task_rows
 
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
 REFERENCE = ROOT / "stun" / "reference" / "model"
@@ -82,7 +82,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, ranks, rows, tmp_path, monke
     whole = evaluate(asked, ranks)
     again = replace(asked, output=str(tmp_path / "b.json"))
     with monkeypatch.context() as patch:
-        patch.setattr("stun.evaluate.extract", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("stun.evaluation.job.extract", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             evaluate(again, ranks)
     folder = tmp_path / "b.json.partial"
@@ -91,8 +91,8 @@ def test_interrupted_evaluation_goes_on(checkpoint, ranks, rows, tmp_path, monke
         evaluate(replace(again, task=replace(again.task, max_new_tokens=7)), ranks)
     read = []
     with monkeypatch.context() as patch:
-        patch.setattr("stun.room.free_memory", lambda ranks: 2**40)
-        patch.setattr("stun.evaluate.score", lambda *_: read.append(1))
+        patch.setattr("stun.evaluation.memory.free_memory", lambda ranks: 2**40)
+        patch.setattr("stun.evaluation.job.score", lambda *_: read.append(1))
         assert numbers(evaluate(again, ranks)) == numbers(whole) and not read
     assert not folder.exists()
 
@@ -116,7 +116,7 @@ def test_fewer_rows_at_once_after_a_launch_that_was_killed(checkpoint, ranks, ro
     """As it is advised where a host's memory was too small; what an earlier launch had to halve is not raised again."""
     asked = asking(checkpoint("mixtral"), rows, tmp_path / "a.json")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("stun.evaluate.score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr("stun.evaluation.job.score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         evaluate(asked, ranks)
     fewer = replace(asked, task=replace(asked.task, batch=2))
     assert evaluate(fewer, ranks)["batch"] == 2 and "sequences, 2 at once" in capsys.readouterr().out
@@ -177,7 +177,7 @@ def test_killed_on_one_rank_it_goes_on_on_two(ranks, tmp_path):
 
 def test_half_the_rows_where_the_gpu_is_too_small(checkpoint, ranks, rows, tmp_path, monkeypatch, capsys):
     """Which is remembered for the next launch."""
-    fits, score = 2, stun.evaluate.score
+    fits, score = 2, stun.evaluation.job.score
 
     def small(arch, dense, sequences, size, *others):
         if size > fits:
@@ -185,7 +185,7 @@ def test_half_the_rows_where_the_gpu_is_too_small(checkpoint, ranks, rows, tmp_p
         return score(arch, dense, sequences, size, *others)
 
     asked = asking(checkpoint("mixtral"), rows, tmp_path / "a.json", task=TaskConfig(path=str(rows), max_new_tokens=2, batch=12))
-    monkeypatch.setattr("stun.evaluate.score", small)
+    monkeypatch.setattr("stun.evaluation.job.score", small)
     evaluate(asked, ranks)
     said = capsys.readouterr().out
     assert [f"score: out of GPU memory; {size} rows at once" in said for size in (6, 3, 1)] == [True, True, True]

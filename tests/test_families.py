@@ -15,12 +15,12 @@ from test_stream import captured, compare_statistics, naive_statistics
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.data import calibration_samples, load_tokenizer
-from stun.names import experts_of
-from stun.passes import observe
-from stun.stream import LayerStream, embed, even_owners
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.pruning.layers import observe
+from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 pytestmark = pytest.mark.launch
 

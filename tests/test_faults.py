@@ -17,8 +17,8 @@ from test_resume import request
 from zoo import make_checkpoint
 
 from stun.config import StunError
-from stun.prune import prune
-from stun.recorder import Recorder
+from stun.pruning.job import prune
+from stun.run.recorder import Recorder
 
 
 def half_files(folder) -> list[str]:

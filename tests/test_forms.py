@@ -14,9 +14,9 @@ from test_families import load_stock
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from zoo import FAMILIES, SHAPE, byte_tokenizer, make_checkpoint, randomise
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, ExpertsConfig, StunError
+from stun.model.architecture import Architecture
 
 
 def test_text_model_inside_another(tmp_path, ranks):

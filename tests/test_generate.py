@@ -9,13 +9,13 @@ import torch
 from test_heterogeneous import pruned, steep
 from transformers import AutoModelForCausalLM
 
-from stun.arch import Architecture
-from stun.batches import micro_batches, padded
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Scope, SparsifyConfig
 from stun.data import load_tokenizer
-from stun.generate import Decoding, generate
-from stun.room import Room, generation_room
+from stun.evaluation.batches import micro_batches, padded
+from stun.evaluation.generate import Decoding, generate
+from stun.evaluation.memory import Room, generation_room
+from stun.model.architecture import Architecture
 
 FAMILIES = ["arctic", "deepseek_v3", "exaone_moe", "gpt_oss", "jamba", "lfm2_moe", "phimoe", "qwen3_5_moe_text", "qwen3_next"]
 QUESTIONS = ["Hello there, how", "What?", "The quick brown fox jumps over", "a", "One two three four five six seven"]
@@ -149,10 +149,10 @@ def test_what_fits_stays(checkpoint, ranks, monkeypatch):
     ample = generation_room(arch, [10] * 64, 10, 0, ranks)
     assert ample.stays == 4 and ample.step_bytes == 0 and ample.batch == 8 and ample.turns == 1
     assert generation_room(arch, [10] * 64, 10, 3, ranks).batch == 3
-    monkeypatch.setattr("stun.room.free_memory", lambda ranks: 16 * max(sizes))
+    monkeypatch.setattr("stun.evaluation.memory.free_memory", lambda ranks: 16 * max(sizes))
     tight = generation_room(arch, [10] * 64, 10, 0, ranks)
     assert 0 < tight.stays < 4 and tight.step_bytes == sum(sizes[tight.stays :]) and 1 <= tight.batch <= 8
-    monkeypatch.setattr("stun.room.free_memory", lambda ranks: 5 * max(sizes))
+    monkeypatch.setattr("stun.evaluation.memory.free_memory", lambda ranks: 5 * max(sizes))
     from stun.config import StunError
 
     with pytest.raises(StunError, match="out of memory: one row of 20 tokens takes"):

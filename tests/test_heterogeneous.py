@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import FAMILIES as ZOO
 from zoo import SHAPE, make_checkpoint
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig
 from stun.data import calibration_samples, load_tokenizer
-from stun.names import experts_of
-from stun.prune import prune
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.pruning.job import prune
 
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_next"]
 
@@ -84,7 +84,7 @@ def test_computes_what_the_survivors_do(tmp_path, ranks, family):
 
 
 def target_of(source, experts: int) -> float:
-    from stun.budget import measure_layers
+    from stun.planning.budget import measure_layers
 
     sizes = measure_layers(Architecture(Checkpoint.open(source)), list(Scope))
     one = next(size.expert for size in sizes if size.experts)

@@ -25,13 +25,13 @@ from selections import TEXT, config
 from test_quantised import fp8
 from zoo import make_checkpoint
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
-from stun.compressed import expand
+from stun.checkpoint.compressed import expand
+from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
-from stun.planfile import plan_from_run
-from stun.prune import prune
+from stun.model.architecture import Architecture
+from stun.planning.plan_file import plan_from_run
+from stun.pruning.job import prune
 
 SECONDS = 20
 SLACK = 2**29  # address space that threads and allocators take whatever they are asked

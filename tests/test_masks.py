@@ -12,14 +12,14 @@ from test_stream import ARCTIC_SEQUENTIAL, captured, naive_inner, oriented, smal
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
-from stun.arch import Architecture
-from stun.budget import LayerQuota, layer_quotas, measure_layers
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Scope, SparsifyConfig, SparsifyMethod, StunError
-from stun.layout import renumber
-from stun.names import experts_of
-from stun.plan import LayerPlan, Plan
-from stun.prune import prune
+from stun.model.architecture import Architecture
+from stun.model.layer_layout import renumber
+from stun.model.tensor_names import experts_of
+from stun.planning.budget import LayerQuota, layer_quotas, measure_layers
+from stun.planning.plan import LayerPlan, Plan
+from stun.pruning.job import prune
 from stun.sparsify.matrix import sparsify
 
 WAYS = {

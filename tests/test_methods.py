@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, load_tensors, run_job, run_warm, same_tensors, settings
 from method_runs import METHODS
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
+from stun.model.architecture import Architecture
 
 pytestmark = pytest.mark.launch
 

@@ -19,10 +19,10 @@ from stun.config import (
     SourceConfig,
     StunError,
 )
-from stun.plan import read_layers
-from stun.planfile import plan_from_run
-from stun.prune import prune, take_statistics
-from stun.statistics import Statistics
+from stun.planning.plan import read_layers
+from stun.planning.plan_file import plan_from_run
+from stun.pruning.job import prune, take_statistics
+from stun.statistics.store import Statistics
 
 
 def mixture(tmp_path, **weights) -> dict[str, SourceConfig]:

@@ -9,9 +9,9 @@ from conftest import same_tensors, stopped_after
 from kill_runs import request
 
 from stun.config import StunError
-from stun.owned import MARK, own_folder, remove_written
-from stun.prune import prune
+from stun.pruning.job import prune
 from stun.report.write import write_reports
+from stun.run.ownership import MARK, own_folder, remove_written
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -49,7 +49,15 @@ def test_a_part_of_the_run_is_another_folder(interrupted, ranks, part, how):
     assert contents(run / part) == kept == contents(other)
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00009.safetensors", "notes.txt", "folder/x", "layer-00001-0-of-9.safetensors/x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00009.safetensors",
+        "notes.txt",
+        "folder/x",
+        "layer-00001-0-of-9.safetensors/x",
+    ],
+)
 def test_a_file_of_somebody_else_in_the_model(interrupted, ranks, name):
     cfg, run, _ = interrupted
     (run / "model" / name).parent.mkdir(exist_ok=True)

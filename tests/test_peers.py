@@ -14,7 +14,7 @@ from conftest import ROOT, environment, load_tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from stun.experts.clusters import clusters_of, complete_linkage
+from stun.planning.experts.clusters import clusters_of, complete_linkage
 
 pytestmark = pytest.mark.launch
 EXPERTS, TARGET, MICRO_BATCH = 8, 0.4, 2

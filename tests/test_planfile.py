@@ -22,8 +22,8 @@ from stun.config import (
     SparsifyConfig,
     StunError,
 )
-from stun.planfile import plan_from_run
-from stun.prune import prune
+from stun.planning.plan_file import plan_from_run
+from stun.pruning.job import prune
 
 
 @pytest.mark.parametrize(

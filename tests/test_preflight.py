@@ -17,11 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, make_checkpoint
 
-import stun.preflight
-from stun.activations import Allocations, trace_layers
-from stun.arch import Architecture
+import stun.preflight.job
 from stun.benchmark.checkpoints import random_checkpoint
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import (
     CalibrationConfig,
     CheckpointShape,
@@ -35,15 +33,17 @@ from stun.config import (
     SparsifyMethod,
     StunError,
 )
-from stun.footprint import Footprint, transient_costs
-from stun.hardware import GIB, GPUS, Launch, described
-from stun.preflight import SURE, check, estimate
-from stun.prune import prune
-from stun.request import open_job
+from stun.model.architecture import Architecture
+from stun.planning.job import open_job
+from stun.preflight.activations import Allocations, trace_layers
+from stun.preflight.hardware import GIB, GPUS, Launch, described
+from stun.preflight.job import SURE, check, estimate
+from stun.preflight.memory import Footprint, transient_costs
+from stun.preflight.speeds import Speeds
+from stun.preflight.worlds import worlds
+from stun.pruning.job import prune
 from stun.sparsify.matrix import scores_of, sparsify
 from stun.sparsify.select import smallest_per_row
-from stun.speeds import Speeds
-from stun.worlds import worlds
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
 RANK = ExpertsConfig(method=ExpertsMethod.rank)
@@ -147,7 +147,7 @@ def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
     assert "host memory of a node: about 0.66 GiB needed, 0.56 GiB there" in refusal
     _, refusal = check(job, replace(GPU, gpu_memory=100))
     assert "GPU memory of a rank: about 0.00 GiB needed" in refusal and "no number of ranks" in refusal
-    monkeypatch.setattr(stun.preflight, "disk_free", lambda run_dir: 10**5)
+    monkeypatch.setattr(stun.preflight.job, "disk_free", lambda run_dir: 10**5)
     with pytest.raises(StunError, match=r"does not fit: disk: about 0.00 GiB needed.* there.*run_dir=.* is on that disk"):
         prune(cfg, ranks)
     assert not (tmp_path / "run").exists()

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from stun.products import linear, stretched
-from stun.steady import Steady
-from stun.workers import Workers
+from stun.runtime.determinism import Steady
+from stun.runtime.matmul import linear, stretched
+from stun.runtime.threads import Workers
 
 SHAPES = [(1024, 768, 1536), (500, 2048, 1024), (1500, 4864, 768), (33, 4864, 768), (1, 64, 2000), (128, 2048, 256)]
 

@@ -213,7 +213,7 @@ def check_keys(keys: list[str], whole: type) -> None:
 def test_picture(tmp_path):
     """The figure draws every comparison given, and names a file that is not one."""
     from stun.config import StunError
-    from stun.figure import comparison_figure
+    from stun.report.figure import comparison_figure
 
     for target in (0.3, 0.5):
         results = {"dense": {"average": 0.9}, "STUN": {"average": 0.9 - target / 10, "prune": {"target": target}}}

@@ -31,14 +31,14 @@ from stun.config import (
     SparsifyMethod,
     StunError,
 )
-from stun.powers import kurtosis, power_sums, together
-from stun.prune import prune, take_statistics
+from stun.pruning.job import prune, take_statistics
 from stun.report import data
 from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
+from stun.report.tables import job_command, results_table
 from stun.report.tiles import branches, cut
 from stun.report.write import describe, write_reports
-from stun.table import job_command, results_table
+from stun.run.kurtosis import kurtosis, power_sums, together
 
 GROUPS = ["adding", "sorting"]
 RESULT = {

@@ -10,11 +10,11 @@ from test_families import load_stock
 from test_heterogeneous import target_of
 from zoo import make_checkpoint
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, Representative, Scope, SparsifyConfig
-from stun.plan import read_layers
-from stun.prune import prune
+from stun.model.architecture import Architecture
+from stun.planning.plan import read_layers
+from stun.pruning.job import prune
 
 
 def members_of(layout, tensors, expert: int, part: str) -> torch.Tensor:

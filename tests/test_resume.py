@@ -14,7 +14,7 @@ from kill_runs import request
 from zoo import make_checkpoint
 
 from stun.config import StunError
-from stun.prune import prune
+from stun.pruning.job import prune
 
 LAYERS = 5
 KILLS = 40

@@ -9,10 +9,10 @@ import pytest
 from forms import run
 from zoo import make_checkpoint
 
-from stun.arch import Architecture
-from stun.budget import measure_layers
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, ExpertsConfig, Scope, StunError
+from stun.model.architecture import Architecture
+from stun.planning.budget import measure_layers
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "exaone_moe"])

@@ -12,10 +12,10 @@ from forms import rewrite
 from transformers import AutoModelForCausalLM
 from zoo import SHAPE
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
-from stun.scoring import score
-from stun.stream import embed
+from stun.checkpoint.reader import Checkpoint
+from stun.evaluation.perplexity import score
+from stun.model.architecture import Architecture
+from stun.stream.layer_stream import embed
 
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "jamba", "lfm2_moe", "qwen3_next", "phimoe"]
 # Lengths of which no two are equal, and one of a single token, of which nothing is predicted.
@@ -100,7 +100,7 @@ def test_tied_embeddings_and_no_more_logits_than_asked_for(checkpoint, ranks, tm
     whole = score(arch, None, rows, 7, ranks, phase(tmp_path / "whole"))
     assert whole.nll == pytest.approx(expected(dense, dense, rows)["nll"], rel=1e-5)
     sizes, leave = [], Architecture.leave
-    monkeypatch.setattr("stun.scoring._LOGITS", 5 * SHAPE["vocab_size"])
+    monkeypatch.setattr("stun.evaluation.perplexity._LOGITS", 5 * SHAPE["vocab_size"])
     monkeypatch.setattr(Architecture, "leave", lambda self, hidden_ND: sizes.append(len(hidden_ND)) or leave(self, hidden_ND))
     parts = score(arch, None, rows, 7, ranks, phase(tmp_path / "parts"))
     assert max(sizes) == 5 and sum(sizes) == whole.tokens and parts.nll == pytest.approx(whole.nll, rel=1e-6)

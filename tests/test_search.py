@@ -12,16 +12,16 @@ from test_heterogeneous import target_of
 from test_stream import captured
 from zoo import make_checkpoint
 
-from stun.arch import Architecture
-from stun.budget import measure_layers
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
-from stun.names import experts_of
-from stun.planfile import plan_from_run
-from stun.prune import prune, take_statistics
-from stun.search import reachable, search_fraction
-from stun.statistics import Statistics
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.planning.budget import measure_layers
+from stun.planning.plan_file import plan_from_run
+from stun.pruning.job import prune, take_statistics
+from stun.pruning.search import reachable, search_fraction
+from stun.statistics.store import Statistics
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)
 

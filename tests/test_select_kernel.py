@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stun import select_kernel
-from stun.select_kernel import smallest_overall, smallest_per_row_gpu
+from stun.sparsify import select_kernel
+from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
 
 TESTS = Path(__file__).resolve().parent
 INTERPRETED = """

@@ -19,10 +19,10 @@ from stun.config import (
     Score,
     StunError,
 )
-from stun.plan import read_layers
-from stun.planfile import plan_from_run
-from stun.prune import prune
-from stun.statistics import Statistics
+from stun.planning.plan import read_layers
+from stun.planning.plan_file import plan_from_run
+from stun.pruning.job import prune
+from stun.statistics.store import Statistics
 
 
 def test_one_stream_serves_every_selection(observed, tmp_path):
@@ -126,7 +126,7 @@ def test_a_run_interrupted_at_its_start_continues(observed, tmp_path, ranks, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("stun.run.write_atomically", killed)
+        patched.setattr("stun.run.folder.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(cfg, ranks)
     assert prune(cfg, ranks)["sparsity"] == pytest.approx(0.4, abs=1e-4)

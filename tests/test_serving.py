@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stun.serving import VLLM_COUNTS, nearest_counts, runtimes, warning
+from stun.model.runtimes import VLLM_COUNTS, nearest_counts, runtimes, warning
 
 
 def test_nearest_counts():

@@ -8,7 +8,7 @@ import torch
 from stun.config import StunError
 from stun.sparsify.scores import require_finite, wanda_scores
 from stun.sparsify.select import quotas, smallest_per_row, without
-from stun.stats import COSINE_UNIT, Agreement, CoActivation, OutputPowers, norms, squared_sum, weight_sums
+from stun.statistics.accumulators import COSINE_UNIT, Agreement, CoActivation, OutputPowers, norms, squared_sum, weight_sums
 
 
 def naive_mask(scores: torch.Tensor, total: int) -> torch.Tensor:

@@ -7,17 +7,17 @@ import torch
 from conftest import TEXT, load_tensors
 from transformers import AutoModelForCausalLM
 
-from stun.arch import Architecture
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig
 from stun.data import calibration_samples, load_tokenizer
-from stun.experts.distances import router_distance
-from stun.moments import Moments
-from stun.names import experts_of
-from stun.passes import Watcher, observe
-from stun.stats import COSINE_UNIT
-from stun.stream import LayerStream, embed, even_owners
-from stun.workers import Workers
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.planning.experts.distances import router_distance
+from stun.pruning.layers import Watcher, observe
+from stun.runtime.threads import Workers
+from stun.statistics.accumulators import COSINE_UNIT
+from stun.statistics.input_moments import Moments
+from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
 CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3_moe", {})]
@@ -83,7 +83,7 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
 @pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
 def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, family, dtype):
     """Tensors large enough to be cut into a piece a thread, at places that no vector width divides."""
-    monkeypatch.setattr("stun.precision.multiplies_bfloat16", lambda: True)  # slow where it is not so
+    monkeypatch.setattr("stun.model.precision.multiplies_bfloat16", lambda: True)  # slow where it is not so
     arch = Architecture(Checkpoint.open(checkpoint(family, dtype=dtype)))
     tokens = torch.randint(0, 260, (33, 121), generator=torch.Generator().manual_seed(0))
     found, threads = [], torch.get_num_threads()

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_job
 from zoo import make_checkpoint
 
-from stun.study import markdown
+from stun.benchmark.study import markdown
 
 HELDOUT = ROOT / "stun" / "reference" / "heldout.jsonl"
 

@@ -9,11 +9,11 @@ from conftest import run_job, same_tensors, settings
 from selections import CALIBRATION, config
 
 from stun.config import StunError
-from stun.prune import prune
+from stun.pruning.job import prune
 from stun.report.runs import runs_in
-from stun.statistics import Statistics
+from stun.report.tables import report_table
+from stun.statistics.store import Statistics
 from stun.sweep import runs, stages
-from stun.table import report_table
 
 
 def test_statistics_come_first_and_once():

@@ -15,8 +15,8 @@ from kill_runs import TEXT, request
 from wandb_files import launches
 
 from stun.config import EvaluateConfig, ModelConfig, ReportConfig, StunError, TaskConfig, TrackingConfig, Wandb
-from stun.prune import prune
-from stun.tracking import Background, check_tracking, track_report, tracked
+from stun.pruning.job import prune
+from stun.tracking.tracker import Background, check_tracking, track_report, tracked
 
 LAYERS = 3
 OFFLINE, WANDB = TrackingConfig(wandb=Wandb.offline, tensorboard=True), TrackingConfig(wandb=Wandb.offline)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from stun.transfer import BUFFER, to_device, to_host
+from stun.runtime.device_copies import BUFFER, to_device, to_host
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPES = [(), (0, 3), (7,), (BUFFER // 2 + 1,), (3, BUFFER // 4), (5, BUFFER // 2 - 3)]

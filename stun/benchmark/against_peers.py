@@ -21,12 +21,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stun.arch import Architecture
 from stun.benchmark.checkpoints import forget, qwen3_moe, random_checkpoint, shapes_of
 from stun.benchmark.limits import wait_for
 from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import figures, run_prune
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import (
     BenchmarkConfig,
     CheckpointShape,
@@ -39,9 +38,10 @@ from stun.config import (
     StunError,
 )
 from stun.data import Samples, calibration_samples, load_tokenizer
-from stun.precision import compute_dtype
-from stun.ranks import Ranks
-from stun.stream import LayerStream, embed, even_owners
+from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
+from stun.runtime.ranks import Ranks
+from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 AS_IT_COMES = "llm-compressor, all experts"  # its default: every expert sees every token
 _DROPPED = 0.25  # of the experts, where some leave

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from stun.checkpoint import write_index, write_tensors
+from stun.checkpoint.reader import write_index, write_tensors
 from stun.config import CheckpointShape
-from stun.models.empty import without_weights
+from stun.model.empty import without_weights
 
 SHARD = 10**9  # bytes after which a new file begins
 DTYPE = torch.bfloat16

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from stun.arch import Architecture
 from stun.benchmark.checkpoints import arctic, write_checkpoint
 from stun.benchmark.limits import Rates, measure_rates
 from stun.benchmark.phases import LayerPhases
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import BenchmarkConfig, CheckpointShape
-from stun.ranks import Ranks
-from stun.stream import States, embed
+from stun.model.architecture import Architecture
+from stun.runtime.ranks import Ranks
+from stun.stream.layer_stream import States, embed
 
 _WARM = 8  # experts of the layer that warms up
 _OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # a layer's computation

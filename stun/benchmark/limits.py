@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from stun.checkpoint import Checkpoint
-from stun.meter import Meter
-from stun.ranks import Ranks
-from stun.speeds import copy_speed, product_speed, read_speed, wait_for, write_speed
+from stun.checkpoint.reader import Checkpoint
+from stun.preflight.speeds import copy_speed, product_speed, read_speed, wait_for, write_speed
+from stun.runtime.ranks import Ranks
+from stun.runtime.timers import Meter
 
 _LARGE = {"cpu": (512, 2048), "cuda": (8192, 8192)}  # rows and width of a product
 

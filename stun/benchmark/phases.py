@@ -15,22 +15,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stun.arch import Architecture
 from stun.benchmark.checkpoints import forget
 from stun.benchmark.limits import DeviceMeter
-from stun.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
 from stun.config import BenchmarkConfig
-from stun.duration import forward_flop
-from stun.exchange import Layer
-from stun.mask import mask_layer
-from stun.measure import WeightPowers, expert_powers, nonzero_by_kind
-from stun.passes import Watcher, keep_representatives
-from stun.plan import LayerPlan
-from stun.planning import make_plan
-from stun.ranks import Ranks
-from stun.shards import own_tensors, write_shard
-from stun.statistics import Statistics
-from stun.stream import LayerStream, States, even_owners
+from stun.model.architecture import Architecture
+from stun.planning.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
+from stun.planning.make import make_plan
+from stun.planning.plan import LayerPlan
+from stun.preflight.time import forward_flop
+from stun.pruning.layers import Watcher, keep_representatives
+from stun.pruning.mask import mask_layer
+from stun.pruning.shards import own_tensors, write_shard
+from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
+from stun.runtime.ranks import Ranks
+from stun.statistics.store import Statistics
+from stun.stream.expert_parallel import Layer
+from stun.stream.layer_stream import LayerStream, States, even_owners
 
 _STREAM = "layer"
 _FORWARDS = ("plain", "observe", "measure", "propagate")

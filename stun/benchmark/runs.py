@@ -12,12 +12,12 @@ from pathlib import Path
 
 import yaml
 
-from stun.arch import Architecture
+from stun.checkpoint.headers import read_header
 from stun.config import PruneConfig, StunError
-from stun.duration import forward_flop
-from stun.headers import read_header
-from stun.identity import plain
-from stun.inputs import load_json
+from stun.files import load_json
+from stun.model.architecture import Architecture
+from stun.preflight.time import forward_flop
+from stun.run.identity import plain
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHUNK = 2**24

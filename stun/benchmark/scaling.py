@@ -8,16 +8,16 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stun.arch import Architecture
 from stun.benchmark.checkpoints import forget, random_checkpoint
 from stun.benchmark.limits import measure_rates
 from stun.benchmark.runs import computed_flop, digests, figures, run_prune
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import BenchmarkConfig, CheckpointShape
-from stun.inputs import load_json
-from stun.precision import compute_dtype
-from stun.ranks import Ranks
-from stun.records import FILE, PHASES
+from stun.files import load_json
+from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
+from stun.run.layer_records import FILE, PHASES
+from stun.runtime.ranks import Ranks
 
 
 def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from stun.config import BenchmarkCase
-from stun.hardware import GIB
-from stun.table import printed
+from stun.preflight.hardware import GIB
+from stun.report.tables import printed
 
 
 def benchmark_table(result: dict) -> str:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from stun.benchmark.checkpoints import random_checkpoint
-from stun.checkpoint import Checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import BenchmarkConfig, PruneConfig, with_overrides
-from stun.prune import prune
-from stun.ranks import Ranks
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
 
 
 def ways(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:

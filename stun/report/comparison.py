@@ -9,12 +9,12 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from stun.asked import SAME
-from stun.checkpoint import write_atomically
-from stun.owned import own_folder
+from stun.checkpoint.reader import write_atomically
+from stun.evaluation.request import SAME
 from stun.report import draw, html
 from stun.report.page import FOLDER, PAGE, bytes_in_words
 from stun.report.pictures import pictures
+from stun.run.ownership import own_folder
 
 # Measure, its key in result.json, whether more is better.
 _QUALITY = (("exact match", "average", True), ("perplexity", "perplexity", False), ("KL to the dense model", "kl", False))

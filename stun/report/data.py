@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from stun.config import ExpertsMethod
-from stun.experts.clusters import Merge, complete_linkage
-from stun.planning import weigh
-from stun.records import KINDS, PHASES, STAGES
+from stun.planning.experts.clusters import Merge, complete_linkage
+from stun.planning.make import weigh
+from stun.pruning.saliency import OCTAVE
 from stun.report.folder import RunFolder
-from stun.saliency import OCTAVE
+from stun.run.layer_records import KINDS, PHASES, STAGES
 
 
 def experts_kept(run: RunFolder) -> dict[str, list[int]]:

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 
-from stun.records import KINDS, PHASES
 from stun.report.data import Selection, Usage
 from stun.report.theme import Theme, canvas, legend, words
+from stun.run.layer_records import KINDS, PHASES
 
 _STAGES = {"dense": "dense", "experts_left": "experts left", "weights_left": "weights left"}
 

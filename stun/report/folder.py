@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stun.config import ExpertsConfig, StunError, experts_from
-from stun.inputs import load_json
-from stun.plan import LayerPlan, read_layers
-from stun.records import FILE
+from stun.files import load_json
+from stun.planning.plan import LayerPlan, read_layers
 from stun.report.runs import RESULT
-from stun.run import Run, load_yaml
-from stun.statistics import Statistics
+from stun.run.folder import Run, load_yaml
+from stun.run.layer_records import FILE
+from stun.statistics.store import Statistics
 
 
 @dataclass(frozen=True)

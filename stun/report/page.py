@@ -5,11 +5,11 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from stun.checkpoint import write_atomically
-from stun.owned import own_folder, remove_written
+from stun.checkpoint.reader import write_atomically
 from stun.report import data, html
 from stun.report.folder import RunFolder
 from stun.report.sections import SECTIONS
+from stun.run.ownership import own_folder, remove_written
 
 FOLDER, PAGE = "report", "index.html"
 _PICTURES = r"experts-of-layer-\d+\.png|[a-z-]+-(light|dark)\.png"  # that an earlier page has, of other layers perhaps

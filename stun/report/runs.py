@@ -6,9 +6,9 @@ import contextlib
 from pathlib import Path
 
 from stun.config import StunError
-from stun.inputs import load_json
-from stun.ledger import Ledger
-from stun.run import Run, load_yaml
+from stun.files import load_json
+from stun.run.folder import Run, load_yaml
+from stun.run.ledger import Ledger
 
 RESULT = "result.json"  # of jobs.evaluate, in the folder of the run it evaluated
 

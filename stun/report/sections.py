@@ -9,8 +9,8 @@ from pathlib import Path
 from stun.report import data, draw, html
 from stun.report.folder import RunFolder
 from stun.report.pictures import pictures, saved
+from stun.report.tables import job_command
 from stun.report.tiles import tile
-from stun.table import job_command
 
 
 def _evaluate(run: RunFolder, **settings: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stun.card import write_card
 from stun.config import StunError
 from stun.report.comparison import write_comparison
 from stun.report.folder import RunFolder, identity_of
+from stun.report.model_card import write_card
 from stun.report.page import write_page
 from stun.report.runs import runs_in
-from stun.table import report_table
+from stun.report.tables import report_table
 
 
 def describe(folder: Path, pages: list[Path]) -> str:

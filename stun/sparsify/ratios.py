@@ -17,7 +17,7 @@ BINS, OCTAVE, LOWEST = 512, 8, -40  # bins of an eighth of an octave, from 2^-40
 
 def score_histogram(scores_OD: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Counts [BINS] int64 of the scores on a logarithmic scale, and their exact sum."""
-    with one_thread():  # of the logarithm's last bits (stun.steady)
+    with one_thread():  # of the logarithm's last bits (stun.runtime.determinism)
         place_OD = ((scores_OD.log2() - LOWEST) * OCTAVE).clamp(0, BINS - 1).long()
     return torch.bincount(place_OD.flatten(), minlength=BINS), math.fsum(scores_OD.double().sum(1).tolist())
 

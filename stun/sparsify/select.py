@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stun.select_kernel import smallest_overall, smallest_per_row_gpu
+from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

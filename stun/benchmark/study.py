@@ -1,0 +1,139 @@
+"""Compares ways to prune: every method at every sparsity, on several orders of the calibration text.
+
+The rows of the task are halved, so that a choice made on one half can be checked on the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from stun.checkpoint.reader import write_json
+from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
+from stun.evaluation.job import evaluate
+from stun.files import load_json
+from stun.planning.plan_file import plan_from_run
+from stun.planning.validation import validate
+from stun.pruning.job import prune, take_statistics
+from stun.run.ownership import remove_run
+from stun.runtime.ranks import Ranks
+
+
+def study(cfg: StudyConfig, ranks: Ranks) -> dict:
+    """Run what is missing of the study in `cfg.run_dir`; returns its scores, from which `markdown` makes the table.
+
+    One stream of statistics a seed serves all methods and sparsities. A result, once there, is not computed again.
+    """
+    if not (cfg.methods and cfg.targets and cfg.seeds):
+        raise StunError("study: methods, targets and seeds are needed")
+    folder = Path(cfg.run_dir)
+    ways = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
+    unknown = sorted(set(cfg.measures) - TITLES.keys())
+    if unknown:
+        raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
+    for method, own in ways.items():
+        if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan")):
+            raise StunError(f"study: methods.{method} may change experts and sparsify only")
+    for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
+        validate(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
+        if own.experts.fraction == "auto":
+            raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
+    task = asdict(cfg.task)
+    dense = _once(
+        folder / "dense.json", {"task": task}, lambda: _evaluated(cfg.model.path, folder / "dense-result.json", cfg, ranks), ranks
+    )
+    results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
+    outliers = any(own.sparsify.counts_outliers for own in ways.values())
+    base_how = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
+    for seed in cfg.seeds:
+        calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
+        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_how), ranks)
+        for target, (method, own) in itertools.product(cfg.targets, ways.items()):
+            cell = replace(own, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
+            identity = {"task": task, "overrides": list(cfg.methods[method])}
+            compute = lambda cell=cell, base=base: _cell(cell, base, cfg, ranks)  # noqa: E731
+            result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
+            ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
+            results[method][str(target)].append(_measures(result))
+            ranks.log(f"{method} at {target}, seed {seed}: {_measures(result)['odd']:.3f}")
+    return {"dense": _measures(dense), "seeds": list(cfg.seeds), "results": results}
+
+
+def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
+    """The result in a file, computed and written where it is not there. Raises StunError where it is another's."""
+
+    def known() -> dict | None:
+        content = load_json(file) if file.is_file() else None
+        if content and content.get("of") != identity:
+            raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
+        return content and content.get("result")
+
+    result = ranks.on_first(known)
+    if result is None:
+        result = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        ranks.on_first(lambda: write_json(file, {"of": identity, "result": result}))
+    return result
+
+
+def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
+    """One method at one sparsity on one seed, from the statistics in `base`: plan, prune, evaluate."""
+    run_dir = own.run_dir
+    if own.experts.fraction or own.sparsify.counts_outliers:
+        plan = Path(f"{run_dir}.plan.json")
+        ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
+        told = replace(own.sparsify, ratios="uniform", per_expert=False)  # the plan has the ratios
+        own = replace(own, plan=str(plan), sparsify=told)
+    summary = prune(own, ranks)
+    return _evaluated(f"{run_dir}/model", Path(run_dir) / "result.json", cfg, ranks) | {"prune": summary}
+
+
+def _evaluated(model: str, output: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
+    return evaluate(EvaluateConfig(ModelConfig(model), cfg.task, output=str(output)), ranks)
+
+
+def _measures(result: dict) -> dict[str, float]:
+    """Exact match, averaged over the groups, on the even rows and on the odd ones; perplexity; of a pruned model the sparsity it
+    has, and what pruning took."""
+    groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
+    for number, (group, right) in enumerate(zip(result["groups"], result["right"], strict=True)):
+        groups[number % 2][group].append(right)
+    even, odd = (mean(mean(hits) for hits in half.values()) for half in groups)
+    measures = {"odd": odd, "even": even, "perplexity": result["perplexity"]}
+    if "prune" in result:
+        pruned = result["prune"]
+        measures |= {"sparsity": pruned["sparsity"], "seconds": pruned["seconds"], "GiB": pruned["peak_bytes"] / 2**30}
+    return measures
+
+
+TITLES = {
+    "odd": "Exact match, odd rows",
+    "even": "Exact match, even rows",
+    "perplexity": "Perplexity, all rows",
+    "seconds": "Seconds to prune",
+    "GiB": "Peak memory of a rank, GiB",
+}
+
+
+def markdown(scores: dict, measures: list[str]) -> str:
+    """A table for each of `measures` (of `TITLES`): a line per method, a column per sparsity, mean over seeds and deviation."""
+    lines, seeds = [], ", ".join(map(str, scores["seeds"]))
+    targets = list(next(iter(scores["results"].values())))
+    for measure in measures:
+        dense = f" Dense: {scores['dense'][measure]:.3f}." if measure in scores["dense"] else ""
+        lines += [f"{TITLES[measure]}.{dense} Seeds of the calibration text: {seeds}.", ""]
+        lines += [f"| total sparsity | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
+        for method, by_target in scores["results"].items():
+            cells = [_cell_text([result[measure] for result in by_target[target]], measure) for target in targets]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell_text(values: list[float], measure: str) -> str:
+    digits = {"seconds": 1, "GiB": 2}.get(measure, 3)
+    spread = len(values) > 1 and measure not in ("seconds", "GiB")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.3f}" if spread else "")

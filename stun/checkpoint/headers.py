@@ -1,0 +1,120 @@
+"""Headers of safetensors files: where every tensor lies, all of it checked before anything is read or allocated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from stun.config import StunError
+from stun.files import is_count, parse_json
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: file, first byte, and what its `nbytes` bytes mean once read.
+
+    `scale` describes the block scales of an fp8 matrix, whose `dtype` is then that of the product; `block` is [rows, columns].
+    """
+
+    file: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    scale: TensorInfo | None = None
+    block: tuple[int, int] = (0, 0)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def row(self, number: int) -> TensorInfo:
+        """Entry `number` along the first dimension."""
+        each = self.nbytes // self.shape[0]
+        return replace(self, start=self.start + number * each, nbytes=each, shape=self.shape[1:])
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, which lie in it end to end. Raises StunError."""
+    content, start, size = _content(file)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise StunError(f"{file}: __metadata__ must map names to texts")
+    infos = {name: _tensor(file, name, entry, start, size) for name, entry in content.items()}
+    end, last = start, "the header"
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != end:
+            raise StunError(f"{file}: tensor {name} begins at byte {info.start}, but {last} ends at {end}")
+        end, last = info.start + info.nbytes, f"tensor {name}"
+    if end != size:
+        raise StunError(f"{file}: {last} ends at byte {end}, but the file at {size}")
+    return infos
+
+
+def _content(file: Path) -> tuple[dict, int, int]:
+    """The header's JSON object, the byte that the tensors begin at, and the file's size."""
+    try:
+        if not file.is_file():
+            raise StunError(f"{file}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
+        with file.open("rb") as handle:
+            size, length = file.stat().st_size, int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
+            content = parse_json(handle.read(length), f"{file}: header")
+    except OSError as error:
+        raise StunError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise StunError(f"{file}: header: must be a JSON object")
+    return content, 8 + length, size
+
+
+def _tensor(file: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:
+    where = f"{file}: tensor {name}"
+    if not name or not name.isprintable() or "/" in name or "\\" in name:
+        raise StunError(f"{file}: tensor {name!r}: a name has one printable character or more, none of them a slash")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise StunError(f"{where}: must have dtype, shape and data_offsets, and nothing else; is {str(entry)[:80]}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise StunError(f"{where}: dtype {str(code)[:80]!r} is not known; known: {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not all(map(is_count, shape)):
+        raise StunError(f"{where}: shape must be a list of whole numbers, is {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+        raise StunError(f"{where}: data_offsets must be two whole numbers, are {str(offsets)[:80]}")
+    (first, last), dtype = offsets, _DTYPES[code]
+    if base + last > size:
+        raise StunError(f"{file}: truncated: tensor {name}: data_offsets end at byte {base + last}, the file at {size}")
+    nbytes = last - first
+    if nbytes != _nbytes(shape, dtype.itemsize, size):
+        raise StunError(f"{where}: data_offsets {first}..{last} do not hold shape {str(tuple(shape))[:80]} of {dtype}")
+    return TensorInfo(file, base + first, nbytes, dtype, tuple(shape))
+
+
+def _nbytes(shape: list[int], itemsize: int, most: int) -> int:
+    """Bytes that a shape takes; more than `most` once it is clear that it takes more."""
+    if 0 in shape:
+        return 0
+    nbytes = itemsize
+    for count in shape:
+        nbytes *= count
+        if nbytes > most:
+            break
+    return nbytes

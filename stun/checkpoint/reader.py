@@ -1,0 +1,273 @@
+"""Safetensors checkpoints in the hub's layout: lazy reads, whole shards written atomically.
+
+Block-scaled fp8 weights (DeepSeek-V3's format: `X` in float8_e4m3, `X_scale_inv` in float32, one scale a block) appear as
+bfloat16 and are multiplied out as they are read. Other quantised formats are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from stun.checkpoint.config_check import check_config
+from stun.checkpoint.headers import TensorInfo, read_header
+from stun.config import StunError
+from stun.files import TEMPLATES, check_folder, is_file_name, load_json
+
+INDEX = "model.safetensors.index.json"
+COMPRESSED_INDEX = "model.bitmask.index.json"  # stun.checkpoint.compressed: what no other runtime takes for weights
+SINGLE = "model.safetensors"
+SCALE = "_scale_inv"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The file that an index names for every tensor, all of them beside it. Raises StunError."""
+    weight_map = load_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StunError(f"{file}: has no weight_map")
+    for name, shard in weight_map.items():
+        if not is_file_name(shard):
+            raise StunError(f"{file}: {name}: names the file {shard!r}; only *.safetensors beside the index are read")
+    return weight_map
+
+
+def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
+    weight_map, headers = read_index(folder / INDEX), {}
+    homes: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise StunError(f"{folder / shard}: missing, but named in {INDEX}")
+        headers[shard] = read_header(folder / shard)
+        for name in headers[shard]:
+            if homes.setdefault(name, shard) != shard:
+                raise StunError(f"{folder / shard}: {name}: stands in {homes[name]} too")
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise StunError(f"{folder / INDEX}: says that {shard} holds {name}; it does not")
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
+    """Block size [rows, columns] of an fp8 checkpoint, None where weights are stored plainly. Raises StunError otherwise."""
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {found!r}")
+    method, block = found.get("quant_method"), found.get("weight_block_size")
+    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
+        return block[0], block[1]
+    raise StunError(
+        f"{folder / 'config.json'}: weights are quantised ({method}), a form in which single weights cannot be judged. Only fp8 "
+        "with weight_block_size is multiplied out here; convert others to bf16 first, or take the bf16 release"
+    )
+
+
+def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict[str, TensorInfo]:
+    """`tensors` without the scales, each fp8 matrix described as the bfloat16 it is read as."""
+    plain = {}
+    for name, info in tensors.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
+            continue
+        if info.dtype is torch.float8_e4m3fn:
+            scale = tensors.get(name + SCALE)
+            if scale is None:
+                raise StunError(f"{info.file}: {name} is fp8 but has no {name}{SCALE}")
+            wanted = tuple(-(-size // each) for size, each in zip(info.shape, block, strict=False))
+            if len(info.shape) != 2 or scale.shape != wanted:
+                raise StunError(
+                    f"{scale.file}: {name}{SCALE} has shape {scale.shape}; {info.shape} in blocks of {block} needs {wanted}"
+                )
+            if not scale.dtype.is_floating_point:
+                raise StunError(f"{scale.file}: {name}{SCALE} holds {scale.dtype}; floating-point scales are needed")
+            info = replace(info, dtype=torch.bfloat16, nbytes=2 * info.nbytes, scale=scale, block=block)
+        plain[name] = info
+    return plain
+
+
+class Checkpoint:
+    """A source checkpoint. `tensors` describes every tensor; `read` fetches one and counts its bytes in `bytes_read`."""
+
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo], is_fp8: bool = False):
+        self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._stamps = {file: _stamp(file.stat()) for file in {info.file for info in tensors.values()}}
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files with tensors."""
+        return sum(size for size, _ in self._stamps.values())
+
+    def sampled(self) -> list[tuple[str, int, str]]:
+        """(name, size, digest of 16 evenly spaced pages) of every file: other weights of the same shapes are told apart by it."""
+        found = []
+        for file, (size, _) in sorted(self._stamps.items()):
+            digest = hashlib.sha256()
+            with file.open("rb") as handle:
+                for part in range(16):
+                    handle.seek(size * part // 16)
+                    digest.update(handle.read(4096))
+            found.append((file.name, size, digest.hexdigest()))
+        return found
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open and check the folder at `path`. Raises StunError if it is not a whole safetensors checkpoint."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise StunError(f"model.path={path}: not a folder; download the checkpoint first")
+        if not (folder / "config.json").is_file():
+            raise StunError(f"{folder}: has no config.json")
+        check_folder(folder)
+        if (folder / INDEX).is_file():
+            tensors = _indexed_tensors(folder)
+        elif (folder / SINGLE).is_file():
+            tensors = read_header(folder / SINGLE)
+        else:
+            raise StunError(_no_weights(folder))
+        config = load_json(folder / "config.json")
+        check_config(folder / "config.json", config, tensors)
+        block = _quantisation(folder, config)
+        return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
+
+    def read(self, *names: str, row: int | None = None) -> torch.Tensor:
+        """The tensor of that name, on the CPU; several names are joined along their rows, `row` is one entry of the first
+        dimension.
+
+        Its memory is mapped for it alone and returns to the system with it, so that no allocator's habits add to the peak.
+        """
+        infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]
+        raw = _mapped(sum(info.nbytes for info in infos))
+        start = 0
+        for name, info in zip(names, infos, strict=True):
+            part = raw[start : start + info.nbytes]
+            if info.scale is None:
+                self._fill(part, name, info)
+            else:
+                part.view(info.dtype).view(info.shape).copy_(self._multiplied_out(name, info))
+            start += info.nbytes
+        rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
+        shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
+        return raw.view(infos[0].dtype).view(shape)
+
+    def _fill(self, raw: torch.Tensor, name: str, info: TensorInfo) -> None:
+        """Read one tensor's bytes into `raw`."""
+        view, filled = memoryview(raw.numpy()), 0
+        try:
+            with info.file.open("rb", buffering=0) as handle:
+                if self._stamps.get(info.file, now := _stamp(os.fstat(handle.fileno()))) != now:
+                    raise StunError(f"{info.file}: has changed since the run began; {name} was not read")
+                handle.seek(info.start)
+                while filled < len(view):
+                    count = handle.readinto(view[filled:])
+                    if not count:
+                        raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+                    filled += count
+        except OSError as error:
+            raise StunError(f"{info.file}: {name} cannot be read: {error}") from error
+        with self._lock:
+            self.bytes_read += filled
+
+    def _multiplied_out(self, name: str, info: TensorInfo) -> torch.Tensor:
+        """[rows, columns] float32 of an fp8 matrix: every entry times the scale of its block."""
+        raw, scales = _mapped(info.numel), _mapped(info.scale.nbytes)
+        self._fill(raw, name, info)
+        self._fill(scales, name + SCALE, info.scale)
+        scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
+        for dim, size in enumerate(info.shape):
+            scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
+        return raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to."""
+    return status.st_size, status.st_mtime_ns
+
+
+def _mapped(nbytes: int) -> torch.Tensor:
+    """[nbytes] uint8 in pages of its own."""
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLED)
+    if pickled:
+        return (
+            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. Convert them "
+            "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
+        )
+    if (folder / COMPRESSED_INDEX).is_file():
+        return f"{folder}: is compressed; python -m jobs.expand model.path={folder} output=... makes an ordinary checkpoint of it"
+    return f"{folder}: holds neither {INDEX} nor {SINGLE}"
+
+
+def write_atomically(file: Path, write) -> None:
+    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # a link there would have its target written
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StunError(f"{file}: cannot be written: {error}") from error
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, atomically; readable by whoever may read its folder."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def write(path: Path) -> None:
+        save_file(contiguous, path, metadata=metadata or {"format": "pt"})
+        path.chmod(0o644)
+
+    write_atomically(file, write)
+
+
+def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = INDEX) -> None:
+    """Write the index under `name`: `shards` maps a file name to the bytes of each of its tensors."""
+    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
+    total = sum(size for sizes in shards.values() for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / name, index)
+
+
+def extras(source: Path) -> list[str]:
+    """Paths within `source` that go with a checkpoint: tokenizer, chat templates, custom code, licence."""
+    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
+    files = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
+    is_weights = {file: file.suffix in weights or file.name.endswith(".index.json") for file in files}
+    found = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")
+    return [str(file.relative_to(source)) for file in found]
+
+
+def copy_extras(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
+    """Copy the `extras` of a checkpoint, but for those to `skip`."""
+    for name in (name for name in extras(source) if name not in skip):
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        write_atomically(copy, lambda path, name=name: shutil.copyfile(source / name, path))

@@ -1,0 +1,156 @@
+"""Perplexity of a checkpoint, and how far it is from the dense one, from the layer stream.
+
+Sequences of different length run in micro-batches of like ones, padded on the right: no token sees what comes after it, and only
+real tokens are counted. Every number is summed exactly, so no order of ranks matters.
+
+Shapes: B sequences, T tokens of the longest, N predicted tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stun.evaluation.batches import MicroBatch, micro_batches, padded
+from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
+from stun.run.recorder import Recorder
+from stun.runtime.determinism import steady
+from stun.runtime.ranks import Ranks
+from stun.stream.embeddings import outside
+from stun.stream.expert_parallel import Layer
+from stun.stream.layer_stream import LayerStream, States, embed, even_owners
+from stun.stream.progress import Progress
+
+_LOGITS = 2**26  # entries of the logits that are computed at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`nll`: mean negative log-likelihood in nats of `tokens` predicted ones. Where there is a dense model: `kl`, the mean of
+    KL(dense || model) in nats a token; `top1`, the share of tokens for which both rank the same one first; `layer_error`,
+    ||H' - H||^2 / ||H||^2 of the hidden states after each layer."""
+
+    nll: float
+    tokens: int
+    kl: float | None = None
+    top1: float | None = None
+    layer_error: list[float] | None = None
+
+    def to_json(self) -> dict:
+        """The entries of a result."""
+        found = {"perplexity": math.exp(self.nll), "tokens": self.tokens}
+        if self.kl is None:
+            return found
+        agreement = {"kl": self.kl, "top1": self.top1, "tokens": self.tokens}
+        return {**found, "agreement": agreement, "layer_error": self.layer_error}
+
+
+def score(
+    arch: Architecture, dense: Architecture | None, sequences: list[list[int]], size: int, ranks: Ranks, folder: Path
+) -> Scores:
+    """Stream the model, and in lock-step the dense one where it is given, over `sequences`, `size` of them at once.
+
+    Goes on where an interrupted call with the same arguments left `folder`.
+    """
+    batches = micro_batches([len(ids) for ids in sequences], size)
+    tokens = [padded([sequences[row] for row in batch.rows], 0) for batch in batches]
+    models = {"score": arch} | ({"dense": dense} if dense else {})
+    recorders = {name: Recorder(folder, name, ranks, len(arch.layers) + 1) for name in models}
+    finished = {name: recorder.finished() for name, recorder in recorders.items()}
+    first = min(map(len, finished.values()))
+    states, streams = {}, {}
+    for name, model in models.items():
+        states[name] = embed(model, ranks, tokens, model.source.read)
+        states[name] = recorders[name].restore(finished[name][:first], states[name])
+        owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in model.layers]
+        streams[name] = LayerStream(model, ranks, model.layers, owners, first)
+    progress = Progress("score", len(arch.layers), ranks, first)
+    for layers in zip(*streams.values(), strict=True):
+        ranks.doing = f"score layer {layers[0].layout.index}"
+        ranks.meter.enter("score")
+        _through(layers, streams, states, recorders, batches, ranks)
+        progress.layer(layers[0], f"experts {len(layers[0].kept)}")
+    for recorder in recorders.values():
+        recorder.close()
+    progress.close()
+    ranks.doing = "score after the last layer"
+    totals = _at_the_end(list(models.values()), list(states.values()), batches, tokens, ranks)
+    return _scores(totals, recorders["score"].finished() if dense else [])
+
+
+def _through(
+    layers: tuple[Layer, ...],
+    streams: dict[str, LayerStream],
+    states: dict[str, States],
+    recorders: dict[str, Recorder],
+    batches: list[MicroBatch],
+    ranks: Ranks,
+) -> None:
+    """One layer of every model, in place of `states`; what is measured stands in the entry of the model that is scored."""
+    start, index = time.perf_counter(), layers[0].layout.index
+    for layer, (name, stream) in zip(layers, streams.items(), strict=True):
+        stream.build(layer)
+        states[name] = stream.run(layer, states[name])
+    error = _squared_errors(states["score"], states["dense"], batches, ranks) if "dense" in states else []
+    layers[0].seconds["compute"] = time.perf_counter() - start
+    layers[0].seconds["write"] = sum(recorder.wait() for recorder in recorders.values())
+    for name, recorder in recorders.items():
+        recorder.layer(index, states[name], {"error": error} if name == "score" else {})
+
+
+def _squared_errors(model: States, dense: States, batches: list[MicroBatch], ranks: Ranks) -> list[list[float]]:
+    """[||H' - H||^2, ||H||^2] of each of this rank's micro-batches."""
+    errors = []
+    for own, other, batch in zip(model.hidden, dense.hidden, batches[ranks.rank :: ranks.world], strict=True):
+        real_BT = batch.real_BT(ranks.device)
+        parts = (own.float() - other.float(), other.float())
+        errors.append([math.fsum(part.square().sum(-1)[real_BT].tolist()) for part in parts])
+    return errors
+
+
+@torch.no_grad()
+def _at_the_end(
+    models: list[Architecture], states: list[States], batches: list[MicroBatch], tokens: list[torch.Tensor], ranks: Ranks
+) -> list[float]:
+    """Sums over all predicted tokens: how many, negative log-likelihood, and of two models KL and how often they agree."""
+    mine: list[list[float]] = []
+    with ExitStack() as stack, steady(ranks.device, compute_dtype(models[0], ranks.device), ranks.workers):
+        for model in models:
+            stack.enter_context(outside(model, ranks))
+        for turn, batch in enumerate(batches[ranks.rank :: ranks.world]):
+            predicts_BT = batch.real_BT(ranks.device)[:, 1:]
+            target_N = tokens[turn * ranks.world + ranks.rank].to(ranks.device)[:, 1:][predicts_BT]
+            hidden = [own.hidden[turn][:, :-1][predicts_BT] for own in states]
+            mine.append([float(len(target_N)), *_compared(models, hidden, target_N)])
+    sums = [row for rows in ranks.gather_objects(mine) for row in rows]
+    return [math.fsum(column) for column in zip(*sums, strict=True)]
+
+
+def _compared(models: list[Architecture], hidden: list[torch.Tensor], target_N: torch.Tensor) -> list[float]:
+    """Sums over N tokens, whose hidden states [N, D] every model has one tensor of."""
+    size = max(1, _LOGITS // models[0].config.vocab_size)
+    sums: list[list[float]] = [[], [], []]
+    for part_N, *parts in zip(target_N.split(size), *(own.split(size) for own in hidden), strict=True):
+        log_NV, *others = (torch.log_softmax(model.leave(part).float(), -1) for model, part in zip(models, parts, strict=True))
+        sums[0] += (-log_NV.gather(1, part_N[:, None])[:, 0]).tolist()
+        for dense_NV in others:
+            sums[1] += (dense_NV.exp() * (dense_NV - log_NV)).sum(-1).tolist()
+            sums[2] += (dense_NV.argmax(-1) == log_NV.argmax(-1)).float().tolist()
+    return [math.fsum(values) for values in sums[: 1 if len(models) == 1 else 3]]
+
+
+def _scores(totals: list[float], finished: list[list[dict]]) -> Scores:
+    tokens, nll, *others = totals
+    if not others:
+        return Scores(nll / tokens, int(tokens))
+    layer_error = []
+    for entries in finished:
+        off, norm = (math.fsum(values) for values in zip(*(pair for entry in entries for pair in entry["error"]), strict=True))
+        layer_error.append(off / norm if norm else 0.0)
+    return Scores(nll / tokens, int(tokens), others[0] / tokens, others[1] / tokens, layer_error)

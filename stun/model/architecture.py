@@ -1,0 +1,271 @@
+"""A checkpoint's model without its weights: transformers' modules on the meta device, for every family alike.
+
+Router rules, masks and rotary embeddings all come from transformers, whose internals only this module, `stun.model.tensor_names` and
+`stun.models` touch. What a family needs beyond that is its entry in `stun.model.families`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from stun.checkpoint.headers import TensorInfo
+from stun.checkpoint.reader import Checkpoint
+from stun.config import Precision, StunError
+from stun.model import heterogeneous
+from stun.model.empty import without_weights
+from stun.model.families import COUNT_FIELDS, family_of
+from stun.model.layer_layout import LayerLayout
+from stun.model.tensor_names import NameMap, experts_of
+
+EXPERTS_IMPLEMENTATION = "stun"
+# The keyword argument of a layer, and of the model, that is the cache: transformers has renamed it in 5.24.
+_PREPARES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _PREPARES)
+
+
+class _Entered(Exception):
+    """The model's own forward has called all layers."""
+
+
+class Architecture:
+    """A checkpoint's model without its weights: the modules on the meta device, and the map of names.
+
+    `layers` are the decoder layers, `mtp` the layouts of multi-token-prediction heads with experts, `outer` maps every other
+    source name to its parameter ('' where the model has none). `precision` is what its layers are to be computed in.
+    """
+
+    def __init__(self, source: Checkpoint, precision: Precision = Precision.auto):
+        self.source, self.precision = source, precision
+        folder, self.is_nested = source.folder, isinstance(source.config.get("text_config"), dict)
+        self.model_type, self.family = family_of(folder, source.config)
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+            self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
+            self.config._attn_implementation = None  # transformers' own: another may be fetched from the hub
+            with without_weights():
+                self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds, all of them about this file
+            raise StunError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
+        self.model.eval()
+        if EXPERTS_IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
+            self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        self.decoder = self.model.base_model
+        names = NameMap(source, self.model, self._grown)
+        self.layers, self.mtp, self.outer = names.layers, names.mtp, names.outer
+        modules = [module for layer in self.decoder.layers if experts_of(layer) for module in layer.modules()]
+        self.top_k: int = max((m.top_k for m in modules if hasattr(m, "top_k")), default=0)
+        self.groups, self.group_floor = self._groups()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most bytes of the checkpoint are stored in."""
+        nbytes: dict[torch.dtype, int] = {}
+        for info in self.source.tensors.values():
+            nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
+        return max(nbytes, key=nbytes.get)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and place of a source tensor."""
+        return self.source.tensors[name]
+
+    def piece(self, layout: LayerLayout, expert: int, part: str) -> list[TensorInfo]:
+        """Shapes and places of what makes up one part of an expert."""
+        infos = [self.info(name) for name in layout.experts[expert][part]]
+        return [info.row(expert) for info in infos] if part in layout.fused else infos
+
+    def read_expert(self, layout: LayerLayout, expert: int) -> dict[str, torch.Tensor]:
+        """An expert's parts, from disk; of a tensor that holds all experts only this one's bytes are read."""
+        parts = layout.experts[expert]
+        return {part: self.source.read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
+
+    def parameters_of(self, layout: LayerLayout) -> int:
+        """Parameters of one decoder layer, counted in the checkpoint."""
+        experts = {name for expert in layout.experts for names in expert.values() for name in names}
+        return sum(self.info(name).numel for name in [*layout.copied, *experts])
+
+    def _groups(self) -> tuple[int, int]:
+        """Groups of experts that routing is limited to (1: none), and the fewest experts a group may keep. Raises StunError."""
+        counts = [layout.num_experts for layout in self.layers if layout.experts]
+        if counts and not 1 <= self.top_k <= min(counts):
+            raise StunError(f"{self.source.folder}: config.json asks for {self.top_k} experts a token, a layer has {min(counts)}")
+        if not self.family.group_floor or getattr(self.config, "topk_method", None) == "greedy":
+            return 1, max(self.family.floor, self.top_k)
+        groups, chosen = getattr(self.config, "n_group", None), getattr(self.config, "topk_group", None)
+        if not isinstance(groups, int) or not isinstance(chosen, int) or not 1 <= chosen <= groups:
+            raise StunError(f"{self.source.folder}: n_group={groups}, topk_group={chosen}: needed are 1 <= topk_group <= n_group")
+        floor = max(self.family.group_floor, -(-self.top_k // chosen))
+        for count in counts:
+            if count % groups or count // groups < floor:
+                asked = f"equal groups of at least {floor} (top-k {self.top_k} from {chosen} of them)"
+                raise StunError(f"{self.source.folder}: {count} experts in n_group={groups} groups; routing needs {asked}")
+        return groups, floor
+
+    def _grown(self, index: int) -> nn.Module:
+        """Decoder layer `index` with one expert more than it has."""
+        return self.build_layer(index, experts_of(self.decoder.layers[index])[1].num_experts + 1)
+
+    def build_layer(self, index: int, num_experts: int) -> nn.Module:
+        """Decoder layer `index` with `num_experts` experts, its parameters still on the meta device."""
+        config = copy.deepcopy(self.config)
+        if num_experts:
+            setattr(config, self.family.count, num_experts)
+        with without_weights():
+            layer = type(self.decoder.layers[index])(config, index)
+        return layer.eval()
+
+    def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put the tensors outside the experts into a layer: parameters in `dtype` but where the model insists on float32, buffers
+        as they are stored."""
+        self._put(layer, {inside: dense[name] for name, inside in layout.dense.items()}, dtype)
+
+    def _put(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors into a module, by their names in it, as `install` says."""
+        exceptions = self.model._get_dtype_plan(dtype)
+        for inside, tensor in tensors.items():
+            path, _, leaf = inside.rpartition(".")
+            module = root.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, inside)), dtype)
+                module._parameters[leaf] = nn.Parameter(tensor.to(own), requires_grad=False)
+
+    @property
+    def embedding(self) -> str:
+        """Source name of the input embedding."""
+        module = self.decoder.get_input_embeddings()
+        path = next(path for path, other in self.model.named_modules() if other is module)
+        return next(name for name, target in self.outer.items() if target == f"{path}.weight")
+
+    def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors outside the layers, by source name, into the model, as `install` does; a tied head takes the embedding."""
+        self._put(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
+        head = self.model.get_output_embeddings()
+        if head.weight.is_meta and self.config.tie_word_embeddings:
+            head.weight = self.decoder.get_input_embeddings().weight
+
+    @property
+    def outer_weights(self) -> list[str]:
+        """Source names of the tensors outside the layers that the model computes with, in a fixed order."""
+        return sorted(name for name, target in self.outer.items() if target)
+
+    @torch.no_grad()
+    def enter(
+        self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor | None = None, **given
+    ) -> tuple[torch.Tensor, list[dict]]:
+        """Hidden states [B, T, D] that reach the first layer, and the keyword arguments (masks, rotary embeddings, ...) of
+        every layer. `given` are further inputs of the model: mask, positions, cache.
+
+        The model's own forward runs with a recorder in place of every layer, so no family needs code for this. Without
+        `embedding_VD` the installed embedding is used.
+        """
+        _move_buffers(self.decoder, tokens_BT.device)
+        embedding, recorded = self.decoder.get_input_embeddings(), []
+
+        def recorder(hidden_states, **arguments):
+            recorded.append((hidden_states, arguments))
+            if len(recorded) == len(self.layers):
+                raise _Entered
+            return hidden_states
+
+        placeholder = embedding.weight
+        if embedding_VD is not None:
+            embedding.weight = nn.Parameter(embedding_VD, requires_grad=False)
+        try:
+            with self._stand_ins(recorder):
+                self.decoder(input_ids=tokens_BT, **{"use_cache": False, **given})
+        except _Entered:
+            pass
+        finally:
+            embedding.weight = placeholder
+        return recorded[0][0], [arguments for _, arguments in recorded]
+
+    @torch.no_grad()
+    def leave(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of tokens whose hidden states left the last layer; `enter` the other way round.
+
+        Everything outside the layers must be installed. The model's own forward runs, each token as a sample of its own, with
+        layers that give these states whatever reaches them.
+        """
+        hidden_N1D = hidden_ND[:, None]
+        with self._stand_ins(lambda *_, **__: hidden_N1D):
+            return self.model(inputs_embeds=hidden_N1D, use_cache=False, output_router_logits=False).logits[:, 0]
+
+    def next_inputs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: object | None) -> dict:
+        """What transformers' generate gives a model for its next step, `tokens_BT` being the prompt and all that has followed:
+        the tokens that are new to the cache (all where there is none), mask, positions, cache."""
+        positions_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
+        given = {"position_ids": positions_BT, "use_cache": True, CACHE: cache}
+        given["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
+        new = None if cache is None else 1
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens_BT, next_sequence_length=new, is_first_iteration=new is None, **given
+        )
+        return {name: value for name, value in inputs.items() if name not in ("logits_to_keep", "is_first_iteration")}
+
+    def logits_processors(self, generation: GenerationConfig, mask_BT: torch.Tensor) -> LogitsProcessorList:
+        """What transformers' greedy generate does to the logits, such as to penalise repetitions; `mask_BT` is the prompts'."""
+        given = {"attention_mask": mask_BT}
+        return self.model._get_logits_processor(
+            generation, input_ids_seq_length=mask_BT.shape[1], device=str(mask_BT.device), model_kwargs=given
+        )
+
+    def generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        """The checkpoint's own, for greedy decoding. Raises StunError where it cannot be read."""
+        file = self.source.folder / "generation_config.json"
+        try:
+            found = GenerationConfig.from_pretrained(self.source.folder) if file.is_file() else self.model.generation_config
+        except Exception as error:  # transformers raises many kinds, all of them about this file
+            raise StunError(f"{file}: transformers cannot read it: {error}") from error
+        found = copy.deepcopy(found)
+        found.update(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        return found
+
+    @contextmanager
+    def _stand_ins(self, forward: Callable) -> Iterator[None]:
+        """Inside it, `forward` runs in place of every layer."""
+        for layer in self.decoder.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.decoder.layers:
+                del layer.forward
+
+    @property
+    def cannot_differ(self) -> str:
+        """Why layers may not keep different numbers of experts; empty where they may."""
+        return f"{self.source.config['model_type']} wraps its text model in another" if self.is_nested else ""
+
+    def pruned_config(self, counts: list[int]) -> dict:
+        """config.json for `counts` experts per layer (0: none): the source's own but for the number of experts, which stands
+        under one name, with no alias beside it, and the mark of fp8."""
+        written = copy.deepcopy(self.source.config)
+        text = written["text_config"] if self.is_nested else written
+        for config in (written, text):
+            config.pop("quantization_config", None)
+        if counts == [layout.num_experts for layout in self.layers]:
+            return written
+        present = [name for name in COUNT_FIELDS if name in text]
+        name = self.family.count if self.family.count in present or not present else present[0]
+        for alias in present:
+            del text[alias]
+        distinct = sorted({count for count in counts if count})
+        heterogeneous.describe(text, name, counts) if len(distinct) > 1 else heterogeneous.forget(text, name, distinct[0])
+        return written
+
+
+def _move_buffers(root: nn.Module, device: torch.device) -> None:
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)

@@ -1,0 +1,108 @@
+"""Checkpoints whose layers keep different numbers of experts, for every family of transformers.
+
+transformers builds all layers of a model from one expert count. Such a checkpoint therefore has a model type of its own,
+`stun_<family>`, which stock runtimes refuse by name, and `experts_per_layer` in its config.json (0: a layer without experts).
+After `import stun`, `AutoModelForCausalLM` loads, runs and saves it: the classes are made from the family's own when first
+needed. Arctic reads a list in `num_local_experts` instead, the form in which the STUN authors saved theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from stun.model.families import FAMILIES, HETEROGENEOUS
+
+_PER_LAYER = "experts_per_layer"
+
+
+def describe(config: dict, name: str, counts: list[int]) -> None:
+    """Write `counts` experts per layer into the content of a config.json, whose family counts experts under `name`."""
+    if config["model_type"] == "arctic":
+        config[name] = counts
+        return
+    family = config["model_type"].removeprefix(HETEROGENEOUS)
+    config.update({name: max(counts), _PER_LAYER: counts, "model_type": HETEROGENEOUS + family})
+    config["architectures"] = [_class_name(a) for a in config.get("architectures") or []]
+
+
+def forget(config: dict, name: str, count: int) -> None:
+    """Write one count for all layers, in the family's stock form."""
+    if config.pop(_PER_LAYER, None) is not None:
+        config["model_type"] = config["model_type"].removeprefix(HETEROGENEOUS)
+        config["architectures"] = [a.removeprefix("Stun") for a in config.get("architectures") or []]
+    config[name] = count
+
+
+def _class_name(name: str) -> str:
+    return name if name.startswith("Stun") else f"Stun{name}"
+
+
+@functools.cache
+def _classes(family: str, count: str) -> tuple[type, type]:
+    """Configuration and model class of a family's heterogeneous checkpoints, registered with the Auto classes."""
+    base_config = CONFIG_MAPPING[family]
+    base_model = AutoModelForCausalLM._model_mapping[base_config]
+    model_type = HETEROGENEOUS + family
+
+    class Model(base_model):
+        def __init__(self, config, *arguments, **keywords):
+            super().__init__(config, *arguments, **keywords)
+            for index, layer in enumerate(self.base_model.layers):
+                if config.experts_per_layer[index]:
+                    self.base_model.layers[index] = _with_experts(type(layer), config, index, count)
+            self.post_init()
+
+        # transformers decides both by searching the module's source for its own idioms; the family's own answer holds.
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return base_model._can_set_attn_implementation()
+
+        @classmethod
+        def _can_set_experts_implementation(cls) -> bool:
+            return base_model._can_set_experts_implementation()
+
+    config_class = type(_class_name(base_config.__name__), (base_config,), {"model_type": model_type, "__module__": __name__})
+    Model.__name__ = Model.__qualname__ = _class_name(base_model.__name__)
+    Model.config_class = config_class
+    AutoModelForCausalLM.register(config_class, Model)
+    names = get_checkpoint_conversion_mapping(family)
+    if names is not None:
+        register_checkpoint_conversion_mapping(model_type, names)
+    return config_class, Model
+
+
+def _with_experts(layer_class: type, config: PreTrainedConfig, index: int, count: str):
+    """Decoder layer `index` with its own number of experts; later changes of the model's configuration still reach it."""
+    own = copy.copy(config)
+    setattr(own, count, config.experts_per_layer[index])
+    layer = layer_class(own, index)
+    for module in layer.modules():
+        if getattr(module, "config", None) is own:
+            module.config = config
+    return layer
+
+
+def register() -> None:
+    """Make `AutoConfig` know the heterogeneous form of each family."""
+    for name, family in FAMILIES.items():
+
+        class Lazy(PreTrainedConfig):
+            """Stands for a class that is made when first needed; whatever is made of it is of that class."""
+
+            model_type = HETEROGENEOUS + name
+            _names = (name, family.count)
+
+            def __new__(cls, *arguments, **keywords):
+                return _classes(*cls._names)[0](*arguments, **keywords)
+
+            @classmethod
+            def from_dict(cls, config_dict, **keywords):
+                return _classes(*cls._names)[0].from_dict(config_dict, **keywords)
+
+        AutoConfig.register(HETEROGENEOUS + name, Lazy)

@@ -1,0 +1,204 @@
+"""Where every tensor of a checkpoint belongs: to a decoder layer, its experts, a prediction head's experts, or none of these.
+
+transformers' own table of renamings says which parameter a source tensor becomes. What it becomes decides what it is for; a
+tensor that cannot be placed, or has another shape or kind of number than config.json asks for, is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from stun.checkpoint.reader import Checkpoint
+from stun.config import StunError
+from stun.model.layer_layout import EXPERT_NUMBER, GATES, LayerLayout, scope_of
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of one block of experts: part -> number of the expert (None: a tensor that holds all of them) -> (place in it, source name).
+Pieces = dict[str, dict[int | None, list[tuple[int, str]]]]
+
+
+def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of a layer's fused experts, None for a layer without experts."""
+    return next(((path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")), None)
+
+
+class NameMap:
+    """The layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`);
+    `outer` maps every other source name to its parameter ('' where the model has none). Raises StunError where something does
+    not fit."""
+
+    def __init__(self, source: Checkpoint, model: PreTrainedModel, grown: Callable[[int], nn.Module]):
+        """`grown(i)` is decoder layer i with one expert more than it has."""
+        self.source, self.decoder = source, model.base_model
+        self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
+        self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
+        self.mtp: list[LayerLayout] = []
+        self.outer: dict[str, str] = {}
+        self._unknown: dict[str, str] = {}  # what a tensor outside the layers would become, did the model have it -> its name
+        blocks = self._sort(model)
+        for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
+            found = experts_of(layer)
+            if found:
+                pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{found[0]}", {}), f"layer {layout.index}"
+                self._place_experts(layout, pieces, found[1], found[1].num_experts, f"{source.folder}: {where}")
+            self._describe(layout, layer, grown(layout.index).state_dict() if found else {})
+        for block, pieces in sorted(blocks.items()):
+            self._place_head(block, pieces)
+        self._check_outside(model)
+
+    def _sort(self, model: PreTrainedModel) -> dict[str, Pieces]:
+        """Put every source name into a layer or `outer`; returns what belongs to experts, by the path of their module."""
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        order = {pattern: rank for t in converters for rank, pattern in enumerate(t.source_patterns)}
+        parameters, within = model.state_dict(), re.compile(rf"{re.escape(self.prefix)}(\d+)\.(.+)")
+        blocks: dict[str, Pieces] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        for name in self.source.tensors:
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+            block, found, part = target.partition(".experts.")
+            match, number = within.fullmatch(target), EXPERT_NUMBER.search(name)
+            if found:
+                blocks[f"{block}.experts"][part][int(number[2]) if number and pattern else None].append(
+                    (order.get(pattern, 0), name)
+                )
+            elif match and int(match[1]) < len(self.layers):
+                layout = self.layers[int(match[1])]
+                if target in parameters:
+                    self._only(name, match[2], layout.dense)
+                else:
+                    layout.unused.append(name)
+            elif target in parameters:
+                self._only(name, target, self.outer)
+            else:
+                self.outer[name] = ""
+                self._unknown[target] = name
+        return blocks
+
+    def _only(self, name: str, target: str, places: dict[str, str]) -> None:
+        if target in places.values():
+            other = next(known for known, taken in places.items() if taken == target)
+            raise StunError(f"{self.source.folder}: {other} and {name} are the same tensor of the model; one must go")
+        places[name] = target
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self.source.tensors[name]
+        if info.shape != tuple(shape):
+            raise StunError(f"{info.file}: {name} has shape {info.shape}, config.json asks for {tuple(shape)}")
+        if info.dtype not in _FLOATS:
+            raise StunError(f"{info.file}: {name} holds {info.dtype}; plain floating-point weights are needed")
+
+    def _place_experts(self, layout: LayerLayout, pieces: Pieces, module: nn.Module, count: int, where: str) -> None:
+        """Fill in a layout's `count` experts, each shaped as those of `module`."""
+        wanted = {name: tuple(parameter.shape[1:]) for name, parameter in sorted(module.named_parameters())}
+        for part in pieces.keys() - wanted.keys():
+            stray = next(iter(pieces[part].values()))[0][1]
+            raise StunError(f"{where}: {stray} belongs to an expert, but the model has no such parameter")
+        held = {number for numbered in pieces.values() for number in numbered if number is not None}
+        layout.fused = frozenset(part for part in wanted if None in pieces.get(part, {}))
+        if (held or not layout.fused) and len(held) != count:
+            numbered = f", numbered {min(held)} to {max(held)}" if held else ""
+            raise StunError(f"{where} holds {len(held)} experts{numbered}; config.json says {count}")
+        for part in layout.fused:
+            self._check(self._whole(pieces[part][None], where), (count, *wanted[part]))
+        layout.experts = [{} for _ in range(count)]
+        for part, shape in wanted.items():
+            for number, expert in enumerate(layout.experts):
+                is_fused = part in layout.fused
+                expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
+        layout.is_transposed = module.is_transposed
+
+    def _whole(self, found: list[tuple[int, str]], where: str) -> str:
+        """The one tensor that holds a part of all experts."""
+        if len(found) > 1:
+            raise StunError(f"{where}: {found[0][1]} and {found[1][1]} are the same tensor of the model; one must go")
+        return found[0][1]
+
+    def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
+        """The tensors whose rows make up one part of an expert, in order."""
+        names = tuple(name for _, name in sorted(pieces.get(part, {}).get(number, [])))
+        shapes = [self.source.tensors[name].shape for name in names]
+        fits = all(len(own) == len(shape) and own[1:] == shape[1:] for own in shapes)
+        if not fits or sum(own[0] for own in shapes) != shape[0]:
+            raise StunError(f"{where}, expert {number}: {part} must be {shape} by config.json, found {shapes or 'nothing'}")
+        for name, own in zip(names, shapes, strict=True):
+            self._check(name, own)
+        return names
+
+    def _describe(self, layout: LayerLayout, layer: nn.Module, grown: dict[str, torch.Tensor]) -> None:
+        """Check that every tensor outside a layer's experts is there, and tell apart what it is for.
+
+        What has an entry for each expert differs in shape from the layer with one expert more, `grown`.
+        """
+        experts, sources = (experts_of(layer) or ("no experts",))[0], {inside: name for name, inside in layout.dense.items()}
+        for inside, tensor in layer.state_dict().items():
+            if inside.startswith(f"{experts}."):
+                continue
+            if inside not in sources:
+                raise StunError(f"{self.source.folder}: layer {layout.index}: no tensor for {inside}")
+            self._check(sources[inside], tensor.shape)
+            dims = [dim for dim, size in enumerate(tensor.shape) if grown and grown[inside].shape[dim] != size]
+            if dims:
+                layout.routed[sources[inside]] = dims[0]
+        layout.router = next((name for name in layout.routed if layout.dense[name].endswith(".weight")), "")
+        linears = {f"{path}.weight": path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        for name, inside in sorted(layout.dense.items()):
+            if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in GATES:
+                layout.linears[name] = scope_of(linears[inside])
+
+    def _place_head(self, block: str, pieces: Pieces) -> None:
+        """The layout of experts outside the decoder layers, which must be those of a multi-token-prediction head.
+
+        transformers leaves such heads out. Their experts are like those of the decoder layers, and so are their routers' names;
+        whatever else a head holds stays in `outer`.
+        """
+        own, where = block.removesuffix(".experts"), f"{self.source.folder}: {block}"
+        if not self._is_head(block):
+            raise StunError(
+                f"{where}: neither in one of the {len(self.layers)} layers of config.json nor in a prediction head it names"
+            )
+        model = next(layout for layout in reversed(self.layers) if layout.experts)
+        path, module = experts_of(self.decoder.layers[model.index])
+        fused = [self.source.tensors[numbered[None][0][1]].shape for numbered in pieces.values() if None in numbered]
+        count = (fused[0] or (0,))[0] if fused else len({number for numbered in pieces.values() for number in numbered})
+        counts = {layout.num_experts for layout in self.layers if layout.experts}
+        if len(counts) == 1 and count not in counts:
+            raise StunError(f"{where}: {count} experts, where the decoder layers have {model.num_experts}")
+        layout = LayerLayout(len(self.layers) + len(self.mtp), is_mtp=True)
+        self._place_experts(layout, pieces, module, count, where)
+        for known, dim in model.routed.items():
+            name = self._unknown.get(own + model.dense[known].removeprefix(path.removesuffix(".experts")))
+            if name is None:
+                raise StunError(f"{where}: no tensor like {known} for this head")
+            shape = list(self.source.tensors[known].shape)
+            self._check(name, (*shape[:dim], count, *shape[dim + 1 :]))
+            layout.dense[name], layout.routed[name] = model.dense[known], dim
+            layout.router = name if known == model.router else layout.router
+            del self.outer[name]
+        self.mtp.append(layout)
+
+    def _is_head(self, block: str) -> bool:
+        """Whether config.json or the name itself says that this is a multi-token-prediction head."""
+        text = self.source.config.get("text_config") or self.source.config
+        heads, after = text.get("num_nextn_predict_layers"), re.match(rf"{re.escape(self.prefix)}(\d+)\.", block)
+        return "mtp" in block or bool(after and isinstance(heads, int) and int(after[1]) < len(self.layers) + heads)
+
+    def _check_outside(self, model: PreTrainedModel) -> None:
+        """Everything the model needs outside its layers is there: a tied output head needs nothing."""
+        sources, head = {target: name for name, target in self.outer.items()}, model.get_output_embeddings()
+        tied = {id(parameter) for parameter in head.parameters()} if model.config.tie_word_embeddings else set()
+        for target, parameter in model.named_parameters():
+            if target.startswith(self.prefix):
+                continue
+            if target in sources:
+                self._check(sources[target], parameter.shape)
+            elif id(parameter) not in tied:
+                raise StunError(f"{self.source.folder}: no tensor for {target}")

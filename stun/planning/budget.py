@@ -1,0 +1,200 @@
+"""How much leaves: parameters of the decoder layers, and the split of a total target into whole experts and single weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from stun.config import Budget, PruneConfig, Scope, SparsifyConfig, StunError
+from stun.model.architecture import Architecture
+from stun.planning.plan import LayerPlan, Plan
+from stun.sparsify.select import Pattern, quotas
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Parameters of one layer. `expert` counts one expert with its rows of the router; `dense` maps scoped matrices to sizes."""
+
+    total: int
+    experts: int
+    expert: int
+    expert_parts: dict[str, int]
+    dense: dict[str, int]
+
+
+def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
+    """Sizes of every decoder layer, from the checkpoint's headers. An expert's vectors (biases) leave only with it."""
+    sizes = []
+    for layout in arch.layers:
+        parts: dict[str, int] = {}
+        matrices: dict[str, int] = {}
+        for part in layout.experts[0] if layout.experts else ():
+            infos = arch.piece(layout, 0, part)
+            parts[part] = sum(info.numel for info in infos)
+            if len(infos[0].shape) > 1 and Scope.experts in scope:
+                matrices[part] = parts[part]
+        rows = sum(arch.info(name).numel for name in layout.routed) // max(1, layout.num_experts)
+        dense = {name: arch.info(name).numel for name, kind in layout.linears.items() if kind in scope}
+        size = LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, matrices, dense)
+        sizes.append(size)
+    return sizes
+
+
+def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
+    """Fewest experts a layer may keep: routing needs the model's top-k, and where it is limited to groups, enough in every
+    group."""
+    return arch.groups * max(arch.group_floor, -(-cfg.experts.keep_at_least // arch.groups))
+
+
+def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
+    """Experts to drop per layer for `target` and `experts.fraction`, in whole experts, rounded to the nearest; the same number in
+    every group of experts that routing is limited to.
+
+    With the uniform budget this is what each layer drops; with the global one only the sum counts.
+    Raises StunError where a layer would keep fewer than the floor allows.
+    """
+    moe = [size for size in sizes if size.experts]
+    if not moe:
+        raise StunError("model.path: no decoder layer of this checkpoint has experts")
+    floor, groups, is_global = floor_of(cfg, arch), arch.groups, cfg.experts.budget is Budget["global"]
+    room = (sum if is_global else min)(max(0, size.experts - floor) for size in moe)
+    count = groups * _groups_to_drop(cfg, sizes, groups * unit_of(cfg, sizes))
+    if count > room:
+        per_layer = "" if is_global else " of every layer"
+        in_groups = f", in {groups} groups of at least {arch.group_floor}" if groups > 1 else ""
+        why, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
+        if not cfg.sparsify.pattern:
+            most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
+            why, advice = f"experts.fraction={cfg.experts.fraction}", f"Lower experts.fraction to {most} or less"
+        raise StunError(
+            f"target={cfg.target} with {why} drops {count} experts{per_layer}, but only {room} may go: a layer must keep {floor} "
+            f"(top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
+        )
+    if is_global:
+        return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
+    return [count if size.experts else 0 for size in sizes]
+
+
+def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:
+    """Parameters that leave with one more expert (global budget) or one more of every layer (uniform). With a pattern: without
+    those it would have removed anyway."""
+    pattern = Pattern.parse(cfg.sparsify.pattern)
+    own = [
+        size.expert - (sum(map(pattern.zeros, size.expert_parts.values())) if pattern else 0) for size in sizes if size.experts
+    ]
+    return sum(own) / len(own) if cfg.experts.budget is Budget["global"] else sum(own)
+
+
+def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> int:
+    """How many times `unit` parameters leave as whole experts: `experts.fraction` of the target, or what a pattern leaves of it.
+
+    Raises StunError where the pattern alone removes more than the target.
+    """
+    total = sum(size.total for size in sizes)
+    remove, pattern = cfg.target * total, Pattern.parse(cfg.sparsify.pattern)
+    if not pattern:
+        return min(round(cfg.experts.fraction * remove / unit), int(remove / unit))
+    alone = sum(map(pattern.zeros, matrix_sizes(sizes, [size.experts for size in sizes])))
+    if alone - remove > unit / 2:
+        share = math.ceil(alone / total * 10000) / 10000
+        raise StunError(f"target={cfg.target}: sparsify.pattern={cfg.sparsify.pattern} alone removes {share}; raise the target")
+    return max(0, round((remove - alone) / unit))
+
+
+def _spread(count: int, room: list[int], step: int) -> list[int]:
+    """`count` in shares that differ by `step` at most, none above its room: only the sum matters to a global budget."""
+    given = [0] * len(room)
+    while count:
+        for layer, limit in enumerate(room):
+            if count and given[layer] < limit:
+                given[layer] += step
+                count -= step
+    return given
+
+
+def make_budget(cfg: PruneConfig, sizes: list[LayerSize], kept: list[int]) -> Plan:
+    """A plan without clusters: how many single weights must go beside the dropped experts to meet the target exactly, or, with a
+    pattern, what the pattern removes.
+
+    Raises StunError, naming the largest reachable target, where the scope is too small.
+    """
+    total = sum(size.total for size in sizes)
+    dropped = sum((size.experts - count) * size.expert for size, count in zip(sizes, kept, strict=True))
+    matrices, pattern = matrix_sizes(sizes, kept), Pattern.parse(cfg.sparsify.pattern)
+    scope_size = sum(matrices)
+    if pattern:
+        return Plan(cfg.target, total, dropped, sum(map(pattern.zeros, matrices)), scope_size, [])
+    zeros = max(0, round(cfg.target * total) - dropped)
+    if zeros > scope_size:
+        scope = ", ".join(kind.name for kind in cfg.sparsify.scope)
+        reachable = math.floor((dropped + scope_size) / total * 10000) / 10000
+        raise StunError(f"target={cfg.target}: not reachable; with sparsify.scope=[{scope}] at most {reachable}")
+    return Plan(cfg.target, total, dropped, zeros, scope_size, [])
+
+
+def matrix_sizes(sizes: list[LayerSize], kept: list[int]) -> list[int]:
+    """Sizes of all matrices whose weights may go, in the order in which removals are shared out: layer by layer, dense matrices
+    by name, then the surviving experts' parts."""
+    matrices = []
+    for size, count in zip(sizes, kept, strict=True):
+        matrices += [size.dense[name] for name in sorted(size.dense)]
+        matrices += [size.expert_parts[part] for _ in range(count) for part in size.expert_parts]
+    return matrices
+
+
+@dataclass(frozen=True)
+class LayerQuota:
+    """Single weights to remove from each matrix of a layer: `dense` by name, `experts[i]` by part for the i-th survivor."""
+
+    dense: dict[str, int]
+    experts: list[dict[str, int]]
+
+
+def layer_quotas(sizes: list[LayerSize], plan: Plan) -> list[LayerQuota]:
+    """Share the plan's removals over all matrices, in proportion to their sizes or as its ratios say; the sum is exact.
+
+    Where a layer has ratios for its experts, its quotas stand by cluster.
+    """
+    kept = [len(layer.clusters) for layer in plan.layers]
+    shares = iter(quotas(matrix_sizes(sizes, kept), plan.zeros, _matrix_ratios(sizes, plan)))
+    return [
+        LayerQuota(
+            {name: next(shares) for name in sorted(size.dense)},
+            [{part: next(shares) for part in size.expert_parts} for _ in range(count)],
+        )
+        for size, count in zip(sizes, kept, strict=True)
+    ]
+
+
+def quota_of(plan: LayerPlan, kept: list[int], quota: LayerQuota) -> LayerQuota:
+    """A layer's quota with its experts in the order of `kept`: it stands by cluster where experts have ratios of their own."""
+    if not plan.expert_ratios:
+        return quota
+    home = {expert: place for place, cluster in enumerate(plan.clusters) for expert in cluster}
+    return LayerQuota(quota.dense, [quota.experts[home[expert]] for expert in kept])
+
+
+def check_pattern(how: SparsifyConfig, arch: Architecture) -> None:
+    """Raises StunError where the inputs of a matrix cannot be cut into the groups of the pattern."""
+    pattern = Pattern.parse(how.pattern)
+    for layout in arch.layers if pattern else []:
+        widths = {name: arch.info(name).shape[-1] for name, kind in layout.linears.items() if kind in how.scope}
+        if layout.experts and Scope.experts in how.scope:
+            shapes = {part: arch.piece(layout, 0, part)[0].shape for part in layout.experts[0]}
+            inputs = 0 if layout.is_transposed else 1
+            widths |= {f"layer {layout.index}: {p} of the experts": s[inputs] for p, s in shapes.items() if len(s) > 1}
+        for name, width in widths.items():
+            if width % pattern.of:
+                raise StunError(f"sparsify.pattern={how.pattern}: {name} has {width} inputs, not a multiple of {pattern.of}")
+
+
+def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
+    """The ratio of every matrix, in the order of `matrix_sizes`; None where all are the same."""
+    if all(layer.ratio is None for layer in plan.layers):
+        return None
+    ratios = []
+    for size, layer in zip(sizes, plan.layers, strict=True):
+        own = plan.ratio if layer.ratio is None else layer.ratio
+        ratios += [own] * len(size.dense)
+        ratios += [ratio for ratio in layer.expert_ratios or [own] * len(layer.clusters) for _ in size.expert_parts]
+    return ratios

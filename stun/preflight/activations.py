@@ -1,0 +1,168 @@
+"""What a micro-batch takes while it runs through a layer: the layer runs on the meta device, and its allocations are counted.
+
+So no family needs a formula of its own. What libraries allocate inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import Cache
+
+from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
+from stun.model.tensor_names import experts_of
+from stun.runtime.threads import workers_on
+from stun.stream.expert_parallel import tokens_together
+
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+class _Fused(TorchFunctionMode):
+    """Attention in torch's fused kernels, which never hold all scores: on CPUs where keys and values are equally wide, on GPUs
+    always. The meta device has none."""
+
+    def __init__(self, is_gpu: bool):
+        super().__init__()
+        self.is_gpu = is_gpu
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is _ATTENTION:
+            query, _, value = arguments[:3]
+            if self.is_gpu or query.shape[-1] == value.shape[-1]:
+                return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return function(*arguments, **(keywords or {}))
+
+
+class Allocations(TorchDispatchMode):
+    """Inside it, `peak` is the most bytes that tensors made here have held at once, `made` all that they have held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.made = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        known = {id(own) for own in _storages((arguments, keywords))}
+        result = function(*arguments, **(keywords or {}))
+        for own in _storages(result):
+            if id(own) not in self._seen and id(own) not in known:
+                self._add(own)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = id(storage), storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= nbytes
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+        self.made += nbytes
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+class _Exchange:
+    """Allocates what stun.stream.expert_parallel.Exchange does for a micro-batch, the experts serving equally many tokens."""
+
+    def __init__(self, num_experts: int, world: int, device: torch.device):
+        self.num_experts, self.world, self.device, self.workers = num_experts, world, device, workers_on(device)
+
+    def forward(self, module: nn.Module, hidden_TD, index_TK, weights_TK) -> torch.Tensor:
+        rows_ND = hidden_TD.repeat_interleave(index_TK.shape[1], 0)
+        received_ND = rows_ND if self.world == 1 else torch.empty_like(rows_ND)
+        del rows_ND
+        served_ND = torch.empty_like(received_ND)
+        own = max(1, self.num_experts // self.world)
+        rows_nD = received_ND[: -(-len(received_ND) // own)]
+        inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, own) - 1)]
+        for _ in range(own - len(inner)):
+            module._apply_gate(self._inner(module, rows_nD))
+        del inner
+        _back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
+        output_TD, size = torch.empty_like(hidden_TD), tokens_together(self.device, hidden_TD.shape[1], index_TK.shape[1])
+        _pieces = [
+            torch.empty_like(hidden_TD[:size], dtype=torch.float32).repeat(2 * index_TK.shape[1], 1) for _ in range(self.workers)
+        ]
+        return output_TD
+
+    @staticmethod
+    def _inner(module: nn.Module, rows_nD: torch.Tensor) -> torch.Tensor:
+        weight = module.gate_up_proj[0]
+        return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
+
+
+def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **given) -> list[dict]:
+    """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
+    tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
+    return arch.enter(tokens_BT, torch.zeros(1, 1, dtype=dtype).expand(arch.info(arch.embedding).shape[0], 1), **given)[1]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`, where the tensors that come and go
+    are `made` bytes in all; `arguments` stay for the whole stream (masks, rotary embeddings)."""
+
+    layers: list[int]
+    made: list[int]
+    arguments: int
+
+
+def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int) -> Activations:
+    """What B x T tokens take on one of `world` ranks. Layers of one kind are traced once."""
+    given, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
+    kept = {id(own): own.nbytes() for own in _storages(given)}
+
+    def allocations(index: int) -> Allocations:
+        layer = arch.decoder.layers[index]
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+        arguments = tuple((name, getattr(value, "shape", None)) for name, value in given[index].items())
+        kind = (shapes, arguments)
+        if kind not in traced:
+            traced[kind] = _trace(arch, index, given[index], (batch, length), device, world)
+        return traced[kind]
+
+    found = [allocations(index) for index in range(len(arch.layers))]
+    return Activations([own.peak for own in found], [own.made for own in found], sum(kept.values()))
+
+
+def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
+    """Bytes that one sequence of T tokens takes on one of `world` ranks: at most while it runs through a layer, and for good in
+    the caches of all layers. Layers of one kind are traced once."""
+    given, traced = _arguments(arch, 1, length, compute_dtype(arch, device), use_cache=True), {}
+    for index, arguments in enumerate(given):
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in arch.decoder.layers[index].named_parameters())
+        traced.setdefault(shapes, []).append((index, arguments))
+    peak = cached = 0
+    for layers in traced.values():
+        index, arguments = layers[0]
+        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world).peak)
+        cache = next(value for value in arguments.values() if isinstance(value, Cache))
+        cached += len(layers) * sum(own.nbytes() for own in _storages([*vars(cache.layers[index]).values()]))
+    return peak, cached
+
+
+@torch.no_grad()
+def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int) -> Allocations:
+    dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
+    layer = arch.build_layer(index, experts).to("meta", dtype)
+    found = experts_of(layer)
+    if found:
+        found[1].exchange = _Exchange(experts, world, device)
+    caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
+    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**given, **dict.fromkeys(caches)}) | caches
+    hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
+    with _Fused(device.type == "cuda"), Allocations() as allocations:
+        layer(hidden_BTD, **arguments)
+    return allocations

@@ -1,0 +1,172 @@
+"""What a launch runs on: stated figures for GPUs, measured ones for this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stun.config import ClusterConfig, PruneConfig, StunError
+from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
+from stun.preflight.speeds import Speeds, norm_speed, rank_speeds, read_speed, slowest, write_speed
+from stun.runtime.ranks import Ranks
+
+GIB = 2**30
+ACHIEVED = 0.3  # share of the data sheet's arithmetic, and of its memory's speed, assumed to be reached; never measured here
+_WRITTEN = 2**26  # bytes to measure the disk of the run folder
+_ROWS = 512  # an expert's products are timed on at most so many rows
+_WIDTH = 1024  # and of at most this width
+_LENGTH = 2048  # attention on at most so many tokens
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`memory` in bytes, and its `bandwidth` in GB/s; `tflops` of dense bfloat16; `link` to the host in GB/s, one way. From the
+    vendor's data sheets."""
+
+    memory: int
+    bandwidth: float
+    tflops: float
+    link: float
+
+    @property
+    def speeds(self) -> Speeds:
+        """Those of a rank, as they are assumed. An operation reads as much as it writes."""
+        flops = self.tflops * 1e12 * ACHIEVED
+        return Speeds(flops, flops, self.bandwidth * 1e9 / 2 * ACHIEVED)
+
+
+GPUS = {
+    "a100-40": Gpu(40 * 10**9, 1555, 312, 32),
+    "a100": Gpu(80 * 10**9, 2039, 312, 32),
+    "h100": Gpu(80 * 10**9, 3350, 989, 64),
+    "h200": Gpu(141 * 10**9, 4800, 989, 64),
+    "b200": Gpu(180 * 10**9, 8000, 2250, 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`nodes` of `per_node` ranks each, and what each of them has: bytes of memory of a GPU (0: ranks compute on the CPU) and of
+    a node's host, its speeds, bytes/s that a node reads, that it writes and that go to a GPU. `here` is the `between` of this
+    machine's CPU, by which what is timed here is scaled. `base` is what a rank's process holds before it reads any weight."""
+
+    name: str
+    nodes: int
+    per_node: int
+    gpu_memory: int
+    host_memory: int
+    speeds: Speeds
+    read: float
+    write: float
+    link: float
+    here: float
+    base: int
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.gpu_memory else "cpu")
+
+
+def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
+    """The launch that `cluster` describes. Raises StunError where it names a GPU that is not in the table."""
+    if cluster.gpu not in GPUS:
+        raise StunError(f"cluster.gpu={cluster.gpu}: known are {', '.join(GPUS)}")
+    if min(cluster.read_gib_s, cluster.write_gib_s) < 0:
+        raise StunError("cluster.read_gib_s and cluster.write_gib_s must be 0 or more")
+    if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0:
+        raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
+    gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
+    disk = (read, cluster.write_gib_s * GIB or read)
+    here, host = norm_speed(torch.float32, _WIDTH), int(cluster.host_gib * GIB)
+    place = (cluster.nodes, cluster.gpus, gpu.memory, host)
+    return Launch(cluster.gpu, *place, gpu.speeds, *disk, gpu.link * 1e9, here, base)
+
+
+def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
+    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    place, host = (ranks.world // local, local), host_memory(local)
+    disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
+    if ranks.device.type == "cpu":
+        speeds = slowest(ranks.gather_objects(_speeds_here(ranks, arch, cfg)))
+        ranks.return_memory()
+        return Launch("cpu", *place, 0, host, speeds, *disk, float("inf"), speeds.between, base)
+    found = torch.cuda.get_device_properties(ranks.device)
+    alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in found.name.lower()] or [GPUS["a100"]]
+    known = min(alike, key=lambda gpu: abs(gpu.memory - found.total_memory))
+    here = norm_speed(torch.float32, _WIDTH)
+    return Launch(found.name, *place, found.total_memory, host, known.speeds, *disk, known.link * 1e9, here, base)
+
+
+def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
+    """Bytes/s of reading the source and of writing the run folder; where a sample cannot be written, as fast as it reads: whether
+    the run can write is for the run to find."""
+    read = read_speed(arch.source)
+    try:
+        return read, write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+    except StunError:
+        return read, read
+
+
+def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:
+    """Of this rank's CPU, in the dtype that layers are computed in, for as many rows as an expert has of a micro-batch."""
+    calibration, experts = cfg.calibration, max((layout.num_experts for layout in arch.layers), default=0)
+    tokens = min(calibration.micro_batch, calibration.samples) * calibration.length
+    rows = max(1, min(_ROWS, arch.top_k * tokens // experts if experts else tokens))
+    width = min(_WIDTH, arch.config.hidden_size)
+    return rank_speeds(ranks.workers, compute_dtype(arch, ranks.device), rows, width, min(_LENGTH, calibration.length))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def host_memory(ranks: int) -> int:
+    """Bytes that the `ranks` of this job on this node may have together, with what they have already: what the system, the cgroup
+    and Slurm allow, the least of them."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
+    limits, groups = [int(available) * 1024 + ranks * resident()], Path("/proc/self/cgroup").read_text()
+    for form, root, name in (
+        (r"^0::/(.*)$", "/sys/fs/cgroup", "memory.max"),
+        (r"^\d+:memory:/(.*)$", "/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+    ):
+        own = re.search(form, groups, re.M)
+        for folder in (Path(root) / own[1], *(Path(root) / own[1]).parents) if own else ():
+            with contextlib.suppress(OSError, ValueError):  # it limits nothing
+                limits.append(int((folder / name).read_text()))
+    if os.environ.get("SLURM_MEM_PER_NODE", "0") != "0":
+        limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20)
+    return min(limits)
+
+
+def free_memory(ranks: Ranks) -> int:
+    """Bytes that every rank can still allocate: on its GPU, or its share of the host. The same on every rank."""
+    if ranks.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
+        free = torch.cuda.mem_get_info(ranks.device)[0] + unused
+    else:
+        free = host_memory(ranks.local_world) // ranks.local_world - resident()
+    return max(0, min(ranks.gather_objects(free)))
+
+
+def disk_free(run_dir: str) -> int:
+    """Bytes free where the run folder is or will be."""
+    return shutil.disk_usage(_place(run_dir)).free
+
+
+def _place(run_dir: str) -> Path:
+    """The run folder, or the nearest folder above it that is there."""
+    folder = Path(run_dir).absolute()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())

@@ -1,0 +1,121 @@
+"""What a run reads and writes and has on disk, in bytes: from headers and the request alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stun.checkpoint.reader import TensorInfo
+from stun.model.architecture import Architecture
+from stun.model.layer_layout import LayerLayout
+from stun.planning.budget import LayerSize, layer_quotas
+from stun.planning.plan import Plan
+from stun.pruning.shards import cluster_owners
+from stun.run.snapshots import KEPT
+from stun.sparsify.ratios import BINS
+from stun.stream.layer_stream import even_owners
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor in the source; `nbytes` are those it has once it is multiplied out."""
+    return info.nbytes if info.scale is None else info.numel + info.scale.nbytes
+
+
+def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
+    """What makes up one expert of a layer."""
+    return [info for part in (layout.experts[0] if layout.experts else ()) for info in arch.piece(layout, 0, part)]
+
+
+def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None], world: int) -> list[int]:
+    """Bytes each rank reads of a layer."""
+    read, expert = [0] * world, sum(map(stored_bytes, expert_infos(arch, layout)))
+    for place, name in enumerate(layout.copied):
+        read[place % world] += stored_bytes(arch.info(name))
+    for owner in owners:
+        if owner is not None:
+            read[owner] += expert
+    return read
+
+
+def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bool]) -> dict[str, list[int]]:
+    """Bytes each rank reads in each of `streams`. Experts of one layer are equally large."""
+    found = {}
+    for stream in streams:
+        is_last = stream == "prune"
+        layouts, plans = (arch.layers, plan.layers) if not is_last else ([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp])
+        total = [0] * world
+        for layout, layer in zip(layouts, plans, strict=True):
+            owners = cluster_owners(layer, world) if is_last else even_owners(layout, world) if layout.experts else []
+            total = [a + b for a, b in zip(total, _layer_read(arch, layout, owners, world), strict=True)]
+        embedding = stored_bytes(arch.info(arch.embedding))
+        if is_last:
+            total[0] += sum(stored_bytes(arch.info(name)) for name in arch.outer)
+        else:
+            total[0] += embedding * (2 if stream == "search" else 1)
+        found[stream] = total
+    return found
+
+
+def model_bytes(arch: Architecture, plan: Plan) -> int:
+    """Bytes of all tensors of the pruned checkpoint, zeros included."""
+    total = sum(info.nbytes for info in arch.source.tensors.values())
+    for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
+        if layout.experts:
+            entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
+            gone = layer.experts - len(layer.clusters)
+            total -= gone * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
+    return total
+
+
+def compressed_bytes(arch: Architecture, sizes: list[LayerSize], plan: Plan) -> int:
+    """Bytes of the same with bitmasks and values where these are smaller; zeros of the source itself are not known."""
+    total = model_bytes(arch, plan)
+    for layout, quota in zip(arch.layers, layer_quotas(sizes, plan), strict=True):
+        for name, zeros in quota.dense.items():
+            total -= _saved(arch.info(name).numel, zeros, arch.info(name).dtype.itemsize)
+        for parts in quota.experts:
+            for part, zeros in parts.items():
+                infos = arch.piece(layout, 0, part)
+                total -= _saved(sum(info.numel for info in infos), zeros, infos[0].dtype.itemsize)
+    return total
+
+
+def _saved(numel: int, zeros: int, itemsize: int) -> int:
+    return max(0, zeros * itemsize - numel // 8)
+
+
+def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
+    """Bytes of the first stream's statistics (stun.statistics.store)."""
+    total = 0
+    for layout in arch.layers:
+        experts, counted = layout.num_experts, len(layout.linears) + layout.num_experts
+        total += 8 * (experts**2 * (1 + 2 * sources) + experts * (10 * sources + 3))
+        total += counted * (4 * BINS + 8) if outliers else 0
+    return total
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes a run needs on disk at most: for the model, for hidden states, for statistics; `there` are in its folder already."""
+
+    model: int
+    hidden: int
+    statistics: int
+    there: int
+
+    @property
+    def needed(self) -> int:
+        return max(0, self.model + self.hidden + self.statistics - self.there)
+
+
+def snapshots_on_disk(layers: int, streams: int) -> int:
+    """How many times all hidden states are on disk at once: those the first streams left, and the last one's with the one that
+    is being written."""
+    left = min(KEPT - 1, layers - 1)
+    return min(KEPT + 1, layers - 1) + left * (streams - 1) if streams else 0
+
+
+def bytes_there(run_dir: str) -> int:
+    """Bytes of the files that an interrupted run left in its folder."""
+    parts = [Path(run_dir) / name for name in ("model", "hidden", "stats")]
+    return sum(file.stat().st_size for part in parts for file in part.rglob("*") if file.is_file())

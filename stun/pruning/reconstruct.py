@@ -1,0 +1,84 @@
+"""Block reconstruction: the last matrix of attention and of every MLP and expert is refitted to what the dense block gave.
+
+The matrices before it are refitted to their own dense outputs when they are pruned (stun.sparsify.refit), so what remains of a
+block's error is what its last matrix can still make up for. With x its inputs in the dense block and z those in the pruned
+one, for the same tokens, it takes the values that minimise sum ||W x - V z||^2 over the non-zero entries of V (after arXiv
+2510.14444): the Gram matrix of z and the sum of x z^T are all that is needed. Experts are weighed with their gate weights, as
+in the block's output, and compared on the inputs that the pruned layer gives them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stun.model.tensor_names import experts_of
+from stun.sparsify.refit import refit
+from stun.statistics.input_moments import Sums, gram
+from stun.stream.expert_parallel import Exchange, Layer
+from stun.stream.layer_stream import LayerStream, States
+
+
+class Reconstruction:
+    """Keeps what a layer was before it is pruned, and refits it afterwards.
+
+    `names` are the dense matrices to refit, and `inputs` what they saw in the dense layer on this rank, by turn. `blocks` are
+    this rank's experts to refit, in the groups that are measured together.
+    """
+
+    def __init__(self, stream: LayerStream, layer: Layer, names: list[str], blocks: list[list[int]]):
+        self.stream, self.layer, self.blocks = stream, layer, blocks
+        self.names = [name for name in names if layer.layout.closes(name)]
+        self.inputs: dict[str, list[torch.Tensor]] = {}
+        self.owners = stream.writer_of(layer.layout)
+        self.dense = {name: layer.dense[name].clone() for name in self.names if self.owners[name] == stream.ranks.rank}
+        mine = [layer.kept[number] for block in blocks for number in block]
+        experts = {e: {part: weight.clone() for part, weight in layer.experts[e].items()} for e in mine}
+        self.before = Layer(layer.layout, {}, experts, {}, layer.kept, layer.owner)
+
+    def refit(self, states: States) -> None:
+        """Run the pruned layer, once for each block of experts, and refit what closes its blocks."""
+        stream, layer, oriented = self.stream, self.layer, self.layer.layout.oriented
+        stream.build(layer)
+        for place, block in enumerate(self.blocks):
+            sums = _Pairs(self, [] if place else self.names, block)
+            sums.measure(states)
+            for number, own in sums.experts.items():
+                parts, before = layer.experts[layer.kept[number]], self.before.experts[layer.kept[number]]
+                _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), own)
+            if not place:
+                dense = sums.dense
+        for name in self.names:
+            if name in self.dense:
+                _refit(layer.dense[name], self.dense[name], dense[name])
+            stream.ranks.broadcast(layer.dense[name], self.owners[name])
+
+
+def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], dense_OD.float() @ sums["cross"]))
+
+
+class _Pairs(Sums):
+    """Of the matrices that close a block: the sums of z z^T and of x z^T, with z their inputs and x those in the dense block."""
+
+    reads_gates = True
+
+    def __init__(self, reconstruction: Reconstruction, names: list[str], numbers: list[int]):
+        super().__init__(reconstruction.stream, reconstruction.layer, names, numbers)
+        self.inputs = reconstruction.inputs
+        self.before = Exchange(reconstruction.before, self.stream.ranks, self.stream.dtype)
+        found = experts_of(self.layer.module)
+        self.module = found[1] if found else None
+
+    def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+        before_nI = self.before.inner(self.module, number, input_nD)
+        return _pair(inner_nI.float() * gate_n[:, None], before_nI.float() * gate_n[:, None])
+
+    def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
+        return _pair(input_TD.flatten(0, -2).float(), self.inputs[name][turn].flatten(0, -2).float())
+
+    def shapes(self, rows, columns):
+        return {key: ((columns, columns), torch.float32) for key in ("gram", "cross")}
+
+
+def _pair(after_TD: torch.Tensor, before_TD: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"gram": gram(after_TD), "cross": before_TD.T @ after_TD}

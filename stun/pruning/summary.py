@@ -1,0 +1,86 @@
+"""What a finished run says of itself: its summary, and what its streams measured."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from stun.checkpoint.reader import write_json
+from stun.config import PruneConfig
+from stun.files import load_json
+from stun.model import runtimes as serving
+from stun.model.architecture import Architecture
+from stun.planning.plan import Plan
+from stun.pruning.layers import PruneResult
+from stun.run.folder import Run
+from stun.run.layer_metrics import parameters_by_kind
+from stun.run.layer_records import FILE, observed_layer, pruned_layer, read_observed
+from stun.run.ledger import Ledger
+from stun.runtime.ranks import Ranks
+
+_SECRET_KEY = re.compile(r"([\w.+-]*(?:token|secret|password|passwd|key|credentials?)=).+", re.I)
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command with these `sys.argv`, without what may be a secret."""
+    program, *rest = arguments
+    start = ["python", "-m", f"jobs.{Path(program).stem}"] if Path(program).parent.name == "jobs" else [Path(program).name]
+    return shlex.join([*start, *(_SECRET.sub("***", _SECRET_KEY.sub(r"\1***", word)) for word in rest)])
+
+
+def summarise(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneResult, run: Run, ranks: Ranks, seconds: float):
+    """The summary in manifest.json. All ranks call this together."""
+    kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
+    loads = serving.runtimes(arch.model_type, kept)
+    return {
+        "target": plan.target,
+        "sparsity": 1 - result.nonzero / plan.parameters,
+        "parameters": plan.parameters,
+        "nonzero": result.nonzero,
+        "experts": [layer.experts for layer in plan.layers],
+        "kept": kept,
+        "groups": arch.groups,
+        "loads_in": serving.of_compressed(loads) if cfg.compress else loads,
+        "experts_without_tokens": result.unseen,
+        "ratio": plan.ratio,
+        "ranks": ranks.world,
+        "seconds": seconds,
+        "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
+        "bytes_read": ranks.gather_objects(arch.source.bytes_read),
+        "read_bytes_per_second": ranks.gather_objects(ranks.meter.bytes_read / max(ranks.meter.read_seconds, 1e-9)),
+        "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
+        "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
+        "model_type": arch.model_type,
+        "source": cfg.model.path,
+        "source_bytes": arch.source.file_bytes,
+        "disk_bytes": ranks.on_first(lambda: sum(file.stat().st_size for file in run.model.glob("*.safetensors"))),
+        "statistics": os.path.relpath(cfg.statistics, run.folder) if cfg.statistics else "",
+        "command": command_line(sys.argv),
+    }
+
+
+def save_observed(run: Run) -> None:
+    """layers.json of a folder of statistics, where this launch or one before it has taken any."""
+    entries = Ledger(run.folder / "progress", "observe").finished()
+    if entries:
+        write_json(run.folder / FILE, {"observe": [observed_layer(own) for own in entries]})
+
+
+def save_layers(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: Run) -> dict:
+    """Write layers.json of a run that prunes; returns its content."""
+    own = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
+    shared = Path(cfg.statistics) / FILE if cfg.statistics else None
+    seen = own or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])
+    dense = [layer.get("powers") for layer in seen] or [None] * len(arch.layers)
+    scope, layouts = [kind.name for kind in cfg.sparsify.scope], [*arch.layers, *arch.mtp]
+    layers = [
+        pruned_layer(entries, parameters_by_kind(arch, layout), scope, powers)
+        for entries, layout, powers in zip(result.layers, layouts, [*dense, *(None for _ in arch.mtp)], strict=True)
+    ]
+    parts = {"observe": own, "prune": layers[: len(arch.layers)], "mtp": layers[len(arch.layers) :]}
+    write_json(run.folder / FILE, parts)
+    return parts

@@ -1,0 +1,184 @@
+"""The model card beside a pruned checkpoint: README.md with the hub's metadata."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from stun.checkpoint.reader import write_atomically
+from stun.config import StunError
+from stun.files import load_json, read_bytes
+from stun.run.folder import parse_yaml
+from stun.run.layer_records import sparsity_by_kind
+
+CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+_LOCAL = {"runs", "data", "models", "model", "checkpoints", "outputs", "tmp"}  # first parts of paths that are no organisation's
+_PASSED_ON = re.compile(r"[\w.+:/ -]{1,100}")  # what a field of the source's metadata may hold
+
+
+def keep_source_card(source: Path, model: Path) -> None:
+    """Copy the source's card, which may hold its terms, beside the new one."""
+    if (source / CARD).is_file():
+        write_atomically(model / SOURCE_CARD, lambda path: shutil.copyfile(source / CARD, path))
+
+
+def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dict) -> Path:
+    """Write model/README.md of a run from the content of its files: the summary in manifest.json, the config in config.yaml,
+    layers.json and, where there is one, result.json."""
+    model = run / "model"
+    metadata = yaml.safe_dump(_metadata(model, summary), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{metadata}---\n",
+        f"# {_text(_name(summary))}, {summary['sparsity']:.0%} pruned\n",
+        _method(summary, config, (model / SOURCE_CARD).is_file()),
+        _sparsity(summary, layers),
+        _evaluation(result),
+        _loading(summary),
+        f"## Made by\n\n```sh\n{without_folders(summary['command'])}\n```\n\non {summary['ranks']} ranks."
+        if summary.get("command")
+        else "",
+    ]
+    text = "\n".join(part for part in parts if part).rstrip() + "\n"
+    write_atomically(model / CARD, lambda path: path.write_text(text))
+    return model / CARD
+
+
+def without_folders(command: str) -> str:
+    """A command in which every absolute path is its last part alone: where files lay on a machine is nobody's concern."""
+    return re.sub(r"(?<![\w.])~?/(?:[^\s/'\",}\]]+/)*", "", command)
+
+
+def _metadata(model: Path, summary: dict) -> dict:
+    passed_on = _source_metadata(model / SOURCE_CARD)
+    base = _hub_id(summary.get("source", ""), load_json(model / "config.json"))
+    is_ordinary = str(summary.get("loads_in", {}).get("transformers", "")).startswith("yes")
+    return {
+        **({"base_model": base} if base else {}),
+        "library_name": "transformers" if is_ordinary else "stun-moe",
+        "pipeline_tag": "text-generation",
+        "tags": ["stun", "pruning", "sparsity", "mixture-of-experts", *filter(None, [summary.get("model_type")])],
+        **passed_on,
+    }
+
+
+def _source_metadata(file: Path) -> dict:
+    """Licence and languages that the source's card states; nothing where its metadata cannot be read."""
+    if not file.is_file():
+        return {}
+    found = re.match(rb"---\r?\n(.{0,20000}?)\r?\n---", read_bytes(file), re.S)
+    try:
+        stated = parse_yaml(found[1], str(file)) if found else {}
+    except StunError:
+        return {}
+    kept = {}
+    for name in ("license", "license_name", "license_link", "language") if isinstance(stated, dict) else ():
+        value = stated.get(name)
+        values = value if isinstance(value, list) and name == "language" else [value]
+        if values and all(isinstance(own, str) and _PASSED_ON.fullmatch(own) for own in values):
+            kept[name] = value
+    return kept
+
+
+def _hub_id(path: str, config: dict) -> str:
+    """The source's name on the hub, empty where neither a path into the hub's cache nor its config.json gives one."""
+    cached = _CACHED.search(f"{path}/")
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    name = config.get("_name_or_path")
+    is_id = isinstance(name, str) and _HUB_ID.fullmatch(name) and name.partition("/")[0] not in _LOCAL
+    return name if is_id else ""
+
+
+def _name(summary: dict) -> str:
+    source = summary.get("source", "")
+    return (_hub_id(source, {}) or Path(source).name or summary.get("model_type", "model")).rpartition("/")[2]
+
+
+def _text(value: object) -> str:
+    """A value as one line of plain Markdown."""
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(value).split()))
+
+
+def _method(summary: dict, config: dict, has_source_card: bool) -> str:
+    experts, weights, given = config.get("experts", {}), config.get("sparsify", {}), config.get("calibration", {})
+    kept, whole = sum(summary["kept"]), sum(summary["experts"])
+    counts = sorted({own for own, before in zip(summary["kept"], summary["experts"], strict=True) if before})
+    a_layer = f"{counts[0]} a layer" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} a layer"
+    how = (
+        "a given plan"
+        if config.get("plan")
+        else f"{experts.get('method')}, score {experts.get('score')}, budget {experts.get('budget')}"
+    )
+    source = _text(Path(summary.get("source", "")).name)
+    lines = [
+        f"Pruned from {source} with STUN: {_what_left(summary)}.\n",
+        f"- Experts: {kept} of {whole} stay ({a_layer}), chosen by {_text(how)}.",
+        f"- Single weights: {_text(weights.get('method'))}"
+        + (
+            f", pattern {_text(weights['pattern'])}"
+            if weights.get("pattern")
+            else f", {summary['ratio']:.1%} of those in scope left"
+        )
+        + f"; scope: {_text(', '.join(weights.get('scope', [])))}.",
+        f"- Calibration: {_calibration(given)}.",
+    ]
+    if has_source_card:
+        lines.append(f"- The source's own card, with its terms: [{SOURCE_CARD}]({SOURCE_CARD}).")
+    return "\n".join(lines) + "\n"
+
+
+def _what_left(summary: dict) -> str:
+    parts = {"whole experts": sum(summary["kept"]) < sum(summary["experts"]), "single weights": summary["ratio"] > 0}
+    return " first, then ".join(name for name, left in parts.items() if left) or "nothing left it"
+
+
+def _calibration(given: dict) -> str:
+    mixture = given.get("mixture") or {"": given}
+    names = [f"{name}: {own.get('path')}" if name else str(own.get("path")) for name, own in mixture.items()]
+    texts = ", ".join(_text(without_folders(name)) for name in names)
+    return f"{given.get('samples')} samples of {given.get('length')} tokens from {texts}"
+
+
+def _sparsity(summary: dict, layers: dict) -> str:
+    lines = ["## Sparsity of the decoder layers\n", "| | parameters | non-zero now | gone |", "|---|---:|---:|---:|"]
+    for kind, (before, after) in sparsity_by_kind(layers).items():
+        lines.append(f"| {kind} | {before:,} | {after:,} | {1 - after / before:.1%} |")
+    lines.append(f"| **all** | {summary['parameters']:,} | {summary['nonzero']:,} | {summary['sparsity']:.1%} |")
+    before, after = summary.get("source_bytes"), summary.get("disk_bytes")
+    size = f"\nFiles with weights: {before / 1e9:.3f} GB before, {after / 1e9:.3f} GB now.\n" if before and after else ""
+    return "\n".join(lines) + "\n" + size
+
+
+def _evaluation(result: dict) -> str:
+    dense = result.get("dense", {})
+    rows = [("exact match, average", "average"), ("perplexity", "perplexity")]
+    found = [f"| {name} | {_number(dense.get(key))} | {_number(result[key])} |" for name, key in rows if key in result]
+    for group, value in result.get("exact_match", {}).items():
+        found.append(f"| exact match, {_text(group)} | {_number(dense.get('exact_match', {}).get(group))} | {_number(value)} |")
+    for name, key in (("KL to dense, nats a token", "kl"), ("same first choice as dense", "top1")):
+        if key in result.get("agreement", {}):
+            found.append(f"| {name} | | {_number(result['agreement'][key])} |")
+    sizes = [f"{result[key]:,} {what}" for key, what in (("rows", "questions"), ("tokens", "predicted tokens")) if key in result]
+    over = [f"Over {' and '.join(sizes)}.\n"] if sizes else []
+    return "\n".join(["## Evaluation\n", *over, "| | dense | pruned |", "|---|---:|---:|", *found]) + "\n" if found else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _loading(summary: dict) -> str:
+    answers = summary.get("loads_in", {})
+    of_transformers = str(answers.get("transformers", ""))
+    load = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
+    if of_transformers.startswith("after jobs.expand"):
+        load = 'from stun.checkpoint.compressed import load_model\n\nmodel = load_model("PATH")'
+    elif not of_transformers.startswith("yes"):
+        load = f"import stun  # pip install stun-moe\n{load}"
+    lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in answers.items()]
+    return "\n".join(["## How to load\n", *lines, f"\n```python\n{load}\n```\n"])

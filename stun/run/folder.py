@@ -1,0 +1,134 @@
+"""The run folder: what a run was asked, what it has finished.
+
+<run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
+<run_dir>/stats/          statistics of the first stream, one file a layer that has any
+<run_dir>/plan.json       clusters and kept experts of every layer, and the budget
+<run_dir>/progress/       an entry for every finished layer and rank, while the run is not complete
+<run_dir>/hidden/         hidden states after the last finished layers, while the run is not complete
+<run_dir>/model/          the pruned checkpoint
+<run_dir>/tracking/       what trackers keep (stun.tracking.tracker), where there are any
+<run_dir>/layers.json     what the streams measured of every layer (stun.run.layer_records)
+<run_dir>/manifest.json   written last: its existence means that the run is complete
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from stun.checkpoint.reader import write_atomically, write_json
+from stun.config import StunError
+from stun.files import load_json, read_bytes
+from stun.run.identity import differences
+from stun.run.lock import LOCK, hold
+from stun.run.ownership import MARK, own_folder, release, remove_written, run_id
+from stun.statistics.store import Statistics
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases, of which a few lines can make more than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"line {self.peek_event().start_mark.line + 1}: an alias")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(file: Path) -> object:
+    """What a YAML file holds, in plain values. Raises StunError."""
+    return parse_yaml(read_bytes(file), str(file))
+
+
+def parse_yaml(content: bytes, where: str) -> object:
+    """What YAML stands for, in plain values. Raises StunError."""
+    try:
+        return yaml.load(content, _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise StunError(f"{where}: cannot be read as YAML: {error}") from error
+
+
+# What only an unfinished run needs: folders, and the files in them that it writes.
+_PART = r"\.?\w+-\d{5}-\d+-of-\d+"
+_TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
+# What may be there before the run: the start of one, slurm/prune.sbatch.
+_BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
+_OUTPUT = {".out", ".err", ".log"}  # of the job
+
+
+def _is_foreign(file: Path) -> bool:
+    return file.name not in _BESIDE and file.suffix not in _OUTPUT
+
+
+class Run:
+    """An open run folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model, self.stats = folder, folder / "model", Statistics(folder / "stats")
+
+    @classmethod
+    def open(cls, run_dir: str, identity: dict) -> Run:
+        """Create the folder, or continue in one that the same run made.
+
+        Raises StunError where it holds another run (naming what differs) or something else.
+        """
+        run = cls(Path(run_dir))
+        config = run.folder / "config.yaml"
+        if run.folder.exists() and not run.folder.is_dir():
+            raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
+        if config.is_file():
+            there = load_yaml(config)
+            if isinstance(there, dict) and ("statistics" in there) != ("statistics" in identity):
+                kind = "statistics alone (statistics=... uses them)" if "statistics" in there else "a run that prunes"
+                raise StunError(f"run_dir={run_dir}: holds {kind}; choose another folder")
+            found = differences(there, identity)
+            if found:
+                raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(found)}); choose another folder")
+        elif run.folder.is_dir() and any(map(_is_foreign, run.folder.iterdir())):
+            raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if not (run.folder / "manifest.json").exists():
+                hold(run.folder, f"run_dir={run_dir}")
+                write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
+                run._own_folders()
+        except OSError as error:
+            raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
+        return run
+
+    def _own_folders(self) -> None:
+        """Raise StunError where a folder that this run writes to is a link or not this run's, before any file is read, written or
+        removed there."""
+        name = run_id(self.folder)
+        for part in _TEMPORARY:
+            own_folder(self.folder / part, name)
+        later = [self.model] if self.stats.complete else [self.model, self.stats.folder]  # into complete ones nothing is written
+        for folder in filter(os.path.lexists, later):
+            own_folder(folder, name)
+
+    @property
+    def summary(self) -> dict | None:
+        """The finished run's summary, None while it is not finished."""
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            return None
+        summary = load_json(manifest).get("summary")
+        if not isinstance(summary, dict):
+            raise StunError(f"{manifest}: summary: must be an object; remove the file to have the run finished again")
+        return summary
+
+    def finish(self, summary: dict) -> None:
+        """Declare the run complete, and remove what only an unfinished one needs."""
+        write_json(self.folder / "manifest.json", {"summary": summary})
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what only an unfinished run needs."""
+        for name, written in _TEMPORARY.items():
+            release(self.folder / name)
+            remove_written(self.folder / name, written)
+        for folder in (self.model, self.stats.folder):
+            release(folder)
+        for name in (LOCK, MARK):
+            (self.folder / name).unlink(missing_ok=True)

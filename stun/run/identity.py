@@ -1,0 +1,59 @@
+"""What decides the result of a run, and of its statistics; what two of these do not have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from stun.checkpoint.reader import Checkpoint
+from stun.config import PruneConfig
+from stun.data import Samples
+
+
+def plain(value: object) -> object:
+    """Enums by name, dataclasses as mappings, containers of plain values: what YAML can hold."""
+    if isinstance(value, Enum):
+        return value.name
+    if is_dataclass(value):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def model_digest(source: Checkpoint) -> str:
+    """Tells checkpoints apart, from config.json, the headers, and some of the weights."""
+    shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
+    return hashlib.sha256(json.dumps([source.config, shapes, source.sampled()], sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
+    """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
+    names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics", "tracking")]
+    config = {name: plain(getattr(cfg, name)) for name in names}
+    config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
+    text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
+    files = {"plan_content": cfg.plan, "ratios_content": cfg.sparsify.ratios_file}
+    contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
+    return {"config": config, "source": model_digest(source), "calibration_tokens": text, **contents}
+
+
+def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torch.dtype) -> dict:
+    """What decides the statistics of the first stream, computed in `dtype`, beside whether they hold outliers."""
+    identity = fingerprint(cfg, source, samples)
+    tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
+    run_as = {"micro_batch": size, "computed_in": str(dtype).removeprefix("torch.")}
+    return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, **run_as}
+
+
+def differences(old: object, new: object, where: str = "") -> list[str]:
+    """What two identities do not have in common, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]
+    return [] if old == new else [f"{where}: {old} there, {new} now"]

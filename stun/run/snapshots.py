@@ -1,0 +1,79 @@
+"""Hidden states on disk, so that a stream can go on after the last finished layer: a file for each layer and rank,
+checksummed."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stun.checkpoint.headers import read_header
+from stun.checkpoint.reader import write_tensors
+from stun.config import StunError
+from stun.run.ledger import REPEAT, part_name
+from stun.runtime.device_copies import to_host
+from stun.runtime.ranks import Ranks
+from stun.stream.layer_stream import States
+
+KEPT = 3  # a rank may have finished a layer while another is writing the one before the last
+
+
+class Snapshots:
+    """The snapshots of one stream, in `folder`."""
+
+    def __init__(self, folder: Path, stream: str, ranks: Ranks):
+        self.folder, self.stream, self.ranks = folder, stream, ranks
+        self.nbytes = 0
+
+    def _file(self, layer: int, rank: int, world: int) -> Path:
+        return self.folder / f"{self.stream}-{part_name(layer, rank, world)}.safetensors"
+
+    def save(self, layer: int, states: States) -> dict:
+        """Write this rank's states after a layer; returns what an entry of the ledger must hold to find them again."""
+        rank, world = self.ranks.rank, self.ranks.world
+        tensors = {str(turn * world + rank): to_host(hidden) for turn, hidden in enumerate(states.hidden)}
+        file = self._file(layer, rank, world)
+        write_tensors(file, tensors)
+        self.nbytes += file.stat().st_size
+        return {"file": file.name, "sha256": _digest(file), "micro_batches": sorted(map(int, tensors))}
+
+    def drop(self, layer: int) -> None:
+        """Remove this rank's snapshot of the layer that nobody can need once `layer` is recorded."""
+        self._file(layer - KEPT, self.ranks.rank, self.ranks.world).unlink(missing_ok=True)
+
+    def load(self, entries: list[dict], states: States) -> States:
+        """This rank's states as they were saved, whatever the number of ranks then; `states` gives all but the tensors.
+
+        Raises StunError where a snapshot is missing or damaged.
+        """
+        if None in entries:
+            raise StunError(f"{self.folder}: the last finished layer of {self.stream} has no snapshot; {REPEAT}")
+        home = {number: entry for entry in entries for number in entry["micro_batches"]}
+        mine = range(self.ranks.rank, states.total, self.ranks.world)
+        if set(home) != set(range(states.total)):
+            raise StunError(f"{self.folder}: the snapshots of {self.stream} do not hold all micro-batches; {REPEAT}")
+        for entry in {home[number]["file"]: home[number] for number in mine}.values():
+            file = self.folder / entry["file"]
+            if not file.is_file() or _digest(file) != entry["sha256"]:
+                raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {REPEAT}")
+        files = [(self.folder / home[number]["file"], str(number)) for number in mine]
+        hidden = [self._read(*where, before) for where, before in zip(files, states.hidden, strict=True)]
+        return replace(states, hidden=hidden)
+
+    def _read(self, file: Path, name: str, like: torch.Tensor) -> torch.Tensor:
+        found = read_header(file).get(name)
+        if found is None or found.shape != like.shape or found.dtype is not like.dtype:
+            raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
+        try:
+            with safe_open(file, framework="pt", device=str(self.ranks.device)) as handle:
+                return handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise StunError(f"{file}: {name}: cannot be read: {error}") from error
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

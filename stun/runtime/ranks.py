@@ -1,0 +1,221 @@
+"""The ranks of a job: start and end, the few collectives, rank-aware logging. The only module that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+
+from stun.config import StunError
+from stun.runtime.threads import Workers
+from stun.runtime.timers import Meter
+
+T = TypeVar("T")
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def _environment() -> None:
+    """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun. Where nobody says anything, a rank is
+    alone."""
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of the hosts that Slurm names: `gpu[03-05,9],x1` -> `gpu03`."""
+    return re.sub(r"^([^,\[]+)(?:\[([^-,\]]+))?.*", lambda m: m[1] + (m[2] or ""), nodes)
+
+
+def _start_deepspeed(on_gpu: bool) -> ModuleType:
+    """DeepSpeed's communication among the ranks."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.comm
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a JIT compile of more than a minute on CPUs
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+    return deepspeed.comm
+
+
+def _libc_call(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None)  # glibc has both of the calls made here, other C libraries may not
+    if function:
+        function(*arguments)
+
+
+class Ranks:
+    """This process among the others. `rank` of `world`, computing on `device`."""
+
+    def __init__(self) -> None:
+        _environment()
+        on_gpu = torch.cuda.is_available()
+        is_alone = "RANK" not in os.environ
+        self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        if on_gpu:
+            local %= torch.cuda.device_count()
+            torch.cuda.set_device(local)
+        else:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // self.local_world))
+            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed blocks are used again, where otherwise each large one goes back to the
+            # system, which clears every page anew (a third of a small run's time). `return_memory` gives them back.
+            _libc_call("mallopt", -3, 32 << 20)  # more is refused by older ones
+            _libc_call("mallopt", -3, 256 << 20)
+            _libc_call("mallopt", -1, 256 << 20)
+        self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+        self.workers = Workers(self.device)
+        self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None  # a rank alone has nobody to talk to
+        self._started, self._peak = time.monotonic(), 0
+        self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
+        self.meter = Meter()
+        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: (
+            None
+        )  # stun.tracking.tracker puts its own here
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_) -> None:
+        if not failed:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the others, once the work is done; where some are gone already this could hang."""
+        if self._comm and self._comm.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def log(self, message: str) -> None:
+        """Print on the first rank, with the seconds since the start."""
+        if self.is_first:
+            print(f"[{time.monotonic() - self._started:7.1f}s] {message}", flush=True)
+
+    def peak_memory(self) -> int:
+        """Most bytes this process has held since `reset_peak_memory`: on the GPU where there is one, resident otherwise."""
+        return max(self._peak, self._lap())
+
+    def lap_memory(self) -> int:
+        """Most bytes held since the last lap or reset; the next lap begins."""
+        lap = self._lap()
+        self._peak = max(self._peak, lap)
+        self._start_lap()
+        return lap
+
+    def reset_peak_memory(self) -> None:
+        """Start measuring `peak_memory` anew."""
+        self._peak = 0
+        self._start_lap()
+
+    def _lap(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+    def _start_lap(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def return_memory(self) -> None:
+        """Hand freed memory that the C allocator keeps for reuse back to the system."""
+        _libc_call("malloc_trim", 0)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """`tensor` of rank `source`, written into `tensor` elsewhere (same shape and dtype); returns it."""
+        if self.world > 1:
+            self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
+        return tensor
+
+    def move(self, tensor: torch.Tensor | None, like: torch.Tensor, source: int, target: int) -> None:
+        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype); the others do nothing."""
+        if self.rank == source == target:
+            like.copy_(tensor)
+        elif self.rank == source:
+            self._comm.send(tensor.contiguous().view(torch.uint8), target)
+        elif self.rank == target:
+            received = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+            self._comm.recv(received.view(torch.uint8), source)
+            like.copy_(received)
+
+    def moved(
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
+    ) -> torch.Tensor | None:
+        """`tensor` of rank `source` on rank `target`, None elsewhere."""
+        if self.rank == source == target:
+            return tensor
+        like = torch.empty(shape if self.rank == target else 0, dtype=dtype, device=self.device)
+        self.move(tensor, like, source, target)
+        return like if self.rank == target else None
+
+    def broadcast_object(self, value: object, source: int = 0) -> object:
+        """A small Python object from rank `source` to all."""
+        box = [value]
+        if self.world > 1:
+            self._comm.broadcast_object_list(box, source, device=self.device)
+        return box[0]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call `function` on the first rank alone; its result, or the StunError it raised, reaches every rank."""
+        outcome: tuple[object, StunError | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (function(), None)
+            except StunError as error:
+                outcome = (None, error)
+        result, error = self.broadcast_object(outcome)
+        if error is not None:
+            error.is_shared = True
+            raise error
+        return result
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's small object, in rank order, on every rank."""
+        boxes = [None] * self.world
+        if self.world == 1:
+            return [value]
+        self._comm.all_gather_object(boxes, value)
+        return boxes
+
+    def sum_integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of an integer tensor over the ranks; exact, so its order does not matter."""
+        assert not tensor.is_floating_point()
+        if self.world > 1:
+            self._comm.all_reduce(tensor)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[...] on each rank -> [world, ...] on all, in rank order."""
+        out = tensor.new_empty((self.world, *tensor.shape))
+        if self.world == 1:
+            out[0] = tensor
+        else:
+            self._comm.all_gather(list(out), tensor.contiguous())
+        return out
+
+    def exchange(self, rows_ND: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Rows to other ranks: `send[r]` consecutive rows go to rank r, `receive[r]` come from it, in rank order."""
+        if self.world == 1:
+            return rows_ND
+        out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))
+        self._comm.all_to_all_single(out, rows_ND.contiguous(), receive, send)
+        return out

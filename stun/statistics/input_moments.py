@@ -1,0 +1,163 @@
+"""What the matrices of one layer see: sums over the calibration tokens, held by the rank that prunes each matrix.
+
+Sums run in the order of the micro-batches whatever the number of ranks: an expert's owner serves them in that order, and the
+owner of a dense matrix receives each micro-batch's part on its turn.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stun.config import StunError
+from stun.runtime.ranks import Ranks
+from stun.statistics.accumulators import squared_sum
+from stun.stream.expert_parallel import Layer, Observer
+from stun.stream.layer_stream import LayerStream, States
+
+_ROWS = 1024  # of the inputs of a dense matrix that one worker adds up
+
+
+def gram(rows_TD: torch.Tensor) -> torch.Tensor:
+    """[D, D] sum of x x^T over the rows, in float32."""
+    rows_TD = rows_TD.float()
+    return rows_TD.T @ rows_TD
+
+
+class Sums(Observer):
+    """Watches a layer and adds up what `of_expert` and `of_dense` make of a micro-batch, by name of the sum.
+
+    `experts[number]` holds the sums of the experts in `numbers` that saw tokens, on their owner; `dense[name]` those of the dense
+    matrices, on the rank that writes them. `tokens` counts the tokens of this rank's experts.
+    """
+
+    def __init__(self, stream: LayerStream, layer: Layer, names: list[str], numbers: list[int]):
+        self.stream, self.layer, self.names, self.numbers = stream, layer, names, set(numbers)
+        self.owners = stream.writer_of(layer.layout)
+        self.experts: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.dense: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
+        self._turn: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of_expert(self, number: int, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def of_dense(self, name: str, turn: int, input_TD) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the sums of a dense matrix [rows, columns]."""
+        raise NotImplementedError
+
+    def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
+        self.tokens[expert] += len(input_nD)
+        if expert in self.numbers:
+            own = self.experts[expert]
+            for key, part in self.of_expert(expert, input_nD, inner_nI, gate_n).items():
+                own[key] = own[key].add_(part) if key in own else part
+
+    def run(self, states: States, *others: Observer) -> States:
+        """Run the layer once, watched by `others` too; returns its outputs."""
+        with self._watching(states):
+            return self.stream.run(self.layer, states, self, *others)
+
+    def measure(self, states: States) -> None:
+        """The same without outputs."""
+        with self._watching(states):
+            self.stream.measure(self.layer, states, self)
+
+    @contextmanager
+    def _watching(self, states: States) -> Iterator[None]:
+        self._states = states
+        hooks = [self._linear(name).register_forward_pre_hook(self._hook(name)) for name in self.names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _linear(self, name: str) -> nn.Module:
+        """The linear module whose weight is `name`."""
+        return self.layer.module.get_submodule(self.layer.layout.dense[name].rpartition(".")[0])
+
+    def _hook(self, name: str):
+        def hook(module, arguments) -> None:
+            if name in self._turn:
+                raise StunError(f"{name}: ran more than once in a micro-batch; its inputs are not known")
+            self._turn[name] = self.of_dense(name, self._now, arguments[0])
+
+        return hook
+
+    def round_starts(self, turn: int) -> None:
+        self._now = turn
+
+    def round_ends(self, turn: int) -> None:
+        """Send every dense matrix' part of this round to its owner."""
+        ranks = self.stream.ranks
+        busy = min(ranks.world, self._states.total - turn * ranks.world)
+        own, self._turn = self._turn, {}
+        if ranks.rank < busy and len(own) < len(self.names):
+            raise StunError(f"{sorted(set(self.names) - own.keys())[0]}: did not run in a micro-batch; its inputs are not known")
+        for name in self.names:
+            for key, (shape, dtype) in self.shapes(*self.layer.dense[name].shape).items():
+                for rank in range(busy):
+                    mine = own[name][key] if rank == ranks.rank else None
+                    part = ranks.moved(mine, shape, dtype, rank, self.owners[name])
+                    if part is not None:
+                        sums = self.dense[name]
+                        sums[key] = sums[key].add_(part) if key in sums else part.clone()
+
+
+class Moments(Sums):
+    """Of the inputs of every matrix the sums of squares [D] or, with `grams`, of outer products [D, D]; with `gated`, of the
+    experts' inputs times their gate weights. Experts have one for each part. `inputs` are those of the dense matrices in
+    `remember`, by turn."""
+
+    def __init__(self, stream, layer, names, numbers, grams: bool, gated: bool, remember: Sequence[str] = ()):
+        super().__init__(stream, layer, names, numbers)
+        self.grams, self.gated, self.reads_gates = grams, gated, gated
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
+        self._last: tuple[torch.Tensor | None, dict] = (None, {})  # the projections of attention, for one, share their input
+
+    def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        return gram(rows_TD) if self.grams else squared_sum(rows_TD)
+
+    def _of_many(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """The same, of a whole micro-batch and by all workers; parts are added in their order."""
+        if self.grams:
+            return gram(rows_TD)
+        first, *others = self.stream.ranks.workers.map(squared_sum, rows_TD.split(_ROWS))
+        return sum(others, first)
+
+    def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+        parts = {"gate_up_proj": input_nD, "down_proj": inner_nI}
+        return {part: self._of(rows.float() * gate_n[:, None] if self.gated else rows) for part, rows in parts.items()}
+
+    def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
+        if name in self.inputs:
+            self.inputs[name].append(input_TD)
+        if self._last[0] is not input_TD:
+            self._last = (input_TD, {"inputs": self._of_many(input_TD.flatten(0, -2))})
+        return self._last[1]
+
+    def round_ends(self, turn) -> None:
+        super().round_ends(turn)
+        self._last = (None, {})
+
+    def shapes(self, rows, columns):
+        return {"inputs": ((columns, columns), torch.float32) if self.grams else ((columns,), torch.float64)}
+
+
+def pooled(norms: dict[int, dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The sums of squares over the experts of all ranks, the stand-in for an expert that saw no token; added in expert order."""
+    own = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
+    everyone = {number: parts for gathered in ranks.gather_objects(own) for number, parts in gathered.items()}
+    sums: dict[str, torch.Tensor] = {}
+    for number in sorted(everyone):
+        for part, row in everyone[number].items():
+            sums[part] = sums[part] + row if part in sums else row
+    return {part: row.to(ranks.device) for part, row in sums.items()}

@@ -1,0 +1,190 @@
+"""Experts of one layer, spread over the ranks: tokens travel to their owners and back, and may be watched on the way.
+
+An owner serves the micro-batches of a round in their order and never joins two of them into one product, and an expert is
+computed by one thread: so every product has the same shape, and every sum the same order, whatever the number of ranks.
+
+Shapes: T tokens of a micro-batch, K top-k, D hidden, I expert width, E experts, N = T * K routed rows, n rows of one expert, m of
+which the first n are its own, R ranks, e of this rank's experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from stun.model.architecture import EXPERTS_IMPLEMENTATION
+from stun.model.layer_layout import LayerLayout
+from stun.runtime.matmul import linear, stretched
+from stun.runtime.ranks import Ranks
+
+
+class Observer(Protocol):
+    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order.
+
+    A round is one micro-batch on every rank that has one left; all ranks see it start and end. What an observer does not define
+    does nothing.
+    """
+
+    reads_gates = False  # whether `expert` is told the gate weights, which travel with the tokens then
+
+    def round_starts(self, turn: int) -> None: ...
+
+    def round_ends(self, turn: int) -> None: ...
+
+    def routed(self, micro_batch: int, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """Experts chosen for the tokens of one of this rank's micro-batches, and their gate weights."""
+
+    def combined(self, tokens: slice, output_tKD: torch.Tensor) -> None:
+        """What the chosen experts gave for some of these tokens. Called from several threads at once."""
+
+    def expert(self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, gate_n: torch.Tensor | None) -> None:
+        """One of this rank's experts served n tokens of a micro-batch; its last matrix is applied to `inner_nI`, and `gate_n`
+        multiplies what that gives later. Called from several threads at once, each with another expert, the micro-batches in
+        their order."""
+
+
+@dataclass
+class Layer:
+    """One decoder layer, spread over the ranks.
+
+    `dense` (on every rank) and `experts` (this rank's own, by number in the source) hold tensors in their stored dtype.
+    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; rank `owner[i]` has `kept[i]`.
+    """
+
+    layout: LayerLayout
+    dense: dict[str, torch.Tensor]
+    experts: dict[int, dict[str, torch.Tensor]]
+    unused: dict[str, torch.Tensor]
+    kept: list[int]
+    owner: list[int]
+    module: nn.Module | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of all tensors, whoever still holds the layer."""
+        self.module = None
+        for tensors in (self.dense, self.experts, self.unused):
+            tensors.clear()
+
+
+def tokens_together(device: torch.device, width: int, top_k: int) -> int:
+    """Of how many tokens the experts' outputs are added up at once: on a CPU as many as stay in a core's cache."""
+    return max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // (max(1, top_k) * width))
+
+
+class Exchange:
+    """Sends the tokens of a layer's micro-batch to the owners of their experts, and the outputs back."""
+
+    def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
+        self.layer, self.ranks, self.dtype = layer, ranks, dtype
+        self.observers: tuple[Observer, ...] = ()
+        self.turn = 0  # of the round of micro-batches, one a rank, that is being run
+        self.gives_outputs = True  # or only what the experts' last matrices see
+        owner_E = torch.tensor(layer.owner, dtype=torch.int64)
+        self.by_owner_E = torch.argsort(owner_E, stable=True)
+        self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
+        self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
+        self.first = sum(self.per_rank[: ranks.rank])
+        self.mine = self.by_owner_E[self.first : self.first + self.per_rank[ranks.rank]].tolist()
+
+    def forward(
+        self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. Where outputs are not computed, NaN: no
+        result can come to depend on them unseen."""
+        place_N = self.place_E[index_TK.flatten()]
+        order_N = torch.argsort(place_N, stable=True)
+        counts_RE = self.ranks.all_gather(torch.bincount(place_N, minlength=len(self.place_E))).cpu()
+        send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
+        mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
+        receive = mine_Re.sum(1).tolist()
+        rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
+        is_told = any(observer.reads_gates for observer in self.observers)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if is_told else None
+        for observer in self.observers if len(index_TK) else ():
+            observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
+        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
+        if served_ND is None:
+            return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
+        back_ND = self.ranks.exchange(served_ND, receive, send)
+        back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+        return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
+
+    def _micro_batch(self, rank: int) -> int:
+        """The number of the micro-batch that `rank` runs in this round."""
+        return self.turn * self.ranks.world + rank
+
+    def _serve(
+        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch; experts side by
+        side."""
+        output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
+        ends_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re).tolist()
+
+        def serve(place: int) -> None:
+            for rank, count in enumerate(counts_Re[:, place].tolist()):
+                if count:
+                    start = ends_Re[rank][place] - count
+                    rows = slice(start, start + count)
+                    gate_n = None if gates_N is None else gates_N[rows]
+                    found_mD = self._serve_expert(module, self.mine[place], stretched(rows_ND, start, count), count, gate_n)
+                    if output_ND is not None:
+                        output_ND[rows] = found_mD[:count]
+
+        self.ranks.workers.map(serve, range(len(self.mine)))
+        return output_ND
+
+    def _serve_expert(
+        self, module: nn.Module, number: int, input_mD: torch.Tensor, count: int, gate_n: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Outputs for rows of which the first `count` are the expert's own; None where they are not computed."""
+        inner_mI = self.inner(module, number, input_mD)
+        for observer in self.observers:
+            observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
+        return self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
+
+    def _combine(self, back_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
+        output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
+        size = tokens_together(back_ND.device, back_ND.shape[1], place_TK.shape[1])
+
+        def combine(start: int) -> None:
+            tokens = slice(start, start + size)
+            place_tK = place_TK[tokens]
+            output_tKD = back_ND.index_select(0, place_tK.flatten()).view(*place_tK.shape, -1).float()
+            for observer in self.observers:
+                observer.combined(tokens, output_tKD)
+            output_TD[tokens] = (output_tKD * weights_TK[tokens, :, None]).sum(1)
+
+        self.ranks.workers.map(combine, range(0, len(place_TK), size))
+        return output_TD
+
+    def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
+        """What an expert's `down_proj` is applied to: [n, I]."""
+        return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
+
+    def project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
+        """Rows times one of an expert's matrices, plus its bias where the family has one."""
+        parts = self.layer.experts[self.layer.kept[number]]
+        weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
+        return linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
+        """Take part in a round for which this rank has no micro-batch."""
+        device = self.ranks.device
+        hidden_TD = torch.empty(0, hidden_size, device=device, dtype=self.dtype)
+        index_TK = torch.empty(0, top_k, device=device, dtype=torch.int64)
+        self.forward(module, hidden_TD, index_TK, torch.empty(0, top_k, device=device))
+
+
+def _run_experts(module, hidden_states, top_k_index, top_k_weights):
+    """The experts implementation that transformers calls inside a decoder layer."""
+    return module.exchange.forward(module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _run_experts)

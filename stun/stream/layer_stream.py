@@ -1,0 +1,220 @@
+"""One decoder layer at a time: read, spread over the ranks, run expert-parallel, release.
+
+Every expert is read, run and written by its owner alone; every dense tensor is read by one rank and broadcast. While a layer
+computes, the next one is read and the one before is written. The unit of work is a micro-batch of samples: micro-batch m runs on
+rank m % world, whatever the number of ranks (stun.stream.expert_parallel).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from stun.model.architecture import Architecture
+from stun.model.layer_layout import LayerLayout
+from stun.model.precision import compute_dtype
+from stun.model.tensor_names import experts_of
+from stun.runtime.determinism import steady
+from stun.runtime.device_copies import to_device
+from stun.runtime.ranks import Ranks
+from stun.sparsify.scores import require_finite
+from stun.stream.expert_parallel import Exchange, Layer, Observer
+
+
+def even_owners(layout: LayerLayout, world: int) -> list[int]:
+    """Owner of every expert of a layer, in equal blocks."""
+    return [number * world // layout.num_experts for number in range(layout.num_experts)]
+
+
+class LayerStream:
+    """Iterates over `layouts` of `arch` from number `first` on; `owners[l][e]` is the rank that reads expert e of the l-th,
+    None: nobody."""
+
+    def __init__(
+        self, arch: Architecture, ranks: Ranks, layouts: list[LayerLayout], owners: list[list[int | None]], first: int = 0
+    ):
+        self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
+        self.dtype = compute_dtype(arch, ranks.device)
+        self.stays, self.held = 0, []  # the first `stays` layers are held for the next iteration, built and ready to run
+        self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        first = self.first + len(self.held)
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+            pending = pool.submit(self._read, first) if first < len(self.layouts) else None
+            yield from self.held
+            for index in range(first, len(self.layouts)):
+                self.ranks.meter.enter("read")
+                own, experts, seconds = pending.result()
+                if index + 1 < len(self.layouts):
+                    pending = pool.submit(self._read, index + 1)
+                layer = self._spread(index, own, experts, seconds)
+                del own, experts
+                yield layer
+                if index - self.first < self.stays:
+                    self._hold(layer)
+                else:
+                    layer.release()
+                self.ranks.return_memory()
+
+    def _hold(self, layer: Layer) -> None:
+        """Keep a layer that has run in what it computes with, and no other form."""
+        for expert in layer.experts.values():
+            expert.update({part: tensor.to(self.dtype) for part, tensor in expert.items()})
+        layer.dense.clear()
+        layer.unused.clear()
+        self.held.append(layer)
+
+    def writer_of(self, layout: LayerLayout) -> dict[str, int]:
+        """The rank that writes each tensor of a layer that does not belong to one expert; it also reads those outside the
+        experts."""
+        names = [*layout.copied, *layout.fused_names.values()]
+        return {name: j % self.ranks.world for j, name in enumerate(names)}
+
+    def _read(self, index: int) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
+        """This rank's part of a layer, from disk."""
+        start, before, layout = time.perf_counter(), self.arch.source.bytes_read, self.layouts[index]
+        owners = self.writer_of(layout)
+        own = {name: self.arch.source.read(name) for name in layout.copied if owners[name] == self.ranks.rank}
+        experts = {
+            number: self.arch.read_expert(layout, number)
+            for number in range(layout.num_experts)
+            if self.owners[index][number] == self.ranks.rank
+        }
+        seconds = time.perf_counter() - start
+        self.ranks.meter.read(self.arch.source.bytes_read - before, seconds)
+        return own, experts, seconds
+
+    def _spread(
+        self, index: int, own: dict[str, torch.Tensor], experts: dict[int, dict[str, torch.Tensor]], seconds: float
+    ) -> Layer:
+        """The layer on all ranks: dense tensors broadcast by their readers.
+
+        Measured against DeepSpeed's zero.Init with one gather per layer (102 MB layer, CPU, gloo): 0.31 against 1.48 seconds on 2
+        ranks and 0.50 against 2.69 on 4, a quarter of the traffic, and less memory.
+        """
+        layout, device = self.layouts[index], self.ranks.device
+        owners, dense = self.writer_of(layout), {}
+        for name in sorted(layout.dense):
+            info = self.arch.info(name)
+            tensor = to_device(own[name], device) if name in own else torch.empty(info.shape, dtype=info.dtype, device=device)
+            dense[name] = self.ranks.broadcast(tensor, owners[name])
+        placed = {number: {part: to_device(t, device) for part, t in expert.items()} for number, expert in experts.items()}
+        kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
+        unused = {name: own[name] for name in layout.unused if name in own}
+        owner = [self.owners[index][number] for number in kept]
+        return Layer(layout, dense, placed, unused, kept, owner, seconds={"read": seconds})
+
+    def keep(self, layer: Layer, kept: list[int]) -> None:
+        """Drop all experts of `layer` but `kept`, and their rows of the router."""
+        owner = dict(zip(layer.kept, layer.owner, strict=True))
+        layer.owner = [owner[number] for number in kept]
+        layer.kept = kept
+        layer.experts = {number: expert for number, expert in layer.experts.items() if number in set(kept)}
+        if kept != list(range(layer.layout.num_experts)):
+            entries = torch.tensor(kept, device=self.ranks.device)
+            for name, dim in layer.layout.routed.items():
+                layer.dense[name] = layer.dense[name].index_select(dim, entries)
+
+    def build(self, layer: Layer) -> None:
+        """Make `layer.module` ready to run with the layer's present tensors."""
+        layer.module = self.arch.build_layer(layer.layout.index, len(layer.kept))
+        self.arch.install(layer.module, layer.layout, layer.dense, self.dtype)
+        found = experts_of(layer.module)
+        if found:
+            found[1].exchange = Exchange(layer, self.ranks, self.dtype)
+
+    def run(self, layer: Layer, states: States, *observers: Observer) -> States:
+        """`layer` applied to every micro-batch of this rank; all ranks take part in every round."""
+        return States(self._rounds(layer, states, observers, True), states.arguments, states.total)
+
+    def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
+        """The same for the observers' sake alone: what the experts give is not computed."""
+        self._rounds(layer, states, observers, False)
+
+    @torch.no_grad()
+    def _rounds(self, layer: Layer, states: States, observers: tuple[Observer, ...], gives_outputs: bool) -> list[torch.Tensor]:
+        found = experts_of(layer.module)
+        experts = found[1] if found else None
+        if experts is not None:
+            experts.exchange.observers, experts.exchange.gives_outputs = observers, gives_outputs
+        outputs = []
+        for turn in range(-(-states.total // self.ranks.world)):
+            if experts is not None:
+                experts.exchange.turn = turn
+            for observer in observers:
+                observer.round_starts(turn)
+            if turn < len(states.hidden):
+                hidden_BTD = states.hidden[turn]
+                arguments = states.arguments[turn][layer.layout.index]
+                with self.steady():
+                    output = layer.module(hidden_BTD, **arguments)
+                if gives_outputs:
+                    outputs.append(output[0] if isinstance(output, tuple) else output)
+                    require_finite(outputs[-1], f"layer {layer.layout.index}: output of micro-batch {turn}")
+                self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
+            elif experts is not None:
+                with self.steady():
+                    experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
+            for observer in observers:
+                observer.round_ends(turn)
+        return outputs
+
+
+@dataclass
+class States:
+    """Hidden states of this rank's micro-batches [B, T, D], `total` of them over all ranks.
+
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape may share them.
+    """
+
+    hidden: list[torch.Tensor]
+    arguments: list[list[dict]]
+    total: int
+
+
+def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A source tensor on every rank, which the first gets from `read` and broadcasts."""
+    info = arch.info(name)
+    if ranks.is_first:
+        tensor = read(name).to(ranks.device)
+    else:
+        tensor = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
+    return ranks.broadcast(tensor, 0)
+
+
+def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
+    """This rank's share of the micro-batches [B, T] as they reach the first layer. The first rank gets the embedding's weight
+    from `read` and broadcasts it."""
+    dtype = compute_dtype(arch, ranks.device)
+    weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
+    hidden, arguments, of_shape = [], [], {}
+    for batch in batches[ranks.rank :: ranks.world]:
+        with steady(ranks.device, dtype, ranks.workers):
+            states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
+        hidden.append(states)
+        if batch.shape not in of_shape:
+            of_shape[batch.shape] = _of_one_row(of_layers, len(batch))
+        arguments.append(of_shape[batch.shape])
+    return States(hidden, arguments, len(batches))
+
+
+def _of_one_row(arguments: list[dict], rows: int) -> list[dict]:
+    """The same arguments, of which one row is in memory where all of a micro-batch's are alike: every shape of micro-batch has a
+    mask of its own, of T x T entries a row in families without fused attention."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            is_alike = rows > 1 and tensor.dim() > 1 and len(tensor) == rows and bool((tensor == tensor[:1]).all())
+            made[id(tensor)] = (tensor, tensor[:1].clone().expand_as(tensor) if is_alike else tensor)
+        return made[id(tensor)][1]
+
+    return tree_map_only(torch.Tensor, once, arguments)

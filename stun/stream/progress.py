@@ -1,0 +1,91 @@
+"""How far a stream is: a plain line a layer, and on a terminal a live view below these lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from stun.runtime.ranks import Ranks
+from stun.stream.expert_parallel import Layer
+
+_view: Live | None = None  # what is drawn now
+
+
+def close_view() -> None:
+    """Leave the terminal as it was, below the lines printed so far."""
+    global _view
+    if _view:
+        _view.stop()
+        _view = None
+
+
+class Progress:
+    """Of one stream, on the first rank. A layer's line says what was done, seconds read, computed and waited for writing, memory,
+    time left; with a `step`, that of its first layer, the numbers go to `ranks.track` as well."""
+
+    def __init__(self, name: str, layers: int, ranks: Ranks, first: int = 0, step: int | None = None):
+        self.name, self.layers, self.ranks, self.first, self.step = name, layers, ranks, first, step
+        self.done, self.left, self.started = first, None, time.perf_counter()
+        self.latest = self.started  # when the last layer was done
+        ranks.meter.begin(name)
+        self.at_start = (ranks.meter.bytes_read, ranks.meter.read_seconds, ranks.meter.tokens)
+        close_view()
+        if ranks.is_first and sys.stdout.isatty():
+            self._draw()
+
+    def layer(self, layer: Layer, what: str, **numbers: float) -> None:
+        """A layer is done; `numbers` are tracked beside what the line says."""
+        self.done, self.latest = layer.layout.index + 1, time.perf_counter()
+        self.left = (self.latest - self.started) / (self.done - self.first) * (self.layers - self.done)
+        seconds = " ".join(f"{name} {value:.1f}s" for name, value in layer.seconds.items())
+        peak = self.ranks.peak_memory() / 2**30
+        line = f"{self.name} {self.done:02d}/{self.layers} | {what} | {seconds} | peak {peak:.2f}GiB | eta {self.left:.0f}s"
+        self.ranks.log(line)
+        if self.step is not None:
+            taken = {f"{name}_seconds": value for name, value in layer.seconds.items()}
+            metrics = {f"{self.name}/{name}": value for name, value in {**numbers, **taken, "peak_gib": peak}.items()}
+            self.ranks.track(metrics, self.step + layer.layout.index)
+
+    def close(self) -> None:
+        """The stream is over."""
+        self.ranks.meter.end()
+        close_view()
+
+    def _draw(self) -> None:
+        """Start the view. The cursor stays visible, so that a process that is killed leaves a terminal that can be used."""
+        global _view
+        console = Console(highlight=False)
+        _view = Live(get_renderable=self._rendered, console=console, refresh_per_second=4, transient=True)
+        _view.start(refresh=True)
+        console.show_cursor(True)
+
+    def _rendered(self) -> Group:
+        """The bar with the layer and its phase; below it speeds, memory and times."""
+        meter, now = self.ranks.meter, time.perf_counter()
+        nbytes, seconds, tokens = self.at_start
+        read = (meter.bytes_read - nbytes) / 2**30 / max(meter.read_seconds - seconds, 1e-9)
+        ran = (meter.tokens - tokens) / max(now - self.started, 1e-9)
+        left = "?" if self.left is None else _clock(max(0.0, self.left - (now - self.latest)))
+        numbers = [
+            f"{read:.2f} GiB/s read",
+            f"{ran:,.0f} tokens/s{' a rank' if self.ranks.world > 1 else ''}",
+            f"peak {self.ranks.peak_memory() / 2**30:.2f} GiB",
+            f"elapsed {_clock(now - self.started)}",
+            f"eta {left}",
+        ]
+        bar = Table.grid(padding=(0, 2))
+        layer = f"layer {min(self.done + 1, self.layers)}/{self.layers}"
+        bar.add_row(Text(self.name, style="bold"), ProgressBar(self.layers, self.done, width=30), layer, meter.phase)
+        return Group(bar, Text(" | ".join(numbers), style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _clock(seconds: float) -> str:
+    """0:01:05"""
+    return str(timedelta(seconds=int(seconds)))
