@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import launch
-from stun.checkpoint.reader import write_json
 from stun.config import EvaluateConfig, ModelConfig, StunError
 from stun.evaluation.job import evaluate
+from stun.files import write_json
 from stun.pruning.job import prune
 from stun.report.tables import results_table
 from stun.report.write import write_reports

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.benchmark.study import markdown, study
-from stun.checkpoint.reader import write_json
+from stun.files import write_json
 
 
 def work(cfg, ranks) -> None:

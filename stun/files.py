@@ -1,10 +1,15 @@
-"""What comes from outside: JSON, and the files of a checkpoint's folder, with nothing assumed of them."""
+"""JSON and YAML in, with nothing assumed of them; files out, each whole or absent."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError
 
 from stun.config import StunError
 
@@ -105,3 +110,45 @@ def _integer(text: str) -> int:
     if len(text) > _DIGITS:
         raise ValueError(f"{text[:_DIGITS]}... has {len(text)} digits")
     return int(text)
+
+
+def write_atomically(file: Path, write) -> None:
+    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # a link there would have its target written
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StunError(f"{file}: cannot be written: {error}") from error
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases, of which a few lines can make more than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"line {self.peek_event().start_mark.line + 1}: an alias")
+        return super().compose_node(parent, index)
+
+
+def load_yaml(file: Path) -> object:
+    """What a YAML file holds, in plain values. Raises StunError."""
+    return parse_yaml(read_bytes(file), str(file))
+
+
+def parse_yaml(content: bytes, where: str) -> object:
+    """What YAML stands for, in plain values. Raises StunError."""
+    try:
+        return yaml.load(content, _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise StunError(f"{where}: cannot be read as YAML: {error}") from error

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from selections import config
 from zoo import make_checkpoint
 
-from stun.checkpoint.reader import write_index
+from stun.checkpoint.writer import write_index
 from stun.config import ExpertsConfig
 from stun.pruning.job import prune
 

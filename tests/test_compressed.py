@@ -24,8 +24,9 @@ from stun.checkpoint.compressed import (
     load_model,
     mark,
 )
-from stun.checkpoint.reader import copy_extras, write_json
+from stun.checkpoint.writer import copy_extras
 from stun.config import StunError
+from stun.files import write_json
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 SHAPES = [(6, 64), (5, 13), (9, 1), (1, 7), (3, 4, 16), (2, 5, 11), (700, 1001)]

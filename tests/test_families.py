@@ -19,7 +19,7 @@ from stun.checkpoint.reader import Checkpoint
 from stun.data import calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
-from stun.pruning.layers import observe
+from stun.statistics.observe import observe
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 pytestmark = pytest.mark.launch

@@ -10,7 +10,8 @@ from conftest import TEXT, run_job
 from transformers import MixtralConfig
 from zoo import SHAPE, byte_tokenizer
 
-from stun.checkpoint.reader import write_index, write_json, write_tensors
+from stun.checkpoint.writer import write_index, write_tensors
+from stun.files import write_json
 
 WIDTH = {"hidden_size": 512, "intermediate_size": 768, "num_local_experts": 32, "num_experts_per_tok": 2}
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from stun.config import ExpertsMethod, Representative, Score, StunError
 from stun.planning.experts.clusters import clusters_of, complete_linkage, official_merges
-from stun.planning.experts.distances import expert_distance, mean_cosine, router_distance
+from stun.planning.experts.distances import expert_distance, mean_cosine
 from stun.planning.experts.scores import PRESETS, aimer_score, moment_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
 from stun.planning.plan import LayerPlan, nearest_member, read_layers
+from stun.statistics.router import router_distance
 
 FIXTURE = Path(__file__).parent / "fixtures" / "stun_official"
 CASES = json.loads((FIXTURE / "clusters.json").read_text())

@@ -17,10 +17,10 @@ from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConf
 from stun.data import calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
-from stun.planning.budget import measure_layers
+from stun.planning.budget import measure_layers, reachable
 from stun.planning.plan_file import plan_from_run
 from stun.pruning.job import prune, take_statistics
-from stun.pruning.search import reachable, search_fraction
+from stun.pruning.search import search_fraction
 from stun.statistics.store import Statistics
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)

@@ -12,11 +12,11 @@ from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConf
 from stun.data import calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
-from stun.planning.experts.distances import router_distance
-from stun.pruning.layers import Watcher, observe
 from stun.runtime.threads import Workers
 from stun.statistics.accumulators import COSINE_UNIT
 from stun.statistics.input_moments import Moments
+from stun.statistics.observe import Watcher, observe
+from stun.statistics.router import router_distance
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}

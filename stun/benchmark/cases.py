@@ -15,9 +15,9 @@ from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, ways
-from stun.checkpoint.reader import write_json
 from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, PruneConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
+from stun.files import write_json
 from stun.planning.validation import validate
 from stun.preflight.hardware import GIB, disk_free
 from stun.preflight.speeds import SAMPLE

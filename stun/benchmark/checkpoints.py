@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from stun.checkpoint.reader import write_index, write_tensors
+from stun.checkpoint.writer import write_index, write_tensors
 from stun.config import CheckpointShape
 from stun.model.empty import without_weights
 

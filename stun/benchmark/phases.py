@@ -23,11 +23,12 @@ from stun.planning.budget import LayerQuota, experts_to_drop, layer_quotas, meas
 from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
 from stun.preflight.time import forward_flop
-from stun.pruning.layers import Watcher, keep_representatives
 from stun.pruning.mask import mask_layer
+from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors, write_shard
 from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
 from stun.runtime.ranks import Ranks
+from stun.statistics.observe import Watcher
 from stun.statistics.store import Statistics
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, even_owners

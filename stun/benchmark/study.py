@@ -11,10 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from stun.checkpoint.reader import write_json
 from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
 from stun.evaluation.job import evaluate
-from stun.files import load_json
+from stun.files import load_json, write_json
 from stun.planning.plan_file import plan_from_run
 from stun.planning.validation import validate
 from stun.pruning.job import prune, take_statistics

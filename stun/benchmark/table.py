@@ -6,7 +6,7 @@ from rich.table import Table
 
 from stun.config import BenchmarkCase
 from stun.preflight.hardware import GIB
-from stun.report.tables import printed
+from stun.runtime.console import printed
 
 
 def benchmark_table(result: dict) -> str:

@@ -30,9 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import TensorInfo, read_header
-from stun.checkpoint.reader import COMPRESSED_INDEX, Checkpoint, copy_extras, read_index, write_index, write_json, write_tensors
+from stun.checkpoint.reader import COMPRESSED_INDEX, Checkpoint, read_index
+from stun.checkpoint.writer import copy_extras, write_index, write_tensors
 from stun.config import StunError
-from stun.files import check_folder, load_json, parse_json
+from stun.files import check_folder, load_json, parse_json, write_json
 from stun.model.empty import without_weights
 
 FORMAT = {"compression": "bitmask", "version": 1}

@@ -6,25 +6,19 @@ bfloat16 and are multiplied out as they are read. Other quantised formats are re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import mmap
 import os
-import shutil
 import threading
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import TensorInfo, read_header
 from stun.config import StunError
-from stun.files import TEMPLATES, check_folder, is_file_name, load_json
+from stun.files import check_folder, is_file_name, load_json
 
 INDEX = "model.safetensors.index.json"
 COMPRESSED_INDEX = "model.bitmask.index.json"  # stun.checkpoint.compressed: what no other runtime takes for weights
@@ -215,59 +209,3 @@ def _no_weights(folder: Path) -> str:
     if (folder / COMPRESSED_INDEX).is_file():
         return f"{folder}: is compressed; python -m jobs.expand model.path={folder} output=... makes an ordinary checkpoint of it"
     return f"{folder}: holds neither {INDEX} nor {SINGLE}"
-
-
-def write_atomically(file: Path, write) -> None:
-    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link there would have its target written
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StunError(f"{file}: cannot be written: {error}") from error
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write `content` as indented JSON, atomically."""
-    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, atomically; readable by whoever may read its folder."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def write(path: Path) -> None:
-        save_file(contiguous, path, metadata=metadata or {"format": "pt"})
-        path.chmod(0o644)
-
-    write_atomically(file, write)
-
-
-def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = INDEX) -> None:
-    """Write the index under `name`: `shards` maps a file name to the bytes of each of its tensors."""
-    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
-    total = sum(size for sizes in shards.values() for size in sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / name, index)
-
-
-def extras(source: Path) -> list[str]:
-    """Paths within `source` that go with a checkpoint: tokenizer, chat templates, custom code, licence."""
-    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
-    files = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
-    is_weights = {file: file.suffix in weights or file.name.endswith(".index.json") for file in files}
-    found = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")
-    return [str(file.relative_to(source)) for file in found]
-
-
-def copy_extras(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
-    """Copy the `extras` of a checkpoint, but for those to `skip`."""
-    for name in (name for name in extras(source) if name not in skip):
-        copy = target / name
-        copy.parent.mkdir(exist_ok=True)
-        write_atomically(copy, lambda path, name=name: shutil.copyfile(source / name, path))

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stun.checkpoint.compressed import open_checkpoint
-from stun.checkpoint.reader import write_json
 from stun.config import EvaluateConfig, Precision, StunError
 from stun.data import load_tokenizer
 from stun.evaluation.generate import Decoding, describe, generate
@@ -20,6 +19,7 @@ from stun.evaluation.perplexity import score
 from stun.evaluation.request import Asked, ask, dense_result, finished_result, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
+from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
 from stun.run.identity import model_digest

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stun.config import StunError
-from stun.model.architecture import Architecture
+from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.preflight.activations import trace_row
 from stun.preflight.hardware import GIB, free_memory
-from stun.preflight.traffic import expert_infos
 from stun.runtime.ranks import Ranks
 from stun.stream.embeddings import outside_bytes
 

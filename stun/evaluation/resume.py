@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stun.checkpoint.reader import write_json
 from stun.config import StunError
-from stun.files import is_count, load_json
+from stun.files import is_count, load_json, write_json
 from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import remove_written

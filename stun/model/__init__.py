@@ -1,1 +1,2 @@
-"""Model classes this package adds to transformers' Auto classes."""
+"""What the network is. In: config.json and headers. Out: modules without weights, tensor names, what a family needs; classes that
+transformers lacks."""

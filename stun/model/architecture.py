@@ -1,7 +1,6 @@
 """A checkpoint's model without its weights: transformers' modules on the meta device, for every family alike.
 
-Router rules, masks and rotary embeddings all come from transformers, whose internals only this module, `stun.model.tensor_names` and
-`stun.models` touch. What a family needs beyond that is its entry in `stun.model.families`.
+Router rules, masks and rotary embeddings all come from transformers, whose internals only this package touches. What a family needs beyond that is its entry in `stun.model.families`.
 """
 
 from __future__ import annotations
@@ -269,3 +268,13 @@ def _move_buffers(root: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
+
+
+def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
+    """What makes up one expert of a layer."""
+    return [info for part in (layout.experts[0] if layout.experts else ()) for info in arch.piece(layout, 0, part)]
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor in the source; `nbytes` are those it has once it is multiplied out."""
+    return info.nbytes if info.scale is None else info.numel + info.scale.nbytes

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stun.config import Budget, PruneConfig, Scope, SparsifyConfig, StunError
-from stun.model.architecture import Architecture
+from stun.model.architecture import Architecture, expert_infos
 from stun.planning.plan import LayerPlan, Plan
 from stun.sparsify.select import Pattern, quotas
 
@@ -198,3 +198,33 @@ def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
         ratios += [own] * len(size.dense)
         ratios += [ratio for ratio in layer.expert_ratios or [own] * len(layer.clusters) for _ in size.expert_parts]
     return ratios
+
+
+def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:
+    """The fractions of `FRACTIONS` that the model and the target allow. Raises StunError where none is."""
+    fractions = []
+    for fraction in FRACTIONS:
+        own = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
+        try:
+            drops = experts_to_drop(own, sizes, arch)
+            make_budget(own, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+            fractions.append(fraction)
+        except StunError:
+            continue  # this split cannot be; the others may
+    if not fractions:
+        raise StunError(f"experts.fraction=auto: no split of target={cfg.target} into experts and weights can be met")
+    return fractions
+
+
+FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
+
+
+def model_bytes(arch: Architecture, plan: Plan) -> int:
+    """Bytes of all tensors of the pruned checkpoint, zeros included."""
+    total = sum(info.nbytes for info in arch.source.tensors.values())
+    for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
+        if layout.experts:
+            entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
+            gone = layer.experts - len(layer.clusters)
+            total -= gone * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
+    return total

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsMethod, PruneConfig, Representative
+from stun.run.folder import ABOUT, STATISTICS
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerSize, experts_to_drop, make_budget, measure_layers
+from stun.planning.budget import LayerSize, experts_to_drop, make_budget, measure_layers, reachable
 from stun.planning.make import reads_statistics
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.validation import validate
-from stun.pruning.search import reachable
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Job:
         drops, how = any(len(layer.clusters) < layer.experts for layer in self.plan.layers), self.cfg.sparsify
         chooses = drops and not self.is_given and reads_statistics(self.cfg.experts)
         observes = chooses or (self.plan.zeros and how.counts_outliers) or self.candidates
-        is_there = self.cfg.statistics or (Path(self.cfg.run_dir) / "stats" / "about.json").is_file()
+        is_there = self.cfg.statistics or (Path(self.cfg.run_dir) / STATISTICS / ABOUT).is_file()
         first = {"observe": True} if observes and not is_there else {}
         search = {"search": True} if self.candidates else {}
         return first | search | {"prune": bool(self.plan.zeros and how.reads_inputs)}

@@ -9,12 +9,13 @@ from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Repre
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.planning.budget import LayerSize, floor_of, make_budget
-from stun.planning.experts.distances import expert_distance, router_distance
+from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import score_experts
 from stun.planning.experts.select import Evidence, select_experts
 from stun.planning.layer_ratios import set_ratios
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.protection import protected_experts
+from stun.statistics.router import router_distance
 from stun.statistics.store import Statistics
 
 

@@ -120,3 +120,15 @@ def nearest_member(cluster: list[int], squared_distance: list[float]) -> int:
     if len(cluster) < 3:
         return cluster[0]
     return cluster[squared_distance.index(min(squared_distance))]
+
+
+def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
+    """Owner of every expert for the second stream: clusters stay together, survivors are spread evenly.
+
+    An expert whose weights are not needed has no owner: nobody reads it.
+    """
+    owners: list[int | None] = [None] * plan.experts
+    for place, cluster in enumerate(plan.clusters):
+        for expert in plan.needed.intersection(cluster):
+            owners[expert] = place * world // len(plan.clusters)
+    return owners

@@ -5,16 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stun.checkpoint.reader import Checkpoint, write_json
+from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig, StunError
+from stun.files import write_json
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerSize, check_pattern, experts_to_drop, floor_of, make_budget, measure_layers, unit_of
+from stun.planning.budget import (
+    LayerSize,
+    check_pattern,
+    experts_to_drop,
+    floor_of,
+    make_budget,
+    measure_layers,
+    model_bytes,
+    unit_of,
+)
 from stun.planning.layer_ratios import check_ratios
 from stun.planning.make import check_loadable, make_plan
 from stun.planning.plan import LayerPlan, Plan, read_layers
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate_experts
-from stun.preflight.traffic import model_bytes
 from stun.run.identity import model_digest
 from stun.statistics.store import Statistics
 

@@ -8,19 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stun.config import ClusterConfig, StunError
+from stun.planning.budget import model_bytes
 from stun.planning.job import Job
 from stun.preflight.hardware import ACHIEVED, GIB, Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
 from stun.preflight.time import Duration, durations
-from stun.preflight.traffic import (
-    Disk,
-    bytes_read,
-    bytes_there,
-    compressed_bytes,
-    model_bytes,
-    snapshots_on_disk,
-    statistics_bytes,
-)
+from stun.preflight.traffic import Disk, bytes_read, bytes_there, compressed_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
 
 SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met within 15 %

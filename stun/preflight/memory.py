@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stun.config import Scope, SparsifyConfig, SparsifyMethod
+from stun.model.architecture import expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch
-from stun.preflight.traffic import expert_infos
 from stun.runtime.device_copies import BUFFER, BUFFERS
 from stun.runtime.threads import workers_on
 

@@ -14,11 +14,10 @@ from functools import cache
 import torch
 
 from stun.config import SparsifyConfig
-from stun.model.architecture import Architecture
+from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.preflight.memory import Footprint
 from stun.preflight.speeds import usual
-from stun.preflight.traffic import expert_infos
 from stun.run.kurtosis import power_sums
 from stun.runtime.threads import Workers
 from stun.sparsify.matrix import SOLVERS, sparsify

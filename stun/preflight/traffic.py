@@ -5,25 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stun.checkpoint.reader import TensorInfo
-from stun.model.architecture import Architecture
+from stun.model.architecture import Architecture, expert_infos, stored_bytes
 from stun.model.layer_layout import LayerLayout
-from stun.planning.budget import LayerSize, layer_quotas
-from stun.planning.plan import Plan
-from stun.pruning.shards import cluster_owners
+from stun.planning.budget import LayerSize, layer_quotas, model_bytes
+from stun.planning.plan import Plan, cluster_owners
 from stun.run.snapshots import KEPT
 from stun.sparsify.ratios import BINS
 from stun.stream.layer_stream import even_owners
-
-
-def stored_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor in the source; `nbytes` are those it has once it is multiplied out."""
-    return info.nbytes if info.scale is None else info.numel + info.scale.nbytes
-
-
-def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
-    """What makes up one expert of a layer."""
-    return [info for part in (layout.experts[0] if layout.experts else ()) for info in arch.piece(layout, 0, part)]
 
 
 def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None], world: int) -> list[int]:
@@ -54,17 +42,6 @@ def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bo
             total[0] += embedding * (2 if stream == "search" else 1)
         found[stream] = total
     return found
-
-
-def model_bytes(arch: Architecture, plan: Plan) -> int:
-    """Bytes of all tensors of the pruned checkpoint, zeros included."""
-    total = sum(info.nbytes for info in arch.source.tensors.values())
-    for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
-        if layout.experts:
-            entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
-            gone = layer.experts - len(layer.clusters)
-            total -= gone * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
-    return total
 
 
 def compressed_bytes(arch: Architecture, sizes: list[LayerSize], plan: Plan) -> int:

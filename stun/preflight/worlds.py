@@ -11,7 +11,7 @@ from stun.planning.job import Job
 from stun.preflight.hardware import GIB, Launch, described, resident
 from stun.preflight.job import SURE, Estimate, digits, estimate, shortages, size
 from stun.preflight.time import Duration
-from stun.report.tables import printed
+from stun.runtime.console import printed
 from stun.runtime.ranks import Ranks
 
 

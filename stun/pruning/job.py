@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 
 from stun.checkpoint.compressed import mark
-from stun.checkpoint.reader import COMPRESSED_INDEX, INDEX, TEMPLATES, Checkpoint, copy_extras, extras, write_index, write_json
+from stun.checkpoint.reader import COMPRESSED_INDEX, INDEX, TEMPLATES, Checkpoint
+from stun.checkpoint.writer import copy_extras, extras, write_index
 from stun.config import Budget, PruneConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
-from stun.files import load_json
+from stun.files import load_json, load_yaml, write_json
 from stun.model import runtimes as serving
 from stun.model.architecture import Architecture
 from stun.model.precision import check_alike, compute_dtype
-from stun.planning.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers
+from stun.planning.budget import LayerSize, check_pattern, experts_to_drop, layer_quotas, make_budget, measure_layers, reachable
 from stun.planning.job import make_job
 from stun.planning.layer_ratios import check_ratios, set_ratios
 from stun.planning.make import check_loadable, make_plan, reads_statistics
@@ -26,18 +27,19 @@ from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
 from stun.preflight.job import preflight
-from stun.pruning.layers import PruneResult, observe, prune_layers
-from stun.pruning.search import check_samples, reachable, search_fraction
+from stun.pruning.layers import PruneResult, prune_layers
+from stun.pruning.search import check_samples, search_fraction
 from stun.pruning.shards import hub_names, keep_only, write_shard
 from stun.pruning.summary import save_layers, save_observed, summarise
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card, write_card
-from stun.run.folder import Run, load_yaml
+from stun.run.folder import Run
 from stun.run.identity import fingerprint, observed, plain
 from stun.run.ledger import Ledger
 from stun.run.ownership import MARK, own_folder, run_id
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
+from stun.statistics.observe import observe
 from stun.statistics.store import Statistics
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import check_tracking, tracked
@@ -77,8 +79,9 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         ranks.log(f"{cfg.run_dir} is complete already")
         return finished
 
+    stats = Statistics(run.stats)
     if cfg.statistics and samples:
-        run.stats = ranks.on_first(
+        stats = ranks.on_first(
             lambda: _share(cfg.statistics, observed(cfg, arch.source, samples, compute_dtype(arch, ranks.device)))
         )
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks) as tracking:
@@ -199,7 +202,7 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
         _observe(cfg, arch, samples, ranks, run)
     ranks.on_first(lambda: save_observed(run))
     ranks.on_first(run.clear)
-    ranks.log(f"wrote {run.stats.folder}")
+    ranks.log(f"wrote {run.stats}")
 
 
 def _plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], given: Plan | None, run: Run) -> Plan:

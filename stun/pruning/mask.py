@@ -9,8 +9,8 @@ import torch
 from stun.config import SparsifyConfig, SparsifyMethod
 from stun.planning.budget import LayerQuota
 from stun.pruning.reconstruct import Reconstruction
-from stun.pruning.saliency import STRIDE, Saliency
 from stun.sparsify.matrix import sparsify
+from stun.sparsify.saliency import STRIDE, Saliency
 from stun.statistics.input_moments import Moments, pooled
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States

@@ -16,7 +16,7 @@ import torch
 from stun.config import PruneConfig, Representative, SparsifyConfig, StunError
 from stun.data import Samples
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, make_budget, quota_of
+from stun.planning.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, quota_of
 from stun.planning.make import make_plan
 from stun.planning.plan import Plan
 from stun.pruning.mask import mask_layer
@@ -26,24 +26,7 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
 
-FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 _HELD_OUT = 8  # one sample in so many
-
-
-def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:
-    """The fractions of `FRACTIONS` that the model and the target allow. Raises StunError where none is."""
-    fractions = []
-    for fraction in FRACTIONS:
-        own = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
-        try:
-            drops = experts_to_drop(own, sizes, arch)
-            make_budget(own, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
-            fractions.append(fraction)
-        except StunError:
-            continue  # this split cannot be; the others may
-    if not fractions:
-        raise StunError(f"experts.fraction=auto: no split of target={cfg.target} into experts and weights can be met")
-    return fractions
 
 
 def search_fraction(

@@ -9,26 +9,13 @@ import torch
 
 from stun.checkpoint.compressed import compress
 from stun.checkpoint.headers import read_header
-from stun.checkpoint.reader import write_tensors
+from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
 from stun.model.layer_layout import renumber
-from stun.planning.plan import LayerPlan
 from stun.run.ledger import REPEAT
 from stun.runtime.device_copies import to_host
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
-
-
-def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
-    """Owner of every expert for the second stream: clusters stay together, survivors are spread evenly.
-
-    An expert whose weights are not needed has no owner: nobody reads it.
-    """
-    owners: list[int | None] = [None] * plan.experts
-    for place, cluster in enumerate(plan.clusters):
-        for expert in plan.needed.intersection(cluster):
-            owners[expert] = place * world // len(plan.clusters)
-    return owners
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:

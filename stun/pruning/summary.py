@@ -8,9 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from stun.checkpoint.reader import write_json
 from stun.config import PruneConfig
-from stun.files import load_json
+from stun.files import load_json, write_json
 from stun.model import runtimes as serving
 from stun.model.architecture import Architecture
 from stun.planning.plan import Plan

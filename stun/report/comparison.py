@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from stun.checkpoint.reader import write_atomically
 from stun.evaluation.request import SAME
+from stun.files import write_atomically
 from stun.report import draw, html
 from stun.report.page import FOLDER, PAGE, bytes_in_words
 from stun.report.pictures import pictures

@@ -14,9 +14,9 @@ import numpy as np
 from stun.config import ExpertsMethod
 from stun.planning.experts.clusters import Merge, complete_linkage
 from stun.planning.make import weigh
-from stun.pruning.saliency import OCTAVE
 from stun.report.folder import RunFolder
 from stun.run.layer_records import KINDS, PHASES, STAGES
+from stun.sparsify.saliency import OCTAVE
 
 
 def experts_kept(run: RunFolder) -> dict[str, list[int]]:

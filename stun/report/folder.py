@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stun.config import ExpertsConfig, StunError, experts_from
-from stun.files import load_json
+from stun.files import load_json, load_yaml
 from stun.planning.plan import LayerPlan, read_layers
 from stun.report.runs import RESULT
-from stun.run.folder import Run, load_yaml
+from stun.run.folder import Run
 from stun.run.layer_records import FILE
 from stun.statistics.store import Statistics
 

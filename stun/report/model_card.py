@@ -8,10 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from stun.checkpoint.reader import write_atomically
 from stun.config import StunError
-from stun.files import load_json, read_bytes
-from stun.run.folder import parse_yaml
+from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.run.layer_records import sparsity_by_kind
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from stun.checkpoint.reader import write_atomically
+from stun.files import write_atomically
 from stun.report import data, html
 from stun.report.folder import RunFolder
 from stun.report.sections import SECTIONS

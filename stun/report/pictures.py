@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stun.checkpoint.reader import write_atomically
+from stun.files import write_atomically
 from stun.report import html
 from stun.report.theme import THEMES, Theme
 

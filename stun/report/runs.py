@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 
 from stun.config import StunError
-from stun.files import load_json
-from stun.run.folder import Run, load_yaml
+from stun.files import load_json, load_yaml
+from stun.run.folder import Run
 from stun.run.ledger import Ledger
 
 RESULT = "result.json"  # of jobs.evaluate, in the folder of the run it evaluated

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from io import StringIO
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from stun.runtime.console import printed
 
 
 def results_table(results: dict[str, dict]) -> str:
@@ -126,13 +126,6 @@ def job_command(job: str, **settings: str) -> str:
         quoted = value if is_plain else '"{}"'.format(value.replace('"', r"\""))
         words.append(f"{key.replace('__', '.')}={quoted}")
     return shlex.join(["python", "-m", f"jobs.{job}", *words])
-
-
-def printed(table: Table) -> str:
-    """A table as text."""
-    text = StringIO()
-    Console(file=text, width=200, markup=False, emoji=False, force_terminal=False).print(table)  # names are text
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def _of(result: dict, show) -> str:

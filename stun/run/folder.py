@@ -18,37 +18,13 @@ from pathlib import Path
 
 import yaml
 
-from stun.checkpoint.reader import write_atomically, write_json
 from stun.config import StunError
-from stun.files import load_json, read_bytes
+from stun.files import load_json, load_yaml, write_atomically, write_json
 from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import MARK, own_folder, release, remove_written, run_id
-from stun.statistics.store import Statistics
 
-
-class _Plain(yaml.SafeLoader):
-    """Without aliases, of which a few lines can make more than any memory holds."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"line {self.peek_event().start_mark.line + 1}: an alias")
-        return super().compose_node(parent, index)
-
-
-def load_yaml(file: Path) -> object:
-    """What a YAML file holds, in plain values. Raises StunError."""
-    return parse_yaml(read_bytes(file), str(file))
-
-
-def parse_yaml(content: bytes, where: str) -> object:
-    """What YAML stands for, in plain values. Raises StunError."""
-    try:
-        return yaml.load(content, _Plain)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StunError(f"{where}: cannot be read as YAML: {error}") from error
-
-
+STATISTICS, ABOUT = "stats", "about.json"  # the folder of statistics; the file in it that is written last
 # What only an unfinished run needs: folders, and the files in them that it writes.
 _PART = r"\.?\w+-\d{5}-\d+-of-\d+"
 _TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
@@ -65,7 +41,7 @@ class Run:
     """An open run folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self.model, self.stats = folder, folder / "model", Statistics(folder / "stats")
+        self.folder, self.model, self.stats = folder, folder / "model", folder / STATISTICS
 
     @classmethod
     def open(cls, run_dir: str, identity: dict) -> Run:
@@ -103,7 +79,8 @@ class Run:
         name = run_id(self.folder)
         for part in _TEMPORARY:
             own_folder(self.folder / part, name)
-        later = [self.model] if self.stats.complete else [self.model, self.stats.folder]  # into complete ones nothing is written
+        is_taken = (self.stats / ABOUT).is_file()  # into complete statistics nothing is written
+        later = [self.model] if is_taken else [self.model, self.stats]
         for folder in filter(os.path.lexists, later):
             own_folder(folder, name)
 
@@ -128,7 +105,7 @@ class Run:
         for name, written in _TEMPORARY.items():
             release(self.folder / name)
             remove_written(self.folder / name, written)
-        for folder in (self.model, self.stats.folder):
+        for folder in (self.model, self.stats):
             release(folder)
         for name in (LOCK, MARK):
             (self.folder / name).unlink(missing_ok=True)

@@ -9,9 +9,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from stun.checkpoint.reader import write_json
 from stun.config import StunError
-from stun.files import is_count, is_file_name, load_json
+from stun.files import is_count, is_file_name, load_json, write_json
 from stun.run.layer_records import FIELDS
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")

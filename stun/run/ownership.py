@@ -9,8 +9,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from stun.checkpoint.reader import write_atomically
 from stun.config import StunError
+from stun.files import write_atomically
 
 MARK = ".stun"  # in a folder that is made: the run it belongs to
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stun.checkpoint.headers import read_header
-from stun.checkpoint.reader import write_tensors
+from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
 from stun.run.ledger import REPEAT, part_name
 from stun.runtime.device_copies import to_host

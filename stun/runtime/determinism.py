@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stun.runtime.threads import Workers
-from stun.sparsify.scores import one_thread
+from stun.runtime.threads import Workers, one_thread
 
 _aten = torch.ops.aten
 _NAMES = "silu gelu sigmoid tanh exp exp2 expm1 erf log log2 log1p softplus mish hardswish elu sin cos pow rsqrt reciprocal"

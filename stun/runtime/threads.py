@@ -6,8 +6,9 @@ of some functions, and of products in bfloat16. Small pieces are faster so, too:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -41,3 +42,14 @@ class Workers:
         """What `function` gives for each item, in their order; raises what the first of them that fails raised. It may not call
         this itself."""
         return list((self._pool.map if self._pool else map)(function, items))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What gives other last bits with another number of threads, as LAPACK's factorisations do, has one here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

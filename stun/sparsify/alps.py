@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from stun.runtime.threads import one_thread
 from stun.sparsify.refit import conjugate_gradient
-from stun.sparsify.scores import one_thread, unit_norm
+from stun.sparsify.scores import unit_norm
 from stun.sparsify.select import Pattern, smallest_of_matrix, smallest_of_pattern
 
 ROUNDS, CHECK_EVERY, SETTLED_AFTER = 300, 3, 30

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from stun.sparsify.scores import one_thread
+from stun.runtime.threads import one_thread
 
 BINS, OCTAVE, LOWEST = 512, 8, -40  # bins of an eighth of an octave, from 2^-40 to 2^24; beyond, the outermost ones
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from stun.config import StunError
@@ -55,14 +52,3 @@ def unit_norm(gram_DD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     gram_DD = damped(gram_DD)
     norm_D = gram_DD.diagonal().sqrt()
     return gram_DD / norm_D / norm_D[:, None], norm_D
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """What gives other last bits with another number of threads, as LAPACK's factorisations do, has one here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from stun.sparsify.scores import one_thread, unit_norm
+from stun.runtime.threads import one_thread
+from stun.sparsify.scores import unit_norm
 from stun.sparsify.select import Pattern, quotas, smallest_of_matrix, smallest_of_pattern
 
 BLOCK = 128

@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stun.checkpoint.headers import read_header
-from stun.checkpoint.reader import write_json, write_tensors
+from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
-from stun.files import is_count, load_json
+from stun.files import is_count, load_json, write_json
 from stun.run.identity import differences
+from stun.run.folder import ABOUT
 from stun.run.ownership import own_folder, run_id
 from stun.statistics.accumulators import COSINE_UNIT
 
@@ -33,7 +34,7 @@ class Statistics:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._about = folder / "about.json"
+        self._about = folder / ABOUT
 
     @property
     def complete(self) -> bool:

@@ -1,0 +1,1 @@
+"""Tracking. In: a job's numbers. Out: Weights & Biases and TensorBoard."""

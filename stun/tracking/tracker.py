@@ -19,9 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 
-from stun.checkpoint.reader import write_json
 from stun.config import StunError, TrackingConfig, Wandb
-from stun.files import load_json
+from stun.files import load_json, write_json
 from stun.runtime.ranks import Ranks
 from stun.tracking.backends import FINISH_SECONDS, INIT_SECONDS, TensorboardTracker, Tracker, WandbTracker, check_key, line
 

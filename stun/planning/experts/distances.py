@@ -6,12 +6,6 @@ import numpy as np
 import torch
 
 
-def router_distance(router_ED: torch.Tensor) -> torch.Tensor:
-    """[E, E] float64 ||W_i - W_j|| of the router's rows (STUN, eq. 8)."""
-    router_ED = router_ED.double()
-    return torch.cdist(router_ED, router_ED, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 def mean_cosine(agreement_EE: torch.Tensor, coactivation_EE: torch.Tensor) -> torch.Tensor:
     """[E, E] mean cosine of two experts' outputs over the tokens both serve; 0 where they share none."""
     shared_EE = coactivation_EE.double()  # weighed, so perhaps a fraction of one

@@ -1,0 +1,62 @@
+"""The one expert of every cluster that is kept, with its own weights or the mean of its cluster's."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from stun.planning.plan import LayerPlan, nearest_member
+from stun.runtime.ranks import Ranks
+from stun.stream.expert_parallel import Layer
+from stun.stream.layer_stream import LayerStream
+
+
+def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
+    """The representative of every cluster, found by the rank that owns the cluster; ascending, the same on every rank."""
+    if plan.kept or not plan.clusters:
+        return plan.kept
+    mine = []
+    for cluster in plan.clusters:
+        if cluster[0] in layer.experts:
+            squared = squared_distance_to_mean([layer.experts[e] for e in cluster]) if len(cluster) > 2 else []
+            mine.append(nearest_member(cluster, squared))
+    return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
+
+
+def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> list[int]:
+    """Drop all experts of a layer but one of every cluster, with the cluster's mean where the plan says so; returns who stays."""
+    kept = _choose(layer, plan, stream.ranks)
+    if plan.mean:
+        _reconstruct(layer, plan, kept)
+    stream.keep(layer, kept)
+    return kept
+
+
+def squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Squared distance of each member's parameters (all parts concatenated) to the members' mean.
+
+    Summed by row and then exactly, so that it does not depend on the number of threads.
+    """
+    rows: list[list[float]] = [[] for _ in members]
+    for part in sorted(members[0]):
+        mean_OD = sum(member[part].float() for member in members) / len(members)
+        for own, member in zip(rows, members, strict=True):
+            own += torch.atleast_2d(member[part].float() - mean_OD).square().sum(1).tolist()
+    return [math.fsum(own) for own in rows]
+
+
+def _reconstruct(layer: Layer, plan: LayerPlan, kept: list[int]) -> None:
+    """Give every representative the mean of its cluster's parameters and router entries (STUN, selective reconstruction).
+
+    Means are taken in float32 and stored in the tensor's own dtype.
+    """
+    for cluster in (members for members in plan.clusters if len(members) > 1):
+        (stays,) = set(cluster).intersection(kept)
+        if stays in layer.experts:
+            for part in layer.experts[stays]:
+                mean = sum(layer.experts[e][part].float() for e in sorted(cluster)) / len(cluster)
+                layer.experts[stays][part] = mean.to(layer.experts[stays][part].dtype)
+        for name, dim in layer.layout.routed.items():
+            entries = layer.dense[name].movedim(dim, 0)
+            entries[stays] = (sum(entries[e].float() for e in sorted(cluster)) / len(cluster)).to(entries.dtype)

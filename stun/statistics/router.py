@@ -1,0 +1,11 @@
+"""Distances between the rows of a router."""
+
+from __future__ import annotations
+
+import torch
+
+
+def router_distance(router_ED: torch.Tensor) -> torch.Tensor:
+    """[E, E] float64 ||W_i - W_j|| of the router's rows (STUN, eq. 8)."""
+    router_ED = router_ED.double()
+    return torch.cdist(router_ED, router_ED, compute_mode="donot_use_mm_for_euclid_dist")
