@@ -4,14 +4,12 @@ from pathlib import Path
 
 from jobs import launch
 from stun.evaluation.job import evaluate
-from stun.planning.validation import validate_tracking
 from stun.report.tables import results_table
 from stun.run.identity import plain
 from stun.tracking.tracker import check_tracking, tracked
 
 
 def work(cfg, ranks) -> None:
-    validate_tracking(cfg.tracking)
     ranks.on_first(lambda: check_tracking(cfg.tracking))
     with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
         result = evaluate(cfg, ranks)

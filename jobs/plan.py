@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.planning.plan_file import plan_from_run
+from stun.planning.from_statistics import plan_from_run
 from stun.report.tables import plan_table
 
 

@@ -2,13 +2,13 @@
 cluster.gpus=8; or, with 'cluster.worlds=[1,8,64]', what it would need on each of so many GPUs"""
 
 from jobs import launch
-from stun.planning.job import open_job
+from stun.planning.job import resolve
 from stun.preflight.job import preflight
 from stun.preflight.worlds import worlds
 
 
 def work(cfg, ranks) -> None:
-    job = open_job(cfg)
+    job = resolve(cfg, ranks)
     if cfg.cluster.worlds:
         worlds(job, ranks, cfg.cluster)
     else:

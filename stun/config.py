@@ -32,7 +32,7 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """How much an expert is worth: stun.planning.experts.scores gives the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
+    """Worth of an expert; planning/experts/scores.py has the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
     worth more than another, so of equals the lower number stays; that needs no forward."""
 
     reap = "reap"
@@ -189,6 +189,12 @@ class ExpertsConfig:
     keep_at_least: int = 1
     protect: ProtectConfig = field(default_factory=ProtectConfig)
 
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether choosing experts takes more than the routers' rows."""
+        special_by_use = self.protect.super_experts or self.protect.domain_share
+        return bool(self.score is not Score.index or self.lambda2 or self.lambda3 or special_by_use)
+
 
 @dataclass
 class SparsifyConfig:
@@ -241,8 +247,8 @@ class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
     `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. With `compress` the
-    checkpoint holds bitmasks and values (stun.checkpoint.compressed) in place of zeros. `statistics` is the folder of a run (jobs.observe)
-    whose statistics this one uses instead of taking its own.
+    checkpoint holds bitmasks and values (stun.checkpoint.compressed) in place of zeros. `statistics` is the folder of a run
+    (jobs.observe) whose statistics this one uses instead of taking its own.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,9 +266,11 @@ class PruneConfig:
 
 @dataclass
 class ClusterConfig:
-    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in stun.preflight.hardware; a node's memory in GiB
-    and what it reads in GiB/s (0: as much as this machine does) and writes (0: as much as it reads). `worlds` lists numbers of
-    GPUs to describe side by side. Without it and `nodes` the launch that is running is described."""
+    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in preflight/hardware.py.
+
+    `host_gib` is a node's memory in GiB; `read_gib_s` what it reads in GiB/s (0: as much as this machine does) and `write_gib_s`
+    what it writes (0: as much as it reads). `worlds` lists numbers of GPUs to describe side by side. Without it and `nodes` the
+    launch that is running is described."""
 
     nodes: int = 0
     gpus: int = 8

@@ -14,63 +14,14 @@ import stun.config
 import stun.planning.validation
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = [
-    {"config", "cpu"},
-    {"inputs", "validation"},
-    {
-        "families",
-        "layout",
-        "plan",
-        "stats",
-        "powers",
-        "select_kernel",
-        "headers",
-        "meter",
-        "trackers",
-        "batches",
-        "lock",
-        "workers",
-        "products",
-        "transfer",
-    },
-    {"plausible", "records"},
-    {"sweep", "checkpoint", "ranks", "sparsify", "data", "serving", "table", "figure", "models", "experts"},
-    {"names", "owned", "identity", "compressed", "steady", "ledger", "tracking", "saliency", "task", "speeds"},
-    {"statistics", "partial", "harness"},
-    {"run"},
-    {"arch", "card"},
-    {"budget", "exchange", "precision", "asked"},
-    {"stream"},
-    {"activations", "hardware", "outside"},
-    {"protect", "moments", "shards", "progress", "allocation", "snapshots", "measure"},
-    {"reconstruct", "outliers", "recorder", "traffic"},
-    {"mask", "room"},
-    {"planning", "scoring", "generate"},
-    {"planfile", "passes", "search"},
-    {"request", "outcome", "evaluate"},
-    {"footprint"},
-    {"duration"},
-    {"preflight"},
-    {"prune", "worlds"},
-    {"study", "benchmark", "report"},
-]
-PURE = {"stats", "powers", "plan", "clusters", "distances", "scores", "select"}
-PURE |= {"sparsegpt", "alps", "swaps", "refit", "matrix", "ratios"}
-PURE_IMPORTS = {
-    "torch",
-    "numpy",
-    "scipy",
-    "stun",
-    "__future__",
-    "collections",
-    "contextlib",
-    "dataclasses",
-    "json",
-    "math",
-    "pathlib",
-    "threading",
-}
-PURE_FROM_STUN = {"config", "inputs", "plan", "experts", "sparsify", "select_kernel"}
+# A package may import those before it; config and files are modules.
+ORDER = (
+    "config < files < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning < preflight"
+    " < evaluation < report < pruning < benchmark, reference"
+)
+PURE = ("sparsify", "planning/experts")
+PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "json", "math", "threading"}
+PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
 
 
 def imported(file: Path) -> set[str]:
@@ -79,43 +30,43 @@ def imported(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "stun" else {node.module}
     return names
 
 
-def modules() -> dict[str, set[str]]:
-    return {file.stem: imported(file) for file in (ROOT / "stun").glob("*.py") if file.stem != "__init__"}
+def library() -> dict[Path, set[str]]:
+    return {file.relative_to(ROOT / "stun"): imported(file) for file in (ROOT / "stun").rglob("*.py")}
 
 
-def pure_modules() -> dict[str, set[str]]:
-    files = [file for room in ("experts", "sparsify") for file in (ROOT / "stun" / room).glob("*.py")]
-    own = {file.stem: imported(file) for file in files if file.stem != "__init__"}
-    return own | {name: imports for name, imports in modules().items() if name in PURE}
+def test_packages_import_those_before_them():
+    level = {name: depth for depth, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
+    packages = {file.parts[0].removesuffix(".py") for file in library()} - {"__init__", "__main__", "cli"}
+    assert packages == set(level)
+    for file, imports in library().items():
+        own = file.parts[0].removesuffix(".py")
+        others = {name.split(".")[1] for name in imports if name.startswith("stun.")} - {own}
+        assert own not in level or all(level[other] < level[own] for other in others), f"{file} imports {others}"
 
 
-def test_every_module_has_a_place():
-    assert modules().keys() | {"models", "experts", "sparsify", "report", "benchmark"} == set().union(*ORDER)
-
-
-def test_arrows_point_down():
-    level = {name: depth for depth, names in enumerate(ORDER) for name in names}
-    for name, imports in modules().items():
-        for other in level:
-            if f"stun.{other}" in imports and other != name:
-                assert level[other] < level[name], f"{name} imports {other}"
+def test_the_root_is_small_and_every_package_says_what_it_is_for():
+    assert len(list((ROOT / "stun").glob("*.py"))) <= 5
+    for file in (ROOT / "stun").glob("*/__init__.py"):
+        assert ast.get_docstring(ast.parse(file.read_text())), file
 
 
 def test_only_their_owners_import_the_frameworks():
-    for name, imports in modules().items():
-        roots = {i.split(".")[0] for i in imports}
-        assert "deepspeed" not in roots or name == "ranks"
-        assert "torch.distributed" not in imports or name == "ranks"
-        assert not roots & {"hydra", "omegaconf"} or name in ("config", "sweep")
-    for name, imports in pure_modules().items():
-        roots = {i.split(".")[0] for i in imports}
-        assert name in PURE and roots <= PURE_IMPORTS, name
-        own = {i.split(".")[1] for i in imports if i.startswith("stun.")}
-        assert own <= PURE_FROM_STUN, name
+    for file, imports in library().items():
+        roots, name = {i.split(".")[0] for i in imports}, file.as_posix()
+        assert "deepspeed" not in roots or name == "runtime/ranks.py"
+        assert "torch.distributed" not in imports or name == "runtime/ranks.py"
+        assert not roots & {"hydra", "omegaconf"} or name in ("config.py", "reference/train.py"), name
+        if name.startswith(PURE):
+            assert roots - {"stun", "triton"} <= PURE_IMPORTS, name
+            assert {
+                i
+                for i in imports
+                if i.startswith("stun.") and not i.startswith(tuple(f"stun.{p.replace('/', '.')}" for p in PURE))
+            } <= PURE_FROM_STUN, name
     for file in (ROOT / "jobs").glob("*.py"):
         assert not any(i.startswith("jobs.") and i != "jobs.launch" for i in imported(file)), file
 

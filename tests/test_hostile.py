@@ -30,7 +30,7 @@ from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
-from stun.planning.plan_file import plan_from_run
+from stun.planning.from_statistics import plan_from_run
 from stun.pruning.job import prune
 
 SECONDS = 20

@@ -19,8 +19,8 @@ from stun.config import (
     SourceConfig,
     StunError,
 )
+from stun.planning.from_statistics import plan_from_run
 from stun.planning.plan import read_layers
-from stun.planning.plan_file import plan_from_run
 from stun.pruning.job import prune, take_statistics
 from stun.statistics.store import Statistics
 

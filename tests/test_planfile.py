@@ -22,7 +22,7 @@ from stun.config import (
     SparsifyConfig,
     StunError,
 )
-from stun.planning.plan_file import plan_from_run
+from stun.planning.from_statistics import plan_from_run
 from stun.pruning.job import prune
 
 

@@ -34,7 +34,7 @@ from stun.config import (
     StunError,
 )
 from stun.model.architecture import Architecture
-from stun.planning.job import open_job
+from stun.planning.job import resolve_model
 from stun.preflight.activations import Allocations, trace_layers
 from stun.preflight.hardware import GIB, GPUS, Launch, described
 from stun.preflight.job import SURE, check, estimate
@@ -69,7 +69,7 @@ def asked(source, run_dir, **changes) -> PruneConfig:
 def test_bytes_are_those_of_the_run(checkpoint, ranks, tmp_path, family, changes):
     """Read and written to the byte; statistics but for their files' headers."""
     cfg = asked(checkpoint(family), tmp_path / "run", **changes)
-    found = estimate(open_job(cfg), CPU)
+    found = estimate(resolve_model(cfg), CPU)
     summary = prune(cfg, ranks)
     assert found.tokens == 320 and found.layers == len(summary["kept"]) and found.experts == sum(summary["experts"])
     assert sum(sum(read) for read in found.read.values()) == sum(summary["bytes_read"])
@@ -81,16 +81,16 @@ def test_bytes_are_those_of_the_run(checkpoint, ranks, tmp_path, family, changes
 
 def test_compressed_bytes(checkpoint, ranks, tmp_path):
     cfg = asked(checkpoint("mixtral", dtype=torch.bfloat16), tmp_path / "run", compress=True, target=0.6)
-    found, summary = estimate(open_job(cfg), CPU), prune(cfg, ranks)
+    found, summary = estimate(resolve_model(cfg), CPU), prune(cfg, ranks)
     assert abs(found.written / summary["bytes_written"] - 1) < 0.01
 
 
 def test_what_a_run_left_is_not_needed_again(checkpoint, ranks, tmp_path):
     cfg = asked(checkpoint("mixtral"), tmp_path / "run")
-    whole = estimate(open_job(cfg), CPU)
+    whole = estimate(resolve_model(cfg), CPU)
     assert not (tmp_path / "run").exists()
     prune(cfg, ranks)
-    rest = estimate(open_job(cfg), CPU)
+    rest = estimate(resolve_model(cfg), CPU)
     there = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.parent.name in ("model", "stats"))
     assert rest.disk.there == there and list(rest.read) == ["prune"] and list(whole.read) == ["observe", "prune"]
     assert rest.disk.needed < 0.5 * whole.disk.needed
@@ -139,7 +139,7 @@ def test_what_pruning_a_matrix_takes(way, dtype):
 
 def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
     cfg = asked(checkpoint("mixtral"), tmp_path / "run")
-    job = open_job(cfg)
+    job = resolve_model(cfg)
     need = estimate(job, CPU).memory.host
     for there, refused, warned in ((need, 0, 0), (0.9 * need, 0, 1), (SURE * need - 1, 1, 0)):
         lines, refusal = check(job, replace(CPU, host_memory=int(there)))
@@ -157,13 +157,13 @@ def test_advice_is_what_fits(checkpoint, tmp_path):
     """Experts fit on more GPUs; a micro-batch or Gram matrices that are too large in smaller pieces."""
     source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=2)
     long = replace(CALIBRATION, samples=64, length=4096, micro_batch=32)
-    job = open_job(asked(source, tmp_path / "run", calibration=long))
+    job = resolve_model(asked(source, tmp_path / "run", calibration=long))
     _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=56 * GIB))
     assert "2 GPUs would do" in refusal and "calibration.micro_batch=8 would do" in refusal
     one, two = (Footprint(job, replace(GPU, nodes=n, per_node=1)).peak().gpu for n in (1, 2))
     assert two <= 56 * GIB < SURE * one
     how = SparsifyConfig(method=SparsifyMethod.sparsegpt, gram_gib=60)
-    job = open_job(asked(source, tmp_path / "run", sparsify=how))
+    job = resolve_model(asked(source, tmp_path / "run", sparsify=how))
     _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=60 * GIB))
     assert "sparsify.gram_gib=7.5 would do" in refusal
 
@@ -204,7 +204,7 @@ def test_480_billion_parameters(checkpoint, tmp_path):
     """Snowflake Arctic on eight GPUs: 960 GB a stream, more memory on fewer GPUs, and minutes that reading explains."""
     source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=35)
     calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
-    job = open_job(asked(source, tmp_path / "run", calibration=calibration))
+    job = resolve_model(asked(source, tmp_path / "run", calibration=calibration))
     cluster = ClusterConfig(nodes=1, gpus=8, gpu="h100", host_gib=2048, read_gib_s=4)
     launch = described(cluster, job.arch, base=GIB)
     found = estimate(job, launch)
@@ -225,7 +225,7 @@ def test_480_billion_parameters_on_several_numbers_of_gpus(checkpoint, ranks, tm
     """Reading bounds all of them until the disk is fast; a node's disk is read by all its GPUs."""
     source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=35)
     calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
-    job = open_job(asked(source, tmp_path / "run", calibration=calibration))
+    job = resolve_model(asked(source, tmp_path / "run", calibration=calibration))
     slow = ClusterConfig(gpu="h200", host_gib=2048, read_gib_s=5, worlds=[1, 8, 64])
     rows = {}
     for name, cluster in {"slow": slow, "fast": replace(slow, read_gib_s=1000, gpu="a100-40", worlds=[1, 8])}.items():
@@ -250,13 +250,13 @@ def test_products_are_those_of_transformers(checkpoint, tmp_path):
         model(torch.arange(tokens).view(CALIBRATION.samples, -1) % 256)
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     counting = replace(CPU, speeds=Speeds(1.0, inf, inf), here=0.0)
-    found = estimate(open_job(asked(source, tmp_path / "run")), counting).durations
+    found = estimate(resolve_model(asked(source, tmp_path / "run")), counting).durations
     assert found["observe"].compute == counts["aten.mm"] + counts.get("aten.addmm", 0)
     layers, last = model.config.num_hidden_layers, model.config.hidden_size * model.config.intermediate_size
     skipped = 2 * tokens * layers * model.config.num_experts_per_tok * last + found["observe"].compute / layers
     assert found["prune"].compute == 2 * found["observe"].compute - skipped
     by_number = asked(source, tmp_path / "run", experts=ExpertsConfig(score=Score.index))
-    assert list(estimate(open_job(by_number), counting).durations) == ["prune"]
+    assert list(estimate(resolve_model(by_number), counting).durations) == ["prune"]
 
 
 @pytest.mark.launch

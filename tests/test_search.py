@@ -12,16 +12,12 @@ from test_heterogeneous import target_of
 from test_stream import captured
 from zoo import make_checkpoint
 
-from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig, StunError
-from stun.data import calibration_samples, load_tokenizer
-from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
-from stun.planning.budget import measure_layers, reachable
-from stun.planning.plan_file import plan_from_run
+from stun.planning.from_statistics import plan_from_run
+from stun.planning.job import resolve
 from stun.pruning.job import prune, take_statistics
 from stun.pruning.search import search_fraction
-from stun.statistics.store import Statistics
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_batch=2)
 
@@ -36,12 +32,10 @@ def test_error_is_brute_force(tmp_path, ranks):
     source = make_checkpoint(tmp_path / "source", "qwen3_moe")
     cfg = config(source, tmp_path / "run", target_of(source, 4), sparsify=SparsifyConfig(scope=[]))
     take_statistics(cfg, ranks)
-    arch, stats = Architecture(Checkpoint.open(source)), Statistics(tmp_path / "run" / "stats")
-    sizes = measure_layers(arch, [])
-    fractions = reachable(cfg, arch, sizes)
-    assert fractions[-1] == 1.0 and 0.5 not in fractions, "without single weights to remove only whole experts reach the target"
-    samples = calibration_samples(CALIBRATION, load_tokenizer(source), 260)
-    (found,) = set(search_fraction(cfg, arch, sizes, samples, fractions, ranks, stats).values())  # all drop the same experts
+    job = resolve(cfg, ranks)
+    assert job.fractions[-1] == 1.0 and 0.5 not in job.fractions, "without weights to remove only whole experts reach the target"
+    samples = job.samples
+    (found,) = set(search_fraction(job, ranks).values())  # all drop the same experts
 
     cfg.experts.fraction, cfg.experts.kappa = 1.0, 0
     cfg.experts.representative = type(cfg.experts.representative).score

@@ -19,7 +19,8 @@ from stun.benchmark.checkpoints import forget
 from stun.benchmark.limits import DeviceMeter
 from stun.config import BenchmarkConfig
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerQuota, experts_to_drop, layer_quotas, measure_layers, quota_of
+from stun.planning.budget import LayerQuota, layer_quotas, measure_layers, quota_of
+from stun.planning.job import Job, plan_of_counts
 from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
 from stun.preflight.time import forward_flop
@@ -43,7 +44,8 @@ class LayerPhases:
 
     def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
         self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
-        self.layout, self.sizes = arch.layers[0], measure_layers(arch, cfg.sparsify.scope)
+        self.layout, sizes = arch.layers[0], measure_layers(arch, cfg.sparsify.scope)
+        self.job = Job(cfg, arch, sizes, plan_of_counts(cfg, arch, sizes))
         self.stream = LayerStream(arch, ranks, arch.layers, [even_owners(self.layout, ranks.world)])
         self.tokens = sum(hidden_BTD.shape[:2].numel() for hidden_BTD in states.hidden)
         self.work: dict[str, tuple[str, int]] = {}
@@ -93,7 +95,7 @@ class LayerPhases:
         """What the second stream does to a layer."""
         enter, stream, cfg = self.meter.enter, self.stream, self.cfg
         enter("select")
-        plan = make_plan(cfg, self.arch, self.sizes, experts_to_drop(cfg, self.sizes, self.arch), statistics)
+        plan = make_plan(self.job, statistics)
         own = plan.layers[0]
         enter("records")
         expert_powers(layer, self.ranks.workers)  # the first stream's
@@ -104,7 +106,7 @@ class LayerPhases:
         enter("records")
         powers.experts_left(is_changed=own.mean or len(kept) < own.experts)
         enter("measure")
-        quota = quota_of(own, kept, layer_quotas(self.sizes, plan)[0])
+        quota = quota_of(own, kept, layer_quotas(self.job.sizes, plan)[0])
         stream.build(layer)
         mask_layer(stream, layer, self.states, quota, cfg.sparsify)
         enter("propagate")
@@ -114,7 +116,7 @@ class LayerPhases:
         tensors = own_tensors(stream, layer)
         nonzero_by_kind(self.layout, tensors, self.ranks.workers)
         enter("write")
-        entry = write_shard(self.folder, "layer.safetensors", tensors, cfg.compress)
+        entry = write_shard(self.folder, "layer.safetensors", tensors)
         enter("")
         self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # each is read and written
         dense, left = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)

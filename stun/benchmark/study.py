@@ -14,8 +14,8 @@ from statistics import mean, stdev
 from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
 from stun.evaluation.job import evaluate
 from stun.files import load_json, write_json
-from stun.planning.plan_file import plan_from_run
-from stun.planning.validation import validate
+from stun.planning.from_statistics import plan_from_run
+from stun.planning.job import resolve_model
 from stun.pruning.job import prune, take_statistics
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
@@ -37,7 +37,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan")):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
     for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
-        validate(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
+        resolve_model(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
         if own.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)

@@ -1,6 +1,7 @@
 """A checkpoint's model without its weights: transformers' modules on the meta device, for every family alike.
 
-Router rules, masks and rotary embeddings all come from transformers, whose internals only this package touches. What a family needs beyond that is its entry in `stun.model.families`.
+Router rules, masks and rotary embeddings all come from transformers, whose internals only this package touches. What
+a family needs beyond that is its entry in `stun.model.families`.
 """
 
 from __future__ import annotations

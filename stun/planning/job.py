@@ -1,4 +1,4 @@
-"""What is asked of a model, in numbers: everything that a run needs follows from it and the headers."""
+"""A job: what is asked of a model, resolved. Every check of a request to prune is made here, once, for all who need one."""
 
 from __future__ import annotations
 
@@ -6,65 +6,136 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stun.checkpoint.reader import Checkpoint
-from stun.config import ExpertsMethod, PruneConfig, Representative
-from stun.run.folder import ABOUT, STATISTICS
+from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerSize, experts_to_drop, make_budget, measure_layers, reachable
-from stun.planning.make import reads_statistics
+from stun.model.precision import check_alike, compute_dtype
+from stun.planning.budget import LayerSize, check_pattern, experts_to_drop, make_budget, measure_layers, reachable
+from stun.planning.layer_ratios import check_ratios
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
+from stun.planning.protection import check_listed
 from stun.planning.validation import validate
+from stun.run.folder import ABOUT, MANIFEST, STATISTICS
+from stun.run.identity import observed
+from stun.runtime.ranks import Ranks
+from stun.statistics.store import Statistics
+from stun.tracking.tracker import check_tracking
+
+HELD_OUT = 8  # the search for the best split holds out one sample in so many
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a model: `plan` has at least the right numbers of experts, `candidates` are splits to be searched."""
+    """A request that can be met.
+
+    `plan` is the plan given, or one with the numbers of the plan to be made, which does not know yet who is kept. `fractions` are
+    the splits to be searched where experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the
+    calibration tokens, None where nothing reads any.
+    """
 
     cfg: PruneConfig
     arch: Architecture
     sizes: list[LayerSize]
     plan: Plan
     is_given: bool = False
-    candidates: int = 0
+    fractions: tuple[float, ...] = ()
+    samples: Samples | None = None
+
+    @property
+    def drops(self) -> list[int]:
+        """Experts that each layer loses; with the global budget only the sum counts."""
+        return [layer.experts - len(layer.clusters) for layer in self.plan.layers]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Those of the first stream: in the run's own folder, or in the one it is told to use."""
+        return Statistics(Path(self.cfg.statistics or self.cfg.run_dir) / STATISTICS)
+
+    @property
+    def reads_statistics(self) -> bool:
+        """Whether the plan takes statistics of the first stream."""
+        chooses = any(self.drops) and not self.is_given and self.cfg.experts.reads_statistics
+        return bool(chooses or (self.plan.zeros and self.cfg.sparsify.counts_outliers) or self.fractions)
 
     @property
     def streams(self) -> dict[str, bool]:
-        """The streams over the layers, and whether each runs the model."""
-        drops, how = any(len(layer.clusters) < layer.experts for layer in self.plan.layers), self.cfg.sparsify
-        chooses = drops and not self.is_given and reads_statistics(self.cfg.experts)
-        observes = chooses or (self.plan.zeros and how.counts_outliers) or self.candidates
+        """The streams over the layers that are still to run, and whether each computes the model."""
         is_there = self.cfg.statistics or (Path(self.cfg.run_dir) / STATISTICS / ABOUT).is_file()
-        first = {"observe": True} if observes and not is_there else {}
-        search = {"search": True} if self.candidates else {}
-        return first | search | {"prune": bool(self.plan.zeros and how.reads_inputs)}
+        first = {"observe": True} if self.reads_statistics and not is_there else {}
+        search = {"search": True} if self.fractions else {}
+        return first | search | {"prune": bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run folder says that it is complete."""
+        return (Path(self.cfg.run_dir) / MANIFEST).is_file()
+
+    def with_fraction(self, fraction: float) -> Job:
+        """The job with one split of the target. Raises StunError where it cannot be."""
+        cfg = replace(self.cfg, experts=replace(self.cfg.experts, fraction=fraction))
+        return replace(self, cfg=cfg, plan=plan_of_counts(cfg, self.arch, self.sizes), fractions=())
 
 
-def open_job(cfg: PruneConfig) -> Job:
-    """The job that a configuration asks for. Raises StunError where it cannot be."""
-    validate(cfg)
+def resolve(cfg: PruneConfig, ranks: Ranks) -> Job:
+    """The job that a configuration asks for, with its calibration tokens. All ranks call this together.
+
+    Raises StunError, before anything is computed or written, where the request cannot be met.
+    """
+    job = resolve_model(cfg)
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
+    check_alike(job.arch, ranks)
+    samples = ranks.on_first(lambda: _samples(job)) if cfg.target else None
+    job = replace(job, samples=samples)
+    if cfg.statistics and samples:
+        ranks.on_first(lambda: job.statistics.check(statistics_identity(job, ranks)))
+    return job
+
+
+def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
+    """The job of the first stream alone, which removes nothing: what is asked of experts and weights does not matter to it.
+
+    All ranks call this together. Raises StunError as `resolve` does.
+    """
+    experts = replace(cfg.experts, fraction=0.0)
+    dense = replace(cfg, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), plan="", statistics="", target=0.0)
+    job = resolve(dense, ranks)
+    return replace(job, cfg=cfg, samples=ranks.on_first(lambda: _samples(job)))
+
+
+def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
+    """The job that a configuration asks for, before its calibration text is read: from the model's headers alone.
+
+    `sources` names the calibration sources where the configuration has none, since statistics are there. Raises StunError where
+    the request cannot be met.
+    """
+    validate(cfg, sources)
     arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
     sizes = measure_layers(arch, cfg.sparsify.scope)
-    given = read_plan(cfg.plan, arch, sizes, cfg, cfg.target) if cfg.plan else None
-    return make_job(cfg, arch, sizes, given)
+    check_ratios(cfg.sparsify, arch)
+    check_pattern(cfg.sparsify, arch)
+    if cfg.plan:
+        return Job(cfg, arch, sizes, read_plan(cfg.plan, arch, sizes, cfg, cfg.target), is_given=True)
+    _check_loadable(cfg, arch)
+    is_auto = cfg.experts.fraction == "auto"
+    fractions = reachable(cfg, arch, sizes) if is_auto else [cfg.experts.fraction]
+    job = Job(cfg, arch, sizes, Plan(0, 0, 0, 0, 0, [])).with_fraction(min(fractions))
+    check_listed(cfg, arch, [0] * len(arch.layers) if is_auto else job.drops)
+    return replace(job, cfg=cfg, fractions=tuple(fractions) if is_auto else ())
 
 
-def make_job(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], given: Plan | None) -> Job:
-    """The job with the plan `given`, or one that has the numbers of the plan to be made. Of splits to be searched it is the one
-    that leaves most experts."""
-    if given:
-        return Job(cfg, arch, sizes, given, is_given=True)
-    fractions = reachable(cfg, arch, sizes) if cfg.experts.fraction == "auto" else []
-    own = replace(cfg, experts=replace(cfg.experts, fraction=min(fractions))) if fractions else cfg
-    plan = stand_in(own, arch, sizes, experts_to_drop(own, sizes, arch))
-    return Job(cfg, arch, sizes, plan, candidates=len(fractions))
+def statistics_identity(job: Job, ranks: Ranks) -> dict:
+    """What decides the statistics that this launch would take."""
+    return observed(job.cfg, job.arch.source, job.samples, compute_dtype(job.arch, ranks.device))
 
 
-def stand_in(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int]) -> Plan:
+def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Plan:
     """A plan that drops as many experts as the one to be made will; who they are it does not know.
 
-    Where representatives may have to be found by their weights, all experts are taken to be read for it.
+    Where representatives may have to be found by their weights, all experts are taken to be read for it. Raises StunError where
+    the target cannot be met.
     """
-    how = cfg.experts
+    how, drops = cfg.experts, experts_to_drop(cfg, sizes, arch)
     reads_all = how.method is not ExpertsMethod.rank and how.representative is Representative.nearest
     layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
@@ -75,8 +146,26 @@ def stand_in(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops
 
 
 def _layer(experts: int, drop: int, reads_all: bool) -> LayerPlan:
-    stay = experts - drop
-    clusters = [[expert] for expert in range(stay)]
-    for expert in range(stay, experts) if reads_all else ():
-        clusters[(expert - stay) * stay // drop % stay].append(expert)
-    return LayerPlan(experts, clusters, [] if reads_all and drop else list(range(stay)), nearest=bool(reads_all and drop))
+    count = experts - drop
+    clusters = [[expert] for expert in range(count)]
+    for expert in range(count, experts) if reads_all else ():
+        clusters[(expert - count) * count // drop % count].append(expert)
+    return LayerPlan(experts, clusters, [] if reads_all and drop else list(range(count)), nearest=bool(reads_all and drop))
+
+
+def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
+    """Raise StunError where the budget asks for what the checkpoint's form cannot hold."""
+    if cfg.experts.budget is Budget["global"] and (cfg.experts.fraction or cfg.sparsify.pattern) and arch.cannot_differ:
+        why = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
+        raise StunError(f"experts.budget=global: {why}. Use experts.budget=uniform")
+
+
+def _samples(job: Job) -> Samples:
+    """The calibration tokens. Raises StunError where the text is missing, too short, or too short to hold any out."""
+    arch = job.arch
+    samples = calibration_samples(job.cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
+    for name, count in samples.sources.items() if job.fractions else ():
+        if count < HELD_OUT:
+            few = f"source {name!r} has {count} samples"
+            raise StunError(f"experts.fraction=auto: {few}; {HELD_OUT} are needed to hold some out")
+    return samples

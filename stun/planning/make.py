@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, Score, StunError
+from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
-from stun.planning.budget import LayerSize, floor_of, make_budget
+from stun.planning.budget import floor_of, make_budget
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import score_experts
 from stun.planning.experts.select import Evidence, select_experts
+from stun.planning.job import Job
 from stun.planning.layer_ratios import set_ratios
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.protection import protected_experts
@@ -19,26 +20,13 @@ from stun.statistics.router import router_distance
 from stun.statistics.store import Statistics
 
 
-def check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
-    """Raises StunError where the budget asks for what the checkpoint's form cannot hold."""
-    if cfg.experts.budget is Budget["global"] and (cfg.experts.fraction or cfg.sparsify.pattern) and arch.cannot_differ:
-        why = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
-        raise StunError(f"experts.budget=global: {why}. Use experts.budget=uniform")
+def make_plan(job: Job, stats: Statistics | None) -> Plan:
+    """The plan of a job, which has none yet.
 
-
-def reads_statistics(how: ExpertsConfig) -> bool:
-    """Whether choosing experts takes more than the routers' rows."""
-    alike_by_use = how.lambda2 or how.lambda3
-    special_by_use = how.protect.super_experts or how.protect.domain_share
-    return bool(how.score is not Score.index or alike_by_use or special_by_use)
-
-
-def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drops: list[int], stats: Statistics | None) -> Plan:
-    """The plan for `drops` experts to leave each layer (with the global budget only their sum counts).
-
-    `stats` may be None where nobody leaves, or the routers' rows say who, and no outliers are counted. Raises StunError where
-    protected experts do not allow it.
+    `stats` may be None where no expert is removed, or the routers' rows decide, and no outliers are counted. Raises StunError
+    where protected experts do not allow it.
     """
+    cfg, arch, sizes, drops = job.cfg, job.arch, job.sizes, job.drops
     layers = [LayerPlan.of(layout.num_experts, [[e] for e in range(layout.num_experts)]) for layout in arch.layers]
     moe = [layout.index for layout in arch.layers if layout.experts]
     if any(drops):
@@ -54,6 +42,15 @@ def make_plan(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], drop
     plan.layers, plan.mtp = layers, _plan_heads(cfg, arch, [len(layers[index].clusters) for index in moe])
     set_ratios(plan, cfg.sparsify, arch, sizes, stats)
     return plan
+
+
+def complete_plan(job: Job) -> Plan:
+    """The plan given, its ratios filled in, or one made from the statistics of the job, which are complete where it reads any."""
+    stats = job.statistics if job.statistics.complete else None
+    if not job.is_given:
+        return make_plan(job, stats)
+    set_ratios(job.plan, job.cfg.sparsify, job.arch, job.sizes, stats)
+    return job.plan
 
 
 def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics | None) -> list[Evidence]:

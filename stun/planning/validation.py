@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 from stun.config import (
     ExpertsConfig,
@@ -13,7 +12,6 @@ from stun.config import (
     Score,
     SparsifyConfig,
     StunError,
-    TrackingConfig,
 )
 
 
@@ -22,27 +20,25 @@ def _require(ok: bool, key: str, value: object, allowed: str) -> None:
         raise StunError(f"{key}={value}: {allowed}")
 
 
-def validate(cfg: PruneConfig) -> None:
-    """Refuse values that no model could be pruned with. Raises StunError."""
+def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
+    """Refuse values that no model could be pruned with. Raises StunError.
+
+    `sources` names the calibration sources of statistics that are there; without it the configuration's own are checked too.
+    """
     calibration = cfg.calibration
-    validate_experts(cfg, list(calibration.sources))
+    _validate_experts(cfg, list(calibration.sources) if sources is None else sources)
+    if sources is not None:
+        return
     for key in ("samples", "length", "micro_batch"):
         value = getattr(calibration, key)
         _require(value >= 1, f"calibration.{key}", value, "at least 1")
     _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
     for name, source in calibration.mixture.items():
         _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
-    validate_tracking(cfg.tracking)
     _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
 
 
-def validate_tracking(tracking: TrackingConfig) -> None:
-    """Refuse what W&B takes for no project. Raises StunError."""
-    fits = re.fullmatch(r"[\w. -]{1,128}", tracking.project)
-    _require(bool(fits), "tracking.project", tracking.project, "letters, digits, spaces, `-`, `_` and `.`, up to 128 of them")
-
-
-def validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
+def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     """Refuse values that no plan could be made with; `sources` are the names of the calibration sources. Raises StunError."""
     experts = cfg.experts
     _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")

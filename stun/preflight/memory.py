@@ -72,7 +72,13 @@ class Footprint:
 
     def __init__(self, job: Job, launch: Launch):
         self.job, self.launch = job, launch
-        self.arch, self.cfg, self.plan, self.streams, self.candidates = job.arch, job.cfg, job.plan, job.streams, job.candidates
+        self.arch, self.cfg, self.plan, self.streams, self.candidates = (
+            job.arch,
+            job.cfg,
+            job.plan,
+            job.streams,
+            len(job.fractions),
+        )
         arch, plan = job.arch, job.plan
         self.dtype = compute_dtype(arch, launch.device)
         self.layers = [self._weights(*pair) for pair in zip(arch.layers, plan.layers, strict=True)]

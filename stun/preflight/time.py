@@ -107,7 +107,7 @@ class _Computing:
             blocks = max((self.footprint.blocks(index) for index in range(layers)), default=1)
             once += blocks * (2 if how.reconstruct else 1) * self._measure()
         if stream == "search":
-            return job.candidates * (once + self._run())
+            return len(job.fractions) * (once + self._run())
         propagate = self._run() * (layers - 1) / layers if job.streams["prune"] else 0.0  # nothing follows the last one
         return once + propagate + self._count(_WRITTEN * (job.plan.parameters - job.plan.dropped))
 

@@ -1,4 +1,4 @@
-"""The two streams over the decoder layers: `observe` (dense) and `prune_layers` (drop, measure, mask, propagate, write)."""
+"""The second stream: experts are dropped, inputs measured, masks made, states propagated, layers written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from stun.config import SparsifyConfig, StunError
-from stun.model.architecture import Architecture
-from stun.planning.budget import LayerQuota, quota_of
-from stun.planning.plan import LayerPlan, cluster_owners
+from stun.config import StunError
+from stun.planning.budget import layer_quotas, quota_of
+from stun.planning.job import Job
+from stun.planning.plan import LayerPlan, Plan, cluster_owners
 from stun.pruning.mask import Masked, mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
@@ -62,21 +62,20 @@ def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Re
 
 
 def prune_layers(
-    arch: Architecture,
+    job: Job,
+    plan: Plan,
     states: States | None,
-    plans: list[LayerPlan],
-    quotas: list[LayerQuota],
-    how: SparsifyConfig,
     ranks: Ranks,
     recorder: Recorder,
     write: Callable[[str, dict[str, torch.Tensor]], dict],
 ) -> PruneResult:
-    """Prune and write every layer on the hidden states that the already pruned layers before it produce, then the experts of
+    """Every layer pruned and written, on the hidden states that the already pruned layers before it produce; then the experts of
     multi-token-prediction heads, which lose experts but no single weights.
 
     `write(name, tensors)` puts a file of this rank on disk and returns its entry for the `recorder`, which knows the layers that
-    are finished already. Without `states` nothing is measured: the quotas must all be zero, or `how` one that reads no inputs.
+    are finished already. Without `states` nothing is measured: the plan removes no single weights, or by their size alone.
     """
+    arch, plans, quotas = job.arch, [*plan.layers, *plan.mtp], layer_quotas(job.sizes, plan)
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
@@ -95,7 +94,7 @@ def prune_layers(
             if states is not None:
                 stream.build(layer)
             quota = quota_of(plans[index], kept, quotas[index])
-            masked = mask_layer(stream, layer, states, quota, how)
+            masked = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
             if states is not None and index + 1 < len(arch.layers):  # nothing follows the last one
                 ranks.meter.enter("propagate")
                 stream.build(layer)

@@ -13,39 +13,27 @@ from dataclasses import replace
 
 import torch
 
-from stun.config import PruneConfig, Representative, SparsifyConfig, StunError
+from stun.config import Representative, SparsifyConfig, StunError
 from stun.data import Samples
-from stun.model.architecture import Architecture
-from stun.planning.budget import LayerQuota, LayerSize, experts_to_drop, layer_quotas, quota_of
+from stun.planning.budget import LayerQuota, layer_quotas, quota_of
+from stun.planning.job import HELD_OUT, Job
 from stun.planning.make import make_plan
 from stun.planning.plan import Plan
 from stun.pruning.mask import mask_layer
 from stun.runtime.ranks import Ranks
-from stun.statistics.store import Statistics
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
 
-_HELD_OUT = 8  # one sample in so many
 
-
-def search_fraction(
-    cfg: PruneConfig,
-    arch: Architecture,
-    sizes: list[LayerSize],
-    samples: Samples,
-    fractions: list[float],
-    ranks: Ranks,
-    stats: Statistics,
-) -> dict[float, float]:
-    """The error at each of `fractions`: ||Y' - Y||^2 / ||Y||^2, with Y the dense last layer's output and Y' the pruned one's.
-
-    All ranks call this together; `check_samples` has found nothing.
-    """
-    plans = ranks.on_first(lambda: _candidates(cfg, arch, sizes, fractions, stats))
-    quotas = {f: layer_quotas(sizes, plan) for f, plan in plans.items()}
+def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
+    """The error at each of the job's fractions: ||Y' - Y||^2 / ||Y||^2, with Y the dense last layer's output and Y' the pruned
+    one's. All ranks call this together; the job's statistics are there."""
+    cfg, arch = job.cfg, job.arch
+    plans = ranks.on_first(lambda: _candidates(job))
+    quotas = {f: layer_quotas(job.sizes, plan) for f, plan in plans.items()}
     size, read = cfg.calibration.micro_batch, arch.source.read
-    states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(samples))
+    states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     own = {fraction: (states, held) for fraction in plans}
@@ -57,22 +45,20 @@ def search_fraction(
         for fraction, plan in plans.items():
             kept = plan.layers[layer.layout.index].kept
             quota = quota_of(plan.layers[layer.layout.index], kept, quotas[fraction][layer.layout.index])
-            own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, *own[fraction])
+            own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
     progress.close()
     return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}
 
 
-def _candidates(
-    cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize], fractions: list[float], stats: Statistics
-) -> dict[float, Plan]:
+def _candidates(job: Job) -> dict[float, Plan]:
     """A plan, its representatives known without looking at weights, for each fraction that protected experts allow."""
     plans, refused = {}, None
-    for fraction in fractions:
-        how = replace(cfg.experts, fraction=fraction, representative=Representative.score, kappa=0)
-        own = replace(cfg, experts=how)
+    experts = replace(job.cfg.experts, representative=Representative.score, kappa=0)
+    by_score = replace(job, cfg=replace(job.cfg, experts=experts))
+    for fraction in job.fractions:
         try:
-            plans[fraction] = make_plan(own, arch, sizes, experts_to_drop(own, sizes, arch), stats)
+            plans[fraction] = make_plan(by_score.with_fraction(fraction), job.statistics)
         except StunError as error:
             refused = error  # this split cannot be; the others may
     if not plans:
@@ -80,27 +66,20 @@ def _candidates(
     return plans
 
 
-def check_samples(samples: Samples) -> None:
-    """Raises StunError where a calibration source has too few samples to hold any out."""
-    for name, count in samples.sources.items():
-        if count < _HELD_OUT:
-            few = f"source {name!r} has {count} samples"
-            raise StunError(f"experts.fraction=auto: {few}; {_HELD_OUT} are needed to hold some out")
-
-
 def _split(samples: Samples) -> tuple[Samples, Samples]:
     """The samples without the last eighth of every source, and these."""
     parts = list(zip(samples.sources, samples.tokens_ST.split(list(samples.sources.values())), strict=True))
-    cuts = {name: len(part) - len(part) // _HELD_OUT for name, part in parts}
+    cuts = {name: len(part) - len(part) // HELD_OUT for name, part in parts}
     first = Samples(torch.cat([part[: cuts[name]] for name, part in parts]), cuts)
     last = Samples(torch.cat([part[cuts[name] :] for name, part in parts]), {n: len(part) - cuts[n] for n, part in parts})
     return first, last
 
 
 def _through(
-    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, how: SparsifyConfig, states: States, held: States
+    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, how: SparsifyConfig, both: tuple[States, States]
 ) -> tuple[States, States]:
-    """The states and the held-out ones after a pruned copy of the layer."""
+    """The states and the held-out ones after a pruned copy of the layer, from `both` before it."""
+    states, held = both
     own = Layer(
         layer.layout,
         {name: tensor.clone() for name, tensor in layer.dense.items()},

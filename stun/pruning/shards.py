@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from stun.checkpoint.compressed import compress
 from stun.checkpoint.headers import read_header
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
@@ -49,15 +48,13 @@ def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.
     return joined_E
 
 
-def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], is_compressed: bool) -> dict:
+def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict:
     """Write one file, `name` in `folder`, where there are tensors at all; returns the entry for it: `file` and the bytes of its
     `tensors`. They must not change any more."""
     if not tensors:
         return {"file": None, "tensors": {}}
-    stored, metadata = {key: to_host(tensor) for key, tensor in tensors.items()}, None
-    if is_compressed:
-        stored, metadata = compress(stored)
-    write_tensors(folder / name, stored, metadata)
+    stored = {key: to_host(tensor) for key, tensor in tensors.items()}
+    write_tensors(folder / name, stored)
     return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in stored.items()}}
 
 

@@ -8,10 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from stun.config import PruneConfig
 from stun.files import load_json, write_json
-from stun.model import runtimes as serving
-from stun.model.architecture import Architecture
+from stun.model import runtimes
+from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.pruning.layers import PruneResult
 from stun.run.folder import Run
@@ -31,10 +30,11 @@ def command_line(arguments: list[str]) -> str:
     return shlex.join([*start, *(_SECRET.sub("***", _SECRET_KEY.sub(r"\1***", word)) for word in rest)])
 
 
-def summarise(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneResult, run: Run, ranks: Ranks, seconds: float):
-    """The summary in manifest.json. All ranks call this together."""
+def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks) -> dict:
+    """The summary in manifest.json, but for the seconds it took. All ranks call this together."""
+    cfg, arch = job.cfg, job.arch
     kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
-    loads = serving.runtimes(arch.model_type, kept)
+    loads = runtimes.runtimes(arch.model_type, kept)
     return {
         "target": plan.target,
         "sparsity": 1 - result.nonzero / plan.parameters,
@@ -43,11 +43,10 @@ def summarise(cfg: PruneConfig, arch: Architecture, plan: Plan, result: PruneRes
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
-        "loads_in": serving.of_compressed(loads) if cfg.compress else loads,
+        "loads_in": loads,
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,
-        "seconds": seconds,
         "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
         "bytes_read": ranks.gather_objects(arch.source.bytes_read),
         "read_bytes_per_second": ranks.gather_objects(ranks.meter.bytes_read / max(ranks.meter.read_seconds, 1e-9)),
@@ -69,8 +68,9 @@ def save_observed(run: Run) -> None:
         write_json(run.folder / FILE, {"observe": [observed_layer(own) for own in entries]})
 
 
-def save_layers(cfg: PruneConfig, arch: Architecture, result: PruneResult, run: Run) -> dict:
+def save_layers(job: Job, result: PruneResult, run: Run) -> dict:
     """Write layers.json of a run that prunes; returns its content."""
+    cfg, arch = job.cfg, job.arch
     own = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
     shared = Path(cfg.statistics) / FILE if cfg.statistics else None
     seen = own or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])

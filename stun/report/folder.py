@@ -37,7 +37,7 @@ class RunFolder:
             raise StunError(f"folder={path}: holds no run; give a run_dir of jobs.prune, or a folder with such folders in it")
         if "config" not in identity:
             raise StunError(f"folder={path}: holds statistics alone; a run that prunes (jobs.prune) has a report")
-        summary = Run(path).summary
+        summary = Run(path).read_summary()
         if summary is None:
             raise StunError(f"folder={path}: the run is not complete; the command that began it goes on")
         stats = _statistics(path, summary, identity)

@@ -32,7 +32,7 @@ def runs_in(folder: Path) -> dict[str, dict | str]:
 
 def _state(folder: Path) -> dict | str:
     try:
-        summary, result = Run(folder).summary, folder / RESULT
+        summary, result = Run(folder).read_summary(), folder / RESULT
         if summary:
             return summary | ({"result": load_json(result)} if result.is_file() else {})
         progress = folder / "progress"

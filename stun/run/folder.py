@@ -24,6 +24,7 @@ from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import MARK, own_folder, release, remove_written, run_id
 
+MANIFEST = "manifest.json"  # written last of all
 STATISTICS, ABOUT = "stats", "about.json"  # the folder of statistics; the file in it that is written last
 # What only an unfinished run needs: folders, and the files in them that it writes.
 _PART = r"\.?\w+-\d{5}-\d+-of-\d+"
@@ -42,6 +43,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder, self.model, self.stats = folder, folder / "model", folder / STATISTICS
+        self.summary: dict | None = None
 
     @classmethod
     def open(cls, run_dir: str, identity: dict) -> Run:
@@ -65,7 +67,7 @@ class Run:
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            if not (run.folder / "manifest.json").exists():
+            if not (run.folder / MANIFEST).exists():
                 hold(run.folder, f"run_dir={run_dir}")
                 write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
                 run._own_folders()
@@ -84,10 +86,9 @@ class Run:
         for folder in filter(os.path.lexists, later):
             own_folder(folder, name)
 
-    @property
-    def summary(self) -> dict | None:
+    def read_summary(self) -> dict | None:
         """The finished run's summary, None while it is not finished."""
-        manifest = self.folder / "manifest.json"
+        manifest = self.folder / MANIFEST
         if not manifest.is_file():
             return None
         summary = load_json(manifest).get("summary")
@@ -97,7 +98,7 @@ class Run:
 
     def finish(self, summary: dict) -> None:
         """Declare the run complete, and remove what only an unfinished one needs."""
-        write_json(self.folder / "manifest.json", {"summary": summary})
+        write_json(self.folder / MANIFEST, {"summary": summary})
         self.clear()
 
     def clear(self) -> None:

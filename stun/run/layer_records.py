@@ -4,8 +4,9 @@
 rank) and `peak_bytes` (of the rank that held most, since the layer before). In the second stream also
 
 kinds      kind of tensor -> `parameters` before and `nonzero` after; experts that left count as removed
-kurtosis   kind, or `scope` for all in the configured scope -> stage -> kurtosis of the matrices (stun.run.kurtosis). Stages: `dense`,
-           `experts_left`, and `weights_left`, of the non-zero weights then; null where it was not measured or is not defined
+kurtosis   kind, or `scope` for all in the configured scope -> stage -> kurtosis of the matrices (stun.run.kurtosis). Stages:
+           `dense`, `experts_left`, and `weights_left`, of the non-zero weights then;
+           null where it was not measured or is not defined
 saliency   `all` and `removed`: bin -> weights with such a score (stun.sparsify.saliency); only where single weights left
 
 and in the first one `powers`: sums of powers of the dense experts.

@@ -8,13 +8,14 @@ from collections import defaultdict
 
 class Meter:
     """Cheap enough to be always on. `seconds[stream][phase]` adds up; `bytes_read` and `tokens` (run through a layer, as often as
-    they are) count from the start of the process, `read_seconds` are those of the thread that reads."""
+    they are) count from the start of the process, `read_seconds` are those of the thread that reads.
+    `began` is when the job did."""
 
     def __init__(self) -> None:
         self.stream = self.phase = ""
         self.seconds: dict[str, dict[str, float]] = {}
         self.bytes_read, self.read_seconds, self.tokens = 0, 0.0, 0
-        self._since = time.perf_counter()
+        self.began = self._since = time.perf_counter()
 
     def begin(self, stream: str) -> None:
         """A stream starts, with waiting for its first layer."""

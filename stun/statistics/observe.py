@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +18,15 @@ from stun.statistics.router import router_distance
 from stun.stream.expert_parallel import Layer, Observer
 from stun.stream.layer_stream import LayerStream, States, even_owners
 from stun.stream.progress import Progress
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the first stream tells apart: the calibration source of every micro-batch (none given: one for all), and whether it
+    counts outliers among scores."""
+
+    sources: list[int] = field(default_factory=list)
+    outliers: bool = False
 
 
 class Watcher(Observer):
@@ -69,15 +79,13 @@ def observe(
     states: States,
     ranks: Ranks,
     save: Callable[[int, dict[str, torch.Tensor]], None],
-    sources: list[int] | None = None,
-    outliers: bool = False,
+    watched: Watched = Watched(),
     recorder: Recorder | None = None,
 ) -> None:
-    """Run the dense model; call `save(layer, statistics)` on the first rank for every layer with experts, or with `outliers` for
-    every layer.
+    """The dense model, run layer by layer; `save(layer, statistics)` is called on the first rank for every layer with experts,
+    or, where outliers are counted, for every layer.
 
-    `sources[m]` numbers the calibration source of micro-batch m; there is one where it is not given. stun.statistics.store says what
-    the statistics are. With a `recorder` it goes on where an interrupted stream ended.
+    stun.statistics.store says what the statistics are. With a `recorder` it goes on where an interrupted stream ended.
     """
     finished = recorder.finished() if recorder else []
     states = recorder.restore(finished, states) if recorder else states
@@ -87,16 +95,16 @@ def observe(
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
         ranks.meter.enter("observe")
-        watcher = Watcher(layer.layout.num_experts, sources or [0] * states.total, ranks)
+        watcher = Watcher(layer.layout.num_experts, watched.sources or [0] * states.total, ranks)
         stream.build(layer)
         start = time.perf_counter()
         watchers = (watcher,) if layer.kept else ()
-        if outliers:
+        if watched.outliers:
             counter = OutlierCounter(stream, layer)
             states = counter.run(states, *watchers)
         else:
             states = stream.run(layer, states, *watchers)
-        totals = (watcher.totals(layer) if layer.kept else {}) | (counter.totals() if outliers else {})
+        totals = (watcher.totals(layer) if layer.kept else {}) | (counter.totals() if watched.outliers else {})
         powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {}
         layer.seconds["compute"] = time.perf_counter() - start
         if ranks.is_first and totals:

@@ -13,8 +13,8 @@ from stun.checkpoint.headers import read_header
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
 from stun.files import is_count, load_json, write_json
-from stun.run.identity import differences
 from stun.run.folder import ABOUT
+from stun.run.identity import differences
 from stun.run.ownership import own_folder, run_id
 from stun.statistics.accumulators import COSINE_UNIT
 
@@ -26,8 +26,8 @@ class Statistics:
 
     A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` and `agreement` [S, E, E]
     int64 (the latter in units of 1 / `cosine_unit`), `powers` [S, E, 3, 3] and `peak` [S, E] float64
-    (stun.statistics.accumulators.OutputPowers), `weights` [E, 3] float64 (stun.statistics.accumulators.weight_sums). Where outliers were asked for, a layer with or
-    without experts also holds histograms of Wanda's scores per token and the sums of these scores (stun.statistics.outliers):
+    (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums). Where outliers were asked for, a layer with
+    or without experts also holds histograms of Wanda's scores per token and the sums of these scores (stun.statistics.outliers):
     `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME` [bins] and `sum of NAME` [] of every dense
     matrix.
     """

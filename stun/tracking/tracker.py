@@ -11,6 +11,7 @@ not the run.
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -77,7 +78,10 @@ class Tracking:
 
 
 def check_tracking(cfg: TrackingConfig) -> None:
-    """Raise StunError, before any work, where what is asked for is not installed or W&B has no key."""
+    """Raise StunError, before any work, where W&B takes the project for none, a package is missing, or W&B has no key."""
+    if not re.fullmatch(r"[\w. -]{1,128}", cfg.project):
+        allowed = "letters, digits, spaces, `-`, `_` and `.`, up to 128 of them"
+        raise StunError(f"tracking.project={cfg.project}: {allowed}")
     for name, asked in {"wandb": cfg.wandb is not Wandb.disabled, "tensorboard": cfg.tensorboard}.items():
         if asked and find_spec(name) is None:
             raise StunError(f"tracking.{name}: the package {name} is missing: pip install {name}")

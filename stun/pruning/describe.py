@@ -1,0 +1,38 @@
+"""What a run says of its job before it starts."""
+
+from __future__ import annotations
+
+from stun.config import Budget
+from stun.model import runtimes
+from stun.planning.job import Job
+
+
+def describe(job: Job) -> str:
+    """What is removed from what, in one line."""
+    arch, plan = job.arch, job.plan
+    experts = sum(layout.num_experts for layout in arch.layers)
+    planned = (plan.dropped + plan.zeros) / plan.parameters
+    reached = "" if abs(planned - plan.target) < 5e-5 else f" ({planned:.4f} with the pattern)"
+    return (
+        f"{arch.config.model_type}, {len(arch.layers)} layers, {plan.parameters / 1e6:.1f}M parameters in them | target "
+        f"{plan.target:g}{reached}: {sum(job.drops)} of {experts} experts are removed, then {plan.ratio:.3f} of the weights in "
+        "scope"
+    )
+
+
+def notices(job: Job) -> list[str]:
+    """What the result will be unusual in."""
+    arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
+    found = []
+    if arch.source.is_fp8:
+        found.append("the source is fp8: weights are multiplied out and written in bfloat16")
+    if arch.mtp and any(job.drops):
+        keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
+        found.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; no single weights of theirs are removed")
+    counts = {layout.num_experts - drop for layout, drop in zip(arch.layers, job.drops, strict=True) if layout.experts}
+    if not is_global and len(counts) == 1:
+        notice = runtimes.warning(max(layout.num_experts for layout in arch.layers), counts.pop())
+        found += [f"warning: {notice}"] if notice else []
+    elif any(job.drops):
+        found.append("warning: layers may keep different numbers of experts; only this package loads that")
+    return found

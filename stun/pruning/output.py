@@ -1,0 +1,72 @@
+"""The second stream's files: shards of the layers, and what belongs around them. The index comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from stun.checkpoint.reader import INDEX
+from stun.checkpoint.writer import copy_extras, extras, write_index
+from stun.files import TEMPLATES, write_json
+from stun.planning.job import Job
+from stun.planning.plan import Plan
+from stun.pruning.layers import PruneResult, prune_layers
+from stun.pruning.shards import hub_names, keep_only, write_shard
+from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
+from stun.run.folder import Run
+from stun.run.ledger import Ledger
+from stun.run.ownership import MARK, own_folder, run_id
+from stun.run.recorder import Recorder
+from stun.runtime.ranks import Ranks
+from stun.stream.layer_stream import embed
+
+
+def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> PruneResult:
+    """The second stream, and the files around it. All ranks call this together."""
+    cfg, arch = job.cfg, job.arch
+    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model)
+    outer: dict[str, torch.Tensor] = {}
+    finished = ranks.on_first(recorder.ledger.finished)
+    outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
+    states = None
+    if plan.zeros and cfg.sparsify.reads_inputs:
+        batches = job.samples.batches(cfg.calibration.micro_batch)
+        states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
+    outer.clear()
+    result = prune_layers(job, plan, states, ranks, recorder, write)
+    result.files.insert(0, outside)
+    ranks.on_first(lambda: _write_around(job, result, run))
+    return result
+
+
+def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
+    """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
+    its other remains are removed. `outer` then holds these tensors."""
+    own_folder(run.model, run_id(run.folder))
+    source, ledger = job.arch.source, Ledger(run.folder / "progress", "outside")
+    known = [entry for entries in ledger.finished() for entry in entries]
+    files = known + [entry for entries in finished for entry in entries]
+    if len(finished) == len(job.arch.layers) + len(job.arch.mtp):  # it may have ended while it gave its files their final names
+        for file, name in hub_names(files).items():
+            if (run.model / name).is_file():
+                (run.model / name).rename(run.model / file)
+    keep_only(run.model, files, {MARK, "config.json", INDEX, CARD, SOURCE_CARD, TEMPLATES, *extras(source.folder)})
+    if not known:
+        outer |= {name: source.read(name) for name in job.arch.outer}
+        known = [write("outside.safetensors", outer)]
+        ledger.record(0, 0, 1, known[0])
+    return known[0]
+
+
+def _write_around(job: Job, result: PruneResult, run: Run) -> None:
+    """Final names for all files, and what belongs to them; the index comes last."""
+    arch, names = job.arch, hub_names(result.files)
+    for file, name in names.items():
+        (run.model / file).rename(run.model / name)
+    copy_extras(arch.source.folder, run.model, skip=(CARD,))
+    keep_source_card(arch.source.folder, run.model)
+    write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in result.kept[: len(arch.layers)]]))
+    shards = {names[entry["file"]]: entry["tensors"] for entry in result.files if entry["file"]}
+    write_index(run.model, dict(sorted(shards.items())))
