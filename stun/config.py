@@ -246,9 +246,8 @@ class SparsifyConfig:
 class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
-    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. With `compress` the
-    checkpoint holds bitmasks and values (stun.checkpoint.compressed) in place of zeros. `statistics` is the folder of a run
-    (jobs.observe) whose statistics this one uses instead of taking its own.
+    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. `statistics` is the
+    folder of a run (jobs.observe) whose statistics this one uses instead of taking its own.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -258,7 +257,6 @@ class PruneConfig:
     target: float = MISSING
     run_dir: str = MISSING
     plan: str = ""
-    compress: bool = False
     statistics: str = ""
     precision: Precision = Precision.auto
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -347,14 +345,6 @@ class EvaluateConfig:
     dense: str = ""
     output: str = MISSING
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-@dataclass
-class ExpandConfig:
-    """Write the compressed checkpoint at `model.path` to the new or empty folder `output` as an ordinary one."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    output: str = MISSING
 
 
 @dataclass
@@ -452,7 +442,6 @@ def register() -> None:
     store.store(name="prune_schema", node=PruneConfig)
     store.store(name="preflight_schema", node=PreflightConfig)
     store.store(name="plan_schema", node=PlanConfig)
-    store.store(name="expand_schema", node=ExpandConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="study_schema", node=StudyConfig)

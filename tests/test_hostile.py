@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import compressed_mutations
 import config_mutations
 import mutations
 import pytest
 import run_mutations
+import scale_mutations
 import torch
 from conftest import load_tensors, same_tensors, stopped_after
 from forms import rewrite
@@ -25,7 +25,6 @@ from selections import TEXT, config
 from test_quantised import fp8
 from zoo import make_checkpoint
 
-from stun.checkpoint.compressed import expand
 from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, SparsifyConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
@@ -260,22 +259,6 @@ def test_calibration_of_other_kinds(planned, tmp_path, warm, name, data):
 
 
 @pytest.fixture(scope="module")
-def packed(planned, tmp_path_factory, warm):
-    """A folder with a compressed checkpoint."""
-    folder = tmp_path_factory.mktemp("packed")
-    prune(replace(request_for(planned), compress=True, run_dir=str(folder / "run")), warm)
-    shutil.copytree(folder / "run" / "model", folder / "model")
-    return folder
-
-
-@pytest.mark.parametrize("mutate, says", cases(compressed_mutations.COMPRESSED))
-def test_compressed(packed, tmp_path, mutate, says):
-    like(packed, tmp_path, "model")
-    mutate(tmp_path / "model")
-    refused(tmp_path, lambda: expand(tmp_path / "model", tmp_path / "output"), says)
-
-
-@pytest.fixture(scope="module")
 def scaled(tmp_path_factory):
     """A folder with a block-scaled fp8 checkpoint."""
     folder = tmp_path_factory.mktemp("scaled")
@@ -286,7 +269,7 @@ def scaled(tmp_path_factory):
 SCALED = "model.layers.1.mlp.experts.0.up_proj.weight"
 
 
-@pytest.mark.parametrize("change, says", cases(compressed_mutations.SCALES))
+@pytest.mark.parametrize("change, says", cases(scale_mutations.SCALES))
 def test_scales(scaled, tmp_path, warm, change, says):
     like(scaled, tmp_path, "model")
     change(tmp_path / "model")

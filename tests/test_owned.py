@@ -50,13 +50,7 @@ def test_a_part_of_the_run_is_another_folder(interrupted, ranks, part, how):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "model-00001-of-00009.safetensors",
-        "notes.txt",
-        "folder/x",
-        "layer-00001-0-of-9.safetensors/x",
-    ],
+    "name", ["model-00001-of-00009.safetensors", "notes.txt", "folder/x", "layer-00001-0-of-9.safetensors/x"]
 )
 def test_a_file_of_somebody_else_in_the_model(interrupted, ranks, name):
     cfg, run, _ = interrupted

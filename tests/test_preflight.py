@@ -79,12 +79,6 @@ def test_bytes_are_those_of_the_run(checkpoint, ranks, tmp_path, family, changes
     assert found.disk.statistics == exact
 
 
-def test_compressed_bytes(checkpoint, ranks, tmp_path):
-    cfg = asked(checkpoint("mixtral", dtype=torch.bfloat16), tmp_path / "run", compress=True, target=0.6)
-    found, summary = estimate(resolve_model(cfg), CPU), prune(cfg, ranks)
-    assert abs(found.written / summary["bytes_written"] - 1) < 0.01
-
-
 def test_what_a_run_left_is_not_needed_again(checkpoint, ranks, tmp_path):
     cfg = asked(checkpoint("mixtral"), tmp_path / "run")
     whole = estimate(resolve_model(cfg), CPU)

@@ -21,13 +21,12 @@ from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
 
 INDEX = "model.safetensors.index.json"
-COMPRESSED_INDEX = "model.bitmask.index.json"  # stun.checkpoint.compressed: what no other runtime takes for weights
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_index(file: Path) -> dict[str, str]:
+def _read_index(file: Path) -> dict[str, str]:
     """The file that an index names for every tensor, all of them beside it. Raises StunError."""
     weight_map = load_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -39,7 +38,7 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
-    weight_map, headers = read_index(folder / INDEX), {}
+    weight_map, headers = _read_index(folder / INDEX), {}
     homes: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
@@ -206,6 +205,4 @@ def _no_weights(folder: Path) -> str:
             f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. Convert them "
             "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
         )
-    if (folder / COMPRESSED_INDEX).is_file():
-        return f"{folder}: is compressed; python -m jobs.expand model.path={folder} output=... makes an ordinary checkpoint of it"
     return f"{folder}: holds neither {INDEX} nor {SINGLE}"

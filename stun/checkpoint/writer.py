@@ -13,23 +13,23 @@ from stun.checkpoint.reader import _PICKLED, INDEX
 from stun.files import TEMPLATES, write_atomically, write_json
 
 
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write one safetensors file, atomically; readable by whoever may read its folder."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(path: Path) -> None:
-        save_file(contiguous, path, metadata=metadata or {"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(0o644)
 
     write_atomically(file, write)
 
 
-def write_index(folder: Path, shards: dict[str, dict[str, int]], name: str = INDEX) -> None:
-    """Write the index under `name`: `shards` maps a file name to the bytes of each of its tensors."""
+def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
+    """Write the index: `shards` maps a file name to the bytes of each of its tensors."""
     weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
     total = sum(size for sizes in shards.values() for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / name, index)
+    write_json(folder / INDEX, index)
 
 
 def extras(source: Path) -> list[str]:

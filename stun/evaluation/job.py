@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stun.checkpoint.compressed import open_checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import EvaluateConfig, Precision, StunError
 from stun.data import load_tokenizer
 from stun.evaluation.generate import Decoding, describe, generate
@@ -36,7 +36,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     """
     started = time.perf_counter()
     validate_evaluation(cfg)
-    arch = Architecture(open_checkpoint(cfg.model.path), _precision(ranks))
+    arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
     tokenizer = load_tokenizer(arch.source.folder)
     asked = ranks.on_first(lambda: ask(cfg, arch, tokenizer))
     reference = ranks.on_first(lambda: dense_result(cfg, asked)) if cfg.dense else None
@@ -71,7 +71,7 @@ def _precision(ranks: Ranks) -> Precision:
 
 def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
-        dense = Architecture(open_checkpoint(reference["model"]), _precision(ranks))
+        dense = Architecture(Checkpoint.open(reference["model"]), _precision(ranks))
     except StunError as error:
         raise StunError(f"dense={file}: its model cannot be read: {error}") from error
     for what, one, other in (

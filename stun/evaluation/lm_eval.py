@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from stun.checkpoint.compressed import is_compressed, load_model
 from stun.checkpoint.reader import Checkpoint
 from stun.config import HarnessConfig, StunError
 from stun.data import load_tokenizer
@@ -63,9 +62,10 @@ def _run(path: str, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[
     from lm_eval.models.huggingface import HFLM
 
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    load = load_model if is_compressed(path) else _load_checked
+    Checkpoint.open(path)
     try:
-        model = load(path, dtype=dtype, trust_remote_code=False).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=dtype, trust_remote_code=False)
+        model = model.to(device).eval()
     except (OSError, ValueError) as error:
         raise StunError(f"{path}: cannot be loaded as a whole: {error}") from error
     size = "auto" if device.type == "cuda" else 32
@@ -82,8 +82,3 @@ def _run(path: str, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[
 def _numbers(metrics: dict) -> dict[str, float]:
     """Metrics with the filter they belong to: {"exact_match,strict": 0.5}."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-
-
-def _load_checked(path: str, **keywords):
-    Checkpoint.open(path)
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **keywords)

@@ -41,9 +41,3 @@ def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
         "transformers": after_import if only_here else "yes, its own class",
         "vLLM": f"where it has the family: {kernels}; {parallel}",
     }
-
-
-def of_compressed(answers: dict[str, str]) -> dict[str, str]:
-    """What `runtimes` says, for a run with compress=true."""
-    others = {name: f"after jobs.expand: {answer}" for name, answer in answers.items() if name != "this package"}
-    return {"this package": "through stun.checkpoint.compressed.load_model", **others}

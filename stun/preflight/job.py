@@ -13,7 +13,7 @@ from stun.planning.job import Job
 from stun.preflight.hardware import ACHIEVED, GIB, Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
 from stun.preflight.time import Duration, durations
-from stun.preflight.traffic import Disk, bytes_read, bytes_there, compressed_bytes, snapshots_on_disk, statistics_bytes
+from stun.preflight.traffic import Disk, bytes_read, bytes_there, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
 
 SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met within 15 %
@@ -59,7 +59,7 @@ def estimate(job: Job, launch: Launch) -> Estimate:
     footprint = Footprint(job, launch)
     states = samples * length * arch.config.hidden_size * footprint.dtype.itemsize
     recorded = sum(runs for name, runs in streams.items() if name != "search")
-    written = compressed_bytes(arch, job.sizes, job.plan) if cfg.compress else model_bytes(arch, job.plan)
+    written = model_bytes(arch, job.plan)
     observed = statistics_bytes(arch, len(cfg.calibration.sources), cfg.sparsify.counts_outliers) if "observe" in streams else 0
     disk = Disk(written, states * snapshots_on_disk(len(arch.layers), recorded), observed, bytes_there(cfg.run_dir))
     read = bytes_read(arch, job.plan, launch.world, streams)

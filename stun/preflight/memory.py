@@ -155,17 +155,7 @@ class Footprint:
             return 0, 0
         before = self.layers[index - 1]
         written = before.own + (before.joined or before.kept)
-        compressing = self._compressing(self.arch.layers[index - 1], before) if self.cfg.compress else 0
-        return (before.written if self.is_gpu else written), (written if self.is_gpu else 0) + compressing
-
-    def _compressing(self, layout: LayerLayout, weights: Weights) -> int:
-        """Bitmasks and values of a whole file, and what one tensor needs on its way there."""
-        share, infos = 1 - self.plan.ratio, [self.arch.info(name) for name in layout.linears] + expert_infos(self.arch, layout)
-        largest = max((info.numel for info in infos), default=0)
-        if layout.fused:
-            largest = max(info.numel for info in expert_infos(self.arch, layout)) * len(self.plan.layers[layout.index].clusters)
-        itemsize = infos[0].dtype.itemsize
-        return int((weights.own + (weights.joined or weights.kept)) * (share + 1 / 8 / itemsize)) + 4 * largest
+        return (before.written, written) if self.is_gpu else (written, 0)
 
     def _ahead(self, index: int) -> int:
         following = [*self.layers, *self.heads][index + 1 : index + 2]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from stun.model.architecture import Architecture, expert_infos, stored_bytes
 from stun.model.layer_layout import LayerLayout
-from stun.planning.budget import LayerSize, layer_quotas, model_bytes
 from stun.planning.plan import Plan, cluster_owners
 from stun.run.snapshots import KEPT
 from stun.sparsify.ratios import BINS
@@ -42,23 +41,6 @@ def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bo
             total[0] += embedding * (2 if stream == "search" else 1)
         found[stream] = total
     return found
-
-
-def compressed_bytes(arch: Architecture, sizes: list[LayerSize], plan: Plan) -> int:
-    """Bytes of the same with bitmasks and values where these are smaller; zeros of the source itself are not known."""
-    total = model_bytes(arch, plan)
-    for layout, quota in zip(arch.layers, layer_quotas(sizes, plan), strict=True):
-        for name, zeros in quota.dense.items():
-            total -= _saved(arch.info(name).numel, zeros, arch.info(name).dtype.itemsize)
-        for parts in quota.experts:
-            for part, zeros in parts.items():
-                infos = arch.piece(layout, 0, part)
-                total -= _saved(sum(info.numel for info in infos), zeros, infos[0].dtype.itemsize)
-    return total
-
-
-def _saved(numel: int, zeros: int, itemsize: int) -> int:
-    return max(0, zeros * itemsize - numel // 8)
 
 
 def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:

@@ -34,7 +34,6 @@ def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks)
     """The summary in manifest.json, but for the seconds it took. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
     kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
-    loads = runtimes.runtimes(arch.model_type, kept)
     return {
         "target": plan.target,
         "sparsity": 1 - result.nonzero / plan.parameters,
@@ -43,7 +42,7 @@ def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks)
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
-        "loads_in": loads,
+        "loads_in": runtimes.runtimes(arch.model_type, kept),
         "experts_without_tokens": result.unseen,
         "ratio": plan.ratio,
         "ranks": ranks.world,

@@ -174,9 +174,7 @@ def _loading(summary: dict) -> str:
     answers = summary.get("loads_in", {})
     of_transformers = str(answers.get("transformers", ""))
     load = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
-    if of_transformers.startswith("after jobs.expand"):
-        load = 'from stun.checkpoint.compressed import load_model\n\nmodel = load_model("PATH")'
-    elif not of_transformers.startswith("yes"):
+    if not of_transformers.startswith("yes"):
         load = f"import stun  # pip install stun-moe\n{load}"
     lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in answers.items()]
     return "\n".join(["## How to load\n", *lines, f"\n```python\n{load}\n```\n"])

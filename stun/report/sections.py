@@ -180,7 +180,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "size",
         "Size on disk",
-        "Dropped experts make the files smaller; single zeros take their place unless compress=true stores them as bitmasks.",
+        "Dropped experts make the files smaller; single zeros take as many bytes as what they replace.",
         data.size,
         draw.size,
         _no_measures,
