@@ -206,9 +206,8 @@ class SparsifyConfig:
     all of which the same amount is added to meet the target. `per_expert` spreads a layer's removals over its experts by the
     same rule.
 
-    `swaps` exchanges up to so many removed weights a row for kept ones (SparseSwaps); `reconstruct` refits the kept ones to the
-    outputs of the dense layer. Both, SparseGPT and ALPS hold a Gram matrix per matrix of an expert, of as many experts at once
-    as fit into `gram_gib`; the layer runs once for each such group.
+    `reconstruct` refits the kept weights to the outputs of the dense layer. It, SparseGPT and ALPS hold a Gram matrix per matrix
+    of an expert, of as many experts at once as fit into `gram_gib`; the layer runs once for each such group.
     """
 
     method: SparsifyMethod = SparsifyMethod.wanda
@@ -218,14 +217,13 @@ class SparsifyConfig:
     outlier: float = 5.0
     spread: float = 0.08
     per_expert: bool = False
-    swaps: int = 0
     reconstruct: bool = False
     gram_gib: float = 16.0
 
     @property
     def reads_grams(self) -> bool:
         """Whether the Gram matrices of the inputs are needed, not only their norms."""
-        return self.method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps) or self.swaps > 0 or self.reconstruct
+        return self.method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps) or self.reconstruct
 
     @property
     def reads_inputs(self) -> bool:

@@ -149,7 +149,7 @@ def test_benchmark(tmp_path):
     shape = {"shape.hidden": "64", "shape.expert_width": "32", "shape.layers": "2", "shape.experts": "4"}
     output = run(here(commands("benchmark")[0], {**small, **shape, "run_dir": str(tmp_path / "benchmark")}))
     result = json.loads((tmp_path / "benchmark" / "weights.json").read_text())
-    assert len(result["methods"]) == 9 and all(abs(row["sparsity"] - 0.5) < 1e-4 for row in result["methods"].values())
+    assert len(result["methods"]) == 8 and all(abs(row["sparsity"] - 0.5) < 1e-4 for row in result["methods"].values())
     assert "/ read and write" in output and [f.name for f in (tmp_path / "benchmark").iterdir()] == ["weights.json"]
     output = run(here(commands("performance")[0], {**small, **shape, "run_dir": str(tmp_path / "layer")}))
     assert "observe / plain" in output and [f.name for f in (tmp_path / "layer").iterdir()] == ["layer.json"]

@@ -76,5 +76,4 @@ def _validate_sparsify(how: SparsifyConfig, experts: ExpertsConfig) -> None:
     _require(not how.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target decides")
     _require(1 <= how.outlier < math.inf, "sparsify.outlier", how.outlier, "a multiple of the mean score, 1 or more")
     _require(0 <= how.spread <= 0.5, "sparsify.spread", how.spread, "0 to 0.5")
-    _require(how.swaps >= 0, "sparsify.swaps", how.swaps, "0 or more")
     _require(0 < how.gram_gib < math.inf, "sparsify.gram_gib", how.gram_gib, "GiB, above 0")

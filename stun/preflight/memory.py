@@ -21,17 +21,17 @@ from stun.runtime.device_copies import BUFFER, BUFFERS
 from stun.runtime.threads import workers_on
 
 LIBRARIES = 160 * 2**20  # what they take at their first calls (datasets, tokenizer, clustering, products)
-# Bytes at once for every weight of the matrix that is being pruned, every entry of its Gram matrix, and every row, beside these
-# two; tests/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
-SELECT, PATTERN, OUTLIERS = (11, 0, 0), (16, 0, 0), (20, 0, 0)
-SPARSEGPT, ALPS, SWAPS, REFIT = (17, 11, 0), (49, 21, 0), (40, 0, 22000), (47, 4, 0)
+# Bytes at once for every weight of the matrix that is being pruned and every entry of its Gram matrix, beside these two;
+# tests/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
+SELECT, PATTERN, OUTLIERS = (11, 0), (16, 0), (20, 0)
+SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
 
 
-def transient_costs(how: SparsifyConfig) -> list[tuple[int, int, int]]:
+def transient_costs(how: SparsifyConfig) -> list[tuple[int, int]]:
     """Of what a configuration does to a matrix one after the other."""
     solver = {SparsifyMethod.sparsegpt: [SPARSEGPT], SparsifyMethod.alps: [ALPS]}.get(how.method, [])
     refits = [REFIT] if how.reconstruct or solver else []
-    return [PATTERN if how.pattern else SELECT, *solver, *([SWAPS] if how.swaps else []), *refits]
+    return [PATTERN if how.pattern else SELECT, *solver, *refits]
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ class Footprint:
                 shapes[part] = shape[::-1] if layout.is_transposed else shape
         return shapes
 
-    def _largest(self, layout: LayerLayout, costs: list[tuple[int, int, int]]) -> int:
+    def _largest(self, layout: LayerLayout, costs: list[tuple[int, int]]) -> int:
         """What the most expensive matrix of the layer needs beside itself and its Gram matrix."""
         shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
-        return max((w * r * c + g * c * c + o * r for r, c in shapes for w, g, o in costs), default=0)
+        return max((w * r * c + g * c * c for r, c in shapes for w, g in costs), default=0)
 
     def _pruning(self, layout: LayerLayout) -> int:
         """What the workers need while each of them prunes a matrix."""

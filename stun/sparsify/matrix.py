@@ -10,7 +10,6 @@ from stun.sparsify.refit import refit
 from stun.sparsify.scores import magnitude_scores, output_error, require_finite, wanda_scores
 from stun.sparsify.select import Pattern, smallest_of_pattern, smallest_per_row, without
 from stun.sparsify.sparsegpt import sparsegpt
-from stun.sparsify.swaps import swap
 
 SOLVERS = {SparsifyMethod.sparsegpt: sparsegpt, SparsifyMethod.alps: alps}
 
@@ -30,8 +29,6 @@ def sparsify(how: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tensor 
         require_finite(solved_OD, f"{what}: {how.method.name}")
         worse = _error(solved_OD, weight_OD, gram_DD) > _error(masked_OD, weight_OD, gram_DD)
         masked_OD = refit(masked_OD, weight_OD, gram_DD) if worse else solved_OD
-    if how.swaps:
-        masked_OD = swap(masked_OD, weight_OD, gram_DD, how.swaps, pattern)
     return refit(masked_OD, weight_OD, gram_DD) if how.reconstruct else masked_OD
 
 
