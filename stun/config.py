@@ -265,8 +265,7 @@ class ClusterConfig:
     """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in preflight/hardware.py.
 
     `host_gib` is a node's memory in GiB; `read_gib_s` what it reads in GiB/s (0: as much as this machine does) and `write_gib_s`
-    what it writes (0: as much as it reads). `worlds` lists numbers of GPUs to describe side by side. Without it and `nodes` the
-    launch that is running is described."""
+    what it writes (0: as much as it reads). Without `nodes` the launch that is running is described."""
 
     nodes: int = 0
     gpus: int = 8
@@ -274,7 +273,6 @@ class ClusterConfig:
     host_gib: float = 1024.0
     read_gib_s: float = 0.0
     write_gib_s: float = 0.0
-    worlds: list[int] = field(default_factory=list)
 
 
 @dataclass

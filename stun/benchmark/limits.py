@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from stun.checkpoint.reader import Checkpoint
-from stun.preflight.speeds import copy_speed, product_speed, read_speed, wait_for, write_speed
+from stun.preflight.speeds import SAMPLE, best, product_speed, read_speed, wait_for, write_speed
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 
@@ -31,6 +31,13 @@ def measure_rates(source: Checkpoint, folder: Path, ranks: Ranks, dtype: torch.d
     device, large = ranks.device, _LARGE[ranks.device.type]
     flops = product_speed(ranks.workers, dtype, *large, device)
     return Rates(read_speed(source), write_speed(folder), copy_speed(device), flops)
+
+
+def copy_speed(device: torch.device) -> float:
+    """Bytes/s that a copy within the device's memory reads and writes together."""
+    source = torch.ones(SAMPLE, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * SAMPLE / best(lambda: target.copy_(source), device)
 
 
 class DeviceMeter(Meter):

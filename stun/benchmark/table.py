@@ -7,6 +7,7 @@ from rich.table import Table
 from stun.config import BenchmarkCase
 from stun.preflight.hardware import GIB
 from stun.runtime.console import printed
+from stun.runtime.units import count
 
 
 def benchmark_table(result: dict) -> str:
@@ -19,7 +20,7 @@ def benchmark_table(result: dict) -> str:
         BenchmarkCase.depth: _depth,
         BenchmarkCase.peers: _peers,
     }
-    ranks = f"{result['ranks']} rank{'s' if result['ranks'] > 1 else ''}"
+    ranks = count(result["ranks"], "rank")
     return f"{result['device']}, {ranks}\n{tables[BenchmarkCase[result['case']]](result)}"
 
 

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Room
 from stun.model.architecture import CACHE, Architecture
-from stun.preflight.hardware import GIB
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import duration, size
 from stun.stream.embeddings import outside
 from stun.stream.layer_stream import LayerStream, States, even_owners
 
@@ -186,5 +186,5 @@ def describe(room: Room, arch: Architecture, read: float) -> str:
     if not room.step_bytes:
         return f"{room.batch} at once, all {layers} layers stay in memory"
     held = f"{room.stays} of {layers} layers stay in memory" if room.stays else "no layer stays in memory"
-    step = f"{room.step_bytes / GIB:.2f} GiB are read for every token, about {room.step_bytes / read:.1f} s"
+    step = f"{size(room.step_bytes)} are read for every token, about {duration(room.step_bytes / read)}"
     return f"{room.turns} times {room.batch} at once on a rank; {held}: {step}"

@@ -9,8 +9,9 @@ from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.preflight.activations import trace_row
-from stun.preflight.hardware import GIB, free_memory
+from stun.preflight.hardware import free_memory
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import size
 from stun.stream.embeddings import outside_bytes
 
 _USED = 0.8  # of the free memory: allocators round up and libraries take their part
@@ -43,7 +44,7 @@ def _batch(asked: int, rest: float, row: int, rows: int, what: str) -> int:
     if asked:
         return asked
     if rest < row:
-        raise StunError(f"out of memory: one row of {what} takes {row / GIB:.2f} GiB, {max(rest, 0) / GIB:.2f} GiB are there")
+        raise StunError(f"out of memory: one row of {what} takes {size(row)}, {size(max(rest, 0))} are there")
     return min(_largest_power(rest / row), _MOST, _largest_power(2 * -(-rows // _PARTS) - 1))
 
 
@@ -53,9 +54,7 @@ def scoring_batch(arch: Architecture, models: int, lengths: list[int], asked: in
     states = 2 * models * width * max(lengths) * -(-len(lengths) // ranks.world)
     rest = _rest(arch, ranks) / models - states / models
     if rest < 0:
-        raise StunError(
-            f"out of memory: the hidden states of {len(lengths)} sequences take {states / GIB:.2f} GiB; ask for fewer"
-        )
+        raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; ask for fewer")
     peak, _ = trace_row(arch, max(lengths), ranks.device, ranks.world)
     return _batch(asked, rest / 2, peak + 2 * width * max(lengths), len(lengths), f"{max(lengths)} tokens")
 

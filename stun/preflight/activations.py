@@ -41,11 +41,11 @@ class _Fused(TorchFunctionMode):
 
 
 class Allocations(TorchDispatchMode):
-    """Inside it, `peak` is the most bytes that tensors made here have held at once, `made` all that they have held."""
+    """Inside it, `peak` is the most bytes that tensors made here have held at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.made = 0
+        self.now = self.peak = 0
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
@@ -66,7 +66,6 @@ class Allocations(TorchDispatchMode):
 
         self._seen[key] = weakref.ref(storage, gone)
         self.now += nbytes
-        self.made += nbytes
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:
@@ -111,11 +110,10 @@ def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`, where the tensors that come and go
-    are `made` bytes in all; `arguments` stay for the whole stream (masks, rotary embeddings)."""
+    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`; `arguments` stay for the whole
+    stream (masks, rotary embeddings)."""
 
     layers: list[int]
-    made: list[int]
     arguments: int
 
 
@@ -134,7 +132,7 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
         return traced[kind]
 
     found = [allocations(index) for index in range(len(arch.layers))]
-    return Activations([own.peak for own in found], [own.made for own in found], sum(kept.values()))
+    return Activations([own.peak for own in found], sum(kept.values()))
 
 
 def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a launch runs on: stated figures for GPUs, measured ones for this machine."""
+"""Hardware of a launch: figures of data sheets for GPUs, measured ones for this machine."""
 
 from __future__ import annotations
 
@@ -14,59 +14,45 @@ import torch
 from stun.config import ClusterConfig, PruneConfig, StunError
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.speeds import Speeds, norm_speed, rank_speeds, read_speed, slowest, write_speed
+from stun.preflight.speeds import product_speed, read_speed, write_speed
 from stun.runtime.ranks import Ranks
 
 GIB = 2**30
-ACHIEVED = 0.3  # share of the data sheet's arithmetic, and of its memory's speed, assumed to be reached; never measured here
 _WRITTEN = 2**26  # bytes to measure the disk of the run folder
-_ROWS = 512  # an expert's products are timed on at most so many rows
-_WIDTH = 1024  # and of at most this width
-_LENGTH = 2048  # attention on at most so many tokens
+_ROWS, _WIDTH = 256, 1024  # of the product that measures a CPU
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` in bytes, and its `bandwidth` in GB/s; `tflops` of dense bfloat16; `link` to the host in GB/s, one way. From the
-    vendor's data sheets."""
+    """Data sheet of a GPU: `memory` in bytes, `tflops` of dense bfloat16."""
 
     memory: int
-    bandwidth: float
     tflops: float
-    link: float
-
-    @property
-    def speeds(self) -> Speeds:
-        """Those of a rank, as they are assumed. An operation reads as much as it writes."""
-        flops = self.tflops * 1e12 * ACHIEVED
-        return Speeds(flops, flops, self.bandwidth * 1e9 / 2 * ACHIEVED)
 
 
 GPUS = {
-    "a100-40": Gpu(40 * 10**9, 1555, 312, 32),
-    "a100": Gpu(80 * 10**9, 2039, 312, 32),
-    "h100": Gpu(80 * 10**9, 3350, 989, 64),
-    "h200": Gpu(141 * 10**9, 4800, 989, 64),
-    "b200": Gpu(180 * 10**9, 8000, 2250, 64),
+    "a100-40": Gpu(40 * 10**9, 312),
+    "a100": Gpu(80 * 10**9, 312),
+    "h100": Gpu(80 * 10**9, 989),
+    "h200": Gpu(141 * 10**9, 989),
+    "b200": Gpu(180 * 10**9, 2250),
 }
 
 
 @dataclass(frozen=True)
 class Launch:
     """`nodes` of `per_node` ranks each, and what each of them has: bytes of memory of a GPU (0: ranks compute on the CPU) and of
-    a node's host, its speeds, bytes/s that a node reads, that it writes and that go to a GPU. `here` is the `between` of this
-    machine's CPU, by which what is timed here is scaled. `base` is what a rank's process holds before it reads any weight."""
+    a node's host, a rank's peak FLOP/s, bytes/s that a node reads and that it writes. `base` is what a rank's process holds
+    before it reads any weight."""
 
     name: str
     nodes: int
     per_node: int
     gpu_memory: int
     host_memory: int
-    speeds: Speeds
+    flops: float
     read: float
     write: float
-    link: float
-    here: float
     base: int
 
     @property
@@ -87,10 +73,8 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
     if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0:
         raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
     gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
-    disk = (read, cluster.write_gib_s * GIB or read)
-    here, host = norm_speed(torch.float32, _WIDTH), int(cluster.host_gib * GIB)
-    place = (cluster.nodes, cluster.gpus, gpu.memory, host)
-    return Launch(cluster.gpu, *place, gpu.speeds, *disk, gpu.link * 1e9, here, base)
+    place = (cluster.nodes, cluster.gpus, gpu.memory, int(cluster.host_gib * GIB))
+    return Launch(cluster.gpu, *place, gpu.tflops * 1e12, read, cluster.write_gib_s * GIB or read, base)
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
@@ -99,14 +83,13 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
     place, host = (ranks.world // local, local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
-        speeds = slowest(ranks.gather_objects(_speeds_here(ranks, arch, cfg)))
+        flops = min(ranks.gather_objects(product_speed(ranks.workers, compute_dtype(arch, ranks.device), _ROWS, _WIDTH)))
         ranks.return_memory()
-        return Launch("cpu", *place, 0, host, speeds, *disk, float("inf"), speeds.between, base)
+        return Launch("cpu", *place, 0, host, flops, *disk, base)
     found = torch.cuda.get_device_properties(ranks.device)
     alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in found.name.lower()] or [GPUS["a100"]]
     known = min(alike, key=lambda gpu: abs(gpu.memory - found.total_memory))
-    here = norm_speed(torch.float32, _WIDTH)
-    return Launch(found.name, *place, found.total_memory, host, known.speeds, *disk, known.link * 1e9, here, base)
+    return Launch(found.name, *place, found.total_memory, host, known.tflops * 1e12, *disk, base)
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
@@ -117,15 +100,6 @@ def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
         return read, write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
     except StunError:
         return read, read
-
-
-def _speeds_here(ranks: Ranks, arch: Architecture, cfg: PruneConfig) -> Speeds:
-    """Of this rank's CPU, in the dtype that layers are computed in, for as many rows as an expert has of a micro-batch."""
-    calibration, experts = cfg.calibration, max((layout.num_experts for layout in arch.layers), default=0)
-    tokens = min(calibration.micro_batch, calibration.samples) * calibration.length
-    rows = max(1, min(_ROWS, arch.top_k * tokens // experts if experts else tokens))
-    width = min(_WIDTH, arch.config.hidden_size)
-    return rank_speeds(ranks.workers, compute_dtype(arch, ranks.device), rows, width, min(_LENGTH, calibration.length))
 
 
 def resident() -> int:

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: bytes, tokens, memory, disk and minutes; and whether that is there.
+"""What a run will need, before it starts: bytes, tokens, memory, disk and at least how long; and whether that is there.
 
 Nothing but headers, the configuration and a probe of the disk is read.
 """
@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from stun.config import ClusterConfig, StunError
 from stun.planning.budget import model_bytes
 from stun.planning.job import Job
-from stun.preflight.hardware import ACHIEVED, GIB, Launch, described, disk_free, resident, this_launch
+from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
 from stun.preflight.time import Duration, durations
 from stun.preflight.traffic import Disk, bytes_read, bytes_there, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count, duration, size
 
 SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met within 15 %
 
@@ -37,9 +38,9 @@ class Estimate:
     durations: dict[str, Duration]
 
     @property
-    def minutes(self) -> dict[str, float]:
-        """By stream."""
-        return {name: duration.minutes for name, duration in self.durations.items()}
+    def seconds(self) -> float:
+        """Of all streams, at least."""
+        return sum(own.seconds for own in self.durations.values())
 
     @property
     def most_read(self) -> int:
@@ -86,34 +87,19 @@ def report(found: Estimate) -> list[str]:
     gpu = f"{size(found.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
     host = f"{size(found.host_needed)} of {size(launch.host_memory)} of a node"
     rank = f"{size(found.memory.host)} a rank, {size(launch.base)} at its start"
-    minutes = ", ".join(f"{name} {digits(value)}" for name, value in found.minutes.items())
-    kind = "measured here" if not launch.gpu_memory else f"assumed, {ACHIEVED:g} of the data sheet"
-    speeds = f"{launch.speeds.products / 1e12:.3g} TFLOP/s a rank ({kind}), {launch.read / GIB:.2g} GiB/s a node"
+    times = ", ".join(f"{name} {duration(own.seconds)} to {own.bound}" for name, own in found.durations.items())
+    kind = "data sheet" if launch.gpu_memory else "measured here"
+    speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
     lines = {
-        "launch": f"{_count(launch.world, 'rank')} on {_count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{found.layers} layers, {found.experts} experts; {found.tokens:,} calibration tokens",
+        "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
+        "model": f"{count(found.layers, 'layer')}, {count(found.experts, 'expert')}; {found.tokens:,} calibration tokens",
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(found.most_read)} a rank",
         "writes": f"{size(found.written)} of model, {size(found.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
         "disk": f"{size(found.disk.needed)} needed, {size(found.free)} free",
-        "time": f"about {digits(sum(found.minutes.values()))} minutes ({minutes})",
+        "time": f"at least {duration(found.seconds)} ({times})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def digits(value: float) -> str:
-    """As many as say something."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in GiB, as many digits as say something."""
-    value = nbytes / GIB
-    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.1f} GiB" if value >= 10 else f"{value:.2f} GiB"
 
 
 def shortages(found: Estimate) -> list[tuple[str, float, float]]:

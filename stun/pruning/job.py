@@ -23,6 +23,7 @@ from stun.run.identity import fingerprint, plain
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
+from stun.runtime.units import count
 from stun.statistics.observe import Watched, observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
@@ -89,7 +90,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
     if job.fractions:
         _observe(job, run, ranks)
         job = job.with_fraction(_best_fraction(job, run, ranks))
-    ranks.log(f"prune {job.cfg.model.path} | {describe(job)} | {ranks.world} ranks on {ranks.device.type}")
+    ranks.log(f"prune {job.cfg.model.path} | {describe(job)} | {count(ranks.world, 'rank')} on {ranks.device.type}")
     for notice in notices(job):
         ranks.log(notice)
     if job.reads_statistics:

@@ -11,6 +11,7 @@ import yaml
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.run.layer_records import sparsity_by_kind
+from stun.runtime.units import count
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -37,7 +38,7 @@ def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dic
         _sparsity(summary, layers),
         _evaluation(result),
         _loading(summary),
-        f"## Made by\n\n```sh\n{without_folders(summary['command'])}\n```\n\non {summary['ranks']} ranks."
+        f"## Made by\n\n```sh\n{without_folders(summary['command'])}\n```\n\non {count(summary['ranks'], 'rank')}."
         if summary.get("command")
         else "",
     ]

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stun.runtime.console import printed
+from stun.runtime.units import count, size
 
 
 def results_table(results: dict[str, dict]) -> str:
@@ -101,13 +102,13 @@ def summary_table(summary: dict, run_dir: str) -> str:
         "experts kept": f"{sum(summary['kept'])} of {sum(summary['experts'])}",
         "weights that are not zero": f"{after} of {before}, in the decoder layers",
         "size on disk": f"{written / 1e9:,.3f} GB" + (f" of {summary['source_bytes'] / 1e9:,.3f} GB" if speed else ""),
-        "time": f"{summary['seconds']:,.1f}s on {summary['ranks']} rank{'s' if summary['ranks'] > 1 else ''}",
+        "time": f"{summary['seconds']:,.1f}s on {count(summary['ranks'], 'rank')}",
     }
     for stream, seconds in summary.get("phases", {}).items():
         rows[f"... {stream}"] = ", ".join(f"{phase} {value:,.1f}s" for phase, value in seconds.items())
     rows |= {
-        "read": f"{sum(summary['bytes_read']) / 2**30:,.2f} GiB" + (f" at {speed / 2**30:,.2f} GiB/s" if speed else ""),
-        "peak memory": f"{summary['peak_bytes'] / 2**30:,.2f} GiB a rank",
+        "read": size(sum(summary["bytes_read"])) + (f" at {size(speed)}/s" if speed else ""),
+        "peak memory": f"{size(summary['peak_bytes'])} a rank",
         **{f"loads in {runtime}": answer for runtime, answer in summary["loads_in"].items()},
         "the model": f"{run_dir}/model",
         "next": job_command("report", folder=run_dir),

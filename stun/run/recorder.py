@@ -10,6 +10,7 @@ from pathlib import Path
 from stun.run.ledger import Ledger
 from stun.run.snapshots import Snapshots
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import size
 from stun.stream.layer_stream import States
 
 
@@ -69,5 +70,5 @@ class Recorder:
         self._pool.shutdown()
         self.ranks.gather_objects(None)
         if self.snapshots.nbytes:
-            size = f"{self.snapshots.nbytes / 2**30:.2f}GiB a rank in {self.seconds:.1f}s, beside the computation"
-            self.ranks.log(f"{self.snapshots.stream}: hidden states saved for a restart: {size}")
+            saved = f"{size(self.snapshots.nbytes)} a rank in {self.seconds:.1f}s, beside the computation"
+            self.ranks.log(f"{self.snapshots.stream}: hidden states saved for a restart: {saved}")
