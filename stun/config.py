@@ -424,14 +424,6 @@ class ReportConfig:
     folder: str = MISSING
 
 
-@dataclass
-class PlotConfig:
-    """`comparisons`: the comparison.json files of several targets; `output`: the PNG to draw."""
-
-    comparisons: list[str] = MISSING
-    output: str = MISSING
-
-
 def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     store = ConfigStore.instance()
@@ -442,7 +434,6 @@ def register() -> None:
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="study_schema", node=StudyConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
-    store.store(name="plot_schema", node=PlotConfig)
     store.store(name="report_schema", node=ReportConfig)
 
 

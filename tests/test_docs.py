@@ -50,11 +50,9 @@ def test_qwen3_on_one_gpu(tmp_path):
 
 @pytest.mark.launch
 def test_paper_comparison(tmp_path):
-    reference, plot, large = commands("paper", page("paper-comparison"))
+    reference, large = commands("paper", page("paper-comparison"))
     small = {**TEXT, **rows_of(tmp_path)}
     assert "exact match, average" in run(here(reference, {**small, "run_dir": str(tmp_path / "a")}))
-    run(here(plot, {"comparisons": f"[{tmp_path / 'a' / 'comparison.json'}]", "output": str(tmp_path / "figure.png")}))
-    assert (tmp_path / "figure.png").is_file()
     own = {**small, **MODEL, "task.prompt": "'{question}'", "run_dir": str(tmp_path / "b")}
     assert run(here(large, own)).splitlines()[-1] == str(tmp_path / "b" / "report" / "index.html")
     (report,) = commands("read", page("read-a-report"))

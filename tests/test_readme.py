@@ -203,18 +203,3 @@ def check_keys(keys: list[str], whole: type) -> None:
         for part in key.split("."):
             assert hasattr(node, part) or part in node.__dataclass_fields__, key
             node = getattr(node, part, None)
-
-
-def test_picture(tmp_path):
-    """The figure draws every comparison given, and names a file that is not one."""
-    from stun.config import StunError
-    from stun.report.figure import comparison_figure
-
-    for target in (0.3, 0.5):
-        results = {"dense": {"average": 0.9}, "STUN": {"average": 0.9 - target / 10, "prune": {"target": target}}}
-        (tmp_path / f"{target}.json").write_text(json.dumps(results))
-    comparison_figure([str(tmp_path / "0.3.json"), str(tmp_path / "0.5.json")], str(tmp_path / "figure.png"))
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(StunError, match=r"bad\.json"):
-        comparison_figure([str(tmp_path / "bad.json")], str(tmp_path / "no.png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from stun.config import PruneConfig, StunError
 from stun.files import load_json, load_yaml, write_json
@@ -111,13 +112,12 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
     """The fraction of least held-out error; the curve goes into search.json and search.png."""
-    from stun.report.figure import curve_figure  # with matplotlib, which no other run needs
-
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, job.fractions) if file.is_file() else None)
     if curve is None:
-        curve = {str(fraction): error for fraction, error in search_fraction(job, ranks).items()}
-        ranks.on_first(lambda: curve_figure(curve, run.folder / "search.png"))
+        found = search_fraction(job, ranks)
+        curve = {str(fraction): error for fraction, error in found.items()}
+        ranks.on_first(lambda: _draw(found, run.folder / "search.png"))
         ranks.on_first(lambda: write_json(file, {"error": curve}))
     best = float(min(curve, key=curve.get))
     for fraction, error in curve.items():
@@ -125,7 +125,16 @@ def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
     return best
 
 
-def _read_curve(file, fractions: tuple[float, ...]) -> dict[str, float]:
+def _draw(found: dict[float, float], file: Path) -> None:
+    """The report's picture of a search, on white."""
+    from stun.report import draw, theme  # with matplotlib, which no other run needs
+
+    figure = draw.budget(theme.LIGHT, {"fraction": list(found), "error": list(found.values())})
+    figure.patch.set_alpha(1)
+    figure.savefig(file)
+
+
+def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:
     """What an earlier launch found. Raises StunError where it cannot have."""
     curve = load_json(file).get("error")
     is_known = isinstance(curve, dict) and curve and curve.keys() <= {str(fraction) for fraction in fractions}
