@@ -3,7 +3,8 @@ setting, named by what differs, with statistics taken once for all runs that dif
 
 from __future__ import annotations
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from itertools import product
+
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -11,7 +12,7 @@ from hydra.errors import HydraException
 from stun.config import StunError
 
 # What the first stream sees, as keys or groups of the configuration.
-_OBSERVED = ("model", "calibration", "experiment", "sparsify.ratios", "sparsify.per_expert")
+_OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.", "sparsify.per_expert.")
 
 
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -19,8 +20,7 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     Raises StunError where the command line cannot be read, names no `run_dir`, or asks for no sweep.
     """
-    flags = [word for word in arguments if word.startswith("-")]
-    overrides = [_parsed(word) for word in arguments if not word.startswith("-")]
+    flags, overrides = [w for w in arguments if w.startswith("-")], [_parsed(w) for w in arguments if not w.startswith("-")]
     roots = [o.value() for o in overrides if o.key_or_group == "run_dir" and not o.is_sweep_override()]
     if not roots:
         raise StunError("run_dir=... is needed: one folder, in which every run of the sweep gets its own")
@@ -28,15 +28,15 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     swept = [o for o in overrides if o.is_sweep_override()]
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and takes its statistics itself")
-    seen = [o for o in swept if any(o.key_or_group == key or o.key_or_group.startswith(f"{key}.") for key in _OBSERVED)]
+    seen = [o for o in swept if f"{o.key_or_group}.".startswith(_OBSERVED)]
     unnamed = ["run_dir", "statistics", *sorted({o.key_or_group for o in overrides} - {o.key_or_group for o in swept})]
     root = str(roots[-1]).replace("'", "\\'")
     statistics = f"'{root}/statistics{'/' if seen else ''}{','.join(map(_named, seen))}'"
-    common = [*flags, f"hydra.sweep.dir='{root}'", "hydra.sweep.subdir=."]
-    observe = [_first(o) if o in swept and o not in seen else o.input_line for o in overrides]
-    runs = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
-    run_dir = f"run_dir='{root}/${{hydra:job.override_dirname}}'"
-    return [*common, *observe, f"run_dir={statistics}"], [*common, *(o.input_line for o in overrides), *runs, run_dir]
+    common = [*flags, f"hydra.sweep.dir='{root}'"]
+    observe = [o.input_line if o in seen else _values(o)[0] for o in overrides]
+    own = [*common, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
+    runs = [*own, f"run_dir='{root}/${{hydra:job.override_dirname}}'", *(o.input_line for o in overrides)]
+    return [*common, *observe, f"run_dir={statistics}"], runs
 
 
 def _parsed(word: str) -> Override:
@@ -48,16 +48,16 @@ def _parsed(word: str) -> Override:
 
 def runs(arguments: list[str]) -> list[list[str]]:
     """The command line of every run of a sweep. Raises StunError as `stages` does."""
-    overrides = OverridesParser.create().parse_overrides(stages(arguments)[1])
-    return [run for batch in BasicSweeper.split_arguments(overrides, None) for run in batch]
+    return list(map(list, product(*(_values(_parsed(word)) for word in stages(arguments)[1]))))
 
 
-def _first(swept: Override) -> str:
-    """The override with the first of its values."""
-    return f"{swept.get_key_element()}={next(swept.sweep_string_iterator())}"
+def _values(override: Override) -> list[str]:
+    """The override with each of its values."""
+    values = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def _named(swept: Override) -> str:
     """`key=value` of one run, as Hydra fills it in."""
     key = swept.key_or_group
-    return f"{key}=${{{key}}}" if "." in key else f"{key}=${{hydra:runtime.choices.{key}}}"
+    return f"{key}=${{{key}}}" if "." in key or key == "precision" else f"{key}=${{hydra:runtime.choices.{key}}}"

@@ -28,6 +28,7 @@ def test_what_the_first_stream_sees_is_observed_for_every_value():
     assert {"calibration.samples=8,16", "calibration=a,b", "sparsify=wanda"} <= set(observe)
     shared = "calibration.samples=${calibration.samples},calibration=${hydra:runtime.choices.calibration}"
     assert observe[-1] == f"run_dir='s/statistics/{shared}'" and f"statistics='s/statistics/{shared}'" in rest
+    assert stages(["precision=auto,float32", "run_dir=s"])[0][-1] == "run_dir='s/statistics/precision=${precision}'"
 
 
 def test_every_combination_is_a_run():
