@@ -4,7 +4,7 @@ import shlex
 import sys
 
 from stun.config import StunError
-from stun.sweep import runs, stages
+from stun.run.sweep import runs, stages
 
 
 def main(part: str, arguments: list[str]) -> None:

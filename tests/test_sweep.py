@@ -12,8 +12,8 @@ from stun.config import StunError
 from stun.pruning.job import prune
 from stun.report.runs import runs_in
 from stun.report.tables import report_table
+from stun.run.sweep import runs, stages
 from stun.statistics.store import Statistics
-from stun.sweep import runs, stages
 
 
 def test_statistics_come_first_and_once():
