@@ -33,7 +33,7 @@ Work = Callable[[object, Ranks], None]
 def launch(name: str, work: Work, observe: Work | None = None) -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
-    With `-m` it is called for every run of a sweep, after `observe` for the statistics that they share (stun.run.sweep), if given.
+    With `-m` it is called for every run of a sweep, after `observe` for the statistics they share (stun.run.sweep), if given.
     Bad input ends in one line on the first rank and exit status 2; what goes wrong on one rank alone in one line there, which
     names the rank and what it was doing. Either way the process ends at once, so that the launcher ends the others.
     """

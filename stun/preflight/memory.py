@@ -22,7 +22,7 @@ from stun.runtime.threads import workers_on
 
 LIBRARIES = 160 * 2**20  # what they take at their first calls (datasets, tokenizer, clustering, products)
 # Bytes at once for every weight of the matrix that is being pruned and every entry of its Gram matrix, beside these two;
-# tests/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
+# tests/unit/preflight/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
 SELECT, PATTERN, OUTLIERS = (11, 0), (16, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
 

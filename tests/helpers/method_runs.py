@@ -1,0 +1,40 @@
+"""Every way to remove single weights, one run each, in one launch: -m helpers.method_runs SOURCE RUNS."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from helpers.paths import TEXT
+from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
+from stun.config import SparsifyMethod as Method
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
+
+CALIBRATION = CalibrationConfig(path=str(TEXT), samples=9, length=48, micro_batch=2)
+TINY = 1e-6  # GiB: experts are measured one at a time
+TARGET = 0.5
+METHODS = {
+    **{method.name: SparsifyConfig(method=method) for method in Method},
+    "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
+    "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
+    "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl", per_expert=True),
+    "owl": SparsifyConfig(ratios="owl"),
+    "per_expert": SparsifyConfig(method=Method.magnitude, per_expert=True),
+    **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
+    "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", reconstruct=True),
+}
+
+
+def request(source: str, run_dir: Path, name: str) -> PruneConfig:
+    """The run of `METHODS` with that name."""
+    how = METHODS[name]
+    target = {"": TARGET, "2:4": 0.6, "1:4": 0.8}[how.pattern]
+    experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"])
+    return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name))
+
+
+if __name__ == "__main__":
+    with Ranks() as ranks:
+        for name in METHODS:
+            prune(request(sys.argv[1], Path(sys.argv[2]), name), ranks)

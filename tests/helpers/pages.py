@@ -1,0 +1,35 @@
+"""The commands on the pages of the documentation."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+
+from helpers.launches import run_warm
+from helpers.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands(mark: str, page: str = README) -> list[str]:
+    """The commands in the fenced blocks that follow `<!-- mark -->`."""
+    return [block.strip() for block in re.findall(rf"<!-- {mark} -->\n+```sh\n(.*?)```", page, re.S)]
+
+
+def here(command: str, replace: dict[str, str]) -> list[str]:
+    """The command's words for this interpreter, with overrides replaced by key or added."""
+    words = shlex.split(command)
+    module = words.index("-m")
+    ranks = re.search(r"--nproc-per-node (\d+)", command)
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(min(2, int(ranks[1])))]
+    given = dict(word.split("=", 1) for word in words[module + 2 :])
+    return [*launcher, "-m", words[module + 1], *(f"{key}={value}" for key, value in {**given, **replace}.items())]
+
+
+def run(command: list[str]) -> str:
+    """What the command says, its ranks being started as `run_job` does."""
+    start = len(command) - command[::-1].index("-m") - 1
+    return run_warm(command[start:], int(command[start - 1]) if "torch.distributed.run" in command else 0).stdout

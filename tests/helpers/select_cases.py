@@ -1,0 +1,48 @@
+"""Scores that are hard to select from, and selection by sorting."""
+
+from __future__ import annotations
+
+import torch
+
+from stun.sparsify import select_kernel
+from stun.sparsify.select_kernel import smallest_per_row_gpu
+
+
+def naive_mask(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, values in enumerate(scores.tolist()):
+        mask[row, sorted(range(len(values)), key=lambda column: (values[column], column))[: counts[row]]] = True
+    return mask
+
+
+def sorted_mask(scores: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
+    order = scores.sort(dim=1, stable=True).indices
+    leaves = torch.arange(scores.shape[1], device=scores.device) < count_O[:, None]
+    return torch.zeros_like(leaves).scatter_(1, order, leaves)
+
+
+def cases(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(columns)
+    uniform = torch.rand(rows, columns, generator=generator)
+    normal = torch.randn(rows, columns, generator=generator).abs()
+    return {
+        "random": uniform,
+        "wide": normal * (10 * torch.randn(columns, generator=generator)).exp(),
+        "rising": uniform * torch.logspace(-30, 30, columns),
+        "tied": (uniform * 4).floor(),
+        "mostly zero": (uniform - 0.7).clamp(min=0),
+        "negative zero": torch.where(normal < 1, -0.0, (uniform * 3).floor()),
+        "infinite": torch.where(normal < 1, float("inf"), uniform),
+        "constant": torch.full((rows, columns), 0.37),
+        "zero": torch.zeros(rows, columns),
+    }
+
+
+def check_interpreted(dtype: str, columns: int, held: int) -> None:
+    """Two rows of every case, with another count each, in one call."""
+    select_kernel.HELD = held
+    scores = torch.cat(list(cases(2, columns).values())).to(getattr(torch, dtype))
+    counts = [0, 1, columns // 3, columns // 2 + 1, columns - 1, columns, columns // 5] * 3
+    mask = smallest_per_row_gpu(scores, torch.tensor(counts[: len(scores)]))
+    wrong = (mask != naive_mask(scores, counts)).any(dim=1).nonzero().flatten().tolist()
+    assert not wrong, f"rows {wrong} of {list(cases(2, columns))}, two each"

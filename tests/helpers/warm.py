@@ -1,0 +1,148 @@
+"""Starts jobs whose ranks are forks of one process that has imported the package: `-m helpers.warm`, a request a line on stdin.
+
+A launch takes a fraction of a second in place of many for imports on every rank. Ranks are processes with gloo between them all
+the same, and see what torchrun would tell them. Launchers themselves are tested in runs/test_world.py and system/test_slurm.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from helpers.paths import ROOT, TESTS
+
+LIMIT = 600.0  # seconds of a launch
+GRACE = 30.0  # seconds that the other ranks of a failed one have to end, as under torchrun
+
+
+class WarmProcess:
+    """The process that forks, seen from a test."""
+
+    def __init__(self, env: dict[str, str]):
+        command = [sys.executable, "-m", "helpers.warm"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=ROOT, env={**env, "PYTHONPATH": str(TESTS)}, **pipes)
+
+    def run(self, script: list[str], ranks: int, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+        """Run what python would be given, `-m MODULE ...` or `FILE ...`, on that many ranks, 0 for a process that no launcher has
+        told anything; output goes through files in `folder`."""
+        request = {"script": script, "ranks": ranks, "env": env, "folder": str(folder)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that starts ranks has ended: {self._process.wait()}"
+        code = int(answer)
+        return subprocess.CompletedProcess(script, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def get_ready() -> None:
+    """Before forks: import what jobs import late, and keep the garbage collector of a fork from copying memory."""
+    import datasets  # noqa: F401
+    import deepspeed.comm  # noqa: F401
+    import scipy.cluster.hierarchy  # noqa: F401
+
+    gc.freeze()
+
+
+def fork_ranks(world: int, become: Callable[[dict[str, str]], NoReturn]) -> list[int]:
+    """The processes of a launch. Each calls `become` with what a launcher would put into its environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": probe.getsockname()[1]}
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            told = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", **shared}
+            become({key: str(value) for key, value in told.items()})
+        children.append(child)
+    return children
+
+
+def redirect(**files: Path) -> None:
+    """Append what this process writes to `stdout` and `stderr` to these files."""
+    for name, file in files.items():
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), {"stdout": 1, "stderr": 2}[name])
+
+
+def _become_rank(request: dict, told: dict[str, str]) -> NoReturn:
+    """Run what python would, and end; without taking the interpreter down, which would copy all of its memory."""
+    os.environ.clear()
+    os.environ.update({**request["env"], **(told if request["ranks"] else {})})
+    redirect(**{name: Path(request["folder"]) / name for name in ("stdout", "stderr")})
+    os.close(0)
+    atexit._clear()
+    is_module, *words = [request["script"][0] == "-m", *request["script"]]
+    sys.argv = words[is_module:]
+    code = 1
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(children: list[int]) -> int:
+    """The status of the first process that fails, once all have ended; 0 where none does."""
+    running, first, deadline = set(children), 0, time.monotonic() + LIMIT
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(child)
+        code = os.waitstatus_to_exitcode(status) if child else 0
+        is_late = time.monotonic() > deadline
+        if (code and not first) or is_late:
+            first, deadline = first or code or signal.SIGKILL, time.monotonic() + GRACE
+            for other in running:
+                os.kill(other, signal.SIGKILL if is_late else signal.SIGTERM)
+        if not child:
+            time.sleep(0.02)
+    return first
+
+
+def main() -> None:
+    import jobs.evaluate
+    import jobs.prune  # noqa: F401
+
+    for name in ("jobs.prune", "jobs.evaluate"):
+        del sys.modules[name]  # they are run as programs
+    get_ready()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        children = fork_ranks(max(1, request["ranks"]), partial(_become_rank, request))
+        print(wait(children), file=answers, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

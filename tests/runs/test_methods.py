@@ -1,0 +1,65 @@
+"""Every way to remove single weights, end to end: the same bytes on any number of ranks, the target met, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from helpers.launches import run_job, run_warm, settings
+from helpers.method_runs import METHODS
+from helpers.tensors import load_tensors, same_tensors
+from stun.checkpoint.reader import Checkpoint
+from stun.model.architecture import Architecture
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.mark.parametrize("family, worlds", [("arctic", (1, 2, 4)), ("gpt_oss", (1, 2)), ("deepseek_v3", (1, 2))])
+def test_same_bytes_on_any_number_of_ranks(checkpoint, tmp_path, family, worlds):
+    source = checkpoint(family, dtype=torch.bfloat16 if family == "gpt_oss" else torch.float32)
+    for ranks in worlds:
+        run_warm(["-m", "helpers.method_runs", source, tmp_path / str(ranks)], ranks)
+    plans = {}
+    for name, how in METHODS.items():
+        for ranks in worlds[1:]:
+            same_tensors(tmp_path / "1" / name / "model", tmp_path / str(ranks) / name / "model")
+        plans[name] = json.loads((tmp_path / "1" / name / "plan.json").read_text())
+        summary = json.loads((tmp_path / "1" / name / "manifest.json").read_text())["summary"]
+        if how.pattern:
+            check_pattern(how.pattern, tmp_path / "1" / name / "model")
+        else:
+            assert abs(summary["sparsity"] - 0.5) < 1e-4, name
+    same_tensors(tmp_path / "1" / "sparsegpt" / "model", tmp_path / "1" / "sparsegpt blocked" / "model")
+    uniform, by_layer, by_expert = plans["wanda"], plans["owl"], plans["per_expert"]
+    assert {layer["ratio"] for layer in uniform["layers"]} == {None}
+    assert len({layer["ratio"] for layer in by_layer["layers"]}) > 1
+    assert {len(layer["expert_ratios"]) for layer in by_layer["layers"]} == {0}
+    assert all(len(set(layer["expert_ratios"])) > 1 for layer in by_expert["layers"] if layer["experts"])
+
+
+def check_pattern(pattern: str, folder) -> None:
+    """Every group of inputs of every matrix holds as few non-zeros as the pattern allows, and of the whole just as many."""
+    keep, of = map(int, pattern.split(":"))
+    arch, tensors = Architecture(Checkpoint.open(folder)), load_tensors(folder)
+    matrices = [tensors[name] for layout in arch.layers for name in layout.linears]
+    for layout in arch.layers:
+        for expert in range(layout.num_experts):
+            for names in layout.experts[expert].values():
+                own = [tensors[name][expert] if layout.fused else tensors[name] for name in names]
+                matrices += [t.T if layout.is_transposed else t for t in own if t.dim() > 1]
+    for matrix in matrices:
+        kept = (matrix.reshape(-1, of) != 0).sum(1)
+        assert (kept <= keep).all() and kept.float().mean() > 0.99 * keep
+
+
+def test_ratios_from_a_file_and_from_a_plan(checkpoint, tmp_path):
+    source, file = checkpoint("mixtral"), tmp_path / "ratios.json"
+    file.write_text("[0.2, 0.5, 0.35]")
+    run_job("prune", settings(source, tmp_path / "file", sparsify__ratios=file), 2)
+    plan = json.loads((tmp_path / "file" / "plan.json").read_text())
+    ratios = [layer["ratio"] for layer in plan["layers"]]
+    assert ratios[1] - ratios[0] == pytest.approx(0.3) and ratios[2] - ratios[0] == pytest.approx(0.15)
+    run_job("prune", settings(source, tmp_path / "plan", plan=tmp_path / "file" / "plan.json"), 1)
+    same_tensors(tmp_path / "file" / "model", tmp_path / "plan" / "model")

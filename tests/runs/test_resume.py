@@ -1,0 +1,132 @@
+"""A run that was killed continues to the same bytes; what it needs for that is checked before it is used."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers.kill_runs import request
+from helpers.paths import ROOT, TESTS
+from helpers.stops import stopped_after
+from helpers.tensors import load_tensors, same_tensors
+from helpers.zoo import make_checkpoint
+from stun.config import StunError
+from stun.pruning.job import prune
+
+LAYERS = 5
+KILLS = 40
+
+
+@pytest.mark.launch
+def test_killed_at_any_instant(tmp_path):
+    """One rank or all of two, over both streams; what continues has one, two or four ranks."""
+    source = make_checkpoint(tmp_path / "source", "arctic", num_hidden_layers=LAYERS)
+    command = [sys.executable, "-m", "helpers.kill_runs", str(source), str(tmp_path / "runs"), str(KILLS)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    kills = re.findall(r"^(\d+) killed .* (\d) launches$", done.stdout, re.M)
+    assert len(kills) == KILLS
+    assert all(int(launches) > 1 for _, launches in kills), "a run that was not under way was not killed"
+    for number, lines in enumerate(re.findall(r"^layers done \[(.*)\]$", done.stdout, re.M)):
+        counts = [int(count) for count in lines.split(", ")]
+        assert 2 * LAYERS - 1 <= sum(counts) <= 2 * LAYERS + 1, f"run {number} did {counts}"  # a kill can take one line
+        same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / str(number) / "model")
+        left = {file.name for file in (tmp_path / "runs" / str(number)).iterdir()}
+        assert left == {"config.yaml", "layers.json", "manifest.json", "plan.json", "stats", "model"}
+
+
+@pytest.fixture
+def interrupted(checkpoint, tmp_path, ranks):
+    """`interrupted(stream, layer)`: a run folder whose stream ended once that layer was on disk, and the request for it."""
+
+    def get(stream: str, layer: int):
+        cfg = request(str(checkpoint("arctic")), tmp_path / "run")
+        with stopped_after(stream, layer):
+            prune(cfg, ranks)
+        return cfg, tmp_path / "run"
+
+    return get
+
+
+@pytest.mark.parametrize("stream, layer", [("observe", 0), ("observe", 2), ("prune", 0), ("prune", 1), ("prune", 2)])
+def test_continues_after_the_last_finished_layer(interrupted, checkpoint, tmp_path, ranks, capsys, stream, layer):
+    cfg, folder = interrupted(stream, layer)
+    capsys.readouterr()
+    assert prune(cfg, ranks)["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    lines = re.findall(r"\] (observe|prune) (\d+)/3", capsys.readouterr().out)
+    streams = ["observe", "prune"]
+    expected = [(s, f"{n + 1:02d}") for s in streams for n in range(3) if (streams.index(s), n) > (streams.index(stream), layer)]
+    assert lines == expected
+    prune(request(str(checkpoint("arctic")), tmp_path / "whole"), ranks)
+    same_tensors(tmp_path / "whole" / "model", folder / "model")
+
+
+@pytest.mark.parametrize("stream", ["observe", "prune"])
+def test_damaged_snapshot(interrupted, ranks, stream):
+    cfg, folder = interrupted(stream, 1)
+    (file,) = (folder / "hidden").glob(f"{stream}-00001-*")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StunError, match=rf"{file.name}: is damaged.*`progress`"):
+        prune(cfg, ranks)
+    file.unlink()
+    with pytest.raises(StunError, match="is missing"):
+        prune(cfg, ranks)
+    assert (folder / "stats").is_dir() and not (folder / "manifest.json").exists()
+
+
+def test_lost_and_stray_files(interrupted, ranks):
+    cfg, folder = interrupted("prune", 1)
+    (folder / "model" / "layer-00007-0-of-9.safetensors").write_bytes(b"of a launch that never recorded it")
+    (shard,) = (folder / "model").glob("layer-00000-*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100])
+    with pytest.raises(StunError, match=rf"{shard.name}: is too short"):
+        prune(cfg, ranks)
+    shard.write_bytes(whole)
+    prune(cfg, ranks)
+    assert not [name for name in (file.name for file in (folder / "model").iterdir()) if name.startswith("layer-")]
+    assert len(json.loads((folder / "model/model.safetensors.index.json").read_text())["weight_map"]) == len(
+        load_tensors(folder / "model")
+    )
+
+
+def test_another_source_does_not_continue(interrupted, ranks, tmp_path):
+    import shutil
+    from dataclasses import replace
+
+    cfg, _ = interrupted("observe", 1)
+    copy = tmp_path / "other"
+    shutil.copytree(cfg.model.path, copy)
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 64
+    content[len(content) // 2] ^= 64
+    shard.write_bytes(content)
+    with pytest.raises(StunError, match="holds another run"):
+        prune(replace(cfg, model=replace(cfg.model, path=str(copy))), ranks)
+
+
+def test_one_launch_at_a_time(checkpoint, ranks, tmp_path):
+    """While another process is at work in the folder; afterwards the run goes on."""
+    cfg = request(str(checkpoint("mixtral")), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StunError, match=r"run_dir=.*another launch is at work in it"):
+            prune(cfg, ranks)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    prune(cfg, ranks)
+    before = sorted(file.name for file in (tmp_path / "run").iterdir())
+    prune(cfg, ranks)
+    assert before == sorted(file.name for file in (tmp_path / "run").iterdir()) and ".lock" not in before

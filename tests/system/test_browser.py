@@ -1,0 +1,89 @@
+"""Reports in a real browser: both themes, wide and as narrow as a phone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from helpers.results import RESULT
+from helpers.selections import config
+from helpers.zoo import make_checkpoint
+from stun.pruning.job import prune
+from stun.report.write import write_reports
+
+pytestmark = pytest.mark.launch
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (BROWSER and DRIVER):
+    REASON = "chromium and chromedriver are not installed: apt-get install chromium chromium-driver"
+    if os.environ.get("REQUIRE_CHROMIUM"):
+        raise RuntimeError(REASON)
+    pytest.skip(REASON, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, ranks):
+    """A run with every section, one that was not evaluated, and their comparison."""
+    folder = tmp_path_factory.mktemp("pages")
+    source = make_checkpoint(folder / "source", "mixtral", num_local_experts=12)
+    runs = folder / "sweep of runs"
+    for name, target in (("evaluated", 0.4), ("a rather long name,experts.fraction=0.5,target=0.6", 0.6)):
+        prune(config(source, runs / name, target=target), ranks)
+    (runs / "evaluated" / "result.json").write_text(json.dumps(RESULT))
+    return write_reports(runs)
+
+
+# How many pixels of the first picture that is shown are ink: dark ones, light ones.
+INK = """
+const picture = document.querySelector('picture img'), canvas = document.createElement('canvas');
+canvas.width = picture.naturalWidth; canvas.height = picture.naturalHeight;
+const context = canvas.getContext('2d'); context.drawImage(picture, 0, 0);
+const data = context.getImageData(0, 0, canvas.width, canvas.height).data, ink = [0, 0];
+for (let i = 0; i < data.length; i += 4) {
+    const colors = [data[i], data[i + 1], data[i + 2]];
+    if (data[i + 3] > 200) { ink[0] += Math.max(...colors) < 60; ink[1] += Math.min(...colors) > 215; }
+}
+return ink;
+"""
+
+
+def test_pages(browser, pages):
+    assert len(pages) == 3
+    for page in pages:
+        for theme in ("light", "dark"):
+            for width in (390, 1280):
+                features = [{"name": "prefers-color-scheme", "value": theme}]
+                browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+                size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == 390}
+                browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+                browser.get_log("performance"), browser.get_log("browser")
+                browser.get(page.absolute().as_uri())
+                images = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.width, i.alt])")
+                assert all(natural > 0 and 0 < shown <= width and alt for natural, shown, alt in images), (page, theme, width)
+                assert len(images) >= (2 if page == pages[-1] else 9)
+                assert browser.execute_script("return document.documentElement.scrollWidth") <= width, (page, theme, width)
+                ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+                assert (ground == "rgb(252, 251, 248)") is (theme == "light")
+                assert not browser.get_log("browser"), "the console is empty"
+                asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+                urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+                assert urls and all(url.startswith(("data:", page.absolute().as_uri())) for url in urls)
+            dark, light = browser.execute_script(INK)
+            assert (dark > 100 and not light) if theme == "light" else (light > 100 and not dark), "words can be read"

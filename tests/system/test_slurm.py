@@ -1,0 +1,220 @@
+"""The sbatch files on a real Slurm of two virtual nodes: nodes, requeue, preemption, time limit, cancel, a lost task, sweeps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.launches import run_job, settings
+from helpers.pages import commands, here
+from helpers.paths import HELDOUT, ROOT
+from helpers.slurm_cluster import Cluster, missing
+from helpers.tensors import same_tensors
+from helpers.zoo import make_checkpoint
+
+pytestmark = pytest.mark.launch
+REASON = missing()
+if REASON and os.environ.get("REQUIRE_SLURM"):
+    raise RuntimeError(REASON)
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
+LONG = 400  # samples that take longer than half a minute here
+# This Slurm keeps no accounts, which submitit asks for.
+SACCT = r"""#!/bin/sh
+echo "JobID|State|NodeList"
+scontrol -o show job |
+    sed -nE 's/^JobId=([0-9]+) (ArrayJobId=([0-9]+) ArrayTaskId=([0-9]+) )?.* JobState=([A-Z]+) .*/\1 \3 \4 \5/p' |
+    awk 'NF == 4 { print $2 "_" $3 "|" $4 "|" } NF == 2 { print $1 "|" $2 "|" }'
+"""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("slurm") / "source", "mixtral", num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """The same run without Slurm."""
+    run_dir = tmp_path_factory.mktemp("slurm") / "whole"
+    run_job("prune", arguments(source, run_dir), 1)
+    return run_dir
+
+
+def arguments(source: Path, run_dir: Path, **overrides) -> list[str]:
+    return settings(source, run_dir, **{"calibration__samples": 64, **overrides})
+
+
+def submit(cluster, source, run_dir: Path, *options: str, script: str = "prune", ranks: int = 1, **overrides) -> str:
+    words = [str(ROOT / "slurm" / f"{script}.sbatch"), *arguments(source, run_dir, **overrides)]
+    return start(cluster, run_dir, [*options, *words], RANKS_PER_NODE=str(ranks))
+
+
+def start(cluster, run_dir: Path, words: list[str], **environment: str) -> str:
+    """sbatch from the repository, the environment active; the output goes beside the run folder."""
+    out, path = f"--output={run_dir.parent / 'job.log'}", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return cluster.submit(out, "--cpus-per-task=4", *words, cwd=ROOT, PATH=path, **environment)
+
+
+def log_of(run_dir: Path) -> str:
+    file = run_dir.parent / "job.log"
+    return file.read_text() if file.is_file() else ""
+
+
+def until(condition, limit: float = 90.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def completed(cluster, job: str, run_dir: Path, limit: float = 120.0) -> None:
+    assert cluster.wait(job, ENDED, limit)["JobState"] == "COMPLETED", log_of(run_dir)
+
+
+def on_these_nodes(command: str, replaced: dict) -> list[str]:
+    """The words of an sbatch command of the README, without GPUs and as many CPUs, and with other overrides."""
+    sbatch, *words = shlex.split(command)
+    assert sbatch == "sbatch"
+    options = [word for word in words if word.startswith("--") and "gpus" not in word and "cpus" not in word]
+    script, *given = [word for word in words if not word.startswith("--")]
+    overrides = dict(word.split("=", 1) for word in given) | replaced
+    return [*options, script, *(f"{key}={value}" for key, value in overrides.items())]
+
+
+def rank_process(run_dir: Path, rank: int) -> int:
+    """The process of a rank of the job that works on `run_dir`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if f"run_dir={run_dir}".encode() in words and f"RANK={rank}".encode() in variables:
+                return int(process.name)
+    raise AssertionError(f"no rank {rank} of {run_dir}")
+
+
+def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
+    """... on these nodes, which have no GPUs, with this model and text: pruning on two nodes, evaluating on one."""
+    run_dir = tmp_path / "run"
+    own = dict(word.split("=", 1) for word in arguments(source, run_dir))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
+    scored = {"model.path": run_dir / "model", "output": run_dir / "result.json", "task.path": rows, "task.max_new_tokens": 4}
+    for command, replaced in zip(commands("slurm")[0].splitlines(), (own, scored), strict=True):
+        completed(cluster, start(cluster, run_dir, on_these_nodes(command, replaced)), run_dir)
+    assert json.loads((run_dir / "manifest.json").read_text())["summary"]["ranks"] == 2
+    assert (run_dir / "code" / "stun" / "prune.py").is_file() and any((run_dir / "logs").rglob("*.log"))
+    assert json.loads((run_dir / "result.json").read_text())["rows"] == 4
+
+
+@pytest.mark.parametrize("how", ["requeue", "preemption"])
+def test_goes_on_after_an_interruption(cluster, source, whole, tmp_path, how):
+    """`scontrol requeue` in the middle, a more urgent job."""
+    run_dir = tmp_path / "run"
+    job = submit(cluster, source, run_dir, "--nodes=2" if how == "preemption" else "--nodes=1")
+    until(lambda: "prune 03/12" in log_of(run_dir))
+    if how == "requeue":
+        cluster.client("scontrol", "requeue", job)
+    else:
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.log'}", "--wrap=sleep 1"]
+        urgent = cluster.submit(*words, cwd=ROOT)
+        assert cluster.wait(urgent, ENDED)["JobState"] == "COMPLETED"
+    until(lambda: cluster.job(job).get("Restarts") == "1")
+    completed(cluster, job, run_dir)
+    same_tensors(whole / "model", run_dir / "model")
+    done = re.findall(r"\] prune (\d+)/12", log_of(run_dir))
+    assert len(done) <= 13, "at most one finished layer was done again"
+
+
+def test_goes_on_after_its_time_limit(cluster, source, tmp_path):
+    """A run that takes longer than its time limit, which Slurm looks at twice a minute."""
+    run_dir = tmp_path / "run"
+    job = submit(cluster, source, run_dir, "--nodes=1", "--time=1", "--signal=B:USR1@60", calibration__samples=LONG)
+    completed(cluster, job, run_dir, 200)
+    assert int(cluster.job(job)["Restarts"]) >= 1
+    done = re.findall(r"\] (?:observe|prune) (\d+)/12", log_of(run_dir))
+    assert len(done) <= 24 + int(cluster.job(job)["Restarts"])
+    assert (run_dir / "manifest.json").is_file()
+
+
+def test_cancel(cluster, source, tmp_path):
+    run_dir = tmp_path / "run"
+    job = submit(cluster, source, run_dir, "--nodes=1")
+    until(lambda: "observe 02/12" in log_of(run_dir))
+    cluster.client("scancel", job)
+    assert cluster.wait(job, ENDED, 30)["JobState"] == "CANCELLED"
+    assert not (run_dir / "manifest.json").exists()
+
+
+def test_a_lost_task_ends_the_job(cluster, source, whole, tmp_path):
+    """... at once; the same command goes on."""
+    run_dir = tmp_path / "run"
+    job = submit(cluster, source, run_dir, "--nodes=2")
+    until(lambda: "prune 03/12" in log_of(run_dir))
+    os.kill(rank_process(run_dir, 1), signal.SIGKILL)
+    assert cluster.wait(job, ENDED, 30)["JobState"] == "FAILED"
+    assert re.search(r"error: rank 0, prune layer \d+: ", log_of(run_dir))
+    completed(cluster, submit(cluster, source, run_dir, "--nodes=1"), run_dir)
+    same_tensors(whole / "model", run_dir / "model")
+
+
+def test_a_failure_is_one(cluster, tmp_path):
+    job = submit(cluster, tmp_path / "nowhere", tmp_path / "run", "--nodes=2")
+    assert cluster.wait(job, ENDED, 60)["JobState"] == "FAILED"
+    assert "not a folder; download the checkpoint first" in log_of(tmp_path / "run")
+
+
+def test_array_sweep(cluster, source, tmp_path):
+    """The README's command: the statistics, an array of runs, a report."""
+    root = tmp_path / "sweep"
+    own = dict(word.split("=", 1) for word in arguments(source, root, calibration__samples=10))
+    job = start(cluster, root, on_these_nodes(commands("sweep")[0], own))
+    completed(cluster, job, root)
+    report, fractions = root / "report.txt", ["0.1", "0.2", "0.3"]
+    until(lambda: report.is_file() and "experts kept" in report.read_text())
+    check_sweep(root, fractions)
+    assert all(f"experts.fraction={fraction}  " in report.read_text() for fraction in fractions)
+    assert here(commands("report")[0], {"folder": str(root)})[1:3] == ["-m", "jobs.report"]
+
+
+def check_sweep(root: Path, fractions: list[str]) -> None:
+    """One stream of statistics, and every run from it."""
+    for fraction in fractions:
+        run = root / f"experts.fraction={fraction}"
+        assert (run / "manifest.json").is_file() and not (run / "stats").exists()
+    assert (root / "statistics" / "stats" / "about.json").is_file()
+
+
+def test_submitit_multirun(cluster, source, tmp_path):
+    """The README's command on these nodes, two tasks a run."""
+    root, tools = tmp_path / "sweep", tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sacct").write_text(SACCT)
+    (tools / "sacct").chmod(0o755)
+    words = shlex.split(commands("submitit")[0])
+    given = dict(word.split("=", 1) for word in words[4:])
+    own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2,0.5", calibration__samples=10))
+    own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2", "hydra.launcher.cpus_per_task": "1"}
+    command = [sys.executable, "-m", "jobs.prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
+    environment = {**cluster.environment, "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert words[:5] == ["python", "-m", "jobs.prune", "-m", "launcher=slurm"] and done.returncode == 0, done.stderr
+    check_sweep(root, ["0.2", "0.5"])
+    for fraction in ("0.2", "0.5"):
+        assert json.loads((root / f"experts.fraction={fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2

@@ -1,0 +1,55 @@
+"""Block-scaled fp8 is multiplied out; other quantised weights are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.forms import fp8, rewrite, run
+from helpers.stock import load_stock
+from helpers.tensors import load_tensors
+from helpers.zoo import make_checkpoint
+from stun.config import StunError
+
+
+@pytest.mark.parametrize("block", [(8, 8), (8, 4), (20, 12)], ids=["square", "flat", "cut at the edges"])
+def test_fp8_is_multiplied_out(tmp_path, ranks, block):
+    source = tmp_path / "source"
+    exact = fp8(source, "deepseek_v3", *block)
+    folder, _, _ = run(source, tmp_path / "same", ranks, target=0.0)
+    written = load_tensors(folder)
+    assert written.keys() == exact.keys()
+    assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype for name, tensor in exact.items())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    ours = load_stock(folder)
+    if block == (8, 8):  # transformers multiplies out whole blocks only
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).float()
+        prompt = torch.arange(3, 40)[None]
+        torch.testing.assert_close(ours(prompt).logits, theirs(prompt).logits, atol=1e-4, rtol=1e-4)
+    pruned, _, summary = run(source, tmp_path / "pruned", ranks)
+    assert abs(summary["sparsity"] - 0.4) < 1e-4
+    load_stock(pruned)
+
+
+def test_fp8_without_its_scales_is_refused(tmp_path, ranks):
+    source = tmp_path / "source"
+    fp8(source, "deepseek_v3", 8, 8)
+    tensors = load_tensors(source)
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    rewrite(source, {key: tensor for key, tensor in tensors.items() if key != f"{name}_scale_inv"})
+    with pytest.raises(StunError, match=rf"{name} is fp8 but has no {name}_scale_inv"):
+        run(source, tmp_path / "run", ranks)
+    rewrite(source, {**tensors, f"{name}_scale_inv": torch.ones(2, 2)})
+    with pytest.raises(StunError, match=rf"{name}_scale_inv has shape \(2, 2\).*\(3, 4\)"):
+        run(source, tmp_path / "run", ranks)
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "mxfp4"}, {"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}])
+def test_other_quantised_forms_are_refused(tmp_path, ranks, method):
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    rewrite(source, load_tensors(source), quantization_config=method)
+    with pytest.raises(StunError, match=rf"quantised \({method['quant_method']}\).*bf16"):
+        run(source, tmp_path / "run", ranks)

@@ -1,0 +1,85 @@
+"""The stream against the full model in memory: hidden states, statistics, masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.naive import (
+    ARCTIC_SEQUENTIAL,
+    captured,
+    compare_statistics,
+    naive_statistics,
+    tokens_of,
+)
+from helpers.tensors import load_tensors
+from stun.checkpoint.reader import Checkpoint
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.runtime.threads import Workers
+from stun.statistics.input_moments import Moments
+from stun.statistics.observe import Watcher, observe
+from stun.statistics.router import router_distance
+from stun.stream.layer_stream import LayerStream, embed, even_owners
+
+CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3_moe", {})]
+
+
+@pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
+def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
+    folder = checkpoint(family, **changes)
+    tokens = tokens_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    layers = {f"layer{i}": layer for i, layer in enumerate(model.model.layers)}
+    experts = {f"experts{i}": found[1] for i, layer in enumerate(model.model.layers) if (found := experts_of(layer))}
+    seen = captured(model, layers | experts, tokens)
+
+    arch = Architecture(Checkpoint.open(folder))
+    states = embed(arch, ranks, tokens.split(2), arch.source.read)
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    for layer in stream:
+        stream.build(layer)
+        states = stream.run(layer, states)
+        for mine, (_, full) in zip(states.hidden, seen[f"layer{layer.layout.index}"], strict=True):
+            torch.testing.assert_close(mine, full, atol=2e-5, rtol=1e-5)
+
+    collected: dict[int, dict] = {}
+    observe(arch, embed(arch, ranks, tokens.split(2), arch.source.read), ranks, lambda i, s: collected.update({i: s}))
+    assert collected.keys() == {int(name.removeprefix("experts")) for name in experts}
+    for index, statistics in collected.items():
+        module = experts[f"experts{index}"]
+        expected = naive_statistics(module, seen[f"experts{index}"])
+        compare_statistics(statistics, expected)
+        routed = next(name for name in load_tensors(folder) if f"layers.{index}." in name and name.endswith("gate.weight"))
+        assert torch.equal(statistics["router_distance"], router_distance(load_tensors(folder)[routed]))
+        assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
+def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, family, dtype):
+    """Tensors large enough to be cut into a piece a thread, at places that no vector width divides."""
+    monkeypatch.setattr("stun.model.precision.multiplies_bfloat16", lambda: True)  # slow where it is not so
+    arch = Architecture(Checkpoint.open(checkpoint(family, dtype=dtype)))
+    tokens = torch.randint(0, 260, (33, 121), generator=torch.Generator().manual_seed(0))
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(ranks, "workers", Workers(ranks.device))
+        states = embed(arch, ranks, [tokens], arch.source.read)
+        stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
+        sums = []
+        for layer in stream:
+            assert stream.dtype is dtype
+            stream.build(layer)
+            names = sorted(layer.layout.linears)
+            moments = Moments(stream, layer, names, list(range(len(layer.kept))), True, False)
+            watchers = [Watcher(len(layer.kept), [0], ranks)] if layer.kept else []
+            states = moments.run(states, *watchers)
+            sums += [part for watcher in watchers for _, part in sorted(watcher.totals(layer).items())]
+            sums += [*states.hidden, *(own["inputs"].clone() for own in moments.dense.values())]
+            sums += [part.clone() for _, own in sorted(moments.experts.items()) for part in own.values()]
+        found.append(sums)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))

@@ -1,0 +1,99 @@
+"""Sweeps: what runs, under which names, and which statistics are shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from helpers.launches import run_job, settings
+from helpers.selections import CALIBRATION, config
+from helpers.tensors import same_tensors
+from stun.config import StunError
+from stun.pruning.job import prune
+from stun.report.runs import runs_in
+from stun.report.tables import report_table
+from stun.run.sweep import runs, stages
+from stun.statistics.store import Statistics
+
+
+def test_statistics_come_first_and_once():
+    observe, rest = stages(["-m", "experts.fraction=0.1,0.2", "+calibration.seed=1", "target=0.4", "run_dir=r/s"])
+    assert observe[-1] == "run_dir='r/s/statistics'" and "experts.fraction=0.1" in observe and "-m" in observe
+    assert "experts.fraction=0.1,0.2" in rest and "statistics='r/s/statistics'" in rest
+    assert [word for word in observe if word.startswith("+")] == ["+calibration.seed=1"]
+
+
+def test_what_the_first_stream_sees_is_observed_for_every_value():
+    observe, rest = stages(["-m", "calibration.samples=8,16", "calibration=a,b", "sparsify=wanda,alps", "run_dir=s"])
+    assert {"calibration.samples=8,16", "calibration=a,b", "sparsify=wanda"} <= set(observe)
+    shared = "calibration.samples=${calibration.samples},calibration=${hydra:runtime.choices.calibration}"
+    assert observe[-1] == f"run_dir='s/statistics/{shared}'" and f"statistics='s/statistics/{shared}'" in rest
+    assert stages(["precision=auto,float32", "run_dir=s"])[0][-1] == "run_dir='s/statistics/precision=${precision}'"
+
+
+def test_every_combination_is_a_run():
+    lines = runs(["experts.fraction=0.1,0.2", "sparsify=wanda,magnitude", "target=0.4", "run_dir=r"])
+    swept = [tuple(word for word in line if word.startswith(("experts.fraction=", "sparsify="))) for line in lines]
+    assert sorted(swept) == [(f"experts.fraction={f}", f"sparsify={s}") for f in ("0.1", "0.2") for s in ("magnitude", "wanda")]
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["target=0.1,0.2"], "run_dir=.* is needed"),
+        (["target=0.1,(", "run_dir=r"], "target=.*mismatched"),
+        ([], "run_dir"),
+        (["target=0.4", "run_dir=r"], "several values"),
+        (["target=0.1,0.2", "statistics=x", "run_dir=r"], "itself"),
+    ],
+)
+def test_refused(arguments, match):
+    with pytest.raises(StunError, match=match):
+        stages(arguments)
+
+
+def test_shared_statistics_give_the_same_result(observed, tmp_path, ranks):
+    source, folder = observed
+    own, shared = config(source, tmp_path / "own"), config(source, tmp_path / "shared", statistics=str(folder))
+    assert prune(own, ranks)["kept"] == prune(shared, ranks)["kept"]
+    same_tensors(tmp_path / "own" / "model", tmp_path / "shared" / "model")
+    assert not (tmp_path / "shared" / "stats").exists()
+
+
+@pytest.mark.parametrize("change", [{"samples": 7}, {"micro_batch": 1}, {"length": 41}])
+def test_statistics_of_something_else_are_refused(observed, tmp_path, ranks, change):
+    source, folder = observed
+    cfg = config(source, tmp_path / "run", statistics=str(folder), calibration=replace(CALIBRATION, **change))
+    with pytest.raises(
+        StunError, match=r"stats: its statistics are of something else \((calibration_tokens|micro_batch|sources)"
+    ):
+        prune(cfg, ranks)
+    with pytest.raises(StunError, match="holds no complete statistics"):
+        Statistics(tmp_path / "nowhere").check({})
+
+
+def test_report(observed, tmp_path, ranks):
+    """Complete runs with what they say, others with how far they are; folders of statistics alone are no runs."""
+    source, folder = observed
+    prune(config(source, tmp_path / "a=1", statistics=str(folder)), ranks)
+    with pytest.raises(StunError, match="holds no run folders"):
+        runs_in(folder)
+    (tmp_path / "b" / "progress").mkdir(parents=True)
+    (tmp_path / "b" / "config.yaml").write_text("config: {}\n")
+    for name, manifest in (("c", "{}"), ("d", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("config: {}\n" if name == "c" else "")
+        (tmp_path / name / "manifest.json").write_text(manifest)
+    found = runs_in(tmp_path)
+    assert list(found) == ["a=1", "b", "c"] and found["b"] == "not complete" and "summary: must be" in found["c"]
+    assert "0.4000" in report_table(found) and "not complete" in report_table(found)
+
+
+@pytest.mark.launch
+def test_one_run_after_the_other_on_the_same_ranks(checkpoint, tmp_path):
+    source = checkpoint("mixtral")
+    run_job("prune", ["-m", *settings(source, tmp_path / "sweep", experts__fraction="0.2,0.9")], 2)
+    run_job("prune", settings(source, tmp_path / "alone", experts__fraction=0.9), 1)
+    same_tensors(tmp_path / "alone" / "model", tmp_path / "sweep" / "experts.fraction=0.9" / "model")
+    assert "experts.fraction=0.2" in run_job("report", [f"folder={tmp_path / 'sweep'}"]).stdout
