@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 from stun.model import arctic as _arctic  # noqa: E402
 from stun.model import heterogeneous as _heterogeneous  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _arctic.register()
 _heterogeneous.register()
