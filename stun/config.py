@@ -203,8 +203,7 @@ class SparsifyConfig:
     `pattern`, such as 2:4, makes two of every four neighbouring inputs stay; whole experts then make up what it leaves of the
     target. `ratios` says how the removals are spread over the layers: `uniform`, `owl` (layers with more outliers lose less:
     arXiv 2310.05175, with its threshold `outlier` and its bound `spread`), or a JSON file with a number per decoder layer, to
-    all of which the same amount is added to meet the target. `per_expert` spreads a layer's removals over its experts by the
-    same rule.
+    all of which the same amount is added to meet the target.
 
     `reconstruct` refits the kept weights to the outputs of the dense layer. It, SparseGPT and ALPS hold a Gram matrix per matrix
     of an expert, of as many experts at once as fit into `gram_gib`; the layer runs once for each such group.
@@ -216,7 +215,6 @@ class SparsifyConfig:
     ratios: str = "uniform"
     outlier: float = 5.0
     spread: float = 0.08
-    per_expert: bool = False
     reconstruct: bool = False
     gram_gib: float = 16.0
 
@@ -237,7 +235,7 @@ class SparsifyConfig:
     @property
     def counts_outliers(self) -> bool:
         """Whether the first stream must count outliers."""
-        return self.ratios == "owl" or self.per_expert
+        return self.ratios == "owl"
 
 
 @dataclass

@@ -96,7 +96,7 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     for own in _asked(cfg):
         validate(own)
     if cfg.case is BenchmarkCase.layer:
-        if cfg.experts.fraction == "auto" or cfg.sparsify.ratios != "uniform" or cfg.sparsify.per_expert or not cfg.target:
+        if cfg.experts.fraction == "auto" or cfg.sparsify.ratios != "uniform" or not cfg.target:
             raise StunError("case=layer: needs a target above 0, a number as experts.fraction and uniform ratios")
     else:
         most = cfg.calibration.samples * (max(cfg.factors) if cfg.case is BenchmarkCase.growth else 1)

@@ -19,7 +19,7 @@ from stun.benchmark.checkpoints import forget
 from stun.benchmark.limits import DeviceMeter
 from stun.config import BenchmarkConfig
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerQuota, layer_quotas, measure_layers, quota_of
+from stun.planning.budget import LayerQuota, layer_quotas, measure_layers
 from stun.planning.job import Job, plan_of_counts
 from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
@@ -106,7 +106,7 @@ class LayerPhases:
         enter("records")
         powers.experts_left(is_changed=own.mean or len(kept) < own.experts)
         enter("measure")
-        quota = quota_of(own, kept, layer_quotas(self.job.sizes, plan)[0])
+        quota = layer_quotas(self.job.sizes, plan)[0]
         stream.build(layer)
         mask_layer(stream, layer, self.states, quota, cfg.sparsify)
         enter("propagate")

@@ -84,7 +84,7 @@ def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
     if own.experts.fraction or own.sparsify.counts_outliers:
         plan = Path(f"{run_dir}.plan.json")
         ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
-        told = replace(own.sparsify, ratios="uniform", per_expert=False)  # the plan has the ratios
+        told = replace(own.sparsify, ratios="uniform")  # the plan has the ratios
         own = replace(own, plan=str(plan), sparsify=told)
     summary = prune(own, ranks)
     return _evaluated(f"{run_dir}/model", Path(run_dir) / "result.json", cfg, ranks) | {"prune": summary}

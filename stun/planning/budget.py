@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from stun.config import Budget, PruneConfig, Scope, SparsifyConfig, StunError
 from stun.model.architecture import Architecture, expert_infos
-from stun.planning.plan import LayerPlan, Plan
+from stun.planning.plan import Plan
 from stun.sparsify.select import Pattern, quotas
 
 
@@ -151,10 +151,7 @@ class LayerQuota:
 
 
 def layer_quotas(sizes: list[LayerSize], plan: Plan) -> list[LayerQuota]:
-    """Share the plan's removals over all matrices, in proportion to their sizes or as its ratios say; the sum is exact.
-
-    Where a layer has ratios for its experts, its quotas stand by cluster.
-    """
+    """Share the plan's removals over all matrices, in proportion to their sizes or as its ratios say; the sum is exact."""
     kept = [len(layer.clusters) for layer in plan.layers]
     shares = iter(quotas(matrix_sizes(sizes, kept), plan.zeros, _matrix_ratios(sizes, plan)))
     return [
@@ -164,14 +161,6 @@ def layer_quotas(sizes: list[LayerSize], plan: Plan) -> list[LayerQuota]:
         )
         for size, count in zip(sizes, kept, strict=True)
     ]
-
-
-def quota_of(plan: LayerPlan, kept: list[int], quota: LayerQuota) -> LayerQuota:
-    """A layer's quota with its experts in the order of `kept`: it stands by cluster where experts have ratios of their own."""
-    if not plan.expert_ratios:
-        return quota
-    home = {expert: place for place, cluster in enumerate(plan.clusters) for expert in cluster}
-    return LayerQuota(quota.dense, [quota.experts[home[expert]] for expert in kept])
 
 
 def check_pattern(how: SparsifyConfig, arch: Architecture) -> None:
@@ -195,8 +184,7 @@ def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
     ratios = []
     for size, layer in zip(sizes, plan.layers, strict=True):
         own = plan.ratio if layer.ratio is None else layer.ratio
-        ratios += [own] * len(size.dense)
-        ratios += [ratio for ratio in layer.expert_ratios or [own] * len(layer.clusters) for _ in size.expert_parts]
+        ratios += [own] * (len(size.dense) + len(layer.clusters) * len(size.expert_parts))
     return ratios
 
 

@@ -31,43 +31,36 @@ def _read(file: str, layers: int) -> list[float]:
 
 
 def set_ratios(plan: Plan, how: SparsifyConfig, arch: Architecture, sizes: list[LayerSize], stats: Statistics | None) -> None:
-    """Give the plan's layers, and their experts, the ratios that `how` asks for; those the plan has stay where it asks none.
+    """Give the plan's layers the ratios that `how` asks for; those the plan has stay where it asks none.
 
     All of them are shifted by the same amount so that the plan's zeros are met. Raises StunError where the statistics hold no
     outliers.
     """
     scope = [sum(matrix_sizes([size], [len(layer.clusters)])) for size, layer in zip(sizes, plan.layers, strict=True)]
     given = [plan.ratio if layer.ratio is None else layer.ratio for layer in plan.layers]
-    if not plan.zeros or (how.ratios == "uniform" and not how.per_expert and all(layer.ratio is None for layer in plan.layers)):
+    if not plan.zeros or (how.ratios == "uniform" and all(layer.ratio is None for layer in plan.layers)):
         return
-    counted = [_count(plan, index, how, sizes, stats) for index in range(len(sizes))] if how.counts_outliers else []
-    if how.ratios == "owl":
-        given = owl([layer for layer, _ in counted], scope, plan.ratio, how.spread)
+    if how.counts_outliers:
+        given = owl([_outliers(plan, index, how, sizes, stats) for index in range(len(sizes))], scope, plan.ratio, how.spread)
     elif how.ratios_file:
         given = _read(how.ratios_file, len(arch.layers))
-    for index, ratio in enumerate(meet(given, scope, plan.zeros)):
-        layer, own = plan.layers[index], sum(sizes[index].expert_parts.values())
-        layer.ratio, each = ratio, [own] * len(layer.clusters)
-        if how.per_expert and layer.clusters and own:
-            layer.expert_ratios = owl(counted[index][1], each, ratio, how.spread)
-        elif layer.expert_ratios:
-            layer.expert_ratios = meet(layer.expert_ratios, each, ratio * sum(each))
+    for layer, ratio in zip(plan.layers, meet(given, scope, plan.zeros), strict=True):
+        layer.ratio = ratio
 
 
-def _count(plan: Plan, index: int, how: SparsifyConfig, sizes: list[LayerSize], stats: Statistics) -> tuple[float, list[float]]:
-    """Share of a layer's scores above `how.outlier` times their mean, over the experts that stay; and of each cluster's.
+def _outliers(plan: Plan, index: int, how: SparsifyConfig, sizes: list[LayerSize], stats: Statistics) -> float:
+    """Share of a layer's scores above `how.outlier` times their mean, over the experts that stay.
 
     Where it is not yet known which member of a cluster stays, the members stand for it together, as one expert.
     """
     layer, found = plan.layers[index], stats.outliers(index)
     parts = [(found[f"outliers of {name}"].double(), float(found[f"sum of {name}"])) for name in sorted(sizes[index].dense)]
-    clusters_CB = []
     for cluster in layer.clusters if sizes[index].expert_parts else []:
         own = [expert for expert in cluster if expert in layer.kept] or cluster
-        clusters_CB.append(found["outliers"][own].double().sum(0) / len(own))
-        parts.append((clusters_CB[-1], float(found["outlier_sums"][own].sum()) / len(own)))
+        counts_B = found["outliers"][own].double().sum(0) / len(own)
+        parts.append((counts_B, float(found["outlier_sums"][own].sum()) / len(own)))
     counts, sums = zip(*parts, strict=True) if parts else ((), ())
     total_B = sum(counts, torch.zeros(BINS, dtype=torch.float64))
     whole = float(total_B.sum())
     threshold = how.outlier * math.fsum(sums) / whole if whole else 0.0
-    return share_above(total_B, threshold), [share_above(counts_B, threshold) for counts_B in clusters_CB]
+    return share_above(total_B, threshold)

@@ -17,8 +17,7 @@ class LayerPlan:
     they are chosen, where weights must be seen for it: with `nearest` the member nearest the cluster's mean stays. With `mean`
     it takes the mean of the cluster's parameters and router rows (STUN's selective reconstruction).
 
-    `ratio` is the share of the layer's single weights that leave, None where all layers lose the same; `expert_ratios` are those
-    of the survivors, by cluster, where they differ.
+    `ratio` is the share of the layer's single weights that leave, None where all layers lose the same.
     """
 
     experts: int
@@ -27,7 +26,6 @@ class LayerPlan:
     nearest: bool = False
     mean: bool = False
     ratio: float | None = None
-    expert_ratios: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, experts: int, clusters: list[list[int]], nearest: bool = False, mean: bool = False) -> LayerPlan:
@@ -94,11 +92,8 @@ def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
     lists = [plan.clusters, plan.kept, *(plan.clusters if type(plan.clusters) is list else [])]
     if not all(type(part) is list for part in lists) or not all(type(flag) is bool for flag in (plan.nearest, plan.mean)):
         raise StunError(f"{where}: clusters and kept must be lists, nearest and mean true or false")
-    shares = [*(plan.expert_ratios if type(plan.expert_ratios) is list else [None]), 0.0 if plan.ratio is None else plan.ratio]
-    if not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares):
-        raise StunError(f"{where}: ratio and expert_ratios are shares from 0 to 1")
-    if plan.expert_ratios and (len(plan.expert_ratios) != len(plan.clusters) or plan.ratio is None):
-        raise StunError(f"{where}: expert_ratios goes with ratio, one for each of the {len(plan.clusters)} clusters")
+    if plan.ratio is not None and (type(plan.ratio) not in (int, float) or not 0 <= plan.ratio <= 1):
+        raise StunError(f"{where}: ratio is a share from 0 to 1")
     if not all(map(is_count, [plan.experts, *plan.kept, *(e for cluster in plan.clusters for e in cluster)])):
         raise StunError(f"{where}: experts are whole numbers")
     members = [expert for cluster in plan.clusters for expert in cluster]

@@ -71,7 +71,7 @@ def _validate_sparsify(how: SparsifyConfig, experts: ExpertsConfig) -> None:
     numbers = how.pattern.split(":")
     fits = len(numbers) == 2 and all(n.isdecimal() for n in numbers) and 0 < int(numbers[0]) < int(numbers[1]) <= 64
     _require(not how.pattern or fits, "sparsify.pattern", how.pattern, "N:M with N below M, such as 2:4; M up to 64")
-    plain = how.ratios == "uniform" and not how.per_expert
+    plain = how.ratios == "uniform"
     _require(not how.pattern or plain, "sparsify.pattern", how.pattern, "a pattern fixes every matrix; leave ratios uniform")
     _require(not how.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target decides")
     _require(1 <= how.outlier < math.inf, "sparsify.outlier", how.outlier, "a multiple of the mean score, 1 or more")

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from stun.config import StunError
-from stun.planning.budget import layer_quotas, quota_of
+from stun.planning.budget import layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, cluster_owners
 from stun.pruning.mask import Masked, mask_layer
@@ -93,8 +93,7 @@ def prune_layers(
         if not layer.layout.is_mtp:
             if states is not None:
                 stream.build(layer)
-            quota = quota_of(plans[index], kept, quotas[index])
-            masked = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
+            masked = mask_layer(stream, layer, states, quotas[index], job.cfg.sparsify)
             if states is not None and index + 1 < len(arch.layers):  # nothing follows the last one
                 ranks.meter.enter("propagate")
                 stream.build(layer)

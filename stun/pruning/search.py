@@ -15,7 +15,7 @@ import torch
 
 from stun.config import Representative, SparsifyConfig, StunError
 from stun.data import Samples
-from stun.planning.budget import LayerQuota, layer_quotas, quota_of
+from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import HELD_OUT, Job
 from stun.planning.make import make_plan
 from stun.planning.plan import Plan
@@ -44,7 +44,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
         held = stream.run(layer, held)
         for fraction, plan in plans.items():
             kept = plan.layers[layer.layout.index].kept
-            quota = quota_of(plan.layers[layer.layout.index], kept, quotas[fraction][layer.layout.index])
+            quota = quotas[fraction][layer.layout.index]
             own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, own[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
     progress.close()

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from stun.config import StunError
 
 # What the first stream sees, as keys or groups of the configuration.
-_OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.", "sparsify.per_expert.")
+_OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.")
 
 
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -18,9 +18,8 @@ METHODS = {
     **{method.name: SparsifyConfig(method=method) for method in Method},
     "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
     "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
-    "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl", per_expert=True),
+    "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl"),
     "owl": SparsifyConfig(ratios="owl"),
-    "per_expert": SparsifyConfig(method=Method.magnitude, per_expert=True),
     **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
     "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", reconstruct=True),
 }

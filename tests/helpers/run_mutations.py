@@ -92,9 +92,7 @@ PLANS: dict[str, tuple[Mutation, str]] = {
             ("ratio", "above 1", 1.5),
             ("ratio", "bool", True),
             ("ratio", "list", [0.5]),
-            ("expert_ratios", "text", "0.5"),
             ("expert_ratios", "of one", [0.5]),
-            ("expert_ratios", "null", None),
             ("code", "more", CODE),
         ]
     },
