@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import launch
-from stun.config import EvaluateConfig, ModelConfig, StunError
+from stun.benchmark.study import prune_and_evaluate
+from stun.config import EvaluateConfig, StunError
 from stun.evaluation.job import evaluate
 from stun.files import write_json
-from stun.pruning.job import prune
 from stun.report.tables import results_table
 from stun.report.write import write_reports
 
@@ -21,9 +21,7 @@ def work(cfg, ranks) -> None:
     for name, fraction in shares.items():
         run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
         own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
-        summary = prune(own, ranks)
-        asked = EvaluateConfig(ModelConfig(f"{run_dir}/model"), cfg.task, dense=dense, output=f"{run_dir}/result.json")
-        results[name] = evaluate(asked, ranks) | {"prune": summary}
+        results[name] = prune_and_evaluate(own, ranks, dense)
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)

@@ -349,12 +349,11 @@ class CompareConfig(PruneConfig):
 
 
 @dataclass
-class StudyConfig(PruneConfig):
+class StudyConfig(CompareConfig):
     """Compare ways to prune. `methods` maps a name to overrides of the configuration, all of them tried at every one of
     `targets`, on calibration texts in the orders of `seeds`. `measures` (odd, even, perplexity, seconds, GiB) are printed; all
     are in `scores`, the JSON file to write."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
     methods: dict[str, list[str]] = field(default_factory=dict)
     targets: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from stun.config import EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
+from stun.config import CompareConfig, EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
 from stun.evaluation.job import evaluate
 from stun.files import load_json, write_json
 from stun.planning.from_statistics import plan_from_run
@@ -34,16 +34,15 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     if unknown:
         raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
     for method, own in ways.items():
-        if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan")):
+        if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan", "task")):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
     for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
         resolve_model(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
         if own.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)
-    dense = _once(
-        folder / "dense.json", {"task": task}, lambda: _evaluated(cfg.model.path, folder / "dense-result.json", cfg, ranks), ranks
-    )
+    asked = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
+    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(asked, ranks), ranks)
     results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     outliers = any(own.sparsify.counts_outliers for own in ways.values())
     base_how = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
@@ -53,7 +52,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         for target, (method, own) in itertools.product(cfg.targets, ways.items()):
             cell = replace(own, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
             identity = {"task": task, "overrides": list(cfg.methods[method])}
-            compute = lambda cell=cell, base=base: _cell(cell, base, cfg, ranks)  # noqa: E731
+            compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
             ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
             results[method][str(target)].append(_measures(result))
@@ -78,20 +77,20 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
     return result
 
 
-def _cell(own: StudyConfig, base: str, cfg: StudyConfig, ranks: Ranks) -> dict:
-    """One method at one sparsity on one seed, from the statistics in `base`: plan, prune, evaluate."""
-    run_dir = own.run_dir
-    if own.experts.fraction or own.sparsify.counts_outliers:
-        plan = Path(f"{run_dir}.plan.json")
-        ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
-        told = replace(own.sparsify, ratios="uniform")  # the plan has the ratios
-        own = replace(own, plan=str(plan), sparsify=told)
-    summary = prune(own, ranks)
-    return _evaluated(f"{run_dir}/model", Path(run_dir) / "result.json", cfg, ranks) | {"prune": summary}
+def _planned(own: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
+    """One method at one sparsity on one seed, with its plan, if it needs one, from the statistics in `base`."""
+    if not (own.experts.fraction or own.sparsify.counts_outliers):
+        return own
+    plan = Path(f"{own.run_dir}.plan.json")
+    ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
+    return replace(own, plan=str(plan), sparsify=replace(own.sparsify, ratios="uniform"))  # as planned
 
 
-def _evaluated(model: str, output: Path, cfg: StudyConfig, ranks: Ranks) -> dict:
-    return evaluate(EvaluateConfig(ModelConfig(model), cfg.task, output=str(output)), ranks)
+def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dict:
+    """The result of the pruned model, beside that in the file `dense` if given, and under `prune` the run's summary."""
+    summary, model = prune(cfg, ranks), ModelConfig(f"{cfg.run_dir}/model")
+    result = evaluate(EvaluateConfig(model, cfg.task, dense=dense, output=f"{cfg.run_dir}/result.json"), ranks)
+    return result | {"prune": summary}
 
 
 def _measures(result: dict) -> dict[str, float]:

@@ -20,7 +20,20 @@ ORDER = (
     " < evaluation < report < pruning < benchmark, reference"
 )
 PURE = ("sparsify", "planning/experts")
-PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "json", "math", "threading"}
+PURE_IMPORTS = {
+    "torch",
+    "numpy",
+    "scipy",
+    "__future__",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "json",
+    "math",
+    "threading",
+    "typing",
+}
 PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
 
 
