@@ -16,6 +16,7 @@ from stun.evaluation.job import evaluate
 from stun.files import load_json, write_json
 from stun.planning.from_statistics import plan_from_run
 from stun.planning.job import resolve_model
+from stun.planning.validation import validate
 from stun.pruning.job import prune, take_statistics
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
@@ -36,8 +37,10 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     for method, own in ways.items():
         if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan", "task")):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
-    for seed, own, target in itertools.product(cfg.seeds, ways.values(), cfg.targets):
-        resolve_model(replace(own, target=target, calibration=replace(cfg.calibration, seed=seed)))
+    for seed in cfg.seeds:
+        validate(replace(cfg, target=cfg.targets[0], calibration=replace(cfg.calibration, seed=seed)))
+    for own, target in itertools.product(ways.values(), cfg.targets):
+        resolve_model(replace(own, target=target))
         if own.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)

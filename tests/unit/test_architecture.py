@@ -20,20 +20,22 @@ ORDER = (
     " < evaluation < report < pruning < benchmark, reference"
 )
 PURE = ("sparsify", "planning/experts")
-PURE_IMPORTS = {
-    "torch",
-    "numpy",
-    "scipy",
-    "__future__",
-    "collections",
-    "contextlib",
-    "dataclasses",
-    "functools",
-    "json",
-    "math",
-    "threading",
-    "typing",
-}
+PURE_IMPORTS = set(
+    [
+        "torch",
+        "numpy",
+        "scipy",
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "json",
+        "math",
+        "threading",
+        "typing",
+    ]
+)
 PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
 
 
