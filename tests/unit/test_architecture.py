@@ -21,20 +21,7 @@ ORDER = (
 )
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = set(
-    [
-        "torch",
-        "numpy",
-        "scipy",
-        "__future__",
-        "collections",
-        "contextlib",
-        "dataclasses",
-        "functools",
-        "json",
-        "math",
-        "threading",
-        "typing",
-    ]
+    re.findall(r"\w+", "torch numpy scipy __future__ collections contextlib dataclasses functools json math threading typing")
 )
 PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
 
