@@ -20,9 +20,8 @@ ORDER = (
     " < evaluation < report < pruning < benchmark, reference"
 )
 PURE = ("sparsify", "planning/experts")
-PURE_IMPORTS = set(
-    re.findall(r"\w+", "torch numpy scipy __future__ collections contextlib dataclasses functools json math threading typing")
-)
+PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}
+PURE_IMPORTS |= {"threading", "typing"}
 PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
 
 
