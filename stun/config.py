@@ -165,8 +165,8 @@ class ExpertsConfig:
     `beta` are those of the custom score, `seed` is the random one's. `source_weights` weighs the statistics of calibration
     sources (1 where a source is not named).
 
-    `lambda1`, `lambda2` and `lambda3` weigh router-row distance, co-activation (STUN, section 4.1) and alike outputs in the
-    similarity of two experts. Co-activation is off by default: on the reference model, whose tokens use two experts each,
+    `lambda1` and `lambda2` weigh router-row distance and co-activation (STUN, section 4.1) in the similarity of two experts.
+    Co-activation is off by default: on the reference model, whose tokens use two experts each,
     experts that serve the same tokens complement each other, and merging them costs far more than it saves. Layers left with
     `kappa` clusters or fewer are reconstructed: a cluster's mean takes its representative's place. `keep_at_least` is a floor
     on the experts of a layer, beside the model's own top-k.
@@ -184,7 +184,6 @@ class ExpertsConfig:
     source_weights: dict[str, float] = field(default_factory=dict)
     lambda1: float = 1.0
     lambda2: float = 0.0
-    lambda3: float = 0.0
     kappa: int = 3
     keep_at_least: int = 1
     protect: ProtectConfig = field(default_factory=ProtectConfig)
@@ -193,7 +192,7 @@ class ExpertsConfig:
     def reads_statistics(self) -> bool:
         """Whether choosing experts takes more than the routers' rows."""
         special_by_use = self.protect.super_experts or self.protect.domain_share
-        return bool(self.score is not Score.index or self.lambda2 or self.lambda3 or special_by_use)
+        return bool(self.score is not Score.index or self.lambda2 or special_by_use)
 
 
 @dataclass

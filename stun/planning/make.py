@@ -73,13 +73,9 @@ def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats:
 def weigh(how: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int) -> tuple[np.ndarray, torch.Tensor]:
     """Distances [E, E] and scores [E] of one layer's experts, from its statistics `layer`."""
     weights_S = torch.tensor([how.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
-    coactivation_EE, agreement_EE = (
-        (layer[name].double() * weights_S[:, None, None]).sum(0) for name in ("coactivation", "agreement")
-    )
+    coactivation_EE = (layer["coactivation"].double() * weights_S[:, None, None]).sum(0)
     powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
-    distance_EE = expert_distance(
-        layer["router_distance"], coactivation_EE, agreement_EE / stats.cosine_unit, how.lambda1, how.lambda2, how.lambda3
-    )
+    distance_EE = expert_distance(layer["router_distance"], coactivation_EE, how.lambda1, how.lambda2)
     return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed, (how.a, how.b, how.beta))
 
 

@@ -46,11 +46,11 @@ def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     known = (share == "auto" and cfg.target > 0) or (isinstance(share, (int, float)) and 0 <= share <= 1)
     _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto for a target above 0")
     _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
-    for key in ("lambda1", "lambda2", "lambda3", "kappa"):
+    for key in ("lambda1", "lambda2", "kappa"):
         value = getattr(experts, key)
         _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
     _require(abs(experts.b) <= 8, "experts.b", experts.b, "an exponent from -8 to 8")
-    _require(experts.lambda1 + experts.lambda2 + experts.lambda3 > 0, "experts.lambda1 to lambda3", 0, "one must be above 0")
+    _require(experts.lambda1 + experts.lambda2 > 0, "experts.lambda1 and lambda2", 0, "one must be above 0")
     for key in ("a", "beta"):
         _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
     ranked = experts.method is ExpertsMethod.rank or experts.representative is Representative.score

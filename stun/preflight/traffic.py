@@ -48,7 +48,7 @@ def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
     total = 0
     for layout in arch.layers:
         experts, counted = layout.num_experts, len(layout.linears) + layout.num_experts
-        total += 8 * (experts**2 * (1 + 2 * sources) + experts * (10 * sources + 3))
+        total += 8 * (experts**2 * (1 + sources) + experts * (10 * sources + 3))
         total += counted * (4 * BINS + 8) if outliers else 0
     return total
 

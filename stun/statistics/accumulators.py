@@ -12,8 +12,6 @@ import math
 
 import torch
 
-COSINE_UNIT = 2**30  # cosines are summed as multiples of 1 / COSINE_UNIT
-_TINY = 1e-12  # norm from which an output has a direction
 _SQUARED = 1 << 17  # entries squared at once: on a CPU as many as stay in a core's cache
 
 
@@ -30,24 +28,9 @@ class CoActivation:
         self.counts_SEE[source] += (hit_TE.T @ hit_TE).to(torch.int64)
 
 
-class Agreement:
-    """Sum, over the tokens two experts share, of the cosine of their outputs, in units of 1 / COSINE_UNIT."""
-
-    def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
-        self.sums_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
-
-    def add(self, source: int, index_TK: torch.Tensor, product_TKK: torch.Tensor) -> None:
-        """Add T tokens, the outputs of whose K experts have these inner products."""
-        norm_TK = norms(product_TKK).clamp_min(_TINY)
-        cosine_TKK = (product_TKK / norm_TK[:, :, None] / norm_TK[:, None, :]).double()
-        place_TKK = index_TK[:, :, None] * self.sums_SEE.shape[1] + index_TK[:, None, :]
-        units_TKK = cosine_TKK.mul_(COSINE_UNIT).round_().long()
-        self.sums_SEE[source].view(-1).index_add_(0, place_TKK.flatten(), units_TKK.flatten())
-
-
-def norms(product_TKK: torch.Tensor) -> torch.Tensor:
-    """[T, K] norms of K vectors a token, from their inner products."""
-    return product_TKK.diagonal(dim1=1, dim2=2).sqrt()
+def norms(output_TKD: torch.Tensor) -> torch.Tensor:
+    """[T, K] norms of K vectors a token, from the diagonal of their inner products."""
+    return torch.bmm(output_TKD, output_TKD.mT).diagonal(dim1=1, dim2=2).sqrt()
 
 
 class OutputPowers:

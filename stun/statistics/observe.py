@@ -12,7 +12,7 @@ from stun.model.architecture import Architecture
 from stun.run.layer_metrics import expert_powers
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
-from stun.statistics.accumulators import Agreement, CoActivation, OutputPowers, norms, weight_sums
+from stun.statistics.accumulators import CoActivation, OutputPowers, norms, weight_sums
 from stun.statistics.outliers import OutlierCounter
 from stun.statistics.router import router_distance
 from stun.stream.expert_parallel import Layer, Observer
@@ -35,25 +35,24 @@ class Watcher(Observer):
     def __init__(self, num_experts: int, sources: list[int], ranks: Ranks):
         shape = (max(sources, default=0) + 1, num_experts, ranks.device)
         self.sources, self.ranks = sources, ranks
-        self.coactivation, self.agreement, self.powers = CoActivation(*shape), Agreement(*shape), OutputPowers(*shape)
+        self.coactivation, self.powers = CoActivation(*shape), OutputPowers(*shape)
         nobody_TK = torch.zeros(0, 1, dtype=torch.int64, device=ranks.device)
         self._nothing_EX = self.powers.of(nobody_TK, nobody_TK, nobody_TK)
 
     def routed(self, micro_batch, index_TK, weights_TK) -> None:
         self._routed = (self.sources[micro_batch], index_TK, weights_TK)
-        self._product_TKK = weights_TK.new_empty(*index_TK.shape, index_TK.shape[1], dtype=torch.float32)
+        self._norm_TK = weights_TK.new_empty(index_TK.shape, dtype=torch.float32)
 
     def combined(self, tokens, output_tKD) -> None:
-        torch.bmm(output_tKD, output_tKD.mT, out=self._product_TKK[tokens])
+        self._norm_TK[tokens] = norms(output_tKD)
 
     def round_ends(self, turn) -> None:
         first, found_EX = turn * self.ranks.world, self._nothing_EX
         if first + self.ranks.rank < len(self.sources):
             source, index_TK, gate_TK = self._routed
             self.coactivation.add(source, index_TK)
-            self.agreement.add(source, index_TK, self._product_TKK)
-            found_EX = self.powers.of(index_TK, gate_TK, norms(self._product_TKK))
-        self._routed = self._product_TKK = None
+            found_EX = self.powers.of(index_TK, gate_TK, self._norm_TK)
+        self._routed = self._norm_TK = None
         for source, own_EX in zip(self.sources[first:], self.ranks.all_gather(found_EX), strict=False):
             self.powers.add(source, own_EX)
 
@@ -67,7 +66,6 @@ class Watcher(Observer):
         return {
             "router_distance": router_distance(layer.dense[layer.layout.router].float()),
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
-            "agreement": ranks.sum_integers(self.agreement.sums_SEE),
             "powers": self.powers.sums_SE33,
             "peak": self.powers.peak_SE,
             "weights": ranks.all_gather(weights_E3).sum(0),

@@ -16,7 +16,6 @@ from stun.files import is_count, load_json, write_json
 from stun.run.folder import ABOUT
 from stun.run.identity import differences
 from stun.run.ownership import own_folder, run_id
-from stun.statistics.accumulators import COSINE_UNIT
 
 _RETAKE = "take the statistics anew in another run_dir"
 
@@ -24,12 +23,11 @@ _RETAKE = "take the statistics anew in another run_dir"
 class Statistics:
     """What the first stream saw, in the folder `stats` of a run: a file a layer, and about.json, which is written last.
 
-    A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` and `agreement` [S, E, E]
-    int64 (the latter in units of 1 / `cosine_unit`), `powers` [S, E, 3, 3] and `peak` [S, E] float64
-    (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums). Where outliers were asked for, a layer with
-    or without experts also holds histograms of Wanda's scores per token and the sums of these scores (stun.statistics.outliers):
-    `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME` [bins] and `sum of NAME` [] of every dense
-    matrix.
+    A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` [S, E, E] int64, `powers`
+    [S, E, 3, 3] and `peak` [S, E] float64 (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums).
+    Where outliers were asked for, a layer with or without experts also holds histograms of Wanda's scores per token and the sums
+    of these scores (stun.statistics.outliers): `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME` [bins] and
+    `sum of NAME` [] of every dense matrix.
     """
 
     def __init__(self, folder: Path):
@@ -42,23 +40,19 @@ class Statistics:
 
     @property
     def about(self) -> dict:
-        """What they were taken on (`observed`), the unit of cosines, the files' digests."""
+        """What they were taken on (`observed`), and the files' digests."""
         about = load_json(self._about)
-        kinds = {"sources": dict, "model": str, "calibration_tokens": str, "micro_batch": int, "cosine_unit": int, "files": dict}
+        kinds = {"sources": dict, "model": str, "calibration_tokens": str, "micro_batch": int, "files": dict}
         for name, kind in kinds.items():
             if type(about.get(name)) is not kind:
                 raise StunError(f"{self._about}: {name}: must be {kind.__name__}, is {str(about.get(name))[:80]}; {_RETAKE}")
-        if not about["sources"] or not all(map(is_count, about["sources"].values())) or about["cosine_unit"] != COSINE_UNIT:
-            raise StunError(f"{self._about}: sources must map names to samples, and cosine_unit be {COSINE_UNIT}; {_RETAKE}")
+        if not about["sources"] or not all(map(is_count, about["sources"].values())):
+            raise StunError(f"{self._about}: sources must map names to samples; {_RETAKE}")
         return about
 
     @property
     def sources(self) -> list[str]:
         return list(self.about["sources"])
-
-    @property
-    def cosine_unit(self) -> int:
-        return self.about["cosine_unit"]
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
@@ -92,7 +86,7 @@ class Statistics:
         """Declare the statistics complete; `taken_on` is what decided them (`observed`)."""
         own_folder(self.folder, run_id(self.folder.parent))
         files = {file.name: _digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
-        write_json(self._about, {**taken_on, "cosine_unit": COSINE_UNIT, "files": files})
+        write_json(self._about, {**taken_on, "files": files})
 
     def check(self, wanted: dict) -> None:
         """Raises StunError where they are not complete, or were not taken on what is `wanted` (`observed`)."""
@@ -114,7 +108,6 @@ def _check_statistics(file: Path, found: dict[str, torch.Tensor], sources: int, 
     wanted = {
         "router_distance": ((count, count), torch.float64),
         "coactivation": ((*of_experts, count), torch.int64),
-        "agreement": ((*of_experts, count), torch.int64),
         "powers": ((*of_experts, 3, 3), torch.float64),
         "peak": (of_experts, torch.float64),
         "weights": ((count, 3), torch.float64),
@@ -124,5 +117,5 @@ def _check_statistics(file: Path, found: dict[str, torch.Tensor], sources: int, 
         if tensor is None or tensor.shape != shape or tensor.dtype is not dtype:
             is_now = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise StunError(f"{file}: {name}: must be {shape} of {dtype}, is {is_now}; {_RETAKE}")
-        if not torch.isfinite(tensor).all() or (name != "agreement" and (tensor < 0).any()):
+        if not torch.isfinite(tensor).all() or (tensor < 0).any():
             raise StunError(f"{file}: {name}: has negative or infinite entries; {_RETAKE}")

@@ -175,22 +175,19 @@ ABOUTS: dict[str, Mutation] = {
             ("sources", "texts", {"all": "2"}),
             ("sources", "negative", {"all": -2}),
             ("model", "number", 1),
-            ("cosine_unit", "zero", 0),
-            ("cosine_unit", "text", CODE),
-            ("cosine_unit", "bool", True),
             ("files", "null", None),
         ]
     },
     **{
         f"no {field}": edit(ABOUT, lambda content, field=field: content.pop(field) and None)
-        for field in ("sources", "model", "cosine_unit", "files")
+        for field in ("sources", "model", "files")
     },
 }
 # The digests in about.json are made to fit these.
 STATISTICS: dict[str, tuple[Callable[[dict], object], str]] = {
     **{
         f"{name} {how}": (cast(name, change), name)
-        for name in ("router_distance", "coactivation", "agreement", "powers", "peak", "weights")
+        for name in ("router_distance", "coactivation", "powers", "peak", "weights")
         for how, change in {
             "of half its rows": lambda t: t[: len(t) // 2],
             "in float16": lambda t: t.half(),
@@ -199,7 +196,7 @@ STATISTICS: dict[str, tuple[Callable[[dict], object], str]] = {
     },
     **{
         f"no {name}": (lambda tensors, name=name: tensors.pop(name), name)
-        for name in ("router_distance", "coactivation", "agreement", "powers", "peak", "weights")
+        for name in ("router_distance", "coactivation", "powers", "peak", "weights")
     },
     "distance NaN": (cast("router_distance", lambda t: t * float("nan")), "router_distance: has negative or infinite"),
     "powers infinite": (cast("powers", lambda t: t + float("inf")), "powers: has negative or infinite"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from helpers.paths import FIXTURES
 from stun.config import ExpertsMethod, Representative, Score, StunError
 from stun.planning.experts.clusters import clusters_of, complete_linkage, official_merges
-from stun.planning.experts.distances import expert_distance, mean_cosine
+from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import PRESETS, aimer_score, moment_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
 from stun.planning.plan import LayerPlan, nearest_member, read_layers
@@ -57,7 +57,7 @@ def test_complete_linkage_is_brute_force(experts, lambda2):
     router = torch.randn(experts, 24, generator=generator)
     hits = torch.rand(400, experts, generator=generator).topk(3).indices
     hit = torch.zeros(400, experts).scatter_(1, hits, 1)
-    distance = expert_distance(router_distance(router), (hit.T @ hit).long(), None, 1.0, lambda2)
+    distance = expert_distance(router_distance(router), (hit.T @ hit).long(), 1.0, lambda2)
     merges = complete_linkage(distance)
     assert all(a.distance <= b.distance for a, b in itertools.pairwise(merges))
     for drop in range(experts):
@@ -67,15 +67,12 @@ def test_complete_linkage_is_brute_force(experts, lambda2):
 def test_distance_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     router, counts = torch.randn(5, 8, generator=generator), torch.randint(0, 50, (5, 5), generator=generator)
-    counts, agreement = counts + counts.T, torch.rand(5, 5, generator=generator)
-    agreement = counts * (agreement + agreement.T) / 2
-    distance = expert_distance(router_distance(router), counts, agreement, 0.7, 0.3, 0.2)
+    counts = counts + counts.T
+    distance = expert_distance(router_distance(router), counts, 0.7, 0.3)
     mean = np.mean([counts[i, j].item() for i in range(5) for j in range(5) if i != j])
     for i, j in itertools.permutations(range(5), 2):
-        cosine = agreement[i, j].item() / counts[i, j].item() if counts[i, j] else 0.0
         apart = (router[i].double() - router[j].double()).norm().item()
-        assert abs(distance[i, j] - (0.7 * apart - 0.3 * counts[i, j].item() / mean - 0.2 * cosine)) < 1e-6
-    assert mean_cosine(torch.zeros(2, 2), torch.zeros(2, 2)).eq(0).all(), "no shared token: no evidence"
+        assert abs(distance[i, j] - (0.7 * apart - 0.3 * counts[i, j].item() / mean)) < 1e-6
 
 
 def random_powers(experts: int, tokens: int, seed: int):
@@ -124,8 +121,6 @@ def test_means_do_not_depend_on_the_scale_of_source_weights(score):
         scaled = score_experts(score, powers * scale, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
         assert scaled.argsort().equal(whole.argsort())
         assert PRESETS[score][1] or torch.allclose(scaled, whole)
-    agreement, shared = torch.rand(4, 4), torch.randint(1, 3, (4, 4)).double()
-    torch.testing.assert_close(mean_cosine(agreement * 0.01, shared * 0.01), mean_cosine(agreement, shared))
 
 
 def test_aimer_keeps_the_uneven():

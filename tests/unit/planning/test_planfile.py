@@ -32,7 +32,7 @@ from stun.pruning.job import prune
     [
         ExpertsConfig(),
         ExpertsConfig(method=ExpertsMethod.rank, score=Score.msan),
-        ExpertsConfig(representative=Representative.score, lambda3=1.0, budget=Budget["global"]),
+        ExpertsConfig(representative=Representative.score, lambda2=1.0, budget=Budget["global"]),
         ExpertsConfig(fraction=1.0, kappa=8),
     ],
     ids=["stun", "rank", "cluster_score", "reconstructed"],

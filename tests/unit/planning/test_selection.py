@@ -28,7 +28,7 @@ from stun.statistics.store import Statistics
 def test_one_stream_serves_every_selection(observed, tmp_path):
     source, run_dir = observed
     before = sorted((f.name, f.stat().st_mtime_ns) for f in (run_dir / "stats").iterdir())
-    similarities = [{}, {"lambda2": 1.0}, {"lambda1": 0.0, "lambda3": 1.0}, {"lambda1": 0.5, "lambda2": 0.5, "lambda3": 0.5}]
+    similarities = [{}, {"lambda2": 1.0}, {"lambda1": 0.0, "lambda2": 1.0}]
     seen = {}
     for method, score, budget, representative in itertools.product(ExpertsMethod, Score, Budget, Representative):
         for number, similarity in enumerate(similarities):

@@ -49,7 +49,7 @@ def test_a_mixture_keeps_its_sources_apart(observed, tmp_path, ranks):
         take_statistics(config(source, tmp_path / name, calibration=alone), ranks)
         single = Statistics(tmp_path / name / "stats")
         for layer in range(3):
-            for key in ("coactivation", "agreement", "powers", "peak"):
+            for key in ("coactivation", "powers", "peak"):
                 torch.testing.assert_close(together.load(layer)[key][number], single.load(layer)[key][0], msg=f"{name} {key}")
         ranked = ExpertsConfig(method=ExpertsMethod.rank, score=Score.frequency)
         only = replace(ranked, source_weights={other: 0.0 for other in together.sources if other != name})
@@ -106,7 +106,7 @@ def test_a_seed_shuffles_the_text(observed, tmp_path, ranks):
 
 @pytest.mark.launch
 def test_same_statistics_and_bytes_on_1_2_4_ranks(tmp_path):
-    """... for a mixture whose parts do not divide into micro-batches, a score, alike outputs, and reconstruction."""
+    """... for a mixture whose parts do not divide into micro-batches, a score, co-activation, and reconstruction."""
     source = make_checkpoint(tmp_path / "source", "gpt_oss", dtype=torch.bfloat16)
     sources = mixture(tmp_path, numbers=2.0)
     how = {
@@ -114,7 +114,7 @@ def test_same_statistics_and_bytes_on_1_2_4_ranks(tmp_path):
         "calibration.path": "",
         "calibration.micro_batch": 3,
         "experts.representative": "score",
-        "experts.lambda3": 1,
+        "experts.lambda2": 1,
         "experts.kappa": 8,
         "experts.fraction": 0.7,
     }
