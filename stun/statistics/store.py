@@ -26,8 +26,8 @@ class Statistics:
     A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` [S, E, E] int64, `powers`
     [S, E, 3, 3] and `peak` [S, E] float64 (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums).
     Where outliers were asked for, a layer with or without experts also holds histograms of Wanda's scores per token and the sums
-    of these scores (stun.statistics.outliers): `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME` [bins] and
-    `sum of NAME` [] of every dense matrix.
+    of these scores (stun.statistics.outliers): `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME`
+    [bins] and `sum of NAME` [] of every dense matrix.
     """
 
     def __init__(self, folder: Path):
