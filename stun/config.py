@@ -32,8 +32,8 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """Worth of an expert; planning/experts/scores.py has the formulas. custom: n^b * mean(g^a ||f||^beta). index: none is
-    worth more than another, so of equals the lower number stays; that needs no forward."""
+    """Worth of an expert; planning/experts/scores.py has the formulas. index: all are worth the same, so ties go to the lower
+    number; that needs no forward."""
 
     reap = "reap"
     man = "man"
@@ -45,7 +45,6 @@ class Score(Enum):
     aimer = "aimer"
     random = "random"
     index = "index"
-    custom = "custom"
 
 
 class Representative(Enum):
@@ -161,9 +160,8 @@ class ProtectConfig:
 class ExpertsConfig:
     """Structured half: `fraction` of the parameters to be removed leave as whole experts; `auto` searches for it.
 
-    `method` decides who leaves, with `score` where worth counts: to rank, to represent a cluster, to break ties. `a`, `b`,
-    `beta` are those of the custom score, `seed` is the random one's. `source_weights` weighs the statistics of calibration
-    sources (1 where a source is not named).
+    `method` decides who leaves, with `score` where worth counts: to rank, to represent a cluster, to break ties. `seed` is that
+    of the random score. `source_weights` weighs the statistics of calibration sources (1 where a source is not named).
 
     `lambda1` and `lambda2` weigh router-row distance and co-activation (STUN, section 4.1) in the similarity of two experts.
     Co-activation is off by default: on the reference model, whose tokens use two experts each,
@@ -177,9 +175,6 @@ class ExpertsConfig:
     budget: Budget = Budget.uniform
     representative: Representative = Representative.nearest
     score: Score = Score.reap
-    a: int = 1
-    b: float = 0.0
-    beta: int = 1
     seed: int = 0
     source_weights: dict[str, float] = field(default_factory=dict)
     lambda1: float = 1.0

@@ -65,7 +65,7 @@ def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats:
         else:
             distance_EE, score_E = _by_router(arch, layout, how.lambda1)
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
-            raise StunError(f"layer {index}: an expert's score or distance is not finite; experts.b or a lambda is too large")
+            raise StunError(f"layer {index}: an expert's score or distance is not finite; a lambda is too large")
         pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))
     return pooled
 
@@ -76,7 +76,7 @@ def weigh(how: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics,
     coactivation_EE = (layer["coactivation"].double() * weights_S[:, None, None]).sum(0)
     powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
     distance_EE = expert_distance(layer["router_distance"], coactivation_EE, how.lambda1, how.lambda2)
-    return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed, (how.a, how.b, how.beta))
+    return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed)
 
 
 def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:

@@ -49,10 +49,7 @@ def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     for key in ("lambda1", "lambda2", "kappa"):
         value = getattr(experts, key)
         _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
-    _require(abs(experts.b) <= 8, "experts.b", experts.b, "an exponent from -8 to 8")
     _require(experts.lambda1 + experts.lambda2 > 0, "experts.lambda1 and lambda2", 0, "one must be above 0")
-    for key in ("a", "beta"):
-        _require(getattr(experts, key) in (0, 1, 2), f"experts.{key}", getattr(experts, key), "0, 1 or 2")
     ranked = experts.method is ExpertsMethod.rank or experts.representative is Representative.score
     _require(experts.score is not Score.index or not ranked, "experts.score", "index", "one that tells experts apart, to rank by")
     _validate_sparsify(cfg.sparsify, experts)

@@ -22,7 +22,7 @@ PRESETS = {
 }
 
 
-def moment_score(powers_E33: torch.Tensor, a: int, b: float, beta: int) -> torch.Tensor:
+def _moment_score(powers_E33: torch.Tensor, a: int, b: int, beta: int) -> torch.Tensor:
     """[E] float64 n^b * mean(g^a ||f||^beta); 0 for an expert without tokens."""
     tokens_E = powers_E33[:, 0, 0]  # weighed, so perhaps a fraction of one
     some_E = torch.where(tokens_E > 0, tokens_E, 1.0)
@@ -44,14 +44,12 @@ def random_score(experts: int, layer: int, seed: int) -> torch.Tensor:
     return torch.rand(experts, generator=generator, dtype=torch.float64)
 
 
-def score_experts(
-    score: Score, powers_E33: torch.Tensor, weights_E3: torch.Tensor, layer: int, seed: int, custom: tuple[int, float, int]
-) -> torch.Tensor:
-    """[E] one layer's scores; `custom` is (a, b, beta) for Score.custom."""
+def score_experts(score: Score, powers_E33: torch.Tensor, weights_E3: torch.Tensor, layer: int, seed: int) -> torch.Tensor:
+    """[E] one layer's scores."""
     if score is Score.aimer:
         return aimer_score(weights_E3)
     if score is Score.random:
         return random_score(len(powers_E33), layer, seed)
     if score is Score.index:
         return torch.zeros(len(powers_E33), dtype=torch.float64)
-    return moment_score(powers_E33, *(custom if score is Score.custom else PRESETS[score]))
+    return _moment_score(powers_E33, *PRESETS[score])

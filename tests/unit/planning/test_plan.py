@@ -17,7 +17,7 @@ from helpers.paths import FIXTURES
 from stun.config import ExpertsMethod, Representative, Score, StunError
 from stun.planning.experts.clusters import clusters_of, complete_linkage, official_merges
 from stun.planning.experts.distances import expert_distance
-from stun.planning.experts.scores import PRESETS, aimer_score, moment_score, random_score, score_experts
+from stun.planning.experts.scores import PRESETS, aimer_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
 from stun.planning.plan import LayerPlan, nearest_member, read_layers
 from stun.statistics.router import router_distance
@@ -88,7 +88,7 @@ def random_powers(experts: int, tokens: int, seed: int):
 @pytest.mark.parametrize("score", PRESETS)
 def test_scores_are_brute_force(score):
     powers, seen = random_powers(9, 12, 3)
-    found = score_experts(score, powers, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
+    found = score_experts(score, powers, torch.ones(9, 3), 0, 0)
     naive = {
         Score.reap: lambda own: np.mean([g * f for g, f in own]),
         Score.man: lambda own: np.mean([f for _, f in own]),
@@ -102,23 +102,13 @@ def test_scores_are_brute_force(score):
         assert found[expert].item() == pytest.approx(naive(own) if own else 0.0)
 
 
-@pytest.mark.parametrize("a, b, beta", [(0, 0.5, 2), (2, 1.0, 1), (1, -0.5, 0)])
-def test_custom_score(a, b, beta):
-    powers, seen = random_powers(7, 9, 5)
-    found = score_experts(Score.custom, powers, torch.ones(7, 3), 0, 0, (a, b, beta))
-    for expert, own in enumerate(seen):
-        naive = len(own) ** b * np.mean([g**a * f**beta for g, f in own]) if own else 0.0
-        assert found[expert].item() == pytest.approx(naive)
-    assert torch.equal(found, moment_score(powers, a, b, beta))
-
-
 @pytest.mark.parametrize("score", list(PRESETS))
 def test_means_do_not_depend_on_the_scale_of_source_weights(score):
     """All weights times a constant change no order, and no mean at all; counts may be fractions below one."""
     powers, _ = random_powers(9, 12, 3)
-    whole = score_experts(score, powers, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
+    whole = score_experts(score, powers, torch.ones(9, 3), 0, 0)
     for scale in (0.001, 0.1, 3.0):
-        scaled = score_experts(score, powers * scale, torch.ones(9, 3), 0, 0, (1, 0.0, 1))
+        scaled = score_experts(score, powers * scale, torch.ones(9, 3), 0, 0)
         assert scaled.argsort().equal(whole.argsort())
         assert PRESETS[score][1] or torch.allclose(scaled, whole)
 
