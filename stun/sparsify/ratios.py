@@ -1,7 +1,7 @@
-"""How much each layer, and each expert in it, loses: OWL (Yin et al., ICML 2024, arXiv 2310.05175) from histograms of scores.
+"""Sparsity ratios of layers and experts: OWL (Yin et al., ICML 2024, arXiv 2310.05175) from histograms of scores.
 
-A histogram of a matrix' scores, taken once, gives its share of outliers for any threshold: the mean score of a layer is known
-only when it is known which experts stay.
+A layer's mean score, and so the threshold of an outlier, depends on which experts are kept. A histogram, taken once, gives the
+share of outliers for any threshold.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import torch
 
 from stun.runtime.threads import one_thread
 
-BINS, OCTAVE, LOWEST = 512, 8, -40  # bins of an eighth of an octave, from 2^-40 to 2^24; beyond, the outermost ones
+BINS, OCTAVE, LOWEST = 512, 8, -40  # bins of an eighth of an octave, from 2^-40 to 2^24; the outermost take the rest
 
 
 def score_histogram(scores_OD: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Counts [BINS] int64 of the scores on a logarithmic scale, and their exact sum."""
-    with one_thread():  # of the logarithm's last bits (stun.runtime.determinism)
-        place_OD = ((scores_OD.log2() - LOWEST) * OCTAVE).clamp(0, BINS - 1).long()
-    return torch.bincount(place_OD.flatten(), minlength=BINS), math.fsum(scores_OD.double().sum(1).tolist())
+    """Counts [BINS] int64 of the scores on a logarithmic scale, and the exact sum of the scores."""
+    with one_thread():  # the last bits of a logarithm depend on the threads (stun.runtime.determinism)
+        bin_OD = ((scores_OD.log2() - LOWEST) * OCTAVE).clamp(0, BINS - 1).long()
+    return torch.bincount(bin_OD.flatten(), minlength=BINS), math.fsum(scores_OD.double().sum(1).tolist())
 
 
 def share_above(counts_B: torch.Tensor, threshold: float) -> float:
-    """Share of the scores above a threshold; inside a bin they are taken to be spread evenly on the logarithmic scale."""
-    place = min(max((math.log2(threshold) - LOWEST) * OCTAVE, 0.0), float(BINS)) if threshold > 0 else 0.0
-    whole, part = int(place), place - int(place)
+    """Share of the scores above a threshold, with the scores of a bin spread evenly on the logarithmic scale."""
+    position = min(max((math.log2(threshold) - LOWEST) * OCTAVE, 0.0), float(BINS)) if threshold > 0 else 0.0
+    whole, part = int(position), position - int(position)
     above = float(counts_B[whole + 1 :].sum()) + (float(counts_B[whole]) * (1 - part) if whole < BINS else 0.0)
     return above / max(1, int(counts_B.sum()))
 
 
 def owl(outliers: list[float], sizes: list[int], ratio: float, spread: float) -> list[float]:
-    """The share each part loses: `ratio` on average (weighed by size), less where there are more outliers, within `spread` of
-    it. The outliers' shares are stretched to [0, 2 * spread]; if all are equal, every part loses `ratio`."""
+    """Sparsity of each part: `ratio` on average (weighted by size), lower for more outliers, within `spread` of the average. The
+    outlier shares are stretched to [0, 2 * spread]; if all are equal, every part has `ratio`."""
     counted = [share for share, size in zip(outliers, sizes, strict=True) if size]
     low, high, whole = min(counted, default=0.0), max(counted, default=0.0), sum(sizes)
     if high == low:
@@ -43,14 +43,14 @@ def owl(outliers: list[float], sizes: list[int], ratio: float, spread: float) ->
 
 
 def meet(ratios: list[float], sizes: list[int], total: float) -> list[float]:
-    """The ratios, all shifted by the same amount and cut to [0, 1], so that they remove `total` (at most all) of the sizes."""
+    """Ratios shifted by one common amount and clipped to [0, 1], such that they remove `total` (at most all) of the sizes."""
 
-    def at(shift: float) -> list[float]:
+    def shifted(shift: float) -> list[float]:
         return [min(max(ratio + shift, 0.0), 1.0) for ratio in ratios]
 
     low, high = -1.0 - max(ratios), 1.0 - min(ratios)
     for _ in range(100):
         middle = (low + high) / 2
-        removed = math.fsum(ratio * size for ratio, size in zip(at(middle), sizes, strict=True))
+        removed = math.fsum(ratio * size for ratio, size in zip(shifted(middle), sizes, strict=True))
         low, high = (middle, high) if removed < total else (low, middle)
-    return at(high)
+    return shifted(high)

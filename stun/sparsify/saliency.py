@@ -1,4 +1,4 @@
-"""Of a layer's weights that could be removed, how many had which score, and how many of these went."""
+"""Histograms of weight scores in a layer: all weights in scope, and the removed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from stun.config import SparsifyConfig
 from stun.sparsify.matrix import scores_of
 
-STRIDE = 16  # of the rows that are looked at
+STRIDE = 16  # every 16th row is counted
 OCTAVE, LOWEST, HIGHEST = 4, -160, 160  # a bin is a quarter of an octave: bin b begins at 2^(b / OCTAVE)
 _BINS = HIGHEST - LOWEST + 1
 _MANTISSA = 23  # bits of a float32's fraction, below those of its exponent, which is biased by 127
@@ -19,21 +19,21 @@ _QUARTERS = [int(np.float32(2 ** (part / OCTAVE)).view(np.int32)) & _FRACTION fo
 
 
 class Saliency:
-    """Counts by bin of the scores looked at on this rank: `counts[0]` of the weights that stay, `counts[1]` of the removed ones.
+    """Histograms on this rank, by bin of the score: `counts[0]` of the kept weights, `counts[1]` of the removed ones.
 
-    Looked at are rows 0, STRIDE, 2 * STRIDE, ... of every matrix. Methods that also change weights are shown by the score of the
-    dense weights that their mask competes with, Wanda's.
+    Rows 0, STRIDE, 2 * STRIDE, ... of every matrix are counted. Methods that also change weights are shown by the Wanda score of
+    the dense weights.
     """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(2, _BINS, dtype=torch.int64)
         self._lock = threading.Lock()
 
-    def add(self, how: SparsifyConfig, dense_OD: torch.Tensor, gone_OD: torch.Tensor, moment: torch.Tensor | None) -> None:
-        """Count the weights of one matrix's rows, of which `gone_OD` were removed; `moment` as stun.sparsify.matrix takes it.
-        Several threads may call this at once."""
-        place_OD = bins(scores_of(how, dense_OD, moment)).sub_(LOWEST).add_(gone_OD, alpha=_BINS)
-        counts = torch.bincount(place_OD.flatten(), minlength=2 * _BINS).view(2, _BINS).cpu()
+    def add(self, config: SparsifyConfig, dense_OD: torch.Tensor, removed_OD: torch.Tensor, moment: torch.Tensor | None) -> None:
+        """Count the weights of one matrix's rows, where `removed_OD` is true for the removed ones; `moment` as in
+        stun.sparsify.matrix. Thread-safe."""
+        bin_OD = bins(scores_of(config, dense_OD, moment)).sub_(LOWEST).add_(removed_OD, alpha=_BINS)
+        counts = torch.bincount(bin_OD.flatten(), minlength=2 * _BINS).view(2, _BINS).cpu()
         with self._lock:
             self.counts += counts
 
@@ -43,7 +43,8 @@ class Saliency:
 
 
 def bins(scores_OD: torch.Tensor) -> torch.Tensor:
-    """The bin of every float32 >= 0, int32. By its bits, a tenth of the time of a logarithm, and exact."""
+    """Bin [O, D] int32 of every float32 score >= 0."""
+    # Read from the bits: exact, and in a tenth of the time of a logarithm.
     bits_OD = scores_OD.view(torch.int32)
     bin_OD = (bits_OD >> _MANTISSA).sub_(127).mul_(OCTAVE)
     fraction_OD = bits_OD & _FRACTION

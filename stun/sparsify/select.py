@@ -1,4 +1,4 @@
-"""Masks from scores: exact counts, ties to the lower column."""
+"""Masks from scores: exact numbers of zeros, ties to the lower column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Pattern:
-    """N:M sparsity: of every `of` neighbouring inputs, `keep` stay."""
+    """N:M sparsity: `keep` of every `of` neighbouring inputs are kept."""
 
     keep: int
     of: int
@@ -25,29 +25,27 @@ class Pattern:
         return cls(*map(int, text.split(":"))) if text else None
 
     def zeros(self, size: int) -> int:
-        """How many of `size` weights go."""
+        """Number of weights removed of `size`."""
         return size // self.of * (self.of - self.keep)
 
 
 def smallest_per_row(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
     """Mask [O, D], true for the `total` entries to remove: the smallest of each row, ties to the lower column. Scores are >= 0.
 
-    Every row loses total / O entries; where that is not whole, the extra ones are spread evenly over the rows.
+    total / O entries are removed per row; if that is not whole, the remainder is spread evenly over the rows.
     """
     rows = len(scores_OD)
     edges = torch.arange(rows + 1, device=scores_OD.device) * total // rows
     count_O = edges[1:] - edges[:-1]
     if scores_OD.is_cuda:
         return smallest_per_row_gpu(scores_OD, count_O)
-    # By their bits, which have the order of numbers >= 0: numpy selects integers in half the time.
+    # Bits of numbers >= 0 sort like the numbers, and numpy selects integers in half the time.
     return torch.from_numpy(_smallest_per_row(scores_OD.view(_BITS[scores_OD.element_size()]).numpy(), count_O.numpy()))
 
 
 def _smallest_per_row(scores_OD: np.ndarray, count_O: np.ndarray) -> np.ndarray:
-    """Mask [O, D] of the count_O[i] smallest entries of row i, counts that differ by 1 at most; ties to the lower column.
-
-    numpy selects with vector instructions: 30 times as fast as torch sorts.
-    """
+    """Mask [O, D] of the count_O[i] smallest entries of row i, counts that differ by 1 at most; ties to the lower column."""
+    # numpy selects with vector instructions: 30 times as fast as a sort in torch.
     most = int(count_O.max())
     if most == 0:
         return np.zeros(scores_OD.shape, dtype=bool)
@@ -56,18 +54,19 @@ def _smallest_per_row(scores_OD: np.ndarray, count_O: np.ndarray) -> np.ndarray:
     fewer_O = count_O < most
     if fewer_O.any():
         last_O[fewer_O] = smallest_OD[fewer_O, :-1].max(axis=1, initial=-1)
-    upto_OD = scores_OD <= last_O[:, None]
-    if np.count_nonzero(upto_OD) == count_O.sum():
-        return upto_OD
-    leaves_OD, tied_OD = scores_OD < last_O[:, None], scores_OD == last_O[:, None]
-    need_O = count_O - leaves_OD.sum(1)
-    for row in (tied_OD.sum(1) > need_O).nonzero()[0]:
-        tied_OD[row] &= tied_OD[row].cumsum() <= need_O[row]
-    return leaves_OD | tied_OD
+    smallest_or_tied_OD = scores_OD <= last_O[:, None]
+    if np.count_nonzero(smallest_or_tied_OD) == count_O.sum():
+        return smallest_or_tied_OD
+    below_OD, tied_OD = scores_OD < last_O[:, None], scores_OD == last_O[:, None]
+    missing_O = count_O - below_OD.sum(1)
+    for row in (tied_OD.sum(1) > missing_O).nonzero()[0]:
+        tied_OD[row] &= tied_OD[row].cumsum() <= missing_O[row]
+    return below_OD | tied_OD
 
 
 def without(weight_OD: torch.Tensor, mask_OD: torch.Tensor) -> torch.Tensor:
-    """A copy of the weights, zero where the mask is true. By their bits: ten times as fast as masked_fill on a CPU."""
+    """Copy of the weights, zero where the mask is true."""
+    # On the bits: ten times as fast as masked_fill on a CPU.
     bits = _BITS[weight_OD.element_size()]
     return mask_OD.to(bits).sub_(1).bitwise_and_(weight_OD.view(bits)).view(weight_OD.dtype)
 
@@ -78,16 +77,16 @@ def smallest_of_matrix(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def smallest_of_pattern(scores_OD: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Mask [O, D] of the entries that leave every group of `pattern.of` columns: its smallest, ties to the lower column."""
+    """Mask [O, D] of the entries to remove: the smallest of every group of `pattern.of` columns, ties to the lower column."""
     groups = scores_OD.reshape(-1, pattern.of)
     order = groups.sort(dim=1, stable=True).indices[:, : pattern.of - pattern.keep]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores_OD.shape)
 
 
 def quotas(sizes: list[int], total: int, ratios: list[float] | None = None) -> list[int]:
-    """Share `total` removals over matrices in proportion to their sizes, or to size times ratio where ratios are given.
+    """Split of `total` removed weights over matrices in proportion to their sizes, or to size times ratio.
 
-    The shares are integers, none above its size, and add up to `total` exactly where the sizes do not forbid it.
+    The shares are integers, none above its size, and add up to `total` unless the sizes sum to less.
     """
     weights = sizes if ratios is None else [size * round(ratio * 2**40) for size, ratio in zip(sizes, ratios, strict=True)]
     whole, shares, seen, given = sum(weights), [], 0, 0
@@ -96,7 +95,7 @@ def quotas(sizes: list[int], total: int, ratios: list[float] | None = None) -> l
         share = min(size, total * seen // whole - given) if whole else 0
         shares.append(share)
         given += share
-    for place, size in enumerate(sizes):  # what rounding has left, where matrices are removed whole
+    for place, size in enumerate(sizes):  # the remainder after rounding, if some matrices are removed whole
         more = min(size - shares[place], total - given)
         shares[place] += more
         given += more

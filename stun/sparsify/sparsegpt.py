@@ -1,4 +1,4 @@
-"""SparseGPT: weights leave column by column, and the columns to their right make up for it (Frantar and Alistarh, ICML 2023)."""
+"""SparseGPT: columns are pruned in turn, later columns compensate for the error (Frantar and Alistarh, ICML 2023)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ BLOCK = 128
 
 
 def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pattern | None = None) -> torch.Tensor:
-    """The pruned and updated weights [O, D], of which `total` are zero, in the dtype of the Gram matrix (algorithm 1).
+    """Pruned and updated weights [O, D] with `total` zeros, in the dtype of the Gram matrix (algorithm 1).
 
-    As in the published code, a block of 128 columns gets its share of `total`, and its weights are compared over all rows.
+    As in the published code, each block of 128 columns has its share of `total`, and its weights compete over all rows.
     """
-    gram_DD, norm_D = unit_norm(gram_DD)  # the same result from better conditioned factors
+    gram_DD, norm_D = unit_norm(gram_DD)  # same result, better conditioned factors
     weight_OD = weight_OD.to(gram_DD.dtype) * norm_D
     columns = weight_OD.shape[1]
-    with one_thread():
+    with one_thread():  # the last bits of LAPACK's results depend on its threads
         inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD))
         upper_DD = torch.linalg.cholesky(inverse_DD, upper=True)
     width = BLOCK - BLOCK % pattern.of if pattern else BLOCK
@@ -32,16 +32,16 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 
 
 def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:
-    """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks make up for."""
+    """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks compensate."""
     scale_B = upper_BB.diagonal()
     mask_OB = smallest_of_matrix((weight_OB / scale_B).square(), share) if pattern is None else None
     error_OB = torch.zeros_like(weight_OB)
     for column in range(weight_OB.shape[1]):
         if pattern and column % pattern.of == 0:
             group = slice(column, column + pattern.of)
-            leaves_OG = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
-        gone_O = leaves_OG[:, column % pattern.of] if pattern else mask_OB[:, column]
-        error_OB[:, column] = weight_OB[:, column].where(gone_O, 0) / scale_B[column]
+            mask_OG = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
+        removed_O = mask_OG[:, column % pattern.of] if pattern else mask_OB[:, column]
+        error_OB[:, column] = weight_OB[:, column].where(removed_O, 0) / scale_B[column]
         weight_OB[:, column:] -= error_OB[:, column, None] * upper_BB[column, column:]
-        weight_OB[:, column].masked_fill_(gone_O, 0)
+        weight_OB[:, column].masked_fill_(removed_O, 0)
     return error_OB
