@@ -1,7 +1,7 @@
-"""What the matrices of one layer see: sums over the calibration tokens, held by the rank that prunes each matrix.
+"""Sums over the inputs of a layer's matrices on the calibration tokens, held by the rank that prunes each matrix.
 
-Sums run in the order of the micro-batches whatever the number of ranks: an expert's owner serves them in that order, and the
-owner of a dense matrix receives each micro-batch's part on its turn.
+Parts are added in the order of the micro-batches, so that any number of ranks gives the same bits: an expert's owner serves the
+micro-batches in that order, and the owner of a dense matrix receives their parts one after the other.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from stun.statistics.accumulators import squared_sum
 from stun.stream.expert_parallel import Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
 
-_ROWS = 1024  # of the inputs of a dense matrix that one worker adds up
+_ROWS = 1024  # rows of a dense matrix' inputs that one worker adds up
 
 
 def gram(rows_TD: torch.Tensor) -> torch.Tensor:
-    """[D, D] sum of x x^T over the rows, in float32."""
+    """Sum of x x^T over the rows, [D, D] in float32."""
     rows_TD = rows_TD.float()
     return rows_TD.T @ rows_TD
 
 
 class Sums(Observer):
-    """Watches a layer and adds up what `of_expert` and `of_dense` make of a micro-batch, by name of the sum.
+    """Observer that adds up the parts `of_expert` and `of_dense` of every micro-batch, by name of the sum.
 
-    `experts[number]` holds the sums of the experts in `numbers` that saw tokens, on their owner; `dense[name]` those of the dense
-    matrices, on the rank that writes them. `tokens` counts the tokens of this rank's experts.
+    `experts[number]` holds the sums of each expert in `numbers` that was routed tokens, on its owner; `dense[name]` those of a
+    dense matrix, on the rank that writes it. `tokens` counts the tokens of this rank's experts.
     """
 
     def __init__(self, stream: LayerStream, layer: Layer, names: list[str], numbers: list[int]):
@@ -56,17 +56,17 @@ class Sums(Observer):
     def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
         self.tokens[expert] += len(input_nD)
         if expert in self.numbers:
-            own = self.experts[expert]
+            sums = self.experts[expert]
             for key, part in self.of_expert(expert, input_nD, inner_nI, gate_n).items():
-                own[key] = own[key].add_(part) if key in own else part
+                sums[key] = sums[key].add_(part) if key in sums else part
 
     def run(self, states: States, *others: Observer) -> States:
-        """Run the layer once, watched by `others` too; returns its outputs."""
+        """Outputs of the layer, run once under this observer and `others`."""
         with self._watching(states):
             return self.stream.run(self.layer, states, self, *others)
 
     def measure(self, states: States) -> None:
-        """The same without outputs."""
+        """Run the layer once under this observer, without outputs."""
         with self._watching(states):
             self.stream.measure(self.layer, states, self)
 
@@ -96,16 +96,18 @@ class Sums(Observer):
         self._now = turn
 
     def round_ends(self, turn: int) -> None:
-        """Send every dense matrix' part of this round to its owner."""
+        """Send each dense matrix' part of this round to its owner."""
         ranks = self.stream.ranks
         busy = min(ranks.world, self._states.total - turn * ranks.world)
-        own, self._turn = self._turn, {}
-        if ranks.rank < busy and len(own) < len(self.names):
-            raise StunError(f"{sorted(set(self.names) - own.keys())[0]}: did not run in a micro-batch; its inputs are not known")
+        parts, self._turn = self._turn, {}
+        if ranks.rank < busy and len(parts) < len(self.names):
+            raise StunError(
+                f"{sorted(set(self.names) - parts.keys())[0]}: did not run in a micro-batch; its inputs are not known"
+            )
         for name in self.names:
             for key, (shape, dtype) in self.shapes(*self.layer.dense[name].shape).items():
                 for rank in range(busy):
-                    mine = own[name][key] if rank == ranks.rank else None
+                    mine = parts[name][key] if rank == ranks.rank else None
                     part = ranks.moved(mine, shape, dtype, rank, self.owners[name])
                     if part is not None:
                         sums = self.dense[name]
@@ -113,21 +115,21 @@ class Sums(Observer):
 
 
 class Moments(Sums):
-    """Of the inputs of every matrix the sums of squares [D] or, with `grams`, of outer products [D, D]; with `gated`, of the
-    experts' inputs times their gate weights. Experts have one for each part. `inputs` are those of the dense matrices in
+    """Sums of squares [D] of every matrix' inputs or, with `grams`, of outer products [D, D]. With `gated`, the experts' inputs
+    are multiplied by their gate weights. Experts have one sum per part. `inputs` are the inputs of the dense matrices in
     `remember`, by turn."""
 
     def __init__(self, stream, layer, names, numbers, grams: bool, gated: bool, remember: Sequence[str] = ()):
         super().__init__(stream, layer, names, numbers)
         self.grams, self.gated, self.reads_gates = grams, gated, gated
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
-        self._last: tuple[torch.Tensor | None, dict] = (None, {})  # the projections of attention, for one, share their input
+        self._last: tuple[torch.Tensor | None, dict] = (None, {})  # matrices with the same input, such as q, k and v
 
     def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
         return gram(rows_TD) if self.grams else squared_sum(rows_TD)
 
     def _of_many(self, rows_TD: torch.Tensor) -> torch.Tensor:
-        """The same, of a whole micro-batch and by all workers; parts are added in their order."""
+        """`_of` a whole micro-batch, by all workers; their parts are added in order, so that every run gets the same sum."""
         if self.grams:
             return gram(rows_TD)
         first, *others = self.stream.ranks.workers.map(squared_sum, rows_TD.split(_ROWS))
@@ -153,11 +155,11 @@ class Moments(Sums):
 
 
 def pooled(norms: dict[int, dict[str, torch.Tensor]], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The sums of squares over the experts of all ranks, the stand-in for an expert that saw no token; added in expert order."""
-    own = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
-    everyone = {number: parts for gathered in ranks.gather_objects(own) for number, parts in gathered.items()}
+    """Sums of squares over the experts of all ranks, used for experts without tokens; added in the order of the experts."""
+    local = {number: {part: row.cpu() for part, row in parts.items()} for number, parts in norms.items()}
+    experts = {number: parts for gathered in ranks.gather_objects(local) for number, parts in gathered.items()}
     sums: dict[str, torch.Tensor] = {}
-    for number in sorted(everyone):
-        for part, row in everyone[number].items():
+    for number in sorted(experts):
+        for part, row in experts[number].items():
             sums[part] = sums[part] + row if part in sums else row
     return {part: row.to(ranks.device) for part, row in sums.items()}

@@ -1,4 +1,4 @@
-"""Counts outliers among the scores of a dense layer's weights, per matrix, for ratios by OWL."""
+"""Histograms of weight scores in the dense model, per matrix, for OWL's sparsity ratios."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from stun.stream.layer_stream import LayerStream
 
 
 class OutlierCounter(Moments):
-    """Watches one layer; `totals` are histograms of its weights' scores |W_ij| * sqrt(mean over tokens of x_j^2).
+    """Observer of one layer; `totals` are histograms of its weights' scores |W_ij| * sqrt(mean over tokens of x_j^2).
 
-    The mean over the tokens a matrix saw, in place of Wanda's sum, makes experts with many tokens and with few comparable. An
-    expert that saw none is scored with the inputs of all others together.
+    The mean over a matrix' tokens, in place of Wanda's sum, makes experts with many and few tokens comparable. An expert without
+    tokens is scored with the inputs of all experts.
     """
 
     def __init__(self, stream: LayerStream, layer: Layer):
-        own = [number for number, owner in enumerate(layer.owner) if owner == stream.ranks.rank]
-        super().__init__(stream, layer, sorted(layer.layout.linears), own, grams=False, gated=False)
+        numbers = [number for number, owner in enumerate(layer.owner) if owner == stream.ranks.rank]
+        super().__init__(stream, layer, sorted(layer.layout.linears), numbers, grams=False, gated=False)
         self.ranks = stream.ranks
 
     def totals(self) -> dict[str, torch.Tensor]:
-        """See stun.statistics.store.Statistics; all ranks call this together."""
+        """Histograms and sums by name, as in stun.statistics.store.Statistics. All ranks call this together."""
         return self._dense() | (self._experts() if self.layer.kept else {})
 
     def _dense(self) -> dict[str, torch.Tensor]:
@@ -36,36 +36,36 @@ class OutlierCounter(Moments):
                 norms_D = self.dense[name]["inputs"] / tokens
                 self._count(counts_NB[number], sums_N[number], self.layer.dense[name], norms_D, name)
         counts_NB, sums_N = self._together(counts_NB, sums_N)
-        found = {f"outliers of {name}": counts_NB[number].clone() for number, name in enumerate(self.names)}
-        return found | {f"sum of {name}": sums_N[number].clone() for number, name in enumerate(self.names)}
+        totals = {f"outliers of {name}": counts_NB[number].clone() for number, name in enumerate(self.names)}
+        return totals | {f"sum of {name}": sums_N[number].clone() for number, name in enumerate(self.names)}
 
     def _experts(self) -> dict[str, torch.Tensor]:
         layer, tokens_E = self.layer, self.ranks.sum_integers(self.tokens.to(self.ranks.device)).tolist()
-        everyone = pooled(self.experts, self.ranks) if 0 in tokens_E else {}
+        all_experts = pooled(self.experts, self.ranks) if 0 in tokens_E else {}
         counts_EB, sums_E = self._empty(len(layer.kept))
         for number in self.numbers:
-            sums, expert = self.experts[number] if tokens_E[number] else everyone, layer.kept[number]
+            sums, expert = self.experts[number] if tokens_E[number] else all_experts, layer.kept[number]
             for part, squares_D in sums.items():
                 norms_D, weight_OD = squares_D / (tokens_E[number] or sum(tokens_E)), layer.experts[expert][part]
-                what = f"layer {layer.layout.index} expert {expert} {part}"
-                self._count(counts_EB[number], sums_E[number], layer.layout.oriented(weight_OD), norms_D, what)
+                name = f"layer {layer.layout.index} expert {expert} {part}"
+                self._count(counts_EB[number], sums_E[number], layer.layout.oriented(weight_OD), norms_D, name)
         counts_EB, sums_E = self._together(counts_EB, sums_E)
         return {"outliers": counts_EB, "outlier_sums": sums_E}
 
     def _empty(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Histograms [rows, BINS] and sums [rows] of nothing yet."""
+        """Zeros for histograms [rows, BINS] and sums [rows]."""
         device = self.ranks.device
         return torch.zeros(rows, BINS, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
 
     @staticmethod
-    def _count(counts_B: torch.Tensor, sum_: torch.Tensor, weight_OD, squares_D: torch.Tensor, what: str) -> None:
-        """Add the scores of one matrix. Raises StunError where one is not finite."""
+    def _count(counts_B: torch.Tensor, sum_: torch.Tensor, weight_OD, squares_D: torch.Tensor, name: str) -> None:
+        """Add the scores of one matrix. Raises StunError if one is not finite."""
         scores_OD = wanda_scores(weight_OD, squares_D)
-        require_finite(scores_OD, f"{what}: score")
-        own_B, own = score_histogram(scores_OD)
-        counts_B += own_B
-        sum_ += own
+        require_finite(scores_OD, f"{name}: score")
+        matrix_counts_B, matrix_sum = score_histogram(scores_OD)
+        counts_B += matrix_counts_B
+        sum_ += matrix_sum
 
     def _together(self, counts_NB: torch.Tensor, sums_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of all ranks, of which one has something in each row: exact."""
+        """Counts and sums of all ranks; exact, since only one rank has non-zero values in a row."""
         return self.ranks.sum_integers(counts_NB).to(torch.int32), self.ranks.all_gather(sums_N).sum(0)
