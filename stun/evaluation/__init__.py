@@ -1,1 +1,1 @@
-"""Evaluation. In: a checkpoint of any size, rows, texts. Out: exact match, perplexity, distance from the dense model."""
+"""Evaluation of checkpoints of any size: exact match, perplexity, distance from the dense model."""

@@ -1,4 +1,4 @@
-"""Sequences of different length in micro-batches. Shapes: B sequences, T tokens of the longest."""
+"""Micro-batches of sequences of different length. Shapes: B sequences, T tokens of the longest."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`rows` of a data set, by number; their `lengths`, in the same order."""
+    """Row numbers of a data set, and the lengths of these rows in the same order."""
 
     rows: list[int]
     lengths: list[int]
 
     def real_BT(self, device: torch.device) -> torch.Tensor:
-        """Which tokens are no padding, where that stands on the right."""
+        """Mask [B, T] of the tokens that are not padding, if sequences are padded on the right."""
         return torch.arange(max(self.lengths), device=device) < torch.tensor(self.lengths, device=device)[:, None]
 
 
 def micro_batches(lengths: list[int], size: int) -> list[MicroBatch]:
-    """All rows in micro-batches of `size`, those of like length together. They do not depend on the number of ranks."""
+    """All rows in micro-batches of `size`, sorted by length. The same for any number of ranks."""
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     return [MicroBatch(part, [lengths[row] for row in part]) for part in parts]
 
 
 def padded(sequences: list[list[int]], pad: int, on_left: bool = False) -> torch.Tensor:
-    """[B, T] token ids."""
+    """Token ids [B, T], filled up with `pad` on the right or left."""
     longest = max(map(len, sequences))
     fill = [[pad] * (longest - len(ids)) for ids in sequences]
     return torch.tensor([f + ids if on_left else ids + f for f, ids in zip(fill, sequences, strict=True)])

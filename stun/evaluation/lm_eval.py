@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, for models that fit into the first rank's memory: pip install 'stun-moe[eval]'."""
+"""Tasks of the lm-evaluation-harness, for models that fit in the first rank's memory: pip install 'stun-moe[eval]'."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from stun.config import HarnessConfig, StunError
 from stun.data import load_tokenizer
 from stun.runtime.ranks import Ranks
 
-_SECONDS = 30.0  # between two signs of life to the ranks that wait
+_SECONDS = 30.0  # between broadcasts to the waiting ranks, so that their collectives do not time out
 
 
 def validate_harness(cfg: HarnessConfig) -> None:
-    """Refuse tasks that cannot be run. Raises StunError."""
+    """Check that the tasks can be run. Raises StunError."""
     if cfg.tasks and importlib.util.find_spec("lm_eval") is None:
         raise StunError(f"harness.tasks={list(cfg.tasks)}: needs the lm-evaluation-harness: pip install 'stun-moe[eval]'")
     if cfg.include_path and not Path(cfg.include_path).is_dir():
         raise StunError(f"harness.include_path={cfg.include_path}: no such folder")
     if cfg.tasks:
-        known = _tasks(tuple(cfg.tasks), cfg.include_path)
-        unknown = [task for task in cfg.tasks if not known.match_tasks([task])]
+        manager = _tasks(tuple(cfg.tasks), cfg.include_path)
+        unknown = [task for task in cfg.tasks if not manager.match_tasks([task])]
         if unknown:
             raise StunError(
                 f"harness.tasks={unknown}: not known to the lm-evaluation-harness; lm_eval ls tasks lists those that are"
@@ -36,19 +36,20 @@ def validate_harness(cfg: HarnessConfig) -> None:
 
 @functools.cache
 def _tasks(tasks: tuple[str, ...], include_path: str):
-    """What finds the tasks: in a folder of one's own alone, where that has them all, since the harness's own take seconds."""
+    """The harness's task manager."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Loading the harness's own tasks takes seconds; include_path alone is loaded if it has all the tasks.
     if include_path:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(own.match_tasks([task]) for task in tasks):
-            return own
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([task]) for task in tasks):
+            return manager
     return TaskManager(include_path=include_path or None)
 
 
 def run_harness(path: str, cfg: HarnessConfig, ranks: Ranks) -> dict[str, dict[str, float]]:
-    """Every task's metrics by name. The first rank does the work; the others wait, for however long it takes."""
+    """Metrics by task and name. The first rank does the work while the remaining ranks wait, without a time limit."""
     ranks.doing = "harness"
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(_run, path, cfg, ranks.device) if ranks.is_first else None
@@ -71,14 +72,14 @@ def _run(path: str, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[
     size = "auto" if device.type == "cuda" else 32
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(Path(path)), batch_size=size)
     try:
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             wrapped, tasks=list(cfg.tasks), task_manager=_tasks(tuple(cfg.tasks), cfg.include_path), log_samples=False
         )
-    except Exception as error:  # the harness and its tasks raise many kinds, all of them about these tasks
+    except Exception as error:  # the harness and its tasks raise many types
         raise StunError(f"harness.tasks={list(cfg.tasks)}: the harness fails: {error}") from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    return {task: _numbers(metrics) for task, metrics in output["results"].items()}
 
 
 def _numbers(metrics: dict) -> dict[str, float]:
-    """Metrics with the filter they belong to: {"exact_match,strict": 0.5}."""
+    """Metrics by name and filter: {"exact_match,strict": 0.5}."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}

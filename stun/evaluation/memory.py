@@ -1,4 +1,4 @@
-"""How much of an evaluation fits into the memory that is free: rows at once, and layers that need not be read again."""
+"""Memory of an evaluation: rows at once, and layers that can be held in memory."""
 
 from __future__ import annotations
 
@@ -14,73 +14,73 @@ from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 from stun.stream.embeddings import outside_bytes
 
-_USED = 0.8  # of the free memory: allocators round up and libraries take their part
-_MOST = 256  # rows at once: more make no product faster
-_PARTS = 8  # of the rows at least, so that ranks have equal work
+_USED = 0.8  # share of the free memory that is used: allocators round up and libraries allocate too
+_MOST = 256  # rows at once; more do not make products faster
+_PARTS = 8  # micro-batches at least, so that ranks have equal work
 
 
 def _largest_power(most: float) -> int:
-    """The largest power of two that is no larger, at least 1: what is free varies, and results should not vary with it."""
+    """Largest power of two <= `most`, at least 1. Free memory varies between runs, and results should not vary with it."""
     return 1 << max(0, int(most).bit_length() - 1)
 
 
 def _layer_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> tuple[int, int, int]:
-    """Of one layer on a rank: as stored, in what is computed in; and of the whole layer as stored."""
+    """Bytes of a layer's weights: on one rank as stored, on one rank in the compute dtype, on all ranks as stored."""
     dense = [arch.info(name) for name in layout.dense]
-    expert, own = expert_infos(arch, layout), -(-layout.num_experts // ranks.world)
+    expert, local_experts = expert_infos(arch, layout), -(-layout.num_experts // ranks.world)
     itemsize = compute_dtype(arch, ranks.device).itemsize
-    stored = sum(i.nbytes for i in dense) + own * sum(i.nbytes for i in expert)
-    computed = itemsize * (sum(i.numel for i in dense) + own * sum(i.numel for i in expert))
+    stored = sum(i.nbytes for i in dense) + local_experts * sum(i.nbytes for i in expert)
+    computed = itemsize * (sum(i.numel for i in dense) + local_experts * sum(i.numel for i in expert))
     return stored, computed, sum(i.nbytes for i in dense) + layout.num_experts * sum(i.nbytes for i in expert)
 
 
-def _rest(arch: Architecture, ranks: Ranks) -> int:
-    """What is free beside two layers, the one that runs and the one that is read, and what lies outside the layers."""
+def _free_bytes(arch: Architecture, ranks: Ranks) -> int:
+    """Bytes free beside two layers (one running, one being read) and the embedding, final norm and output head."""
     largest = max((_layer_bytes(arch, layout, ranks) for layout in arch.layers), key=lambda sizes: sum(sizes[:2]))
     return int(_USED * free_memory(ranks)) - 2 * sum(largest[:2]) - outside_bytes(arch, ranks.device)
 
 
-def _batch(asked: int, rest: float, row: int, rows: int, what: str) -> int:
-    if asked:
-        return asked
-    if rest < row:
-        raise StunError(f"out of memory: one row of {what} takes {size(row)}, {size(max(rest, 0))} are there")
-    return min(_largest_power(rest / row), _MOST, _largest_power(2 * -(-rows // _PARTS) - 1))
+def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:
+    if requested:
+        return requested
+    if free < row:
+        raise StunError(f"out of memory: one row of {name} takes {size(row)}, {size(max(free, 0))} are free")
+    return min(_largest_power(free / row), _MOST, _largest_power(2 * -(-rows // _PARTS) - 1))
 
 
-def scoring_batch(arch: Architecture, models: int, lengths: list[int], asked: int, ranks: Ranks) -> int:
-    """How many sequences to score at once; `models` are streamed side by side. Raises StunError where they do not fit."""
+def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested: int, ranks: Ranks) -> int:
+    """Sequences to score at once, with `models` streamed side by side. Raises StunError if one sequence does not fit."""
     width = arch.config.hidden_size * compute_dtype(arch, ranks.device).itemsize
     states = 2 * models * width * max(lengths) * -(-len(lengths) // ranks.world)
-    rest = _rest(arch, ranks) / models - states / models
-    if rest < 0:
-        raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; ask for fewer")
+    free = _free_bytes(arch, ranks) / models - states / models
+    if free < 0:
+        raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; use fewer")
     peak, _ = trace_row(arch, max(lengths), ranks.device, ranks.world)
-    return _batch(asked, rest / 2, peak + 2 * width * max(lengths), len(lengths), f"{max(lengths)} tokens")
+    return _batch(requested, free / 2, peak + 2 * width * max(lengths), len(lengths), f"{max(lengths)} tokens")
 
 
 @dataclass(frozen=True)
-class Room:
-    """Of a generation: `batch` rows make a micro-batch, a rank has `turns` of them at once, the first `stays` layers stay in
-    memory, and every step reads `step_bytes` of the others."""
+class Capacity:
+    """Sizes of a generation: `batch` rows in a micro-batch, `turns` micro-batches on a rank at once, the first `held_layers`
+    layers held in memory, and `step_bytes` of the remaining ones read at every step."""
 
     batch: int
     turns: int
-    stays: int
+    held_layers: int
     step_bytes: int
 
 
-def generation_room(arch: Architecture, prompts: list[int], new: int, asked: int, ranks: Ranks) -> Room:
-    """What is free for `new` tokens after prompts of these lengths. Raises StunError where nothing fits."""
-    rest, sizes = _rest(arch, ranks), [_layer_bytes(arch, layout, ranks) for layout in arch.layers]
+def generation_capacity(arch: Architecture, prompts: list[int], new: int, requested: int, ranks: Ranks) -> Capacity:
+    """Sizes for `new` tokens after prompts of these lengths (tokens). Raises StunError if not even one row fits."""
+    free, sizes = _free_bytes(arch, ranks), [_layer_bytes(arch, layout, ranks) for layout in arch.layers]
     dtype = compute_dtype(arch, ranks.device)
     longest = max(prompts)
     peak, cached = trace_row(arch, longest + new, ranks.device, ranks.world)
     row = peak + cached + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
-    held, stays = 0, 0
-    while stays < len(sizes) and held + sizes[stays][1] <= min(rest / 2, rest - 2 * row):
-        held += sizes[stays][1]
-        stays += 1
-    batch = _batch(asked, (rest - held) / 2, row, len(prompts), f"{longest + new} tokens")
-    turns = 1 if stays == len(sizes) else max(1, int((rest - held) / 2 / max(1, batch * cached)))
-    return Room(batch, turns, stays, sum(whole for _, _, whole in sizes[stays:]))
+    held_bytes, held_layers = 0, 0
+    while held_layers < len(sizes) and held_bytes + sizes[held_layers][1] <= min(free / 2, free - 2 * row):
+        held_bytes += sizes[held_layers][1]
+        held_layers += 1
+    batch = _batch(requested, (free - held_bytes) / 2, row, len(prompts), f"{longest + new} tokens")
+    turns = 1 if held_layers == len(sizes) else max(1, int((free - held_bytes) / 2 / max(1, batch * cached)))
+    return Capacity(batch, turns, held_layers, sum(whole for _, _, whole in sizes[held_layers:]))

@@ -1,7 +1,7 @@
-"""Perplexity of a checkpoint, and how far it is from the dense one, from the layer stream.
+"""Perplexity of a checkpoint and its distance from the dense model, from the layer stream.
 
-Sequences of different length run in micro-batches of like ones, padded on the right: no token sees what comes after it, and only
-real tokens are counted. Every number is summed exactly, so no order of ranks matters.
+Micro-batches hold sequences of similar length, padded on the right, where causal attention cannot see the padding; only real
+tokens are counted. All sums are exact (math.fsum), so they do not depend on the number of ranks.
 
 Shapes: B sequences, T tokens of the longest, N predicted tokens, D hidden, V vocabulary.
 """
@@ -27,13 +27,13 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
 
-_LOGITS = 2**26  # entries of the logits that are computed at once
+_LOGITS = 2**26  # logits computed at once
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`nll`: mean negative log-likelihood in nats of `tokens` predicted ones. Where there is a dense model: `kl`, the mean of
-    KL(dense || model) in nats a token; `top1`, the share of tokens for which both rank the same one first; `layer_error`,
+    """`nll`: mean negative log-likelihood in nats over `tokens` predicted tokens. Beside a dense model also `kl`, the mean of
+    KL(dense || model) in nats per token; `top1`, the share of tokens with the same most likely token; `layer_error`,
     ||H' - H||^2 / ||H||^2 of the hidden states after each layer."""
 
     nll: float
@@ -43,20 +43,20 @@ class Scores:
     layer_error: list[float] | None = None
 
     def to_json(self) -> dict:
-        """The entries of a result."""
-        found = {"perplexity": math.exp(self.nll), "tokens": self.tokens}
+        """Entries of result.json."""
+        entries = {"perplexity": math.exp(self.nll), "tokens": self.tokens}
         if self.kl is None:
-            return found
+            return entries
         agreement = {"kl": self.kl, "top1": self.top1, "tokens": self.tokens}
-        return {**found, "agreement": agreement, "layer_error": self.layer_error}
+        return {**entries, "agreement": agreement, "layer_error": self.layer_error}
 
 
 def score(
     arch: Architecture, dense: Architecture | None, sequences: list[list[int]], size: int, ranks: Ranks, folder: Path
 ) -> Scores:
-    """Stream the model, and in lock-step the dense one where it is given, over `sequences`, `size` of them at once.
+    """Scores of the model over `sequences`, `size` of them at once. A dense model is streamed in lock-step.
 
-    Goes on where an interrupted call with the same arguments left `folder`.
+    Resumes an interrupted call with the same arguments from `folder`.
     """
     batches = micro_batches([len(ids) for ids in sequences], size)
     tokens = [padded([sequences[row] for row in batch.rows], 0) for batch in batches]
@@ -74,17 +74,17 @@ def score(
     for layers in zip(*streams.values(), strict=True):
         ranks.doing = f"score layer {layers[0].layout.index}"
         ranks.meter.enter("score")
-        _through(layers, streams, states, recorders, batches, ranks)
+        _run_layer(layers, streams, states, recorders, batches, ranks)
         progress.layer(layers[0], f"experts {len(layers[0].kept)}")
     for recorder in recorders.values():
         recorder.close()
     progress.close()
     ranks.doing = "score after the last layer"
-    totals = _at_the_end(list(models.values()), list(states.values()), batches, tokens, ranks)
+    totals = _token_sums(list(models.values()), list(states.values()), batches, tokens, ranks)
     return _scores(totals, recorders["score"].finished() if dense else [])
 
 
-def _through(
+def _run_layer(
     layers: tuple[Layer, ...],
     streams: dict[str, LayerStream],
     states: dict[str, States],
@@ -92,7 +92,7 @@ def _through(
     batches: list[MicroBatch],
     ranks: Ranks,
 ) -> None:
-    """One layer of every model, in place of `states`; what is measured stands in the entry of the model that is scored."""
+    """Run one layer of every model and replace `states`; errors are recorded in the entry of the scored model."""
     start, index = time.perf_counter(), layers[0].layout.index
     for layer, (name, stream) in zip(layers, streams.items(), strict=True):
         stream.build(layer)
@@ -105,52 +105,52 @@ def _through(
 
 
 def _squared_errors(model: States, dense: States, batches: list[MicroBatch], ranks: Ranks) -> list[list[float]]:
-    """[||H' - H||^2, ||H||^2] of each of this rank's micro-batches."""
+    """[||H' - H||^2, ||H||^2] for each micro-batch of this rank."""
     errors = []
-    for own, other, batch in zip(model.hidden, dense.hidden, batches[ranks.rank :: ranks.world], strict=True):
+    for hidden_BTD, dense_BTD, batch in zip(model.hidden, dense.hidden, batches[ranks.rank :: ranks.world], strict=True):
         real_BT = batch.real_BT(ranks.device)
-        parts = (own.float() - other.float(), other.float())
+        parts = (hidden_BTD.float() - dense_BTD.float(), dense_BTD.float())
         errors.append([math.fsum(part.square().sum(-1)[real_BT].tolist()) for part in parts])
     return errors
 
 
 @torch.no_grad()
-def _at_the_end(
+def _token_sums(
     models: list[Architecture], states: list[States], batches: list[MicroBatch], tokens: list[torch.Tensor], ranks: Ranks
 ) -> list[float]:
-    """Sums over all predicted tokens: how many, negative log-likelihood, and of two models KL and how often they agree."""
-    mine: list[list[float]] = []
+    """Sums over all predicted tokens: their number, negative log-likelihood, and for two models KL and top-1 agreement."""
+    local: list[list[float]] = []
     with ExitStack() as stack, steady(ranks.device, compute_dtype(models[0], ranks.device), ranks.workers):
         for model in models:
             stack.enter_context(outside(model, ranks))
         for turn, batch in enumerate(batches[ranks.rank :: ranks.world]):
             predicts_BT = batch.real_BT(ranks.device)[:, 1:]
             target_N = tokens[turn * ranks.world + ranks.rank].to(ranks.device)[:, 1:][predicts_BT]
-            hidden = [own.hidden[turn][:, :-1][predicts_BT] for own in states]
-            mine.append([float(len(target_N)), *_compared(models, hidden, target_N)])
-    sums = [row for rows in ranks.gather_objects(mine) for row in rows]
+            hidden = [model_states.hidden[turn][:, :-1][predicts_BT] for model_states in states]
+            local.append([float(len(target_N)), *_sums_of(models, hidden, target_N)])
+    sums = [row for rows in ranks.gather_objects(local) for row in rows]
     return [math.fsum(column) for column in zip(*sums, strict=True)]
 
 
-def _compared(models: list[Architecture], hidden: list[torch.Tensor], target_N: torch.Tensor) -> list[float]:
-    """Sums over N tokens, whose hidden states [N, D] every model has one tensor of."""
+def _sums_of(models: list[Architecture], hidden: list[torch.Tensor], target_N: torch.Tensor) -> list[float]:
+    """Sums over N tokens; `hidden` has the hidden states [N, D] of every model."""
     size = max(1, _LOGITS // models[0].config.vocab_size)
     sums: list[list[float]] = [[], [], []]
-    for part_N, *parts in zip(target_N.split(size), *(own.split(size) for own in hidden), strict=True):
-        log_NV, *others = (torch.log_softmax(model.leave(part).float(), -1) for model, part in zip(models, parts, strict=True))
+    for part_N, *parts in zip(target_N.split(size), *(hidden_ND.split(size) for hidden_ND in hidden), strict=True):
+        log_NV, *dense = (torch.log_softmax(model.leave(part).float(), -1) for model, part in zip(models, parts, strict=True))
         sums[0] += (-log_NV.gather(1, part_N[:, None])[:, 0]).tolist()
-        for dense_NV in others:
+        for dense_NV in dense:
             sums[1] += (dense_NV.exp() * (dense_NV - log_NV)).sum(-1).tolist()
             sums[2] += (dense_NV.argmax(-1) == log_NV.argmax(-1)).float().tolist()
     return [math.fsum(values) for values in sums[: 1 if len(models) == 1 else 3]]
 
 
 def _scores(totals: list[float], finished: list[list[dict]]) -> Scores:
-    tokens, nll, *others = totals
-    if not others:
+    tokens, nll, *agreement = totals
+    if not agreement:
         return Scores(nll / tokens, int(tokens))
     layer_error = []
     for entries in finished:
-        off, norm = (math.fsum(values) for values in zip(*(pair for entry in entries for pair in entry["error"]), strict=True))
-        layer_error.append(off / norm if norm else 0.0)
-    return Scores(nll / tokens, int(tokens), others[0] / tokens, others[1] / tokens, layer_error)
+        error, norm = (math.fsum(values) for values in zip(*(pair for entry in entries for pair in entry["error"]), strict=True))
+        layer_error.append(error / norm if norm else 0.0)
+    return Scores(nll / tokens, int(tokens), agreement[0] / tokens, agreement[1] / tokens, layer_error)

@@ -1,4 +1,4 @@
-"""What is asked of an evaluation: rows, texts, and what tells one request from another."""
+"""Inputs of an evaluation (rows, prompts, sequences), and the request that identifies its result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.run.identity import differences, model_digest
 
-SAME = ("task", "rows", "sequences")  # of the request: what two results must have in common to be compared
+SAME = ("task", "rows", "sequences")  # keys of the request that must be equal for two results to be compared
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The rows of the task and their prompts in token ids; the sequences to score; what identifies all of it, with the model."""
+class Inputs:
+    """Rows of the task, their prompts and the sequences to score as token ids; `request` identifies these and the model."""
 
     rows: list[Row]
     prompts: list[list[int]]
@@ -31,7 +31,7 @@ class Asked:
 
 
 def validate_evaluation(cfg: EvaluateConfig) -> None:
-    """Refuse what no model could be asked. Raises StunError."""
+    """Check the settings that do not depend on the model. Raises StunError."""
     if not (cfg.task.path or cfg.text.path or cfg.text.mixture or cfg.harness.tasks):
         raise StunError("nothing to evaluate: give task.path, text.path or harness.tasks")
     if cfg.dense and not (cfg.task.path or cfg.text.path or cfg.text.mixture):
@@ -43,8 +43,8 @@ def validate_evaluation(cfg: EvaluateConfig) -> None:
             raise StunError(f"text.{key}={getattr(cfg.text, key)}: {2 if key == 'length' else 1} or more")
 
 
-def ask(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase) -> Asked:
-    """Everything that is to be read, read. Raises StunError where it cannot be used."""
+def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    """Rows, prompts and sequences of an evaluation. Raises StunError if they cannot be used."""
     vocab, rows, prompts, sequences = arch.config.vocab_size, [], [], []
     if cfg.task.path:
         rows, key = task_rows(cfg.task), f"task.path={cfg.task.path}"
@@ -66,38 +66,38 @@ def ask(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerB
         "dense": _request(cfg.dense)["model"] if cfg.dense else None,
         "harness": asdict(cfg.harness) if cfg.harness.tasks else None,
     }
-    return Asked(rows, prompts, sequences, request)
+    return Inputs(rows, prompts, sequences, request)
 
 
 def _request(file: str) -> dict:
-    """What the dense model's evaluation was asked. Raises StunError where the file is no evaluation's."""
-    found = load_json(Path(file)).get("request")
-    if not isinstance(found, dict) or not isinstance(found.get("model"), str):
+    """Request of the dense model's evaluation. Raises StunError if the file is not the output of an evaluation."""
+    request = load_json(Path(file)).get("request")
+    if not isinstance(request, dict) or not isinstance(request.get("model"), str):
         raise StunError(f"dense={file}: is not the output of an evaluation")
-    return found
+    return request
 
 
-def dense_result(cfg: EvaluateConfig, asked: Asked) -> dict:
-    """The dense model's result. Raises StunError where it is none, or of other questions."""
-    found, theirs = load_json(Path(cfg.dense)), _request(cfg.dense)
-    if not isinstance(found.get("model"), str) or "perplexity" not in found:
+def dense_result(cfg: EvaluateConfig, inputs: Inputs) -> dict:
+    """Result of the dense model. Raises StunError if it is not a result, or of another task or text."""
+    result, dense_request = load_json(Path(cfg.dense)), _request(cfg.dense)
+    if not isinstance(result.get("model"), str) or "perplexity" not in result:
         raise StunError(f"dense={cfg.dense}: is not the output of an evaluation")
-    unlike = differences(*({key: side.get(key) for key in SAME} for side in (theirs, asked.request)))
-    if unlike:
-        raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(unlike)})")
-    return found
+    changes = differences(*({key: side.get(key) for key in SAME} for side in (dense_request, inputs.request)))
+    if changes:
+        raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(changes)})")
+    return result
 
 
 def finished_result(output: str, request: dict) -> dict | None:
-    """The result that is there. Raises StunError where it is another request's."""
+    """Result in the output file, None if there is none. Raises StunError if it belongs to another request."""
     file = Path(output)
     if file.is_dir():
         raise StunError(f"output={output}: is a folder; a file is needed")
     if not file.exists():
         return None
-    found = load_json(file)
-    theirs = found.get("request")
-    unlike = differences(theirs, request) if isinstance(theirs, dict) else ["it is no evaluation's"]
-    if unlike:
-        raise StunError(f"output={output}: holds another result ({'; '.join(unlike)}); choose another file")
-    return found
+    result = load_json(file)
+    old_request = result.get("request")
+    changes = differences(old_request, request) if isinstance(old_request, dict) else ["it is no evaluation's"]
+    if changes:
+        raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); choose another file")
+    return result

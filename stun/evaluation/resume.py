@@ -1,10 +1,10 @@
-"""What an evaluation has done so far, in a folder beside its output, while that is not written.
+"""Progress of an unfinished evaluation, in a folder beside its output.
 
-<output>.partial/request.json      what was asked
-<output>.partial/batch.json        how many rows run at once, by phase
-<output>.partial/scores.json       perplexity and the like, once they are known
+<output>.partial/request.json      the request
+<output>.partial/batch.json        rows at once, by phase
+<output>.partial/scores.json       perplexity and related scores, when finished
 <output>.partial/score-N/          finished layers and hidden states, with N rows at once (stun.run.recorder)
-<output>.partial/generate-N/       tokens generated so far, a file a micro-batch of N rows
+<output>.partial/generate-N/       tokens generated so far, one file per micro-batch of N rows
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _WRITTEN = rf"{LOCK}|\w+\.json|{_STREAM}|generate-\d+/tokens-\d+\.json|(.*/)?\..
 
 
 class Partial:
-    """The folder of one evaluation."""
+    """Folder with the progress of one evaluation."""
 
     def __init__(self, output: str):
         self.folder = Path(f"{output}.partial")
 
     def open(self, request: dict) -> None:
-        """Make the folder, or go on in one of the same request. Raises StunError where it holds another (naming what differs), or
-        another launch is at work in it."""
+        """Create and lock the folder, or resume from it. Raises StunError if it holds another request (with the differences), or
+        if another process uses it."""
         file = self.folder / "request.json"
         if self.folder.is_symlink():
             raise StunError(f"{self.folder}: is a link; nothing is written through one. Put the folder itself there")
@@ -41,16 +41,16 @@ class Partial:
         except OSError as error:
             raise StunError(f"output: {self.folder} cannot be written: {error}") from error
         if file.is_file():
-            found = differences(load_json(file), request)
-            if found:
+            changes = differences(load_json(file), request)
+            if changes:
                 raise StunError(
-                    f"{self.folder}: holds another evaluation ({'; '.join(found)}); remove it, or choose another output"
+                    f"{self.folder}: holds another evaluation ({'; '.join(changes)}); remove it, or choose another output"
                 )
             return
         write_json(file, request)
 
     def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
-        """How many rows run at once in a phase: as before, or as chosen now; no more than the user asks for now."""
+        """Rows at once in a phase: as in an earlier launch, else `chosen`. A size set by the user is an upper limit."""
         known = self._batches().get(phase, chosen)
         size = min(known, chosen) if is_asked else known
         self.set_batch(phase, size)
@@ -61,20 +61,20 @@ class Partial:
 
     def _batches(self) -> dict[str, int]:
         file = self.folder / "batch.json"
-        found = load_json(file) if file.is_file() else {}
-        if not all(is_count(size) and size for size in found.values()):
+        sizes = load_json(file) if file.is_file() else {}
+        if not all(is_count(size) and size for size in sizes.values()):
             raise StunError(f"{file}: must give numbers of rows; remove {self.folder}")
-        return found
+        return sizes
 
     def phase(self, name: str, size: int) -> Path:
-        """The folder of a phase with `size` rows at once."""
+        """Folder of a phase with `size` rows at once."""
         folder = self.folder / f"{name}-{size}"
         for part in ("progress", "hidden"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         return folder
 
     def known(self, name: str) -> dict | None:
-        """What an earlier launch entered under a name."""
+        """Content that an earlier launch entered under `name`."""
         file = self.folder / f"{name}.json"
         return load_json(file) if file.is_file() else None
 
@@ -86,7 +86,7 @@ class Partial:
 
 
 class Generated:
-    """Files of the tokens of micro-batches, in `folder`; ids are below `vocab_size`."""
+    """Files with the generated tokens of micro-batches, in `folder`; token ids are below `vocab_size`."""
 
     def __init__(self, folder: Path, vocab_size: int):
         self.folder, self.vocab_size = folder, vocab_size
@@ -98,15 +98,15 @@ class Generated:
         write_json(self._file(number), state)
 
     def load(self, number: int) -> dict | None:
-        """The state of a micro-batch, None where there is none. Raises StunError where it cannot be one."""
+        """State of a micro-batch, None if there is no file. Raises StunError if the file is not valid."""
         file = self._file(number)
         if not file.is_file():
             return None
-        found = load_json(file)
-        tokens, done = found.get("tokens"), found.get("done")
+        state = load_json(file)
+        tokens, done = state.get("tokens"), state.get("done")
         fits = isinstance(tokens, list) and isinstance(done, list) and len(tokens) == len(done)
         if not fits or not all(isinstance(ids, list) and all(is_count(i) and i < self.vocab_size for i in ids) for ids in tokens):
             raise StunError(f"{file}: does not hold what was generated; remove it")
         if len({len(ids) for ids, is_done in zip(tokens, done, strict=True) if not is_done}) > 1:
             raise StunError(f"{file}: rows that are not done differ in length; remove it")
-        return found
+        return state

@@ -14,7 +14,7 @@ from stun.config import Scope, SparsifyConfig
 from stun.data import load_tokenizer
 from stun.evaluation.batches import micro_batches, padded
 from stun.evaluation.generate import Decoding, generate
-from stun.evaluation.memory import Room, generation_room
+from stun.evaluation.memory import Capacity, generation_capacity
 from stun.model.architecture import Architecture
 
 FAMILIES = ["arctic", "deepseek_v3", "exaone_moe", "gpt_oss", "jamba", "lfm2_moe", "phimoe", "qwen3_5_moe_text", "qwen3_next"]
@@ -49,17 +49,17 @@ def check(folder, ranks) -> None:
     """Whatever stays in memory, however many micro-batches run at once, with rows that end early."""
     arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
     prompts, layers = tokenizer(QUESTIONS)["input_ids"], len(arch.layers)
-    free = generate(arch, prompts, decoding(arch, folder, []), Room(SIZE, 1, layers, 0), ranks)
+    free = generate(arch, prompts, decoding(arch, folder, []), Capacity(SIZE, 1, layers, 0), ranks)
     assert {len(tokens) for tokens in free.values()} == {NEW} and len({tuple(tokens) for tokens in free.values()}) > 3
     how = decoding(arch, folder, [free[0][3], free[1][7], free[4][9]])
     full = wanted(folder, prompts, how)
     assert len({len(tokens) for tokens in full.values()}) > 2
-    for room in (Room(SIZE, 1, layers, 0), Room(SIZE, 2, 1, 1)):
+    for capacity in (Capacity(SIZE, 1, layers, 0), Capacity(SIZE, 2, 1, 1)):
         before = arch.source.bytes_read
-        assert generate(arch, prompts, how, room, ranks) == full
+        assert generate(arch, prompts, how, capacity, ranks) == full
         assert arch.source.bytes_read > before
     streamed = arch.source.bytes_read - before
-    generate(arch, prompts, how, Room(SIZE, 1, layers, 0), ranks)
+    generate(arch, prompts, how, Capacity(SIZE, 1, layers, 0), ranks)
     assert arch.source.bytes_read - before - streamed < streamed / 5, "layers that stay are read once"
 
 
@@ -97,29 +97,29 @@ def test_interrupted_generation_goes_on(checkpoint, ranks, family):
     """From the tokens saved at any step; micro-batches that are done are not run again."""
     folder = checkpoint(family)
     arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
-    prompts, room = tokenizer(QUESTIONS)["input_ids"], Room(SIZE, 1, 0, 1)
-    free = generate(arch, prompts, decoding(arch, folder, []), room, ranks)
+    prompts, capacity = tokenizer(QUESTIONS)["input_ids"], Capacity(SIZE, 1, 0, 1)
+    free = generate(arch, prompts, decoding(arch, folder, []), capacity, ranks)
     how = decoding(arch, folder, [free[0][3], free[1][7]])
-    whole = generate(arch, prompts, how, room, ranks)
+    whole = generate(arch, prompts, how, capacity, ranks)
     for steps in (1, 6, NEW + 2):
         stopping, lasting = Memory(steps), Memory()
         with pytest.raises(Interrupted):
-            generate(arch, prompts, how, room, ranks, save=stopping.save)
+            generate(arch, prompts, how, capacity, ranks, save=stopping.save)
         lasting.states |= stopping.states
-        assert generate(arch, prompts, how, room, ranks, stopping.states.get, lasting.save) == whole
+        assert generate(arch, prompts, how, capacity, ranks, stopping.states.get, lasting.save) == whole
     before = arch.source.bytes_read
     outside = sum(arch.info(name).nbytes for name in arch.outer_weights)
-    assert generate(arch, prompts, how, room, ranks, lasting.states.get) == whole
+    assert generate(arch, prompts, how, capacity, ranks, lasting.states.get) == whole
     assert arch.source.bytes_read - before == outside, "nothing is left to do"
 
 
 def test_a_stop_ends_a_row(checkpoint, ranks):
     folder = checkpoint("olmoe")
     arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
-    prompts, room = tokenizer(QUESTIONS)["input_ids"], Room(SIZE, 1, 3, 0)
-    free = generate(arch, prompts, decoding(arch, folder, []), room, ranks)
+    prompts, capacity = tokenizer(QUESTIONS)["input_ids"], Capacity(SIZE, 1, 3, 0)
+    free = generate(arch, prompts, decoding(arch, folder, []), capacity, ranks)
     stop = next(text for at in range(3, NEW) if (text := tokenizer.decode(free[2][at : at + 1])).isascii() and text.strip())
-    found = generate(arch, prompts, decoding(arch, folder, [], [stop]), room, ranks)
+    found = generate(arch, prompts, decoding(arch, folder, [], [stop]), capacity, ranks)
     for row, tokens in found.items():
         text = tokenizer.decode(free[row])
         assert tokens == free[row][: len(tokens)]
@@ -131,12 +131,12 @@ def test_padding_that_has_no_embedding(checkpoint, ranks):
     """As tokenizers have it to which one was added. Nothing looks at it."""
     folder = checkpoint("mixtral")
     arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
-    prompts, room = tokenizer(QUESTIONS)["input_ids"], Room(SIZE, 1, 3, 0)
+    prompts, capacity = tokenizer(QUESTIONS)["input_ids"], Capacity(SIZE, 1, 3, 0)
     how = Decoding(arch.generation_config(NEW), tokenizer, NEW, [])
-    wanted = generate(arch, prompts, how, room, ranks)
+    wanted = generate(arch, prompts, how, capacity, ranks)
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.add_special_tokens({"pad_token": "<new>"})
-    assert how.pad >= arch.config.vocab_size and generate(arch, prompts, how, room, ranks) == wanted
+    assert how.pad >= arch.config.vocab_size and generate(arch, prompts, how, capacity, ranks) == wanted
 
 
 def test_what_fits_stays(checkpoint, ranks, monkeypatch):
@@ -146,14 +146,14 @@ def test_what_fits_stays(checkpoint, ranks, monkeypatch):
         sum(arch.info(name).nbytes for name in (*layout.dense, *{n for e in layout.experts for p in e.values() for n in p}))
         for layout in arch.layers
     ]
-    ample = generation_room(arch, [10] * 64, 10, 0, ranks)
-    assert ample.stays == 4 and ample.step_bytes == 0 and ample.batch == 8 and ample.turns == 1
-    assert generation_room(arch, [10] * 64, 10, 3, ranks).batch == 3
+    ample = generation_capacity(arch, [10] * 64, 10, 0, ranks)
+    assert ample.held_layers == 4 and ample.step_bytes == 0 and ample.batch == 8 and ample.turns == 1
+    assert generation_capacity(arch, [10] * 64, 10, 3, ranks).batch == 3
     monkeypatch.setattr("stun.evaluation.memory.free_memory", lambda ranks: 16 * max(sizes))
-    tight = generation_room(arch, [10] * 64, 10, 0, ranks)
-    assert 0 < tight.stays < 4 and tight.step_bytes == sum(sizes[tight.stays :]) and 1 <= tight.batch <= 8
+    tight = generation_capacity(arch, [10] * 64, 10, 0, ranks)
+    assert 0 < tight.held_layers < 4 and tight.step_bytes == sum(sizes[tight.held_layers :]) and 1 <= tight.batch <= 8
     monkeypatch.setattr("stun.evaluation.memory.free_memory", lambda ranks: 5 * max(sizes))
     from stun.config import StunError
 
     with pytest.raises(StunError, match="out of memory: one row of 20 tokens takes"):
-        generation_room(arch, [10] * 64, 10, 0, ranks)
+        generation_capacity(arch, [10] * 64, 10, 0, ranks)
