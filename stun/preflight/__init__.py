@@ -1,1 +1,1 @@
-"""Preflight. In: a job and a launch, nothing computed. Out: bytes, memory and time that it needs, and whether they are there."""
+"""Preflight: memory, disk space, bytes and least time of a job on a launch, estimated without running it."""

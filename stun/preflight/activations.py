@@ -1,6 +1,6 @@
-"""What a micro-batch takes while it runs through a layer: the layer runs on the meta device, and its allocations are counted.
+"""Activation memory of a micro-batch in a layer, from counting allocations while the layer runs on the meta device.
 
-So no family needs a formula of its own. What libraries allocate inside one operation is not seen.
+No model family needs a formula of its own. Memory that libraries allocate inside one operation is not counted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
 class _Fused(TorchFunctionMode):
-    """Attention in torch's fused kernels, which never hold all scores: on CPUs where keys and values are equally wide, on GPUs
-    always. The meta device has none."""
+    """Attention with the memory of torch's fused kernels, which never hold all scores. GPUs always use them, CPUs if keys and
+    values have the same width; the meta device has none."""
 
     def __init__(self, is_gpu: bool):
         super().__init__()
@@ -41,7 +41,7 @@ class _Fused(TorchFunctionMode):
 
 
 class Allocations(TorchDispatchMode):
-    """Inside it, `peak` is the most bytes that tensors made here have held at once."""
+    """Context that counts bytes of the tensors created in it: `now` held, `peak` at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,22 +49,22 @@ class Allocations(TorchDispatchMode):
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        known = {id(own) for own in _storages((arguments, keywords))}
+        inputs = {id(storage) for storage in _storages((arguments, keywords))}
         result = function(*arguments, **(keywords or {}))
-        for own in _storages(result):
-            if id(own) not in self._seen and id(own) not in known:
-                self._add(own)
+        for storage in _storages(result):
+            if id(storage) not in self._seen and id(storage) not in inputs:
+                self._add(storage)
         self.peak = max(self.peak, self.now)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = id(storage), storage.nbytes()
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             self.now -= nbytes
             self._seen.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, freed)
         self.now += nbytes
 
 
@@ -73,7 +73,7 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
 
 
 class _Exchange:
-    """Allocates what stun.stream.expert_parallel.Exchange does for a micro-batch, the experts serving equally many tokens."""
+    """The allocations of stun.stream.expert_parallel.Exchange for a micro-batch, with equally many tokens per expert."""
 
     def __init__(self, num_experts: int, world: int, device: torch.device):
         self.num_experts, self.world, self.device, self.workers = num_experts, world, device, workers_on(device)
@@ -83,10 +83,10 @@ class _Exchange:
         received_ND = rows_ND if self.world == 1 else torch.empty_like(rows_ND)
         del rows_ND
         served_ND = torch.empty_like(received_ND)
-        own = max(1, self.num_experts // self.world)
-        rows_nD = received_ND[: -(-len(received_ND) // own)]
-        inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, own) - 1)]
-        for _ in range(own - len(inner)):
+        local_experts = max(1, self.num_experts // self.world)
+        rows_nD = received_ND[: -(-len(received_ND) // local_experts)]
+        inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, local_experts) - 1)]
+        for _ in range(local_experts - len(inner)):
             module._apply_gate(self._inner(module, rows_nD))
         del inner
         _back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
@@ -102,44 +102,45 @@ class _Exchange:
         return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
 
 
-def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **given) -> list[dict]:
-    """The keyword arguments of every layer for B x T tokens; they do not depend on the width of hidden states, so it is 1."""
+def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **options) -> list[dict]:
+    """Keyword arguments of every layer for B x T tokens."""
+    # They do not depend on the width of the hidden states, so an embedding of width 1 will do.
     tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
-    return arch.enter(tokens_BT, torch.zeros(1, 1, dtype=dtype).expand(arch.info(arch.embedding).shape[0], 1), **given)[1]
+    return arch.enter(tokens_BT, torch.zeros(1, 1, dtype=dtype).expand(arch.info(arch.embedding).shape[0], 1), **options)[1]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one micro-batch beside weights and hidden states, at most: in each of `layers`; `arguments` stay for the whole
-    stream (masks, rotary embeddings)."""
+    """Peak bytes of one micro-batch beside weights and hidden states, in each of `layers`. `arguments` (masks, rotary embeddings)
+    are held for the whole stream."""
 
     layers: list[int]
     arguments: int
 
 
 def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int) -> Activations:
-    """What B x T tokens take on one of `world` ranks. Layers of one kind are traced once."""
-    given, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
-    kept = {id(own): own.nbytes() for own in _storages(given)}
+    """Activations of B x T tokens on one of `world` ranks. Equal layers are traced once."""
+    arguments_by_layer, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
+    storage_bytes = {id(entry): entry.nbytes() for entry in _storages(arguments_by_layer)}
 
     def allocations(index: int) -> Allocations:
         layer = arch.decoder.layers[index]
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-        arguments = tuple((name, getattr(value, "shape", None)) for name, value in given[index].items())
+        arguments = tuple((name, getattr(value, "shape", None)) for name, value in arguments_by_layer[index].items())
         kind = (shapes, arguments)
         if kind not in traced:
-            traced[kind] = _trace(arch, index, given[index], (batch, length), device, world)
+            traced[kind] = _trace(arch, index, arguments_by_layer[index], (batch, length), device, world)
         return traced[kind]
 
-    found = [allocations(index) for index in range(len(arch.layers))]
-    return Activations([own.peak for own in found], sum(kept.values()))
+    traces = [allocations(index) for index in range(len(arch.layers))]
+    return Activations([entry.peak for entry in traces], sum(storage_bytes.values()))
 
 
 def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
-    """Bytes that one sequence of T tokens takes on one of `world` ranks: at most while it runs through a layer, and for good in
-    the caches of all layers. Layers of one kind are traced once."""
-    given, traced = _arguments(arch, 1, length, compute_dtype(arch, device), use_cache=True), {}
-    for index, arguments in enumerate(given):
+    """Bytes of one sequence of T tokens on one of `world` ranks: (peak while it runs through a layer, caches of all layers).
+    Equal layers are traced once."""
+    arguments_by_layer, traced = _arguments(arch, 1, length, compute_dtype(arch, device), use_cache=True), {}
+    for index, arguments in enumerate(arguments_by_layer):
         shapes = tuple((name, tuple(weight.shape)) for name, weight in arch.decoder.layers[index].named_parameters())
         traced.setdefault(shapes, []).append((index, arguments))
     peak = cached = 0
@@ -147,20 +148,20 @@ def trace_row(arch: Architecture, length: int, device: torch.device, world: int)
         index, arguments = layers[0]
         peak = max(peak, _trace(arch, index, arguments, (1, length), device, world).peak)
         cache = next(value for value in arguments.values() if isinstance(value, Cache))
-        cached += len(layers) * sum(own.nbytes() for own in _storages([*vars(cache.layers[index]).values()]))
+        cached += len(layers) * sum(storage.nbytes() for storage in _storages([*vars(cache.layers[index]).values()]))
     return peak, cached
 
 
 @torch.no_grad()
-def _trace(arch: Architecture, index: int, given: dict, tokens: tuple[int, int], device, world: int) -> Allocations:
+def _trace(arch: Architecture, index: int, arguments: dict, tokens: tuple[int, int], device, world: int) -> Allocations:
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
     layer = arch.build_layer(index, experts).to("meta", dtype)
-    found = experts_of(layer)
-    if found:
-        found[1].exchange = _Exchange(experts, world, device)
-    caches = {name: value for name, value in given.items() if isinstance(value, Cache)}
-    arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**given, **dict.fromkeys(caches)}) | caches
+    experts_module = experts_of(layer)
+    if experts_module:
+        experts_module[1].exchange = _Exchange(experts, world, device)
+    caches = {name: value for name, value in arguments.items() if isinstance(value, Cache)}
+    on_meta = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**arguments, **dict.fromkeys(caches)}) | caches
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
     with _Fused(device.type == "cuda"), Allocations() as allocations:
-        layer(hidden_BTD, **arguments)
+        layer(hidden_BTD, **on_meta)
     return allocations

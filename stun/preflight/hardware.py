@@ -1,4 +1,4 @@
-"""Hardware of a launch: figures of data sheets for GPUs, measured ones for this machine."""
+"""Hardware of a launch: data sheets of GPUs, and rates measured on this machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from stun.preflight.speeds import product_speed, read_speed, write_speed
 from stun.runtime.ranks import Ranks
 
 GIB = 2**30
-_WRITTEN = 2**26  # bytes to measure the disk of the run folder
+_WRITTEN = 2**26  # bytes written to measure the disk of the run folder
 _ROWS, _WIDTH = 256, 1024  # of the product that measures a CPU
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheet of a GPU: `memory` in bytes, `tflops` of dense bfloat16."""
+    """Data sheet of a GPU: `memory` in bytes, `tflops` in dense bfloat16."""
 
     memory: int
     tflops: float
@@ -41,9 +41,9 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """`nodes` of `per_node` ranks each, and what each of them has: bytes of memory of a GPU (0: ranks compute on the CPU) and of
-    a node's host, a rank's peak FLOP/s, bytes/s that a node reads and that it writes. `base` is what a rank's process holds
-    before it reads any weight."""
+    """`nodes` with `per_node` ranks each. `gpu_memory` is bytes per GPU (0: ranks compute on the CPU), `host_memory` bytes per
+    node, `flops` peak FLOP/s per rank, `read` and `write` bytes/s per node, `base` the bytes of a rank's process before it reads
+    any weight."""
 
     name: str
     nodes: int
@@ -65,7 +65,7 @@ class Launch:
 
 
 def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
-    """The launch that `cluster` describes. Raises StunError where it names a GPU that is not in the table."""
+    """Launch described by `cluster`. Raises StunError for a GPU that is not in the table, and for impossible numbers."""
     if cluster.gpu not in GPUS:
         raise StunError(f"cluster.gpu={cluster.gpu}: known are {', '.join(GPUS)}")
     if min(cluster.read_gib_s, cluster.write_gib_s) < 0:
@@ -78,7 +78,7 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
-    """The launch that is running, for this job. All ranks call this together, and those of a CPU measure at the same time."""
+    """Launch that is running, measured. All ranks call this together; on CPUs they measure at the same time, as they compute."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     place, host = (ranks.world // local, local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
@@ -86,39 +86,39 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
         flops = min(ranks.gather_objects(product_speed(ranks.workers, compute_dtype(arch, ranks.device), _ROWS, _WIDTH)))
         ranks.return_memory()
         return Launch("cpu", *place, 0, host, flops, *disk, base)
-    found = torch.cuda.get_device_properties(ranks.device)
-    alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in found.name.lower()] or [GPUS["a100"]]
-    known = min(alike, key=lambda gpu: abs(gpu.memory - found.total_memory))
-    return Launch(found.name, *place, found.total_memory, host, known.tflops * 1e12, *disk, base)
+    properties = torch.cuda.get_device_properties(ranks.device)
+    alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in properties.name.lower()] or [GPUS["a100"]]
+    sheet = min(alike, key=lambda gpu: abs(gpu.memory - properties.total_memory))
+    return Launch(properties.name, *place, properties.total_memory, host, sheet.tflops * 1e12, *disk, base)
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
-    """Bytes/s of reading the source and of writing the run folder; where a sample cannot be written, as fast as it reads: whether
-    the run can write is for the run to find."""
+    """Bytes/s of reading the source and of writing the run folder. If a sample cannot be written, the write rate is set to
+    the read rate: the run itself reports that it cannot write."""
     read = read_speed(arch.source)
     try:
-        return read, write_speed(_place(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+        return read, write_speed(_existing_folder(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
     except StunError:
         return read, read
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def host_memory(ranks: int) -> int:
-    """Bytes that the `ranks` of this job on this node may have together, with what they have already: what the system, the cgroup
-    and Slurm allow, the least of them."""
+    """Bytes that the `ranks` of this job on this node can have together, including what they hold: the least of the limits of the
+    system, the cgroup and Slurm."""
     available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
     limits, groups = [int(available) * 1024 + ranks * resident()], Path("/proc/self/cgroup").read_text()
     for form, root, name in (
         (r"^0::/(.*)$", "/sys/fs/cgroup", "memory.max"),
         (r"^\d+:memory:/(.*)$", "/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
     ):
-        own = re.search(form, groups, re.M)
-        for folder in (Path(root) / own[1], *(Path(root) / own[1]).parents) if own else ():
-            with contextlib.suppress(OSError, ValueError):  # it limits nothing
+        group = re.search(form, groups, re.M)
+        for folder in (Path(root) / group[1], *(Path(root) / group[1]).parents) if group else ():
+            with contextlib.suppress(OSError, ValueError):  # no limit, or not readable
                 limits.append(int((folder / name).read_text()))
     if os.environ.get("SLURM_MEM_PER_NODE", "0") != "0":
         limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20)
@@ -126,7 +126,7 @@ def host_memory(ranks: int) -> int:
 
 
 def free_memory(ranks: Ranks) -> int:
-    """Bytes that every rank can still allocate: on its GPU, or its share of the host. The same on every rank."""
+    """Bytes that every rank can still allocate on its GPU, or in its share of the host. The same number on every rank."""
     if ranks.device.type == "cuda":
         unused = torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
         free = torch.cuda.mem_get_info(ranks.device)[0] + unused
@@ -136,11 +136,11 @@ def free_memory(ranks: Ranks) -> int:
 
 
 def disk_free(run_dir: str) -> int:
-    """Bytes free where the run folder is or will be."""
-    return shutil.disk_usage(_place(run_dir)).free
+    """Free bytes on the disk of the run folder, which need not exist yet."""
+    return shutil.disk_usage(_existing_folder(run_dir)).free
 
 
-def _place(run_dir: str) -> Path:
-    """The run folder, or the nearest folder above it that is there."""
+def _existing_folder(run_dir: str) -> Path:
+    """Run folder, or the nearest parent that exists."""
     folder = Path(run_dir).absolute()
     return next(place for place in (folder, *folder.parents) if place.is_dir())

@@ -1,6 +1,6 @@
-"""What a run will need, before it starts: bytes, tokens, memory, disk and at least how long; and whether that is there.
+"""Estimate of a run before it starts (tokens, bytes, memory, disk space, least time), and whether the launch has that much.
 
-Nothing but headers, the configuration and a probe of the disk is read.
+Reads only headers, the configuration and a sample of the disk.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from stun.planning.job import Job
 from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
 from stun.preflight.time import Duration, durations
-from stun.preflight.traffic import Disk, bytes_read, bytes_there, snapshots_on_disk, statistics_bytes
+from stun.preflight.traffic import Disk, bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 
-SURE = 0.85  # of an estimate: what is refused for lack of it; memory is met within 15 %
+SURE = 0.85  # refuse if less than this share of the estimate is available: estimates of memory are within 15 %
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run needs on one launch. `read` are bytes by stream and rank, `written` those of the model, `snapshots` of hidden
-    states over the whole run; `free` is the disk's, `durations` are by stream."""
+    """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
+    over the whole run, `free` on disk. `durations` are by stream."""
 
     launch: Launch
     layers: int
@@ -39,12 +39,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of all streams, at least."""
-        return sum(own.seconds for own in self.durations.values())
+        """Least seconds of all streams."""
+        return sum(stream.seconds for stream in self.durations.values())
 
     @property
     def most_read(self) -> int:
-        """Bytes of the rank that reads most, in all streams."""
+        """Bytes read in all streams by the rank that reads most."""
         return max(sum(ranks) for ranks in zip(*self.read.values(), strict=True))
 
     @property
@@ -54,15 +54,15 @@ class Estimate:
 
 
 def estimate(job: Job, launch: Launch) -> Estimate:
-    """What `job` needs on `launch`."""
+    """Needs of `job` on `launch`."""
     cfg, arch, streams = job.cfg, job.arch, job.streams
     samples, length = cfg.calibration.samples, cfg.calibration.length
     footprint = Footprint(job, launch)
     states = samples * length * arch.config.hidden_size * footprint.dtype.itemsize
     recorded = sum(runs for name, runs in streams.items() if name != "search")
     written = model_bytes(arch, job.plan)
-    observed = statistics_bytes(arch, len(cfg.calibration.sources), cfg.sparsify.counts_outliers) if "observe" in streams else 0
-    disk = Disk(written, states * snapshots_on_disk(len(arch.layers), recorded), observed, bytes_there(cfg.run_dir))
+    statistics = statistics_bytes(arch, len(cfg.calibration.sources), cfg.sparsify.counts_outliers) if "observe" in streams else 0
+    disk = Disk(written, states * snapshots_on_disk(len(arch.layers), recorded), statistics, existing_bytes(cfg.run_dir))
     read = bytes_read(arch, job.plan, launch.world, streams)
     snapshots = states * (len(arch.layers) - 1) * recorded
     return Estimate(
@@ -80,54 +80,54 @@ def estimate(job: Job, launch: Launch) -> Estimate:
     )
 
 
-def report(found: Estimate) -> list[str]:
-    """The lines to print."""
-    launch, read = found.launch, {name: sum(ranks) for name, ranks in found.read.items()}
+def report(needs: Estimate) -> list[str]:
+    """Lines to print."""
+    launch, read = needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
     streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
-    gpu = f"{size(found.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
-    host = f"{size(found.host_needed)} of {size(launch.host_memory)} of a node"
-    rank = f"{size(found.memory.host)} a rank, {size(launch.base)} at its start"
-    times = ", ".join(f"{name} {duration(own.seconds)} to {own.bound}" for name, own in found.durations.items())
+    gpu = f"{size(needs.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
+    host = f"{size(needs.host_needed)} of {size(launch.host_memory)} of a node"
+    rank = f"{size(needs.memory.host)} a rank, {size(launch.base)} at its start"
+    times = ", ".join(f"{name} {duration(stream.seconds)} to {stream.bound}" for name, stream in needs.durations.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{count(found.layers, 'layer')}, {count(found.experts, 'expert')}; {found.tokens:,} calibration tokens",
-        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(found.most_read)} a rank",
-        "writes": f"{size(found.written)} of model, {size(found.snapshots)} of hidden states",
-        "memory": f"{gpu}{host} ({rank}); most at {found.memory.phase}",
-        "disk": f"{size(found.disk.needed)} needed, {size(found.free)} free",
-        "time": f"at least {duration(found.seconds)} ({times})",
+        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {needs.tokens:,} calibration tokens",
+        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(needs.most_read)} a rank",
+        "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
+        "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
+        "disk": f"{size(needs.disk.needed)} needed, {size(needs.free)} free",
+        "time": f"at least {duration(needs.seconds)} ({times})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
 
-def shortages(found: Estimate) -> list[tuple[str, float, float]]:
-    """(what, bytes needed, bytes there) of everything that is short, by the estimates as they are."""
-    launch = found.launch
+def shortages(needs: Estimate) -> list[tuple[str, float, float]]:
+    """(name, bytes needed, bytes available) for every resource with too little."""
+    launch = needs.launch
     rows = [
-        ("disk", found.disk.needed, found.free),
-        ("host memory of a node", found.host_needed, launch.host_memory),
-        ("GPU memory of a rank", found.memory.gpu, launch.gpu_memory),
+        ("disk", needs.disk.needed, needs.free),
+        ("host memory of a node", needs.host_needed, launch.host_memory),
+        ("GPU memory of a rank", needs.memory.gpu, launch.gpu_memory),
     ]
     return [row for row in rows if row[1] > row[2]]
 
 
 def check(job: Job, launch: Launch) -> tuple[list[str], str]:
-    """The lines to print, with a warning where it is close, and why it cannot fit, empty where it may."""
-    found = estimate(job, launch)
-    lines, refusals = report(found), []
-    for what, needed, there in shortages(found):
-        share = 1.0 if what == "disk" else SURE
-        text = f"{what}: about {size(needed)} needed, {size(there)} there"
-        if share * needed > there:
+    """Lines to print, with warnings for close cases, and the reason why the job cannot fit, empty if it can."""
+    needs = estimate(job, launch)
+    lines, refusals = report(needs), []
+    for name, needed, available in shortages(needs):
+        share = 1.0 if name == "disk" else SURE
+        text = f"{name}: about {size(needed)} needed, {size(available)} available"
+        if share * needed > available:
             refusals.append(text)
         else:
             lines.append(f"warning: {text}")
     if not refusals:
         return lines, ""
-    elsewhere = [f"run_dir={job.cfg.run_dir} is on that disk" for text in refusals if text.startswith("disk")]
-    advice = "; ".join(elsewhere + _advice(job, launch))
+    hints = [f"run_dir={job.cfg.run_dir} is on that disk" for text in refusals if text.startswith("disk")]
+    advice = "; ".join(hints + _advice(job, launch))
     return lines, f"does not fit: {'; '.join(refusals)}. {advice}"
 
 
@@ -137,7 +137,7 @@ def _fits(job: Job, launch: Launch) -> bool:
 
 
 def _advice(job: Job, launch: Launch) -> list[str]:
-    """The first change of each kind after which the memory fits."""
+    """For each setting, the first value with which the memory suffices."""
     if _fits(job, launch):
         return []
     advice, unit = [], "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
@@ -147,14 +147,14 @@ def _advice(job: Job, launch: Launch) -> list[str]:
         if _fits(job, replace(launch, nodes=world // per_node, per_node=per_node)):
             advice.append(f"{world} {unit} would do")
             break
-    calibration, how = job.cfg.calibration, job.cfg.sparsify
+    calibration, sparsify = job.cfg.calibration, job.cfg.sparsify
     for fewer in (2**power for power in range(calibration.micro_batch.bit_length() - 1, -1, -1)):
         if fewer < calibration.micro_batch and _fits(_with(job, calibration=replace(calibration, micro_batch=fewer)), launch):
             advice.append(f"calibration.micro_batch={fewer} would do")
             break
-    for part in (2, 4, 8, 16, 32) if how.reads_grams else ():
-        if _fits(_with(job, sparsify=replace(how, gram_gib=how.gram_gib / part)), launch):
-            advice.append(f"sparsify.gram_gib={how.gram_gib / part:g} would do")
+    for part in (2, 4, 8, 16, 32) if sparsify.reads_grams else ():
+        if _fits(_with(job, sparsify=replace(sparsify, gram_gib=sparsify.gram_gib / part)), launch):
+            advice.append(f"sparsify.gram_gib={sparsify.gram_gib / part:g} would do")
             break
     return advice or [
         "no number of ranks, calibration.micro_batch or sparsify.gram_gib alone would do; lower calibration.samples"
@@ -166,18 +166,18 @@ def _with(job: Job, **changes) -> Job:
 
 
 def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> None:
-    """Print what `job` needs on this launch, or on `cluster`. All ranks call this together; raises StunError, on all of them,
-    where it cannot fit."""
+    """Print the needs of `job` on this launch, or on `cluster`. All ranks call this together. Raises StunError on all of them
+    if it cannot fit."""
     base = max(ranks.gather_objects(resident()))
     if cluster and cluster.nodes:
         launch = ranks.on_first(lambda: described(cluster, job.arch, base))
     else:
         launch = this_launch(ranks, job.arch, job.cfg, base)
-    ranks.on_first(lambda: _tell(job, launch, ranks))
+    ranks.on_first(lambda: _print_estimate(job, launch, ranks))
 
 
-def _tell(job: Job, launch: Launch, ranks: Ranks) -> None:
-    """Print what is needed. Raises StunError where it cannot fit."""
+def _print_estimate(job: Job, launch: Launch, ranks: Ranks) -> None:
+    """Print the estimate. Raises StunError if the job cannot fit."""
     lines, refusal = check(job, launch)
     for line in lines:
         ranks.log(line)

@@ -1,7 +1,7 @@
-"""How much memory a rank needs at most: every phase of a run as a sum of what it holds at once, in bytes.
+"""Peak memory of a rank: for every phase of a run, the sum of all bytes held at once.
 
-On CPUs all of it is the process'; on GPUs weights, hidden states and products are the GPU's, what is being read or written is the
-host's. Experts are taken to be spread evenly over the ranks, and tokens evenly over the experts.
+On CPUs all bytes are in the process. On GPUs, weights, hidden states and products are on the GPU, tensors being read or written
+are on the host. Experts are assumed to be spread evenly over the ranks, and tokens evenly over the experts.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from stun.preflight.hardware import GIB, Launch
 from stun.runtime.device_copies import BUFFER, BUFFERS
 from stun.runtime.threads import workers_on
 
-LIBRARIES = 160 * 2**20  # what they take at their first calls (datasets, tokenizer, clustering, products)
-# Bytes at once for every weight of the matrix that is being pruned and every entry of its Gram matrix, beside these two;
-# tests/unit/preflight/test_preflight.py counts them. The eigenvectors of ALPS need 8 more inside LAPACK.
+LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
+# Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
+# tests/unit/preflight/test_preflight.py. The eigenvectors of ALPS need 8 more inside LAPACK.
 SELECT, PATTERN, OUTLIERS = (11, 0), (16, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
 
 
-def transient_costs(how: SparsifyConfig) -> list[tuple[int, int]]:
-    """Of what a configuration does to a matrix one after the other."""
-    solver = {SparsifyMethod.sparsegpt: [SPARSEGPT], SparsifyMethod.alps: [ALPS]}.get(how.method, [])
-    refits = [REFIT] if how.reconstruct or solver else []
-    return [PATTERN if how.pattern else SELECT, *solver, *refits]
+def transient_costs(config: SparsifyConfig) -> list[tuple[int, int]]:
+    """Costs of the steps by which a configuration prunes a matrix, which run one after the other."""
+    solver = {SparsifyMethod.sparsegpt: [SPARSEGPT], SparsifyMethod.alps: [ALPS]}.get(config.method, [])
+    refits = [REFIT] if config.reconstruct or solver else []
+    return [PATTERN if config.pattern else SELECT, *solver, *refits]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer's bytes on a rank: `dense` as stored, `converted` to what is computed in (0 where it is the same), `own` of the
-    dense that it reads and writes, `experts` that it reads and `kept` of them, `joined` of those in one tensor with others."""
+    """Bytes of one layer on a rank: `dense` as stored, `converted` to the compute dtype (0 if that is the stored one), `owned` of
+    the dense ones by this rank, which reads and writes them, `experts` it reads, `kept` of these, `joined` of fused tensors."""
 
     dense: int
     converted: int
-    own: int
+    owned: int
     experts: int
     kept: int
     joined: int
 
     @property
     def read(self) -> int:
-        return self.own + self.experts
+        return self.owned + self.experts
 
     @property
     def written(self) -> int:
-        return self.own + self.kept
+        return self.owned + self.kept
 
     def running(self, experts: int) -> int:
         return self.dense + self.converted + experts
@@ -60,7 +60,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a rank needs at most, of the host and of its GPU, and what it is doing then."""
+    """Peak bytes of a rank on the host and on its GPU, and the phase of that peak."""
 
     host: int
     gpu: int
@@ -68,7 +68,7 @@ class Memory:
 
 
 class Footprint:
-    """The memory of one job on one launch."""
+    """Memory of one job on one launch."""
 
     def __init__(self, job: Job, launch: Launch):
         self.job, self.launch = job, launch
@@ -92,27 +92,27 @@ class Footprint:
 
     @cached_property
     def states(self) -> int:
-        """Hidden states of a rank's micro-batches."""
+        """Bytes of the hidden states of a rank's micro-batches."""
         cfg = self.cfg.calibration
         batches = -(-cfg.samples // cfg.micro_batch)
         samples = min(cfg.samples, -(-batches // self.launch.world) * cfg.micro_batch)
         return samples * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize
 
     def _weights(self, layout: LayerLayout, plan: LayerPlan) -> Weights:
-        """Of the rank that has most."""
+        """Bytes of a layer on the rank with most of it."""
         arch, world = self.arch, self.launch.world
         infos = {name: arch.info(name) for name in layout.copied}
         dense = sum(infos[name].nbytes for name in layout.dense)
         converted = sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
-        own = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
+        owned = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
         expert, kept = sum(info.nbytes for info in expert_infos(arch, layout)), -(-len(plan.clusters) // world)
         parts = [arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]
         joined = max((sum(parts[rank::world]) for rank in range(min(world, len(parts)))), default=0) * len(plan.clusters)
-        return Weights(dense, converted, own, expert * -(-len(plan.needed) // world), expert * kept, joined)
+        return Weights(dense, converted, owned, expert * -(-len(plan.needed) // world), expert * kept, joined)
 
     def peak(self) -> Memory:
-        """The largest phase, with what the process holds from the start."""
-        phases = [self._entry(), self._outside()]
+        """Peak over all phases, including the bytes that the process holds from the start."""
+        phases = [self._embedding(), self._outer_weights()]
         if "observe" in self.streams:
             phases += [self._stream(i, "observe") for i in range(len(self.layers))]
         if self.candidates:
@@ -126,57 +126,57 @@ class Footprint:
     def _memory(self, phase: str, device: int, host: int) -> Memory:
         return Memory(host, device, phase) if self.is_gpu else Memory(device + host, 0, phase)
 
-    def _entry(self) -> Memory:
-        """The embedding, as stored and converted, then with the states that it gives; in the last stream beside all that lies
-        outside the layers and was written."""
+    def _embedding(self) -> Memory:
+        """The embedding, as stored and converted, then with its outputs; in the last stream beside all weights outside the
+        layers, which have been written by then."""
         info = self.arch.info(self.arch.embedding)
         beside = sum(self.arch.info(name).nbytes for name in self.arch.outer) - info.nbytes if self.streams["prune"] else 0
         converted = info.numel * self.dtype.itemsize
         both = 0 if info.dtype is self.dtype else info.nbytes
         return self._memory("embedding", converted + max(both, self.states), beside + (info.nbytes if self.is_gpu else 0))
 
-    def _outside(self) -> Memory:
-        """What lies outside the layers, on its way from file to file on the first rank."""
+    def _outer_weights(self) -> Memory:
+        """Embedding, final norm and output head, copied from file to file on the first rank."""
         outside = sum(self.arch.info(name).nbytes for name in self.arch.outer)
         return Memory(outside + (self.states if self.is_gpu else 0), 0, "embedding and head")
 
     def _held(self, index: int) -> int:
-        """Hidden states while a layer runs: its inputs, its outputs, and, from the second layer on, the first one's inputs; but
-        for the micro-batch that is running."""
+        """Hidden states while a layer runs: its inputs, its outputs and, from the second layer on, the first layer's inputs,
+        without the running micro-batch."""
         if not self.streams["prune"] and "observe" not in self.streams:
             return 0
         cfg = self.cfg.calibration
         last = min(self.states, cfg.micro_batch * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize)
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
-    def _behind(self, index: int) -> tuple[int, int]:
-        """What is kept of the layer before until it is written, on its device; and the copies to write, on the host."""
+    def _being_written(self, index: int) -> tuple[int, int]:
+        """Bytes of the layer before until it is written: (on its device, copies to write on the host)."""
         if index == 0:
             return 0, 0
         before = self.layers[index - 1]
-        written = before.own + (before.joined or before.kept)
+        written = before.owned + (before.joined or before.kept)
         return (before.written, written) if self.is_gpu else (written, 0)
 
-    def _ahead(self, index: int) -> int:
+    def _read_ahead(self, index: int) -> int:
         following = [*self.layers, *self.heads][index + 1 : index + 2]
         return following[0].read if following else 0
 
-    def _ahead_of_first_stream(self, index: int) -> int:
+    def _read_ahead_dense(self, index: int) -> int:
         following = self.layers[index + 1 : index + 2]
-        return following[0].own + self._all_experts(index + 1) if following else 0
+        return following[0].owned + self._all_experts(index + 1) if following else 0
 
     def _all_experts(self, index: int) -> int:
         layout = self.arch.layers[index]
         expert = sum(info.nbytes for info in expert_infos(self.arch, layout))
         return expert * -(-layout.num_experts // self.launch.world)
 
-    def _host_ahead(self, index: int, ahead: int) -> int:
-        """On GPUs the host holds the layer that is moved to the GPU and the next one, and the states that are being written."""
-        pinned = 2 * BUFFERS * BUFFER  # of the thread that computes and of the one that writes
+    def _host_read_ahead(self, index: int, ahead: int) -> int:
+        """Bytes on the host of a GPU: the layer that is moved to the GPU, the next one, and the states that are being written."""
+        pinned = 2 * BUFFERS * BUFFER  # one set for the thread that computes, one for the thread that writes
         return ahead + self.layers[index].read + self.states + pinned if self.is_gpu else 0
 
     def _cast(self, layout: LayerLayout) -> int:
-        """One matrix of an expert for each worker, converted to what is computed in."""
+        """One matrix of an expert per worker, converted to the compute dtype."""
         infos = [info for info in expert_infos(self.arch, layout) if info.dtype is not self.dtype]
         parts: dict[tuple, int] = {}
         for part in layout.experts[0] if infos else ():
@@ -184,32 +184,32 @@ class Footprint:
         return max(parts.values(), default=0) * min(workers_on(self.launch.device), layout.num_experts)
 
     def _stream(self, index: int, name: str) -> Memory:
-        """The dense model, observed."""
-        layout, weights, ahead = self.arch.layers[index], self.layers[index], self._ahead_of_first_stream(index)
+        """A layer of the dense model under observation."""
+        layout, weights, ahead = self.arch.layers[index], self.layers[index], self._read_ahead_dense(index)
         running = weights.running(self._all_experts(index)) + self._cast(layout)
         device = self._held(index) + running + self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
             device = max(device, self._held(index) + running + self._largest(layout, [OUTLIERS]))
-        return self._memory(f"{name} layer {index}", device + (0 if self.is_gpu else ahead), self._host_ahead(index, ahead))
+        return self._memory(f"{name} layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
 
     def _search(self, index: int) -> Memory:
-        """Every candidate's hidden states, the dense layer and a pruned copy of it."""
+        """Hidden states of all candidates, the dense layer and a pruned copy of it."""
         weights, held = self.layers[index], self.states * (self.candidates * min(index, 1) + 1)
         layout = self.arch.layers[index]
         copy = weights.running(self._all_experts(index))
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
-        ahead = self._ahead_of_first_stream(index)
-        return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_ahead(index, ahead))
+        ahead = self._read_ahead_dense(index)
+        return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
 
     def _prune(self, index: int) -> list[Memory]:
-        """Measuring, masking, refitting and running a layer, and handing its tensors over to be written."""
-        layout, weights, plan, how = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
+        """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
+        layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
         kept, held, is_run = weights.running(weights.kept), self._held(index), self.streams["prune"]
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
-        clones = weights.kept + self._closing(layout)[0] if how.reconstruct else 0
+        clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
         device = {
             "choose": weights.running(weights.experts) + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
@@ -217,21 +217,21 @@ class Footprint:
             "run": kept + run,
             "hand over": kept + idle + (0 if self.is_gpu else weights.joined),
         }
-        if how.reconstruct:
+        if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
-        ahead, (behind, copies) = self._ahead(index), self._behind(index)
-        host = copies + self._host_ahead(index, ahead)
-        own = behind + (0 if self.is_gpu else ahead)
-        return [self._memory(f"prune layer {index}: {name}", size + own, host) for name, size in device.items()]
+        ahead, (unwritten, copies) = self._read_ahead(index), self._being_written(index)
+        host = copies + self._host_read_ahead(index, ahead)
+        beside = unwritten + (0 if self.is_gpu else ahead)
+        return [self._memory(f"prune layer {index}: {name}", size + beside, host) for name, size in device.items()]
 
     def _matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
-        """Rows and columns of the dense matrices that lose weights."""
+        """Rows and columns of the dense matrices in scope."""
         scope = self.cfg.sparsify.scope
         return {name: tuple(self.arch.info(name).shape[:2]) for name, kind in layout.linears.items() if kind in scope}
 
     def _parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
-        """Rows and columns of an expert's matrices that lose weights."""
+        """Rows and columns of an expert's matrices in scope."""
         shapes = {}
         for part in layout.experts[0] if layout.experts and Scope.experts in self.cfg.sparsify.scope else ():
             infos = self.arch.piece(layout, 0, part)
@@ -241,12 +241,12 @@ class Footprint:
         return shapes
 
     def _largest(self, layout: LayerLayout, costs: list[tuple[int, int]]) -> int:
-        """What the most expensive matrix of the layer needs beside itself and its Gram matrix."""
+        """Bytes for the most expensive matrix of the layer, beside the matrix and its Gram matrix."""
         shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
         return max((w * r * c + g * c * c for r, c in shapes for w, g in costs), default=0)
 
     def _pruning(self, layout: LayerLayout) -> int:
-        """What the workers need while each of them prunes a matrix."""
+        """Bytes for all workers while each of them prunes a matrix."""
         return workers_on(self.launch.device) * self._largest(layout, transient_costs(self.cfg.sparsify))
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
@@ -255,38 +255,38 @@ class Footprint:
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
-        how, each = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
-        mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
-        if not how.reads_grams or not each:
-            return mine
-        return min(mine, max(1, int(how.gram_gib * GIB / (each * (2 if how.reconstruct else 1)))))
+        config, gram_bytes = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
+        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
+        if not config.reads_grams or not gram_bytes:
+            return local_experts
+        return min(local_experts, max(1, int(config.gram_gib * GIB / (gram_bytes * (2 if config.reconstruct else 1)))))
 
     def _at_once(self, index: int) -> int:
-        """Experts that are measured at the same time, each with sums of its own on their way."""
+        """Experts that are measured at the same time, each with its own sums of a micro-batch."""
         return max(1, min(workers_on(self.launch.device), self.block(index)))
 
     def blocks(self, index: int) -> int:
-        """How often a layer runs to be measured."""
-        mine = -(-len(self.plan.layers[index].clusters) // self.launch.world)
-        return -(-mine // self.block(index)) if mine else 1
+        """Number of forwards in which a layer is measured."""
+        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
+        return -(-local_experts // self.block(index)) if local_experts else 1
 
     def _expert_grams(self, index: int) -> int:
         return self._squared_inputs(self.arch.layers[index]) * self.block(index)
 
     def _grams(self, layout: LayerLayout, index: int) -> tuple[int, int]:
-        """Gram matrices that a rank holds, and those of one micro-batch on their way to them."""
+        """Bytes of a rank's Gram matrices, and of one micro-batch's parts before they are added."""
         world = self.launch.world
         if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
-        each, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
+        expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
         owned = [0] * world
         for name, nbytes in dense.items():
             owned[layout.copied.index(name) % world] += nbytes
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
-        return self._expert_grams(index) + max(owned), shared + each * self._at_once(index)
+        return self._expert_grams(index) + max(owned), shared + expert_bytes * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
-        """Of the dense matrices that close a block: bytes with their inputs in all micro-batches, and of their Gram matrices."""
+        """Dense matrices that close a block: bytes with their inputs in all micro-batches, and bytes of their Gram matrices."""
         closers = [name for name in self._matrices(layout) if layout.closes(name)]
         hidden = self.arch.config.hidden_size
         inputs = sum(self.states * self.arch.info(name).shape[1] // hidden for name in closers)
@@ -294,8 +294,8 @@ class Footprint:
         return inputs + copies, sum(8 * self.arch.info(name).shape[1] ** 2 for name in closers)
 
     def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
-        """Sums of two kinds for what closes the experts and the dense blocks, beside those of the dense matrices from before; and
-        what one micro-batch adds to them."""
+        """Bytes of both sums (x x^T and y x^T) for the matrices that close experts and dense blocks, beside the earlier sums of
+        the dense matrices; and bytes of one micro-batch's parts."""
         down, closing = 8 * self._parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
         held = down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index)
         return held, down * self._at_once(index) + closing

@@ -1,4 +1,4 @@
-"""Rates of this machine, measured: its disk, and the products of one rank."""
+"""Measured rates of this machine: its disk, and the products of one rank."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _CHUNK = 2**24
 
 def best(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
     """Seconds of the fastest round after one to warm up."""
-    spent = []
+    seconds = []
     for _ in range(1 + _ROUNDS):
         wait_for(device)
         start = time.perf_counter()
         work()
         wait_for(device)
-        spent.append(time.perf_counter() - start)
-    return min(spent[1:])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def wait_for(device: str | torch.device) -> None:
-    """Return once a GPU has done what it was given; a CPU has by then."""
+    """Wait until a GPU has finished its work; a no-op for CPUs."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
-    """Bytes/s of reading the head of the largest shard. The system is asked to forget it first; where it does not, this is the
-    speed of its cache."""
+    """Bytes/s of reading the start of the largest shard. The system is asked to drop it from its cache first; if it does not,
+    this is the speed of the cache."""
     file = max({info.file for info in source.tensors.values()}, key=lambda file: file.stat().st_size)
     with file.open("rb", buffering=0) as handle:
         os.posix_fadvise(handle.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)
@@ -51,7 +51,7 @@ def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
 
 
 def write_speed(folder: Path, nbytes: int = SAMPLE) -> float:
-    """Bytes/s of writing a file in `folder` and syncing it; nothing of it stays. Raises StunError where that cannot be."""
+    """Bytes/s of writing and syncing a file in `folder`, which is then removed. Raises StunError if it cannot be written."""
     content = os.urandom(min(_CHUNK, nbytes))
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as handle:
@@ -65,7 +65,7 @@ def write_speed(folder: Path, nbytes: int = SAMPLE) -> float:
 
 
 def product_speed(workers: Workers, dtype: torch.dtype, rows: int, width: int, device: str | torch.device = "cpu") -> float:
-    """FLOP/s of products [rows, width] x [width, width] made as an expert's are, two for each worker."""
+    """FLOP/s of products [rows, width] x [width, width], computed like those of an expert, two per worker."""
     rows_nD = torch.ones(rows, width, dtype=dtype, device=device)
     weights = [torch.ones(width, width, dtype=dtype, device=device) for _ in range(2 * workers.count)]
     seconds = best(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)

@@ -10,7 +10,7 @@ from stun.preflight.memory import Footprint
 
 @dataclass(frozen=True)
 class Duration:
-    """Least seconds of a stream's reading, computing and writing, which go on side by side."""
+    """Least seconds in which a stream reads, computes and writes, all three at the same time."""
 
     read: float
     compute: float
@@ -22,25 +22,25 @@ class Duration:
 
     @property
     def bound(self) -> str:
-        """Which of the three is the longest."""
+        """Longest of the three."""
         return max(("read", "compute", "write"), key=lambda name: getattr(self, name))
 
 
 def durations(footprint: Footprint, read: dict[str, list[int]], written: int, snapshots: int) -> dict[str, Duration]:
-    """Durations by stream. `read` are bytes by stream and rank, `written` those of the model, which the last stream writes, and
-    `snapshots` those of hidden states, which the streams that run the model share."""
-    job, launch, found = footprint.job, footprint.launch, {}
+    """Durations by stream. `read` is bytes by stream and rank, `written` bytes of the model, written by the last stream, and
+    `snapshots` bytes of hidden states, spread over the streams that run the model."""
+    job, launch, by_stream = footprint.job, footprint.launch, {}
     saving = [name for name, runs in job.streams.items() if runs and name != "search"]
     for name, ranks in read.items():
-        a_node = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
-        out = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
+        node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
+        out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
         compute = stream_flop(footprint, name) / launch.world / launch.flops
-        found[name] = Duration(a_node / launch.read, compute, out / launch.nodes / launch.write)
-    return found
+        by_stream[name] = Duration(node_bytes / launch.read, compute, out_bytes / launch.nodes / launch.write)
+    return by_stream
 
 
 def stream_flop(footprint: Footprint, stream: str) -> float:
-    """FLOP of the forwards that a stream makes, on all ranks together."""
+    """FLOP of a stream's forwards, on all ranks together."""
     job, layers, cfg = footprint.job, len(footprint.arch.layers), footprint.job.cfg
     tokens, length = cfg.calibration.samples * cfg.calibration.length, cfg.calibration.length
     whole, inputs = (forward_flop(footprint.arch, tokens, length, gives_outputs) for gives_outputs in (True, False))
@@ -52,19 +52,19 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
         measured = blocks * (2 if cfg.sparsify.reconstruct else 1) * inputs
     if stream == "search":
         return len(job.fractions) * (measured + whole)
-    return measured + (whole * (layers - 1) / layers if job.streams["prune"] else 0)  # nothing follows the last layer
+    return measured + (whole * (layers - 1) / layers if job.streams["prune"] else 0)  # the pruned last layer is not run
 
 
 def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:
-    """FLOP of all decoder layers on so many tokens in samples of `length`: two for every parameter that a token meets, and for
-    every product of its scores with the tokens before it (half of the sample on average) and of these with their values. Without
-    outputs, experts end before their last matrix."""
+    """FLOP of all decoder layers on `tokens` in samples of `length`: two per active parameter of a token, and two per product of
+    its attention scores and of their sum over the values, with half of the sample before it on average. Without outputs, experts
+    end before their last matrix."""
     scores = length * arch.config.hidden_size * len(arch.layers)
     return 2 * (active_parameters(arch, gives_outputs) + scores) * tokens
 
 
 def active_parameters(arch: Architecture, gives_outputs: bool = True) -> int:
-    """Parameters of the decoder layers' matrices that a token meets."""
+    """Parameters of the decoder layers' matrices that are used for one token."""
     total = 0
     for layout in arch.layers:
         total += sum(arch.info(name).numel for name in layout.dense if len(arch.info(name).shape) == 2)

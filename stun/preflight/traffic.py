@@ -1,4 +1,4 @@
-"""What a run reads and writes and has on disk, in bytes: from headers and the request alone."""
+"""Bytes that a run reads, writes and has on disk, from headers and the configuration alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stun.stream.layer_stream import even_owners
 
 
 def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None], world: int) -> list[int]:
-    """Bytes each rank reads of a layer."""
+    """Bytes of a layer that each rank reads."""
     read, expert = [0] * world, sum(map(stored_bytes, expert_infos(arch, layout)))
     for place, name in enumerate(layout.copied):
         read[place % world] += stored_bytes(arch.info(name))
@@ -25,8 +25,8 @@ def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None
 
 
 def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bool]) -> dict[str, list[int]]:
-    """Bytes each rank reads in each of `streams`. Experts of one layer are equally large."""
-    found = {}
+    """Bytes that each rank reads, by stream. The experts of one layer are equally large."""
+    by_stream = {}
     for stream in streams:
         is_last = stream == "prune"
         layouts, plans = (arch.layers, plan.layers) if not is_last else ([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp])
@@ -39,8 +39,8 @@ def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bo
             total[0] += sum(stored_bytes(arch.info(name)) for name in arch.outer)
         else:
             total[0] += embedding * (2 if stream == "search" else 1)
-        found[stream] = total
-    return found
+        by_stream[stream] = total
+    return by_stream
 
 
 def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
@@ -55,26 +55,26 @@ def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes a run needs on disk at most: for the model, for hidden states, for statistics; `there` are in its folder already."""
+    """Peak bytes of a run on disk: model, hidden states and statistics; `existing` of these are in its folder already."""
 
     model: int
     hidden: int
     statistics: int
-    there: int
+    existing: int
 
     @property
     def needed(self) -> int:
-        return max(0, self.model + self.hidden + self.statistics - self.there)
+        return max(0, self.model + self.hidden + self.statistics - self.existing)
 
 
 def snapshots_on_disk(layers: int, streams: int) -> int:
-    """How many times all hidden states are on disk at once: those the first streams left, and the last one's with the one that
-    is being written."""
-    left = min(KEPT - 1, layers - 1)
-    return min(KEPT + 1, layers - 1) + left * (streams - 1) if streams else 0
+    """Most sets of all hidden states on disk at once: those of the finished streams, and those of the last stream with the one
+    that is being written."""
+    finished = min(KEPT - 1, layers - 1)
+    return min(KEPT + 1, layers - 1) + finished * (streams - 1) if streams else 0
 
 
-def bytes_there(run_dir: str) -> int:
-    """Bytes of the files that an interrupted run left in its folder."""
+def existing_bytes(run_dir: str) -> int:
+    """Bytes of an interrupted run's files in its folder."""
     parts = [Path(run_dir) / name for name in ("model", "hidden", "stats")]
     return sum(file.stat().st_size for part in parts for file in part.rglob("*") if file.is_file())

@@ -86,7 +86,7 @@ def test_what_a_run_left_is_not_needed_again(checkpoint, ranks, tmp_path):
     prune(cfg, ranks)
     rest = estimate(resolve_model(cfg), CPU)
     there = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.parent.name in ("model", "stats"))
-    assert rest.disk.there == there and list(rest.read) == ["prune"] and list(whole.read) == ["observe", "prune"]
+    assert rest.disk.existing == there and list(rest.read) == ["prune"] and list(whole.read) == ["observe", "prune"]
     assert rest.disk.needed < 0.5 * whole.disk.needed
 
 
@@ -137,7 +137,7 @@ def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
     for there, refused, warned in ((need, 0, 0), (0.9 * need, 0, 1), (SURE * need - 1, 1, 0)):
         lines, refusal = check(job, replace(CPU, host_memory=int(there)))
         assert bool(refusal) == refused and any(line.startswith("warning: host memory") for line in lines) == bool(warned)
-    assert "host memory of a node: about 0.66 GiB needed, 0.56 GiB there" in refusal
+    assert "host memory of a node: about 0.66 GiB needed, 0.56 GiB available" in refusal
     _, refusal = check(job, replace(GPU, gpu_memory=100))
     assert re.search(r"GPU memory of a rank: about [\d.]+ MiB needed, 100 bytes", refusal) and "no number of ranks" in refusal
     monkeypatch.setattr(stun.preflight.job, "disk_free", lambda run_dir: 10**5)
