@@ -1,1 +1,1 @@
-"""The embedded reference model: a small trained Arctic, its texts, and the generator of the tasks it was trained on."""
+"""Embedded reference model: a small trained Arctic, its texts, and the generator of its training tasks."""

@@ -1,7 +1,7 @@
 """Text tasks with written-out answers, generated from a seed.
 
 Every sample has a `question` that ends in a newline and an `answer` that shows its working and ends in `#### RESULT`, the
-convention of GSM8K (Cobbe et al., 2021). Lists are written with spaces so that a tokenizer sees their elements.
+convention of GSM8K (Cobbe et al., 2021). Lists are written with spaces so that every element is a token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and its completion; `question + answer` is the whole text."""
+    """Prompt and completion; `question + answer` is the whole text."""
 
     task: str
     question: str
@@ -137,7 +137,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def generate(seed: int, exclude: frozenset[str] = frozenset()) -> Iterator[Sample]:
-    """Endless samples, tasks in turn; questions in `exclude` are passed over. The same seed gives the same samples."""
+    """Endless samples of all tasks in turn, without the questions in `exclude`. The same seed gives the same samples."""
     rng = random.Random(seed)
     while True:
         for task, make in TASKS.items():

@@ -1,4 +1,4 @@
-"""Training of a small MoE model on the synthetic tasks, the embedded reference model first: tokenizer, batches, an AdamW loop."""
+"""Training of a small MoE model, such as the embedded one, on the synthetic tasks: tokenizer, batches, an AdamW loop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 @dataclass
 class TrainConfig:
-    """Everything that shapes the model; the defaults made the committed one. `model` holds what differs from the defaults of
-    `model_type`'s configuration in transformers."""
+    """Settings of the training; the defaults gave the embedded model. `model` overrides the defaults of transformers'
+    configuration for `model_type`."""
 
     output: str = "stun/reference"
     seed: int = 0
@@ -60,7 +60,7 @@ class TrainConfig:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits stand alone, and a word or letter carries its leading space."""
+    """Byte-level BPE tokenizer; every digit is a token, and a word or letter includes its leading space."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -81,7 +81,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 def packed_batches(
     cfg: TrainConfig, tokenizer: PreTrainedTokenizerFast, samples: Iterator[Sample]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, weights), both [batch, length]; a weight is that token's share in the loss."""
+    """Endless (ids, weights), both [batch, length]; a weight scales that token's loss."""
     need = cfg.batch * cfg.length
     ids: list[int] = []
     weights: list[float] = []
@@ -99,7 +99,7 @@ def packed_batches(
 
 
 def _loss(model: PreTrainedModel, ids_BT: torch.Tensor, weights_BT: torch.Tensor, balance: float):
-    """(weighted cross-entropy + balance * auxiliary loss, cross-entropy of the answers)."""
+    """(weighted cross-entropy + balance * router auxiliary loss, cross-entropy of the answers)."""
     out = model(ids_BT, output_router_logits=True, use_cache=False)
     loss_N = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
     weight_N = weights_BT[:, 1:].flatten()
@@ -161,19 +161,19 @@ def train(cfg: TrainConfig) -> PreTrainedModel:
 
 
 def _distinct(samples: Iterator[Sample], count: int) -> list[Sample]:
-    """The first `count` samples whose questions differ, the same number of every task."""
+    """First `count` samples with distinct questions, the same number of every task."""
     seen: dict[str, Sample] = {}
-    left = dict.fromkeys(TASKS, count // len(TASKS))
+    missing = dict.fromkeys(TASKS, count // len(TASKS))
     for sample in samples:
-        if left[sample.task] and sample.question not in seen:
+        if missing[sample.task] and sample.question not in seen:
             seen[sample.question] = sample
-            left[sample.task] -= 1
-        if not any(left.values()):
+            missing[sample.task] -= 1
+        if not any(missing.values()):
             return list(seen.values())
     raise AssertionError("generate() is endless")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """bf16 in several shards, the layout of large checkpoints on the hub."""
+    """Save in bf16 and several shards, the layout of large checkpoints on the hub."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size="3MB")
     tokenizer.save_pretrained(folder)
