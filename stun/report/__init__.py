@@ -1,5 +1,5 @@
-"""What pruning did, from run folders alone: pictures, a page for each run, a page that compares runs.
+"""Reports on pruning from run folders: pictures, a page per run, a page that compares runs.
 
-`data` takes the numbers of every picture out of a run folder, `draw` and `tiles` draw them, `sections`, `page` and `comparison`
-write about them, `html` is how a page looks.
+`data` reads the numbers of every picture from a run folder, `draw` and `tiles` draw them, `sections`, `page` and `comparison`
+write the pages, `html` styles them.
 """

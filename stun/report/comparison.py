@@ -1,4 +1,4 @@
-"""Several runs beside one another: which of them no other beats in quality and size at once."""
+"""Page that compares runs: a table, and the Pareto fronts of quality against size and sparsity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUALITY = (("exact match", "average", True), ("perplexity", "perplexity", False
 
 @dataclass(frozen=True)
 class Point:
-    """A run among others: `cost`, of which less is better, and `quality`."""
+    """Cost (lower is better) and quality of a run; `is_best` if it is on the Pareto front."""
 
     name: str
     cost: float
@@ -31,61 +31,61 @@ class Point:
 
 
 def pareto(points: list[Point], more_is_better: bool) -> list[Point]:
-    """The points, those marked that no other equals or beats in both and beats in one."""
+    """The points, with `is_best` set for those on the Pareto front: no other is as good in both and better in one."""
     sign = 1 if more_is_better else -1
 
-    def beats(one: Point, two: Point) -> bool:
-        no_worse = one.cost <= two.cost and sign * one.quality >= sign * two.quality
-        return no_worse and (one.cost, one.quality) != (two.cost, two.quality)
+    def beats(first: Point, second: Point) -> bool:
+        no_worse = first.cost <= second.cost and sign * first.quality >= sign * second.quality
+        return no_worse and (first.cost, first.quality) != (second.cost, second.quality)
 
     return [Point(p.name, p.cost, p.quality, not any(beats(other, p) for other in points)) for p in points]
 
 
 def quality_of(runs: dict[str, dict]) -> tuple[str, bool, dict[str, float]]:
-    """The measure that most runs have (the earlier of `_QUALITY` where as many do), whether more is better, and it by run."""
-    found = [(name, more, _values(runs, key)) for name, key, more in _QUALITY]
-    return max(found, key=lambda own: len(own[2]))
+    """(Name, whether more is better, values by run) of the measure that most runs have; ties go to the earlier of `_QUALITY`."""
+    measures = [(name, more, _values(runs, key)) for name, key, more in _QUALITY]
+    return max(measures, key=lambda measure: len(measure[2]))
 
 
 def alike(runs: dict[str, dict]) -> dict[str, dict]:
-    """The evaluated runs that were asked the same as most of them: what others scored cannot be compared with it."""
-    asked = {}
+    """The largest set of runs evaluated on the same task and text; only their scores can be compared."""
+    requests = {}
     for name, run in runs.items():
         request = run.get("result", {}).get("request", {})
         if run.get("result"):
-            asked[name] = json.dumps([request.get(key) for key in SAME], sort_keys=True)
-    most = Counter(asked.values()).most_common(1)
-    return {name: runs[name] for name, own in asked.items() if own == most[0][0]}
+            requests[name] = json.dumps([request.get(key) for key in SAME], sort_keys=True)
+    most = Counter(requests.values()).most_common(1)
+    return {name: runs[name] for name, text in requests.items() if text == most[0][0]}
 
 
 def _values(runs: dict[str, dict], key: str) -> dict[str, float]:
     results = {name: run.get("result", {}) for name, run in runs.items()}
-    found = {name: result.get(key, result.get("agreement", {}).get(key)) for name, result in results.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: result.get(key, result.get("agreement", {}).get(key)) for name, result in results.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
-    """The comparison of the runs below `folder`, whose pages are there already, as a page."""
-    done = {name: run for name, run in runs.items() if isinstance(run, dict)}
-    own = folder / FOLDER
-    own_folder(own, "report")
+    """Write the page that compares the runs below `folder`, whose own pages exist already; returns its path."""
+    complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
+    target = folder / FOLDER
+    own_folder(target, "report")
     title = folder.resolve().name
-    rows = [_row(number, name, run) for number, (name, run) in enumerate(done.items(), 1)]
+    rows = [_row(number, name, run) for number, (name, run) in enumerate(complete.items(), 1)]
     header = ["", "run", "sparsity", "experts", "on disk", "exact match", "perplexity", "seconds", "peak, GiB"]
     parts = [
         html.section(
             "The runs",
-            "Numbers are those in the pictures; names lead to each run's own page.",
+            "Numbers are those in the pictures; names link to each run's own page.",
             html.table(header, rows, "runs"),
             True,
         )
     ]
-    parts += _fronts(own, done)
-    waiting = [[escape(name), escape(run)] for name, run in runs.items() if isinstance(run, str)]
-    if waiting:
-        parts.append(html.section("Not there yet", "Runs without a page.", html.table([], waiting, "words"), True))
-    eyebrow = f'<header><p class="eyebrow">{len(done)} runs compared</p><h1>{escape(title)}</h1></header>'
-    file = own / PAGE
+    parts += _fronts(target, complete)
+    incomplete = [[escape(name), escape(run)] for name, run in runs.items() if isinstance(run, str)]
+    if incomplete:
+        parts.append(html.section("Not complete", "Runs without a page.", html.table([], incomplete, "words"), True))
+    eyebrow = f'<header><p class="eyebrow">{len(complete)} runs compared</p><h1>{escape(title)}</h1></header>'
+    file = target / PAGE
     body = f'{eyebrow}\n<div class="sections">{chr(10).join(parts)}</div>'
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
     return file
@@ -102,30 +102,30 @@ def _row(number: int, name: str, run: dict) -> list[str]:
 
 
 def fronts(runs: dict[str, dict]) -> dict[str, list[Point]]:
-    """The front of quality against bytes on disk, and against what stays (1 - sparsity), of the runs that were evaluated."""
+    """Fronts of quality against `bytes` on disk and against the `share` of parameters kept, over the evaluated runs."""
     _, more, quality = quality_of(alike(runs))
     cost = {"bytes": lambda run: run.get("disk_bytes"), "share": lambda run: 1 - run["sparsity"]}
-    known = {name: [(n, of(runs[n]), q) for n, q in quality.items() if of(runs[n])] for name, of in cost.items()}
-    return {name: pareto([Point(*own) for own in points], more) for name, points in known.items()}
+    rows = {name: [(n, cost_of(runs[n]), q) for n, q in quality.items() if cost_of(runs[n])] for name, cost_of in cost.items()}
+    return {name: pareto([Point(*point) for point in points], more) for name, points in rows.items()}
 
 
 def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
-    same = alike(runs)
-    measure, more, quality = quality_of(same)
-    aid = f"Runs on the line are beaten by no other in both; {'up' if more else 'down'} and to the left is better."
+    comparable = alike(runs)
+    measure, more, quality = quality_of(comparable)
+    aid = f"No other run beats a run on the line in both; {'up' if more else 'down'} and to the left is better."
     largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
     scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     titles = {
         "bytes": ("Quality and size", f"on disk, {unit}"),
-        "share": ("Quality and sparsity", "share of the parameters that stays"),
+        "share": ("Quality and sparsity", "share of the parameters kept"),
     }
     if not quality:
-        how = "python -m jobs.evaluate model.path=RUN/model task.path=ROWS.jsonl output=RUN/result.json"
-        return [html.section("Quality and size", aid, html.none("No run was evaluated. For each run:", how))]
+        command = "python -m jobs.evaluate model.path=RUN/model task.path=ROWS.jsonl output=RUN/result.json"
+        return [html.section("Quality and size", aid, html.none("No run was evaluated. For each run:", command))]
     order = {name: number for number, name in enumerate(runs)}
-    others = [f"{order[name] + 1}" for name, run in runs.items() if run.get("result") and name not in same]
-    if others:
-        aid += f" Not shown, since evaluated on something else: {', '.join(others)}."
+    excluded = [f"{order[name] + 1}" for name, run in runs.items() if run.get("result") and name not in comparable]
+    if excluded:
+        aid += f" Not shown, since evaluated on something else: {', '.join(excluded)}."
     parts = []
     for name, points in fronts(runs).items():
         title, label = titles[name]

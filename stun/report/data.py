@@ -1,6 +1,6 @@
-"""The numbers of every picture, from a run folder. A function returns what its picture shows, None where the run has none of it.
+"""Numbers of every picture, from a run folder. A function returns the data of its picture, None if the run has none.
 
-Lists have an entry for each decoder layer, or for each with experts, as said.
+Lists have an entry per decoder layer, or per layer with experts, as stated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def experts_kept(run: RunFolder) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Selection:
-    """One layer's experts as the selection saw them: distances [E, E], scores [E], `clusters` of alike experts, none where they
-    were ranked by score alone; `merges` of a complete linkage within each group that routing is limited to."""
+    """Experts of one layer as the selection saw them: distances [E, E], scores [E], and `clusters` of similar experts (none if
+    they were ranked by score). `merges` are those of complete linkage within each group that routing is limited to."""
 
     layer: int
     distance_EE: np.ndarray
@@ -38,7 +38,7 @@ class Selection:
 
     @property
     def order(self) -> list[int]:
-        """The experts so that merged ones are neighbours: the leaves of the trees from left to right."""
+        """Experts in the order of the trees' leaves, so that merged ones are neighbours."""
         rows = {expert: [expert] for expert in range(len(self.score_E))}
         for merge in self.merges:
             first, second = rows[merge.first], rows[merge.second]
@@ -49,7 +49,7 @@ class Selection:
 
 
 def selection(run: RunFolder, layer: int) -> Selection | None:
-    """What the run's own lambdas, score and weights of sources make of its statistics of a layer with experts."""
+    """Selection of a layer with experts, from the run's statistics and its own lambdas, score and weights of sources."""
     if run.stats is None:
         return None
     plan = run.plan[layer]
@@ -58,21 +58,21 @@ def selection(run: RunFolder, layer: int) -> Selection | None:
     merges: list[Merge] = []
     groups = 1 if is_ranked else run.summary.get("groups", 1)
     for start in range(0, plan.experts, plan.experts // groups) if not is_ranked else ():
-        own = slice(start, start + plan.experts // groups)
-        merges += [Merge(m.distance, m.first + start, m.second + start) for m in complete_linkage(distance_EE[own, own])]
+        rows = slice(start, start + plan.experts // groups)
+        merges += [Merge(m.distance, m.first + start, m.second + start) for m in complete_linkage(distance_EE[rows, rows])]
     clusters = [] if is_ranked else plan.clusters
     return Selection(layer, distance_EE, score_E.tolist(), plan.kept, clusters, merges)
 
 
 def scores(run: RunFolder) -> list[Selection] | None:
-    """Every layer with experts."""
+    """Selections of all layers with experts."""
     return [selection(run, layer) for layer in run.with_experts] if run.stats else None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of a calibration source, by layer with experts: the share of its routed tokens that each expert serves, and the share that
-    those that stay serve."""
+    """Routed tokens of a calibration source, by layer with experts: the share of each expert, and the share of the kept experts
+    together."""
 
     source: str
     share_LE: list[list[float]]
@@ -80,44 +80,44 @@ class Usage:
 
 
 def usage(run: RunFolder) -> list[Usage] | None:
-    """For every calibration source."""
+    """Usage of every calibration source."""
     if run.stats is None:
         return None
-    found = [Usage(source, [], []) for source in run.stats.sources]
+    usages = [Usage(source, [], []) for source in run.stats.sources]
     for layer in run.with_experts:
         counts_SEE = run.stats.load(layer, run.plan[layer].experts)["coactivation"]
-        for own, count_E in zip(found, counts_SEE.diagonal(dim1=1, dim2=2).double(), strict=True):
+        for source_usage, count_E in zip(usages, counts_SEE.diagonal(dim1=1, dim2=2).double(), strict=True):
             share_E = (count_E / max(1.0, float(count_E.sum()))).tolist()
-            own.share_LE.append(share_E)
-            own.kept_L.append(math.fsum(share_E[expert] for expert in run.plan[layer].kept))
-    return found
+            source_usage.share_LE.append(share_E)
+            source_usage.kept_L.append(math.fsum(share_E[expert] for expert in run.plan[layer].kept))
+    return usages
 
 
 def saliency(run: RunFolder) -> dict[str, list] | None:
-    """`scores`, the lower edges of bins of a quarter of an octave, without a gap; of the weights looked at, in all layers, how
-    many were `kept` and how many `removed`."""
-    every, removed = Counter(), Counter()
+    """Histogram of weight scores over all layers: `scores`, the lower edges of adjacent bins of a quarter of an octave, and the
+    numbers of weights `kept` and `removed` in each."""
+    total, removed = Counter(), Counter()
     for layer in run.layers.get("prune", []):
-        every.update({int(place): count for place, count in layer.get("saliency", {}).get("all", {}).items()})
+        total.update({int(place): count for place, count in layer.get("saliency", {}).get("all", {}).items()})
         removed.update({int(place): count for place, count in layer.get("saliency", {}).get("removed", {}).items()})
-    if not every:
+    if not total:
         return None
-    places = range(min(every), max(every) + 1)
-    kept = [every[place] - removed[place] for place in places]
+    places = range(min(total), max(total) + 1)
+    kept = [total[place] - removed[place] for place in places]
     return {"scores": [2 ** (p / OCTAVE) for p in places], "kept": kept, "removed": [removed[place] for place in places]}
 
 
 def sparsity(run: RunFolder) -> dict[str, list[float | None]] | None:
-    """Share of the parameters that left, by kind of tensor and layer, and of `all`; None where a layer has no such kind."""
+    """Share of removed parameters by kind of tensor and layer, and of `all`; None if a layer has no such kind."""
     if not run.layers.get("prune"):
         return None
-    found: dict[str, list[float | None]] = {}
+    by_kind: dict[str, list[float | None]] = {}
     for kind in KINDS:
-        own = [layer["kinds"].get(kind) for layer in run.layers["prune"]]
-        if any(own):
-            found[kind] = [1 - counts["nonzero"] / counts["parameters"] if counts else None for counts in own]
-    found["all"] = [_sparsity_of(list(layer["kinds"].values())) for layer in run.layers["prune"]]
-    return found
+        counts_L = [layer["kinds"].get(kind) for layer in run.layers["prune"]]
+        if any(counts_L):
+            by_kind[kind] = [1 - counts["nonzero"] / counts["parameters"] if counts else None for counts in counts_L]
+    by_kind["all"] = [_sparsity_of(list(layer["kinds"].values())) for layer in run.layers["prune"]]
+    return by_kind
 
 
 def _sparsity_of(counts: list[dict]) -> float:
@@ -125,10 +125,10 @@ def _sparsity_of(counts: list[dict]) -> float:
 
 
 def kurtosis(run: RunFolder) -> dict[str, list[float | None]] | None:
-    """Kurtosis of the matrices in scope by stage and layer."""
-    own = [layer["kurtosis"]["scope"] for layer in run.layers.get("prune", [])]
-    found = {stage: [layer.get(stage) for layer in own] for stage in STAGES}
-    return found if any(value is not None for values in found.values() for value in values) else None
+    """Kurtosis of the matrices in scope, by stage and layer."""
+    by_layer = [layer["kurtosis"]["scope"] for layer in run.layers.get("prune", [])]
+    by_stage = {stage: [layer.get(stage) for layer in by_layer] for stage in STAGES}
+    return by_stage if any(value is not None for values in by_stage.values() for value in values) else None
 
 
 def layer_error(run: RunFolder) -> list[float] | None:
@@ -139,22 +139,22 @@ def layer_error(run: RunFolder) -> list[float] | None:
 def timeline(run: RunFolder) -> dict[str, dict[str, list[float]]] | None:
     """Stream -> `read`, `compute`, `write` (seconds) and `memory` (GiB) by layer."""
     streams = {name: run.layers[name] for name in ("observe", "prune") if run.layers.get(name)}
-    found = {name: {phase: [own["seconds"][phase] for own in layers] for phase in PHASES} for name, layers in streams.items()}
+    times = {name: {phase: [layer["seconds"][phase] for layer in layers] for phase in PHASES} for name, layers in streams.items()}
     for name, layers in streams.items():
-        found[name]["memory"] = [own["peak_bytes"] / 2**30 for own in layers]
-    return found or None
+        times[name]["memory"] = [layer["peak_bytes"] / 2**30 for layer in layers]
+    return times or None
 
 
 def budget(run: RunFolder) -> dict[str, list[float]] | None:
-    """`fraction` leaving as whole experts, and the held-out `error`."""
+    """`fraction` of the removed parameters in whole experts, and the held-out `error`."""
     curve = run.search.get("error")
     return {"fraction": [float(fraction) for fraction in curve], "error": list(curve.values())} if curve else None
 
 
 def evaluation(run: RunFolder) -> dict[str, tuple[float | None, float]] | None:
-    """Exact match by group: of the dense model, where it is known, and of the pruned one."""
-    own, dense = run.result.get("exact_match"), run.result.get("dense", {}).get("exact_match", {})
-    return {group: (dense.get(group), value) for group, value in own.items()} if own else None
+    """Exact match by group: (dense model, None if not known; pruned model)."""
+    pruned, dense = run.result.get("exact_match"), run.result.get("dense", {}).get("exact_match", {})
+    return {group: (dense.get(group), value) for group, value in pruned.items()} if pruned else None
 
 
 def size(run: RunFolder) -> dict[str, int] | None:

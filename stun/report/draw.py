@@ -1,4 +1,4 @@
-"""One picture each from what stun.report.data takes out of a run folder."""
+"""Pictures of a report, one function per function of stun.report.data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _by_layer(axes, layers: int) -> None:
     axes.set_xlim(-0.6, layers - 0.4)
 
 
-def _line(axes, values: list, color: str, label: str, **how) -> None:
+def _line(axes, values: list, color: str, label: str, **style) -> None:
     numbers = [np.nan if value is None else value for value in values]
-    axes.plot(numbers, color=color, label=label, linewidth=1.8, marker="o", markersize=4 if len(values) <= 40 else 0, **how)
+    axes.plot(numbers, color=color, label=label, linewidth=1.8, marker="o", markersize=4 if len(values) <= 40 else 0, **style)
 
 
 def experts_kept(theme: Theme, data: dict[str, list[int]]) -> Figure:
@@ -42,24 +42,24 @@ def experts_kept(theme: Theme, data: dict[str, list[int]]) -> Figure:
 
 
 def usage(theme: Theme, data: list[Usage]) -> Figure:
-    """A map of layers and experts for each source, with the share that stays beside it."""
+    """Per source, a map of layers and experts, and beside it the share of the kept experts."""
     figure, _ = canvas(theme, 0.9 + 1.75 * len(data))
     figure.clear()
     panels = figure.subplots(len(data), 2, squeeze=False, width_ratios=(3.2, 1))
     clear = LinearSegmentedColormap.from_list("usage", [(*to_rgba(theme.kept)[:3], 0.0), to_rgba(theme.kept)])
-    for own, (left, right) in zip(data, panels, strict=True):
-        experts = max(len(share_E) for share_E in own.share_LE)
-        times_LE = np.full((len(own.share_LE), experts), np.nan)
-        for row, share_E in zip(times_LE, own.share_LE, strict=True):
+    for source_usage, (left, right) in zip(data, panels, strict=True):
+        experts = max(len(share_E) for share_E in source_usage.share_LE)
+        times_LE = np.full((len(source_usage.share_LE), experts), np.nan)
+        for row, share_E in zip(times_LE, source_usage.share_LE, strict=True):
             row[: len(share_E)] = np.array(share_E) * len(share_E)
         left.imshow(times_LE, aspect="auto", cmap=clear, norm=Normalize(0, 3), interpolation="nearest")
         left.set(xlabel="expert", ylabel="layer with experts")
-        right.barh(range(len(own.kept_L)), own.kept_L, color=theme.kept, height=0.8)
-        right.set(xlim=(0, 1), ylim=left.get_ylim(), xlabel="stays")
+        right.barh(range(len(source_usage.kept_L)), source_usage.kept_L, color=theme.kept, height=0.8)
+        right.set(xlim=(0, 1), ylim=left.get_ylim(), xlabel="kept")
         right.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
         right.set_xticks([0, 0.5, 1])
         right.set_yticks([])
-        name = own.source if own.source != "all" else "calibration text"
+        name = source_usage.source if source_usage.source != "all" else "calibration text"
         left.set_title(words(name), loc="left", fontsize=10, color=theme.ink)
         for axes in (left, right):
             axes.patch.set_alpha(0)
@@ -72,24 +72,24 @@ def usage(theme: Theme, data: list[Usage]) -> Figure:
 
 
 def scores(theme: Theme, data: list[Selection]) -> Figure:
-    """A dot an expert, as a share of its layer's mean."""
+    """A dot per expert: its score as a multiple of its layer's mean."""
     figure, (axes,) = canvas(theme, 2.9)
     least = []
-    for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.gone, "left")):
+    for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.removed, "removed")):
         layers, values = [], []
-        for own in data:
-            scale = abs(float(np.mean(np.abs(own.score_E)))) or 1.0
-            chosen = [score / scale for expert, score in enumerate(own.score_E) if (expert in set(own.kept)) is is_kept]
-            layers += [own.layer] * len(chosen)
+        for choice in data:
+            scale = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0
+            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in set(choice.kept)) is is_kept]
+            layers += [choice.layer] * len(chosen)
             values += chosen
         least += values
         shift = -0.13 if is_kept else 0.13
         size = 14 if len(layers) < 2000 else 4
         axes.scatter([n + shift for n in layers], values, s=size, color=color, alpha=0.75, linewidths=0, label=label)
-    if least and min(least) >= 0:  # most lie far below the largest ones
+    if least and min(least) >= 0:  # a root scale, since most scores lie far below the largest
         axes.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set_ylim(0, 1.05 * max(least) or 1)
-    _by_layer(axes, max(own.layer for own in data) + 1)
+    _by_layer(axes, max(choice.layer for choice in data) + 1)
     axes.set_ylabel("score / mean of the layer")
     legend(axes, theme)
     return figure
@@ -100,7 +100,7 @@ def saliency(theme: Theme, data: dict[str, list]) -> Figure:
     edges = [*data["scores"], 2 * data["scores"][-1] - data["scores"][-1] / 2**0.25]
     total = sum(data["kept"]) + sum(data["removed"])
     kept, removed = (np.array(data[name]) / total for name in ("kept", "removed"))
-    axes.stairs(removed, edges, fill=True, color=theme.gone, alpha=0.85, label="removed")
+    axes.stairs(removed, edges, fill=True, color=theme.removed, alpha=0.85, label="removed")
     axes.stairs(removed + kept, edges, baseline=removed, fill=True, color=theme.kept, alpha=0.85, label="kept")
     below = np.cumsum(removed + kept)
     first, last = int((below <= 2e-3).sum()), int((below < 0.9995).sum())
@@ -116,7 +116,7 @@ def sparsity(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
         _line(axes, data[kind], color, kind)
     _line(axes, data["all"], theme.ink, "whole layer", linestyle="--")
     _by_layer(axes, len(data["all"]))
-    axes.set(ylabel="share that left", ylim=(0, max(0.05, 1.08 * max(v for own in data.values() for v in own if v is not None))))
+    axes.set(ylabel="share removed", ylim=(0, max(0.05, 1.08 * max(v for row in data.values() for v in row if v is not None))))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     legend(axes, theme)
     return figure
@@ -124,7 +124,7 @@ def sparsity(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
 
 def kurtosis(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
     figure, (axes,) = canvas(theme, 2.7)
-    for (stage, label), color in zip(_STAGES.items(), (theme.faint, theme.kept, theme.gone), strict=True):
+    for (stage, label), color in zip(_STAGES.items(), (theme.faint, theme.kept, theme.removed), strict=True):
         _line(axes, data[stage], color, label)
     _by_layer(axes, len(data["dense"]))
     axes.set_ylabel("kurtosis")
@@ -134,7 +134,7 @@ def kurtosis(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
 
 def layer_error(theme: Theme, data: list[float]) -> Figure:
     figure, (axes,) = canvas(theme, 2.4)
-    _line(axes, data, theme.gone, "")
+    _line(axes, data, theme.removed, "")
     _by_layer(axes, len(data))
     axes.set_ylabel("relative squared error")
     axes.set_ylim(bottom=0)
@@ -142,19 +142,19 @@ def layer_error(theme: Theme, data: list[float]) -> Figure:
 
 
 def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
-    """A panel for each stream: seconds as bars side by side, as lines where layers are many; a dotted line of memory."""
+    """A panel per stream: seconds as bars, or as lines for many layers; memory as a dotted line."""
     names = {"observe": "first stream", "prune": "second stream"}
     figure, panels = canvas(theme, 2.9, len(data))
-    most = max(value for own in data.values() for phase in PHASES for value in own[phase]) or 1.0
-    memory = max(value for own in data.values() for value in own["memory"])
-    for axes, (stream, own) in zip(panels, data.items(), strict=True):
-        layers = np.arange(len(own["read"]))
-        for number, (phase, color) in enumerate(zip(PHASES, (theme.third, theme.kept, theme.gone), strict=True)):
+    most = max(value for seconds in data.values() for phase in PHASES for value in seconds[phase]) or 1.0
+    memory = max(value for seconds in data.values() for value in seconds["memory"])
+    for axes, (stream, seconds) in zip(panels, data.items(), strict=True):
+        layers = np.arange(len(seconds["read"]))
+        for number, (phase, color) in enumerate(zip(PHASES, (theme.third, theme.kept, theme.removed), strict=True)):
             if len(layers) <= 24:
-                axes.bar(layers + (number - 1) * 0.27, own[phase], width=0.27, color=color, label=phase)
+                axes.bar(layers + (number - 1) * 0.27, seconds[phase], width=0.27, color=color, label=phase)
             else:
-                axes.plot(layers, own[phase], color=color, linewidth=1.5, label=phase)
-        held = np.array(own["memory"]) / memory * 1.05 * most
+                axes.plot(layers, seconds[phase], color=color, linewidth=1.5, label=phase)
+        held = np.array(seconds["memory"]) / memory * 1.05 * most
         axes.plot(layers, held, color=theme.ink, linestyle=":", linewidth=1.4, label=f"memory, up to {memory:.2f} GiB")
         _by_layer(axes, len(layers))
         axes.set_ylim(0, 1.15 * most)
@@ -179,7 +179,7 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
     fractions, errors = np.array(data["fraction"])[order], np.array(data["error"])[order]
     axes.plot(fractions, errors, color=theme.kept, marker="o", markersize=5, linewidth=1.8)
     best = int(errors.argmin())
-    axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.gone)
+    axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.removed)
     axes.annotate(
         f"{fractions[best]:g}",
         (fractions[best], errors[best]),
@@ -189,12 +189,12 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
         color=theme.ink,
         fontsize=9.5,
     )
-    axes.set(xlabel="share of what leaves that leaves as whole experts", ylabel="held-out error", ylim=(0, 1.1 * errors.max()))
+    axes.set(xlabel="share of the removed parameters in whole experts", ylabel="held-out error", ylim=(0, 1.1 * errors.max()))
     return figure
 
 
 def evaluation(theme: Theme, data: dict[str, tuple[float | None, float]]) -> Figure:
-    """A line a group, from the dense model's exact match to the pruned one's."""
+    """A line per group, from the dense model's exact match to the pruned one's."""
     figure, (axes,) = canvas(theme, 0.9 + 0.26 * len(data))
     for place, (dense, pruned) in enumerate(data.values()):
         if dense is not None:
@@ -227,14 +227,14 @@ def size(theme: Theme, data: dict[str, int]) -> Figure:
 
 
 def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabel: str, ylabel: str) -> Figure:
-    """Runs (name, cost, quality, whether no other is better in both, number), the best ones joined."""
+    """Runs (name, cost, quality, whether on the Pareto front, number), those on the front joined."""
     figure, (axes,) = canvas(theme, 3.0)
     best = sorted((x, y) for _, x, y, is_best, _ in points if is_best)
     axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=1)
     for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten by another")):
-        own = [(x, y) for _, x, y, on, _ in points if on is is_best]
-        if own:
-            axes.scatter(*zip(*own, strict=True), s=40, color=color, label=label, zorder=2)
+        shown = [(x, y) for _, x, y, is_on_front, _ in points if is_on_front is is_best]
+        if shown:
+            axes.scatter(*zip(*shown, strict=True), s=40, color=color, label=label, zorder=2)
     for _, x, y, _, number in points:
         axes.annotate(f"{number}", (x, y), xytext=(5, 4), textcoords="offset points", color=theme.ink, fontsize=9)
     axes.set(xlabel=xlabel, ylabel=ylabel)

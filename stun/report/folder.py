@@ -1,4 +1,4 @@
-"""A finished run's folder, read for a report."""
+"""Folder of a finished run, read for a report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stun.statistics.store import Statistics
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left: `config` as it stands in config.yaml; `plan` and `heads` the layers of plan.json; `layers` is layers.json,
-    `search` and `result` are those files; each is empty where the run has none. `stats` are its statistics, its own or shared."""
+    """Files of a run: `config` of config.yaml, `plan` the layers of plan.json, and `layers`, `search` and `result` of the JSON
+    files of that name, empty if there are none. `stats` are its statistics, its own or shared."""
 
     path: Path
     config: dict
@@ -31,7 +31,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Raises StunError where `path` is not the folder of a run that pruned and is complete."""
+        """Run folder at `path`. Raises StunError if it is not a complete run of jobs.prune."""
         identity = identity_of(path)
         if identity is None:
             raise StunError(f"folder={path}: holds no run; give a run_dir of jobs.prune, or a folder with such folders in it")
@@ -49,17 +49,17 @@ class RunFolder:
 
     @property
     def has_model(self) -> bool:
-        """Whether the checkpoint is still there: it is large, and may have been moved or removed."""
+        """Whether the checkpoint exists; being large, it may have been moved or removed."""
         return (self.path / "model" / "config.json").is_file()
 
     @property
     def with_experts(self) -> list[int]:
-        """Numbers of the decoder layers that have experts."""
+        """Numbers of the decoder layers with experts."""
         return [number for number, layer in enumerate(self.plan) if layer.experts]
 
 
 def _statistics(path: Path, summary: dict, identity: dict) -> Statistics | None:
-    """The statistics that the run used, its own or shared ones; None where they are not there, or others are in their place."""
+    """Statistics that the run used, its own or shared ones; None if they are missing or were replaced."""
     shared = summary.get("statistics")
     stats = Statistics((path / shared if isinstance(shared, str) and shared else path) / "stats")
     used = {"model": identity.get("source"), "calibration_tokens": identity.get("calibration_tokens")}
@@ -67,7 +67,7 @@ def _statistics(path: Path, summary: dict, identity: dict) -> Statistics | None:
 
 
 def identity_of(path: Path) -> dict | None:
-    """The content of config.yaml, None where there is no folder of a run."""
+    """Content of config.yaml, None if the folder is not a run's."""
     file = path / "config.yaml"
     content = load_yaml(file) if file.is_file() else None
     return content if isinstance(content, dict) else None

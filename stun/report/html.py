@@ -1,4 +1,4 @@
-"""How a page looks: one self-contained file, no script, nothing from elsewhere, on light and dark screens of any width."""
+"""HTML of a page: one self-contained file without scripts, for light and dark screens of any width."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ footer { border-top:1px solid var(--line); margin-top:2rem; padding-top:1rem; co
 
 
 def page(title: str, body: str) -> str:
-    """A whole document; `body` is HTML."""
+    """Whole document; `body` is HTML."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
@@ -67,13 +67,13 @@ def page(title: str, body: str) -> str:
 
 
 def section(title: str, aid: str, content: str, is_wide: bool = False) -> str:
-    """A part of the page: `title` and `aid` are plain text, `content` is HTML."""
+    """Part of the page: `title` and `aid` are plain text, `content` is HTML."""
     kind = ' class="wide"' if is_wide else ""
     return f'<section{kind}>\n<h2>{escape(title)}</h2>\n<p class="aid">{escape(aid)}</p>\n{content}\n</section>'
 
 
 def picture(light: bytes, dark: bytes, alt: str) -> str:
-    """One of two PNGs, as the screen asks for."""
+    """Picture from two PNGs, one for light and one for dark screens."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_uri(dark)}">'
         f'<img src="{_uri(light)}" alt="{escape(alt)}"></picture>'
@@ -85,13 +85,13 @@ def small_picture(png: bytes, alt: str, caption: str) -> str:
 
 
 def facts(entries: list[tuple[str, str, str]]) -> str:
-    """Names, large values and small remarks."""
+    """List of (name, large value, small remark)."""
     cells = (f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(r)}</small></dd></div>" for n, v, r in entries)
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
 def table(header: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
-    """Cells are HTML, the header is plain text; `kind` is numbers, words, or runs, whose names stand in the second column."""
+    """Table: cells are HTML, the header is plain text. `kind` is numbers, words, or runs (with names in the second column)."""
     top = f"<tr>{''.join(f'<th scope=col>{escape(cell)}</th>' for cell in header)}</tr>" if header else ""
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table class="{kind}">{top}{body}</table></div>'
@@ -101,9 +101,9 @@ def command(text: str) -> str:
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
-def none(text: str, how: str = "") -> str:
-    """What stands in place of a picture: why it is not there, and the command that gives it."""
-    return f'<p class="none">{escape(text)}</p>{command(how) if how else ""}'
+def none(text: str, remedy: str = "") -> str:
+    """Text in place of a picture: why there is none, and the command `remedy` that makes it."""
+    return f'<p class="none">{escape(text)}</p>{command(remedy) if remedy else ""}'
 
 
 def _uri(png: bytes) -> str:

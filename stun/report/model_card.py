@@ -1,4 +1,4 @@
-"""The model card beside a pruned checkpoint: README.md with the hub's metadata."""
+"""Model card beside a pruned checkpoint: README.md with the hub's metadata."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stun.runtime.units import count
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
-_LOCAL = {"runs", "data", "models", "model", "checkpoints", "outputs", "tmp"}  # first parts of paths that are no organisation's
-_PASSED_ON = re.compile(r"[\w.+:/ -]{1,100}")  # what a field of the source's metadata may hold
+_LOCAL = {"runs", "data", "models", "model", "checkpoints", "outputs", "tmp"}  # first parts of paths, not organisations
+_PASSED_ON = re.compile(r"[\w.+:/ -]{1,100}")  # allowed content of a field of the source's metadata
 
 
 def keep_source_card(source: Path, model: Path) -> None:
-    """Copy the source's card, which may hold its terms, beside the new one."""
+    """Copy the source's card, which may hold its terms, to SOURCE_README.md beside the new card."""
     if (source / CARD).is_file():
         write_atomically(model / SOURCE_CARD, lambda path: shutil.copyfile(source / CARD, path))
 
 
 def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dict) -> Path:
-    """Write model/README.md of a run from the content of its files: the summary in manifest.json, the config in config.yaml,
-    layers.json and, where there is one, result.json."""
+    """Write model/README.md of a run, from the summary in manifest.json and the content of config.yaml, layers.json and, if there
+    is one, result.json; returns its path."""
     model = run / "model"
     metadata = yaml.safe_dump(_metadata(model, summary), sort_keys=False, allow_unicode=True)
     parts = [
@@ -48,7 +48,7 @@ def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dic
 
 
 def without_folders(command: str) -> str:
-    """A command in which every absolute path is its last part alone: where files lay on a machine is nobody's concern."""
+    """Command with every absolute path cut to its last part, so that a public card shows no local folders."""
     return re.sub(r"(?<![\w.])~?/(?:[^\s/'\",}\]]+/)*", "", command)
 
 
@@ -66,25 +66,25 @@ def _metadata(model: Path, summary: dict) -> dict:
 
 
 def _source_metadata(file: Path) -> dict:
-    """Licence and languages that the source's card states; nothing where its metadata cannot be read."""
+    """Licence and languages from the source's card; empty if its metadata cannot be read."""
     if not file.is_file():
         return {}
-    found = re.match(rb"---\r?\n(.{0,20000}?)\r?\n---", read_bytes(file), re.S)
+    match = re.match(rb"---\r?\n(.{0,20000}?)\r?\n---", read_bytes(file), re.S)
     try:
-        stated = parse_yaml(found[1], str(file)) if found else {}
+        front_matter = parse_yaml(match[1], str(file)) if match else {}
     except StunError:
         return {}
-    kept = {}
-    for name in ("license", "license_name", "license_link", "language") if isinstance(stated, dict) else ():
-        value = stated.get(name)
+    metadata = {}
+    for name in ("license", "license_name", "license_link", "language") if isinstance(front_matter, dict) else ():
+        value = front_matter.get(name)
         values = value if isinstance(value, list) and name == "language" else [value]
-        if values and all(isinstance(own, str) and _PASSED_ON.fullmatch(own) for own in values):
-            kept[name] = value
-    return kept
+        if values and all(isinstance(item, str) and _PASSED_ON.fullmatch(item) for item in values):
+            metadata[name] = value
+    return metadata
 
 
 def _hub_id(path: str, config: dict) -> str:
-    """The source's name on the hub, empty where neither a path into the hub's cache nor its config.json gives one."""
+    """Name of the source on the hub, from a path in the hub's cache or from its config.json; empty if neither has one."""
     cached = _CACHED.search(f"{path}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -99,52 +99,52 @@ def _name(summary: dict) -> str:
 
 
 def _text(value: object) -> str:
-    """A value as one line of plain Markdown."""
+    """Value as one line of plain Markdown."""
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(value).split()))
 
 
 def _method(summary: dict, config: dict, has_source_card: bool) -> str:
-    experts, weights, given = config.get("experts", {}), config.get("sparsify", {}), config.get("calibration", {})
+    experts, weights, calibration = config.get("experts", {}), config.get("sparsify", {}), config.get("calibration", {})
     kept, whole = sum(summary["kept"]), sum(summary["experts"])
-    counts = sorted({own for own, before in zip(summary["kept"], summary["experts"], strict=True) if before})
+    counts = sorted({after for after, before in zip(summary["kept"], summary["experts"], strict=True) if before})
     a_layer = f"{counts[0]} a layer" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} a layer"
-    how = (
+    choice = (
         "a given plan"
         if config.get("plan")
         else f"{experts.get('method')}, score {experts.get('score')}, budget {experts.get('budget')}"
     )
     source = _text(Path(summary.get("source", "")).name)
     lines = [
-        f"Pruned from {source} with STUN: {_what_left(summary)}.\n",
-        f"- Experts: {kept} of {whole} stay ({a_layer}), chosen by {_text(how)}.",
+        f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
+        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}.",
         f"- Single weights: {_text(weights.get('method'))}"
         + (
             f", pattern {_text(weights['pattern'])}"
             if weights.get("pattern")
-            else f", {summary['ratio']:.1%} of those in scope left"
+            else f", {summary['ratio']:.1%} of those in scope removed"
         )
         + f"; scope: {_text(', '.join(weights.get('scope', [])))}.",
-        f"- Calibration: {_calibration(given)}.",
+        f"- Calibration: {_calibration(calibration)}.",
     ]
     if has_source_card:
         lines.append(f"- The source's own card, with its terms: [{SOURCE_CARD}]({SOURCE_CARD}).")
     return "\n".join(lines) + "\n"
 
 
-def _what_left(summary: dict) -> str:
+def _what_was_removed(summary: dict) -> str:
     parts = {"whole experts": sum(summary["kept"]) < sum(summary["experts"]), "single weights": summary["ratio"] > 0}
-    return " first, then ".join(name for name, left in parts.items() if left) or "nothing left it"
+    return " first, then ".join(name for name, is_removed in parts.items() if is_removed) or "nothing removed"
 
 
-def _calibration(given: dict) -> str:
-    mixture = given.get("mixture") or {"": given}
-    names = [f"{name}: {own.get('path')}" if name else str(own.get("path")) for name, own in mixture.items()]
+def _calibration(calibration: dict) -> str:
+    mixture = calibration.get("mixture") or {"": calibration}
+    names = [f"{name}: {source.get('path')}" if name else str(source.get("path")) for name, source in mixture.items()]
     texts = ", ".join(_text(without_folders(name)) for name in names)
-    return f"{given.get('samples')} samples of {given.get('length')} tokens from {texts}"
+    return f"{calibration.get('samples')} samples of {calibration.get('length')} tokens from {texts}"
 
 
 def _sparsity(summary: dict, layers: dict) -> str:
-    lines = ["## Sparsity of the decoder layers\n", "| | parameters | non-zero now | gone |", "|---|---:|---:|---:|"]
+    lines = ["## Sparsity of the decoder layers\n", "| | parameters | non-zero now | removed |", "|---|---:|---:|---:|"]
     for kind, (before, after) in sparsity_by_kind(layers).items():
         lines.append(f"| {kind} | {before:,} | {after:,} | {1 - after / before:.1%} |")
     lines.append(f"| **all** | {summary['parameters']:,} | {summary['nonzero']:,} | {summary['sparsity']:.1%} |")
@@ -156,15 +156,15 @@ def _sparsity(summary: dict, layers: dict) -> str:
 def _evaluation(result: dict) -> str:
     dense = result.get("dense", {})
     rows = [("exact match, average", "average"), ("perplexity", "perplexity")]
-    found = [f"| {name} | {_number(dense.get(key))} | {_number(result[key])} |" for name, key in rows if key in result]
+    lines = [f"| {name} | {_number(dense.get(key))} | {_number(result[key])} |" for name, key in rows if key in result]
     for group, value in result.get("exact_match", {}).items():
-        found.append(f"| exact match, {_text(group)} | {_number(dense.get('exact_match', {}).get(group))} | {_number(value)} |")
+        lines.append(f"| exact match, {_text(group)} | {_number(dense.get('exact_match', {}).get(group))} | {_number(value)} |")
     for name, key in (("KL to dense, nats a token", "kl"), ("same first choice as dense", "top1")):
         if key in result.get("agreement", {}):
-            found.append(f"| {name} | | {_number(result['agreement'][key])} |")
+            lines.append(f"| {name} | | {_number(result['agreement'][key])} |")
     sizes = [f"{result[key]:,} {what}" for key, what in (("rows", "questions"), ("tokens", "predicted tokens")) if key in result]
-    over = [f"Over {' and '.join(sizes)}.\n"] if sizes else []
-    return "\n".join(["## Evaluation\n", *over, "| | dense | pruned |", "|---|---:|---:|", *found]) + "\n" if found else ""
+    sizes_line = [f"Over {' and '.join(sizes)}.\n"] if sizes else []
+    return "\n".join(["## Evaluation\n", *sizes_line, "| | dense | pruned |", "|---|---:|---:|", *lines]) + "\n" if lines else ""
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The page of one run, in the folder `report` of the run, beside the PNGs on it."""
+"""Page of one run, in the run's folder `report`, beside its PNGs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stun.report.sections import SECTIONS
 from stun.run.ownership import own_folder, remove_written
 
 FOLDER, PAGE = "report", "index.html"
-_PICTURES = r"experts-of-layer-\d+\.png|[a-z-]+-(light|dark)\.png"  # that an earlier page has, of other layers perhaps
+_PICTURES = r"experts-of-layer-\d+\.png|[a-z-]+-(light|dark)\.png"  # removed first: an earlier page may have had other layers
 
 
 def write_page(run: RunFolder) -> Path:
-    """Draw everything that the run has data for; returns the page."""
+    """Write the page with all sections of the run; returns its path."""
     folder = run.path / FOLDER
     own_folder(folder, "report")
     remove_written(folder, _PICTURES)
@@ -55,10 +55,10 @@ def _header(run: RunFolder, title: str) -> str:
 
 
 def _method(run: RunFolder) -> str:
-    """In a few words, how it was pruned."""
-    how, experts = run.config.get("sparsify", {}), run.experts
+    """Short description of the pruning method."""
+    sparsify, experts = run.config.get("sparsify", {}), run.experts
     chosen = "a given plan" if run.config.get("plan") else f"{experts.method.name} ({experts.score.name}, {experts.budget.name})"
-    weights = " ".join(str(how.get(key, "")) for key in ("method", "pattern")).strip()
+    weights = " ".join(str(sparsify.get(key, "")) for key in ("method", "pattern")).strip()
     return f"experts by {chosen}, weights by {weights}"
 
 

@@ -1,4 +1,4 @@
-"""Pictures on disk and on a page."""
+"""Pictures, saved as PNGs and embedded in a page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stun.report.theme import THEMES, Theme
 
 
 def pictures(folder: Path, name: str, figure_of: Callable[[Theme], Figure], alt: str) -> str:
-    """A picture of that name in every theme, on disk and as HTML."""
+    """HTML of a picture in every theme, saved as `name`-THEME.png."""
     return html.picture(*(saved(figure_of(theme), folder / f"{name}-{theme.name}.png") for theme in THEMES), alt)
 
 
 def saved(figure: Figure, file: Path) -> bytes:
-    """The content of a PNG, which is written to `file` too."""
+    """Content of a figure's PNG, also written to `file`."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     write_atomically(file, lambda path: path.write_bytes(content.getvalue()))

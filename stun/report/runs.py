@@ -1,4 +1,4 @@
-"""What the run folders of a sweep say, beside one another."""
+"""Summaries of the runs below a folder."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from stun.files import load_json, load_yaml
 from stun.run.folder import Run
 from stun.run.ledger import Ledger
 
-RESULT = "result.json"  # of jobs.evaluate, in the folder of the run it evaluated
+RESULT = "result.json"  # output of jobs.evaluate in the folder of the evaluated run
 
 
 def runs_in(folder: Path) -> dict[str, dict | str]:
-    """The summary of every run below `folder`, by its path there, with an evaluation under `result`; a run that is not complete
-    is described in words.
+    """Summary of every run below `folder`, by relative path, with its evaluation under `result`; a text for incomplete runs.
 
-    Raises StunError where there are none.
+    Raises StunError if there are none.
     """
     runs = {}
     for config in sorted(folder.rglob("config.yaml")):
-        with contextlib.suppress(StunError):  # another program's
+        with contextlib.suppress(StunError):  # another program's config.yaml
             identity = load_yaml(config)
-            if isinstance(identity, dict) and "config" in identity:  # otherwise it holds statistics alone
+            if isinstance(identity, dict) and "config" in identity:  # without a config, the folder holds only statistics
                 runs[str(config.parent.relative_to(folder))] = _state(config.parent)
     if not runs:
         raise StunError(f"folder={folder}: holds no run folders")

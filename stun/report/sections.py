@@ -1,4 +1,4 @@
-"""The sections of a run's page, in their order: a reading aid, and what the run has data for, or what gives it."""
+"""Sections of a run's page in order: an explanation, and a picture, or the command that makes its data."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from stun.report.tiles import tile
 
 
 def _evaluate(run: RunFolder, **settings: str) -> str:
-    own = {"model__path": str(run.path / "model"), "task__path": "ROWS.jsonl", **settings}
-    return job_command("evaluate", **own, output=str(run.path / "result.json"))
+    known = {"model__path": str(run.path / "model"), "task__path": "ROWS.jsonl", **settings}
+    return job_command("evaluate", **known, output=str(run.path / "result.json"))
 
 
 def _drawn(
     name: str, title: str, aid: str, data_of: Callable, figure_of: Callable, missing: Callable[[RunFolder], tuple[str, str]]
 ) -> Callable[[RunFolder, Path], str]:
-    """A section with one picture, or a line on what gives it."""
+    """Section with one picture, or a line on how to get its data."""
 
     def write(run: RunFolder, folder: Path) -> str:
-        found = data_of(run)
-        if not found:
+        values = data_of(run)
+        if not values:
             return html.section(title, aid, html.none(*missing(run)))
-        return html.section(title, aid, pictures(folder, name, lambda theme: figure_of(theme, found), title))
+        return html.section(title, aid, pictures(folder, name, lambda theme: figure_of(theme, values), title))
 
     return write
 
 
 def _selections(run: RunFolder, folder: Path) -> str:
-    """A tile for each layer with experts."""
-    found = data.scores(run)
-    if found is None:
+    """Section with a tile per layer with experts."""
+    selections = data.scores(run)
+    if selections is None:
         return html.section("Which experts are alike", "", html.none(*_no_statistics(run)), True)
-    is_ranked = not any(own.clusters for own in found)
-    title = "Which experts stay" if is_ranked else "Which experts are alike"
+    is_ranked = not any(selection.clusters for selection in selections)
+    title = "Which experts are kept" if is_ranked else "Which experts are alike"
     aid = (
-        "Experts of each layer by score, the best first: green ones stay, red ones left."
+        "Experts of each layer by score, the best first: green ones are kept, red ones removed."
         if is_ranked
         else "Strong colour is alike. The tree above a map joins alike experts; the dashed line is where this run cut it, and "
         "every green branch below it became one expert."
     )
-    tiles, kind = [], "tiles few" if len(found) <= 12 else "tiles"
-    for own in found:
-        content = saved(tile(own), folder / f"experts-of-layer-{own.layer:03d}.png")
-        caption = f"layer {own.layer} · {len(own.score_E)} → {len(own.kept)}"
-        tiles.append(html.small_picture(content, f"experts of layer {own.layer}", caption))
+    tiles, kind = [], "tiles few" if len(selections) <= 12 else "tiles"
+    for selection in selections:
+        content = saved(tile(selection), folder / f"experts-of-layer-{selection.layer:03d}.png")
+        caption = f"layer {selection.layer} · {len(selection.score_E)} → {len(selection.kept)}"
+        tiles.append(html.small_picture(content, f"experts of layer {selection.layer}", caption))
     return html.section(title, aid, f'<div class="{kind}">{"".join(tiles)}</div>', True)
 
 
@@ -69,15 +69,15 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
             rows.append([name, "", f"{agreement[key]:{form}}"])
     for task, metrics in result.get("harness", {}).items():
         rows += [[escape(f"{task}: {name}"), "", f"{value:.3f}"] for name, value in metrics.items()]
-    content, found = html.table(["", "dense", "pruned"], rows), data.evaluation(run)
-    if found:
-        content += pictures(folder, "evaluation", lambda theme: draw.evaluation(theme, found), title)
+    content, by_group = html.table(["", "dense", "pruned"], rows), data.evaluation(run)
+    if by_group:
+        content += pictures(folder, "evaluation", lambda theme: draw.evaluation(theme, by_group), title)
     return html.section(title, aid, f'<div class="pair">{content}</div>', True)
 
 
 def _loads(run: RunFolder, folder: Path) -> str:
     rows = [[escape(runtime), escape(answer)] for runtime, answer in run.summary.get("loads_in", {}).items()]
-    aid = "What reads model/ of this run as it is."
+    aid = "Runtimes that read model/ of this run as it is."
     return html.section("What loads it", aid, html.table([], rows, "words"), True)
 
 
@@ -90,7 +90,7 @@ def _no_measures(run: RunFolder) -> tuple[str, str]:
 
 
 def _no_single_weights(run: RunFolder) -> tuple[str, str]:
-    return "No single weights left the model. With a higher target, or experts.fraction below 1, they do.", ""
+    return "No single weights were removed. With a higher target, or experts.fraction below 1, they are.", ""
 
 
 def _no_errors(run: RunFolder) -> tuple[str, str]:
@@ -106,7 +106,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "experts-kept",
         "Experts kept",
-        "How many experts of each layer stay; with the global budget, layers whose experts are alike lose more.",
+        "Experts kept in each layer; with the global budget, more are removed from layers whose experts are alike.",
         data.experts_kept,
         draw.experts_kept,
         _no_measures,
@@ -114,7 +114,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "sparsity",
         "Sparsity by kind of tensor",
-        "What share of each layer's parameters is gone, whole experts included; routers and norms are under other.",
+        "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
         data.sparsity,
         draw.sparsity,
         _no_measures,
@@ -123,7 +123,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "usage",
         "Use of the experts by calibration source",
-        "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lost experts it relied on.",
+        "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lacks experts it relied on.",
         data.usage,
         draw.usage,
         _no_statistics,
@@ -131,7 +131,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "expert-scores",
         "Worth of the experts",
-        "Every dot is an expert; one far above its layer's mean that left is worth a second look.",
+        "Every dot is an expert; a removed one far above its layer's mean is worth a second look.",
         data.scores,
         draw.scores,
         _no_statistics,
@@ -147,7 +147,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "kurtosis",
         "Kurtosis of the weights",
-        "Weights with long tails can lose more: removing experts should keep the kurtosis, removing small weights lowers it "
+        "Weights with long tails can be pruned more: removing experts should keep the kurtosis, removing small weights lowers it "
         "(STUN, section 5).",
         data.kurtosis,
         draw.kurtosis,
@@ -156,7 +156,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "layer-error",
         "Error of the layers' outputs",
-        "How far hidden states are from the dense model's after each layer; a jump points at a layer that lost too much.",
+        "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
         data.layer_error,
         draw.layer_error,
         _no_errors,
@@ -164,7 +164,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "budget",
         "Experts or weights",
-        "Error on held-out text for each split of what leaves between whole experts and single weights; the circle was taken.",
+        "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was taken.",
         data.budget,
         draw.budget,
         _no_search,
@@ -180,7 +180,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _drawn(
         "size",
         "Size on disk",
-        "Dropped experts make the files smaller; single zeros take as many bytes as what they replace.",
+        "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",
         data.size,
         draw.size,
         _no_measures,

@@ -1,4 +1,4 @@
-"""The tables that jobs end in."""
+"""Tables that jobs print at their end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def plan_table(plans: dict) -> str:
-    """A column per plan, a line per layer with experts: how many stay, and how many of the first plan's a later one keeps too."""
+    """A column per plan, a line per layer with experts: experts kept, and how many of them the first plan keeps too."""
     table = Table(box=None, pad_edge=False)
     for title in ("", *plans):
         table.add_column(title, justify="right" if title else "left")
@@ -63,9 +63,9 @@ def plan_table(plans: dict) -> str:
         table.add_row(f"prediction head {number}", *(cell(d.plan.mtp[number], layer) for d in plans.values()))
     rows = {
         "experts kept": lambda d: f"{sum(len(x.clusters) for x in d.plan.layers)}/{sum(x.experts for x in d.plan.layers)}",
-        "of the parameters, leave as experts": lambda d: f"{d.plan.dropped / d.plan.parameters:.4f}",
-        "... and as single weights": lambda d: f"{d.plan.zeros / d.plan.parameters:.4f}",
-        "of the weights left in scope": lambda d: f"{d.plan.ratio:.4f}",
+        "parameters removed as experts": lambda d: f"{d.plan.dropped / d.plan.parameters:.4f}",
+        "... as single weights": lambda d: f"{d.plan.zeros / d.plan.parameters:.4f}",
+        "weights in scope removed": lambda d: f"{d.plan.ratio:.4f}",
         "size on disk, GB": lambda d: f"{d.nbytes / 1e9:.3f}",
     }
     for title, show in rows.items():
@@ -77,7 +77,7 @@ def plan_table(plans: dict) -> str:
 
 
 def report_table(runs: dict[str, dict | str]) -> str:
-    """A line per run: what pruning and, where there is one, its evaluation say; or how far it is."""
+    """A line per run: its summary and, if there is one, its evaluation; or its progress."""
     table = Table(box=None, pad_edge=False)
     titles = ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
     for title in titles:
@@ -93,7 +93,7 @@ def report_table(runs: dict[str, dict | str]) -> str:
 
 
 def summary_table(summary: dict, run_dir: str) -> str:
-    """What a run of jobs.prune did, a line per fact. Times are those of the launch that finished it, on its first rank."""
+    """Facts of a run of jobs.prune, one per line. Times are those of the launch that finished it, on its first rank."""
     table = Table(box=None, pad_edge=False, show_header=False)
     before, after = (f"{summary[key] / 1e6:,.2f}M" for key in ("parameters", "nonzero"))
     written, speed = summary["bytes_written"], sum(summary.get("read_bytes_per_second", []))
@@ -119,8 +119,8 @@ def summary_table(summary: dict, run_dir: str) -> str:
 
 
 def job_command(job: str, **settings: str) -> str:
-    """A command as it can be pasted into a shell. Dots in keys are written as two underscores; Hydra takes a value with spaces,
-    commas or `=`, as in the names of a sweep's runs, in quotes alone."""
+    """Command that can be pasted into a shell. Dots in keys are passed as two underscores. Values with spaces, commas or `=`, as
+    in the names of a sweep's runs, are quoted, since Hydra parses them only in quotes."""
     words = []
     for key, value in settings.items():
         is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)

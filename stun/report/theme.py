@@ -1,4 +1,4 @@
-"""Colours and sizes that all pictures of a report share, once for light pages and once for dark ones."""
+"""Colours and sizes of a report's pictures, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH, DPI = 5.2, 190  # inches; a picture is as wide as a phone, or half a scre
 
 @dataclass(frozen=True)
 class Theme:
-    """`ink` for words, `line` for axes and grids; `kept`, `gone` and `third` for data."""
+    """`ink` for words, `line` for axes and grids; `kept`, `removed`, `third` and `fourth` for data."""
 
     name: str
     paper: str
@@ -22,29 +22,29 @@ class Theme:
     faint: str
     line: str
     kept: str
-    gone: str
+    removed: str
     third: str
     fourth: str
 
     @property
     def colors(self) -> list[str]:
-        return [self.kept, self.gone, self.third, self.fourth, self.faint]
+        return [self.kept, self.removed, self.third, self.fourth, self.faint]
 
 
 LIGHT = Theme("light", "#fcfbf8", "#23262a", "#6b7075", "#d9d6cf", "#12795a", "#c2512f", "#3a5f9e", "#a07410")
 DARK = Theme("dark", "#15171a", "#e4e2dc", "#9a9fa5", "#3a3e44", "#4fbf97", "#ee8a68", "#8db0ec", "#d9b45a")
 THEMES = (LIGHT, DARK)
-# On either kind of page:
-EITHER_KEPT, EITHER_GONE, EITHER_FAINT = "#1f9a74", "#d96c4a", "#8b9096"
+# Colours that are readable on both kinds of page.
+EITHER_KEPT, EITHER_REMOVED, EITHER_FAINT = "#1f9a74", "#d96c4a", "#8b9096"
 
 
 def canvas(theme: Theme, height: float, columns: int = 1, ratios: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:
-    """A picture with transparent background and so many panels beside one another."""
+    """Figure with a transparent background and `columns` panels side by side."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
-    for own in axes:
-        _plain(own, theme)
+    for panel in axes:
+        _plain(panel, theme)
     return figure, list(axes)
 
 
@@ -60,12 +60,12 @@ def _plain(axes: Axes, theme: Theme) -> None:
 
 
 def words(text: str) -> str:
-    """A name from a file as matplotlib takes it: a dollar is no start of a formula."""
+    """Text for matplotlib, with dollars escaped, which would start a formula."""
     return text.replace("$", r"\$")
 
 
 def legend(axes: Axes, theme: Theme, columns: int = 3) -> None:
-    """Names of what is drawn, above the panel."""
+    """Legend above the panel."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),

@@ -1,4 +1,4 @@
-"""Writes the pages of a run, or of all runs below a folder."""
+"""Writing of the pages of a run, or of all runs below a folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from stun.report.tables import report_table
 
 
 def describe(folder: Path, pages: list[Path]) -> str:
-    """What jobs.report prints: where the pages are, after the table of the runs where `folder` holds several."""
+    """Output of jobs.report: the paths of the pages, after a table of the runs if `folder` holds several."""
     table = [report_table(runs_in(folder))] if identity_of(folder) is None else []
     return "\n".join([*table, *(f"wrote {page}" for page in pages)])
 
 
 def write_reports(folder: Path) -> list[Path]:
-    """The page of a run; or the pages of all complete runs below `folder`, and one that compares them, last.
+    """Write the page of a run, or those of all complete runs below `folder` and a last one that compares them; returns the paths.
 
-    Raises StunError where there is no run, or one of its files is not as a run writes it.
+    Raises StunError if there is no run, or if one of its files is not as a run writes it.
     """
     if not folder.is_dir():
         raise StunError(f"folder={folder}: is no folder; give a run_dir of jobs.prune, or a folder with such folders in it")

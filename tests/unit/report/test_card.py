@@ -12,7 +12,7 @@ from helpers.zoo import make_checkpoint
 from stun.config import Budget, ExpertsConfig
 from stun.pruning.job import prune
 from stun.pruning.summary import command_line
-from stun.report.model_card import SOURCE_CARD, _what_left, without_folders, write_card
+from stun.report.model_card import SOURCE_CARD, _what_was_removed, without_folders, write_card
 from stun.report.write import write_reports
 
 # Of the hub's metadata (huggingface.co/docs/hub/model-cards), what a card here may hold.
@@ -54,7 +54,7 @@ def test_text_says_what_was_done_and_no_more(pruned):
         "from_pretrained",
     ):
         assert said in text
-    assert f"{sum(summary['kept'])} of 24 stay" in text and "## Evaluation" not in text
+    assert f"{sum(summary['kept'])} of 24 kept" in text and "## Evaluation" not in text
     assert str(pruned.parent) not in text and "/tmp" not in text and "calibration.jsonl" in text
 
 
@@ -116,7 +116,7 @@ def test_what_left_the_model():
         (8, 0.1, "single weights"),
         (4, 0.0, "whole experts"),
     ):
-        assert _what_left({"kept": [kept], "experts": [8], "ratio": ratio}) == said
+        assert _what_was_removed({"kept": [kept], "experts": [8], "ratio": ratio}) == said
 
 
 def test_commands_hold_no_secrets():
