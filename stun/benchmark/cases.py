@@ -1,4 +1,4 @@
-"""The cases by name: what each checks, measures and leaves in its folder."""
+"""Benchmark cases by name: checks before a case, and its result as a file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from stun.benchmark.against_peers import benchmark_peers, check_peers, pruned
+from stun.benchmark.against_peers import benchmark_peers, check_peers, prune_configs
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
-from stun.benchmark.weights import benchmark_weights, ways
+from stun.benchmark.weights import benchmark_weights, method_configs
 from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, PruneConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.files import write_json
@@ -31,12 +31,12 @@ _CASES = {
     BenchmarkCase.depth: benchmark_depth,
     BenchmarkCase.peers: benchmark_peers,
 }
-_MADE = "made"  # what a case makes below run_dir and removes
+_MADE = "made"  # temporary folder of a case below run_dir
 
 
 def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
-    """Measure `cfg.case`; returns what is in `cfg.run_dir`/CASE.json then. All ranks call this together. Raises StunError before
-    anything is made where the request cannot be met."""
+    """Result of `cfg.case`, also written to `cfg.run_dir`/CASE.json. All ranks call this together. Raises StunError, before
+    anything is written, if the case cannot run."""
     folder = Path(cfg.run_dir)
     ranks.on_first(lambda: _check(cfg, ranks))
     ranks.on_first(lambda: (folder / _MADE).mkdir(parents=True))
@@ -50,7 +50,7 @@ def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
 
 
 def machine(ranks: Ranks) -> dict:
-    """What was measured on, and when."""
+    """Hardware, software and time of a measurement."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0))
     return {
@@ -64,7 +64,7 @@ def machine(ranks: Ranks) -> dict:
 
 
 def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
-    """Of all checkpoints that a case makes."""
+    """Shapes of all checkpoints that a case writes."""
     if cfg.case is BenchmarkCase.layer:
         return [layer_shape(cfg, ranks.device)]
     if cfg.case is BenchmarkCase.growth:
@@ -73,15 +73,15 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
     return {BenchmarkCase.depth: deepest, BenchmarkCase.peers: [cfg.shape, *deepest]}.get(cfg.case, [cfg.shape])
 
 
-def _asked(cfg: BenchmarkConfig) -> list[PruneConfig]:
-    """Of all runs of a case, as far as they differ in more than their sizes."""
+def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
+    """Configurations of a case's runs that differ in more than their sizes."""
     if cfg.case is BenchmarkCase.weights:
-        return list(ways(cfg, Path(cfg.model.path)).values())
-    return list(pruned(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
+        return list(method_configs(cfg, Path(cfg.model.path)).values())
+    return list(prune_configs(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
 
 
 def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
-    """Raises StunError where something of the request cannot be, before anything is made."""
+    """Check the whole request before anything is written. Raises StunError."""
     _check_folder(cfg)
     if ranks.world > 1 and cfg.case is not BenchmarkCase.weights:
         raise StunError(f"case={cfg.case.name}: runs on one rank, here are {ranks.world}; case=ranks starts its own")
@@ -93,8 +93,8 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
         _check_shape(shape)
     if cfg.case is BenchmarkCase.peers:
         check_peers(cfg)
-    for own in _asked(cfg):
-        validate(own)
+    for config in _configs(cfg):
+        validate(config)
     if cfg.case is BenchmarkCase.layer:
         if cfg.experts.fraction == "auto" or cfg.sparsify.ratios != "uniform" or not cfg.target:
             raise StunError("case=layer: needs a target above 0, a number as experts.fraction and uniform ratios")
@@ -106,13 +106,13 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
         calibration_samples(replace(cfg.calibration, samples=most), tokenizer, cfg.shape.vocabulary)
     family = arctic if cfg.case is BenchmarkCase.layer else qwen3_moe
     largest = max(bytes_of(family(shape)) for shape in shapes)
-    needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # the source and what is made of it; runs check for more
+    needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # source and pruned checkpoint; each run checks for more
     if needed > free:
         raise StunError(f"run_dir={cfg.run_dir}: about {needed / GIB:.1f} GiB of disk are needed, {free / GIB:.1f} GiB are free")
 
 
 def _check_list(cfg: BenchmarkConfig) -> None:
-    """The numbers of a case that runs once for each of them; `peers` can do without."""
+    """Check the numbers of a case that runs once for each; `peers` may have none."""
     depths = dict.fromkeys((BenchmarkCase.depth, BenchmarkCase.peers), "depths")
     name = {BenchmarkCase.growth: "factors", BenchmarkCase.ranks: "worlds", **depths}.get(cfg.case)
     if name and min(getattr(cfg, name), default=1 if cfg.case is BenchmarkCase.peers else 0) < 1:
@@ -120,7 +120,7 @@ def _check_list(cfg: BenchmarkConfig) -> None:
 
 
 def _check_folder(cfg: BenchmarkConfig) -> None:
-    """The folder may hold the results of other cases, and nothing else."""
+    """Check that the folder holds nothing but results of other cases."""
     folder, results = Path(cfg.run_dir), {f"{case.name}.json" for case in BenchmarkCase if case is not cfg.case}
     if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - results):
         raise StunError(f"run_dir={cfg.run_dir}: holds something; choose an empty or new folder, or other cases' results")

@@ -16,13 +16,13 @@ from stun.checkpoint.writer import write_index, write_tensors
 from stun.config import CheckpointShape
 from stun.model.empty import without_weights
 
-SHARD = 10**9  # bytes after which a new file begins
+SHARD = 10**9  # most bytes in one file, unless a single tensor is larger
 DTYPE = torch.bfloat16
 DEVIATION = 0.02
 
 
 def qwen3_moe(shape: CheckpointShape) -> PreTrainedConfig:
-    """A Qwen3-MoE of that shape."""
+    """Config of a Qwen3-MoE model of that shape."""
     return AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=shape.vocabulary,
@@ -38,7 +38,7 @@ def qwen3_moe(shape: CheckpointShape) -> PreTrainedConfig:
 
 
 def arctic(shape: CheckpointShape) -> PreTrainedConfig:
-    """An Arctic of that shape, every layer with experts beside a dense MLP; of 7168 inputs its attention is the published one."""
+    """Config of an Arctic model of that shape, experts in every layer; with hidden 7168, its attention is the published one."""
     width = math.gcd(shape.hidden, 128)
     heads = shape.hidden // width
     return AutoConfig.for_model(
@@ -56,7 +56,7 @@ def arctic(shape: CheckpointShape) -> PreTrainedConfig:
     )
 
 
-# An expert's matrices in the hub's names, by part of the fused tensors.
+# Names of an expert's matrices on the hub, by part of the fused tensors.
 _PARTS = {
     "qwen3_moe": {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     "arctic": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
@@ -64,7 +64,7 @@ _PARTS = {
 
 
 def shapes_of(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Source name and shape of every tensor of such a checkpoint."""
+    """Name and shape of every tensor of the config's checkpoint on the hub."""
     with without_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     parts = _PARTS[config.model_type]
@@ -75,17 +75,17 @@ def shapes_of(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]
             continue
         experts, rows, columns = tensor.shape
         for expert in range(experts):
-            for own in parts[part]:
-                yield f"{path}.{expert}.{own}.weight", (rows // len(parts[part]), columns)
+            for matrix in parts[part]:
+                yield f"{path}.{expert}.{matrix}.weight", (rows // len(parts[part]), columns)
 
 
 def bytes_of(config: PreTrainedConfig) -> int:
-    """Bytes of the weights of such a checkpoint."""
+    """Bytes of the weights of the config's checkpoint."""
     return sum(math.prod(shape) for _, shape in shapes_of(config)) * DTYPE.itemsize
 
 
 def write_checkpoint(folder: Path, config: PreTrainedConfig, device: torch.device) -> None:
-    """Random weights, drawn on `device`, at most one file's at a time in memory; vectors are ones."""
+    """Write random weights, drawn on `device`, with at most one file's tensors in memory; vectors are ones."""
     folder.mkdir(parents=True)
     generator, shards, waiting, size = torch.Generator(device).manual_seed(0), {}, {}, 0
 
@@ -111,14 +111,14 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig, device: torch.devic
 
 
 def random_checkpoint(folder: Path, shape: CheckpointShape, tokenizer: Path) -> None:
-    """A Qwen3-MoE checkpoint of random weights in bfloat16, with the tokenizer of another checkpoint."""
+    """Write a Qwen3-MoE checkpoint of random bfloat16 weights, with the tokenizer of another checkpoint."""
     write_checkpoint(folder, qwen3_moe(shape), torch.device("cpu"))
     for file in tokenizer.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
 
 
 def forget(folder: Path) -> None:
-    """Ask the system to drop a checkpoint's weights from its cache, so that they are read from the disk."""
+    """Ask the system to drop a checkpoint's weights from its cache, so that they are read from disk."""
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

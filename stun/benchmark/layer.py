@@ -1,4 +1,4 @@
-"""One MoE decoder layer of Arctic's kind: its phases beside what the machine allows, and what they come to over many layers."""
+"""One MoE decoder layer of an Arctic: seconds of its phases, the hardware's limits, and totals over many layers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from stun.model.architecture import Architecture
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States, embed
 
-_WARM = 8  # experts of the layer that warms up
-_OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # a layer's computation
+_WARM = 8  # experts of the warm-up layer
+_OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # phases that compute
 
 
 def layer_shape(cfg: BenchmarkConfig, device: torch.device) -> CheckpointShape:
-    """The one layer that is measured on `device`."""
+    """Shape of the layer that is measured on `device`."""
     return replace((device.type == "cuda" and cfg.gpu_shape) or cfg.shape, layers=1)
 
 
 def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """Seconds of every phase beside its limit, and what they come to over `cfg.depth` layers. First calls load kernels: a layer
-    with fewer experts of the same size runs before, on one micro-batch."""
+    """Seconds of every phase beside its limit, and totals over `cfg.depth` layers. A layer with fewer experts of the same size
+    runs before on one micro-batch, since first calls load kernels."""
     shape, calibration = layer_shape(cfg, ranks.device), cfg.calibration
-    few = replace(shape, experts=min(shape.experts, max(_WARM, shape.top_k)))
-    once = replace(calibration, samples=min(calibration.samples, calibration.micro_batch))
-    _run(replace(cfg, target=cfg.target / 2, calibration=once), few, folder / "warm", ranks)
+    small_shape = replace(shape, experts=min(shape.experts, max(_WARM, shape.top_k)))
+    one_batch = replace(calibration, samples=min(calibration.samples, calibration.micro_batch))
+    _run(replace(cfg, target=cfg.target / 2, calibration=one_batch), small_shape, folder / "warm", ranks)
     shutil.rmtree(folder / "warm")
     phases = _run(cfg, shape, folder / "timed", ranks)
     rates = measure_rates(phases.arch.source, folder, ranks, phases.stream.dtype)
@@ -49,7 +49,7 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
 
 
 def _run(cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks) -> LayerPhases:
-    """The phases of such a layer, run."""
+    """Write a checkpoint with one layer of `shape`, run its phases and return them."""
     write_checkpoint(folder / "source", arctic(shape), ranks.device)
     arch = Architecture(Checkpoint.open(folder / "source"), cfg.precision)
     phases = LayerPhases(cfg, arch, _random_states(cfg, arch, shape.vocabulary, ranks), folder, ranks)
@@ -58,7 +58,7 @@ def _run(cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Rank
 
 
 def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ranks: Ranks) -> States:
-    """Normal hidden states of the calibration's size, in its micro-batches."""
+    """Normally distributed hidden states of the calibration's size, in its micro-batches."""
     calibration = cfg.calibration
     generator = torch.Generator(ranks.device).manual_seed(0)
     tokens_ST = torch.arange(calibration.samples * calibration.length).view(calibration.samples, -1) % vocabulary
@@ -69,7 +69,7 @@ def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ra
 
 
 def _beside(seconds: float, work: tuple[str, int] | None, rates: Rates) -> dict:
-    """A phase's seconds, and those that its bytes or FLOP (`work`: the rate that bounds them, how many) need at least."""
+    """Seconds of a phase beside the least seconds for its `work`: (name of the limiting rate, bytes or FLOP)."""
     if work is None:
         return {"seconds": seconds}
     rate, amount = work
@@ -78,8 +78,8 @@ def _beside(seconds: float, work: tuple[str, int] | None, rates: Rates) -> dict:
 
 
 def _totals(seconds: dict[str, float], depth: int) -> dict:
-    """Observing beside the plain forward; the share of the mask in both streams' phases (each reads the layer); seconds of both
-    streams over `depth` layers, where reading, computing and writing go on side by side and where only computing counts."""
+    """Ratio of observing to the plain forward; the mask's share in both streams' phases (each reads the layer); seconds of both
+    streams over `depth` layers, with reading, computing and writing at the same time, and for computing alone."""
     observe, prune = (sum(seconds.get(name, 0.0) for name in names) for names in (_OBSERVE, _PRUNE))
     stored = max(seconds["read"], observe) + max(seconds["read"], prune, seconds["write"])
     return {

@@ -1,4 +1,4 @@
-"""What this machine does a second at most, measured: the limits that phases stand beside."""
+"""Measured peak rates of the hardware, to compare phases with."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LARGE = {"cpu": (512, 2048), "cuda": (8192, 8192)}  # rows and width of a produ
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes/s that the disk reads (its cache emptied) and writes (synced); bytes/s that a copy within the device's memory reads
-    and writes together; FLOP/s of a large product in the dtype that layers compute in."""
+    """Bytes/s of disk reads (without cache) and synced disk writes; bytes/s, read and written together, of a copy in the device's
+    memory; FLOP/s of a large product in the compute dtype."""
 
     read: float
     write: float
@@ -27,21 +27,21 @@ class Rates:
 
 
 def measure_rates(source: Checkpoint, folder: Path, ranks: Ranks, dtype: torch.dtype) -> Rates:
-    """The rates of the disk that `source` is on, and `folder`; of this rank's device, the best of a few rounds."""
+    """Rates of reading `source`, of writing to `folder`, and of this rank's device (the best of a few rounds)."""
     device, large = ranks.device, _LARGE[ranks.device.type]
     flops = product_speed(ranks.workers, dtype, *large, device)
     return Rates(read_speed(source), write_speed(folder), copy_speed(device), flops)
 
 
 def copy_speed(device: torch.device) -> float:
-    """Bytes/s that a copy within the device's memory reads and writes together."""
+    """Bytes/s, read and written together, of a copy in the device's memory."""
     source = torch.ones(SAMPLE, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * SAMPLE / best(lambda: target.copy_(source), device)
 
 
 class DeviceMeter(Meter):
-    """A meter whose phases end when the device is done with them."""
+    """Meter that waits for the device at the end of every phase."""
 
     def __init__(self, device: torch.device):
         self.device = device

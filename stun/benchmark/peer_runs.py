@@ -1,4 +1,4 @@
-"""The scripts in the folder `peers`, in processes of their own, and their figures."""
+"""Runs of the scripts in `peers`, each in its own process, and their figures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from stun.benchmark.runs import run_alone
 
 _SCRIPTS = Path(__file__).absolute().parent / "peers"
-_BEFORE = ("load", "trial")  # phases that are not the work itself
+_BEFORE = ("load", "trial")  # phases before the measured work
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*")
 
 
 def run_peer(python: str, script: str, folder: Path, *arguments: object) -> dict:
-    """Run a script with the interpreter `python`, in `folder`, where it may leave what it likes.
+    """Run a script with the interpreter `python` in `folder`, where it may write files.
 
-    Returns what it reports, with the `seconds` of its work, those of its `phases`, and `wall_seconds`, which its user waits; or
-    the `reason` why there is nothing: a peer's failure is a result.
+    Returns its report with the `seconds` of its work, of its `phases`, and `wall_seconds` of the process. A peer's failure is a
+    result too: the `reason` alone.
     """
     try:
         done, seconds = run_alone([python, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)], folder, HF_HUB_OFFLINE="1")
@@ -27,13 +27,13 @@ def run_peer(python: str, script: str, folder: Path, *arguments: object) -> dict
         return {"reason": f"failed: {_last_error(done.stderr) or f'it ended with status {done.returncode}'}"}
     try:
         report = json.loads(done.stdout.splitlines()[-1])
-        phases, known = report["seconds"], {"wall_seconds": seconds, "peak_bytes": int(report["peak_bytes"])}
-        return {**report, "seconds": sum(phases[name] for name in phases if name not in _BEFORE), "phases": phases, **known}
+        phases, figures = report["seconds"], {"wall_seconds": seconds, "peak_bytes": int(report["peak_bytes"])}
+        return {**report, "seconds": sum(phases[name] for name in phases if name not in _BEFORE), "phases": phases, **figures}
     except (LookupError, ValueError, TypeError):
         return {"reason": "failed: its last line is no report"}
 
 
-def _last_error(said: str) -> str:
-    """The last line that names an error, or else the last one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _last_error(output: str) -> str:
+    """Last line that names an error, or else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     return ([line for line in lines if _ERROR.fullmatch(line)] or lines or [""])[-1][:300]

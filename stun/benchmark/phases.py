@@ -1,12 +1,12 @@
-"""The phases of one decoder layer, as the two streams come to them, each timed until the device is done.
+"""Phases of one decoder layer in the order of the two streams, each timed until the device has finished.
 
 read       from the disk, not its cache, to the device
 plain      the forward alone
 observe    the forward with the first stream's statistics
-select     the plan from these, and the representatives of its clusters
-records    what both streams record of the weights: kurtosis before and after, non-zero counts
+select     the plan from these statistics, and the representatives of its clusters
+records    both streams' records of the weights: kurtosis before and after, non-zero counts
 measure    the forward with the inputs' moments
-mask       the choice of single weights
+mask       selection and removal of single weights
 propagate  the forward of the pruned layer
 write      from the device to the disk, synced
 """
@@ -39,8 +39,8 @@ _FORWARDS = ("plain", "observe", "measure", "propagate")
 
 
 class LayerPhases:
-    """One layer from disk to disk. `seconds` are those of its phases, `work` what bounds them and how much of it there is,
-    `peak` the most bytes held."""
+    """One layer from disk to disk: `seconds` by phase, `work` by phase as (limiting rate, bytes or FLOP), and `peak` memory in
+    bytes."""
 
     def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
         self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
@@ -56,7 +56,7 @@ class LayerPhases:
         return dict(self.meter.seconds[_STREAM])
 
     def run(self) -> None:
-        """All phases, in the order in which the two streams come to them."""
+        """Run all phases in the order of the two streams."""
         self.meter = self.ranks.meter = DeviceMeter(self.ranks.device)
         self.ranks.reset_peak_memory()
         forget(self.arch.source.folder)
@@ -79,7 +79,7 @@ class LayerPhases:
         self.stream.run(layer, self.states, *observers)
 
     def _observe(self, layer: Layer) -> Statistics:
-        """The statistics, which are saved beside the phases."""
+        """Statistics of the layer, saved outside the timed phases."""
         watcher = Watcher(self.layout.num_experts, [0] * self.states.total, self.ranks)
         self._forward(layer, watcher)
         totals = watcher.totals(layer)
@@ -87,24 +87,24 @@ class LayerPhases:
         statistics = Statistics(self.folder / "stats")
         statistics.save(0, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
         calibration = self.cfg.calibration
-        taken_on = {"model": "", "sources": {"all": calibration.samples}, "calibration_tokens": ""}
-        statistics.finish({**taken_on, "micro_batch": calibration.micro_batch})
+        about = {"model": "", "sources": {"all": calibration.samples}, "calibration_tokens": ""}
+        statistics.finish({**about, "micro_batch": calibration.micro_batch})
         return statistics
 
     def _prune(self, layer: Layer, statistics: Statistics) -> None:
-        """What the second stream does to a layer."""
+        """The second stream's phases of a layer."""
         enter, stream, cfg = self.meter.enter, self.stream, self.cfg
         enter("select")
         plan = make_plan(self.job, statistics)
-        own = plan.layers[0]
+        layer_plan = plan.layers[0]
         enter("records")
         expert_powers(layer, self.ranks.workers)  # the first stream's
         before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
         enter("select")
-        self.work["select"] = ("copy", _bytes_to_choose(layer, own) + _file_bytes(statistics.folder))
-        kept = keep_representatives(stream, layer, own)
+        self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + _file_bytes(statistics.folder))
+        kept = keep_representatives(stream, layer, layer_plan)
         enter("records")
-        powers.experts_left(is_changed=own.mean or len(kept) < own.experts)
+        powers.experts_left(is_changed=layer_plan.mean or len(kept) < layer_plan.experts)
         enter("measure")
         quota = layer_quotas(self.job.sizes, plan)[0]
         stream.build(layer)
@@ -118,14 +118,14 @@ class LayerPhases:
         enter("write")
         entry = write_shard(self.folder, "layer.safetensors", tensors)
         enter("")
-        self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # each is read and written
-        dense, left = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)
-        looked_at = 2 * dense + 2 * before + left * (2 if len(kept) < own.experts else 1)
-        self.work["records"] = ("copy", looked_at + sum(tensor.nbytes for tensor in tensors.values()))
+        self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # every matrix is read and written
+        dense, after = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)
+        examined = 2 * dense + 2 * before + after * (2 if len(kept) < layer_plan.experts else 1)
+        self.work["records"] = ("copy", examined + sum(tensor.nbytes for tensor in tensors.values()))
         self.work["write"] = ("write", sum(entry["tensors"].values()))
 
     def _count_forwards(self) -> None:
-        """What a forward computes; what watches it is not counted, nor are the further forwards of blocks of Gram matrices."""
+        """Set the FLOP of the forwards, without the observers and without the extra forwards for blocks of Gram matrices."""
         for name in _FORWARDS:
             if name != "measure" or self.cfg.sparsify.reads_inputs:
                 flop = forward_flop(self.arch, self.tokens, self.cfg.calibration.length, gives_outputs=name != "measure")
@@ -137,16 +137,16 @@ def _expert_bytes(layer: Layer) -> int:
 
 
 def _bytes_to_choose(layer: Layer, plan: LayerPlan) -> int:
-    """Bytes of the experts that are compared with their cluster's mean."""
+    """Bytes of the experts that are compared with the mean of their cluster."""
     compared = [] if plan.kept else [expert for cluster in plan.clusters if len(cluster) > 2 for expert in cluster]
     return sum(weight.nbytes for expert in compared for weight in layer.experts[expert].values())
 
 
 def _bytes_to_mask(layer: Layer, quota: LayerQuota) -> int:
-    """Bytes of the matrices that lose weights."""
+    """Bytes of the matrices from which weights are removed."""
     dense = sum(layer.dense[name].nbytes for name, count in quota.dense.items() if count)
     experts = zip(layer.kept, quota.experts, strict=True)
-    return dense + sum(layer.experts[expert][part].nbytes for expert, own in experts for part, count in own.items() if count)
+    return dense + sum(layer.experts[expert][part].nbytes for expert, counts in experts for part, n in counts.items() if n)
 
 
 def _file_bytes(folder: Path) -> int:

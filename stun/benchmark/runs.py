@@ -1,4 +1,4 @@
-"""Processes beside this one: whole runs of jobs.prune, and their figures."""
+"""Runs of jobs.prune in separate processes, and their figures."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _CHUNK = 2**24
 
 
 def run_alone(command: list[str], folder: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
-    """Run a command that is no part of this process' launch, in `folder` and with these environment variables; returns it done,
-    and the seconds that its user waits."""
+    """Run a command outside this process' launch, in `folder` and with these environment variables; returns the completed
+    process and its wall seconds."""
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, errors="replace")
@@ -33,28 +33,28 @@ def run_alone(command: list[str], folder: Path | None = None, **variables: str) 
 
 
 def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
-    """Run jobs.prune with this configuration, under torchrun on so many ranks or, for 0, in a plain process; returns its summary
-    and, as `wall_seconds`, what its user waits. Raises StunError where it fails."""
+    """Run jobs.prune with this configuration under torchrun on `ranks` ranks or, for 0, in a plain process; returns its summary
+    with `wall_seconds` of the process. Raises StunError if it fails."""
     config = Path(f"{cfg.run_dir}.yaml").absolute()
     config.parent.mkdir(parents=True, exist_ok=True)
-    own = {field.name: plain(getattr(cfg, field.name)) for field in fields(PruneConfig)}
-    config.write_text(yaml.safe_dump({"defaults": ["prune", "_self_"], **own}))
+    settings = {field.name: plain(getattr(cfg, field.name)) for field in fields(PruneConfig)}
+    config.write_text(yaml.safe_dump({"defaults": ["prune", "_self_"], **settings}))
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     job = ["-m", "jobs.prune", f"--config-dir={config.parent}", f"--config-name={config.stem}"]
     done, seconds = run_alone([sys.executable, *(torchrun if ranks else ()), *job])
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
-        raise StunError(f"jobs.prune of {cfg.model.path}: {' '.join(said).removeprefix('error: ')}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
+        raise StunError(f"jobs.prune of {cfg.model.path}: {' '.join(errors).removeprefix('error: ')}")
     return load_json(Path(cfg.run_dir) / "manifest.json")["summary"] | {"wall_seconds": seconds}
 
 
 def figures(summary: dict) -> dict:
-    """What every case says of a run: seconds of the work, and with the start of the process; bytes of the rank that held most."""
+    """Figures of a run for every case: seconds of the work and of the whole process, peak bytes of a rank, phases."""
     return {name: summary[name] for name in ("seconds", "wall_seconds", "peak_bytes", "phases")}
 
 
 def computed_flop(summary: dict, arch: Architecture, tokens: int, length: int) -> int:
-    """FLOP of the forwards that a run's streams made. Nothing runs the last layer once it is pruned."""
+    """FLOP of the forwards in a run's streams. The pruned last layer is not run."""
     phases = {name for stream in summary["phases"].values() for name in stream}
     whole, measured = (forward_flop(arch, tokens, length, gives_outputs) for gives_outputs in (True, False))
     after = whole // len(arch.layers) * (len(arch.layers) - 1)
@@ -62,16 +62,16 @@ def computed_flop(summary: dict, arch: Architecture, tokens: int, length: int) -
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a checkpoint, by name: dtype, shape and bytes."""
-    found = {}
+    """SHA-256 of every tensor of a checkpoint (dtype, shape and bytes), by name."""
+    by_name = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as handle:
             for name, info in read_header(file).items():
-                digest, left = hashlib.sha256(f"{info.dtype} {info.shape} ".encode()), info.nbytes
+                digest, remaining = hashlib.sha256(f"{info.dtype} {info.shape} ".encode()), info.nbytes
                 handle.seek(info.start)
-                while left:
-                    content = handle.read(min(left, _CHUNK))
+                while remaining:
+                    content = handle.read(min(remaining, _CHUNK))
                     digest.update(content)
-                    left -= len(content)
-                found[name] = digest.hexdigest()
-    return found
+                    remaining -= len(content)
+                by_name[name] = digest.hexdigest()
+    return by_name

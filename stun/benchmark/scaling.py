@@ -1,4 +1,4 @@
-"""Whole runs as one size grows, on several ranks, and as layers are added."""
+"""Scaling of whole runs with model size and tokens, with ranks, and with layers."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ from stun.runtime.ranks import Ranks
 
 
 def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:
-    """Shape and calibration samples of every run of `growth`, by name."""
+    """(Shape, calibration samples) of every run of `growth`, by name."""
     shape, samples = cfg.shape, cfg.calibration.samples
-    found = {"base": (shape, samples)}
+    by_name = {"base": (shape, samples)}
     for factor in cfg.factors:
-        found |= {
+        by_name |= {
             f"{factor} x layers": (replace(shape, layers=factor * shape.layers), samples),
             f"{factor} x experts": (replace(shape, experts=factor * shape.experts), samples),
             f"{factor} x tokens": (shape, factor * samples),
         }
-    return found
+    return by_name
 
 
 def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """Every run beside the longest of reading its bytes, computing its forwards and writing its model, and beside the first run.
-    Each begins without its source in the system's cache; its second stream may find some of it there."""
+    """Rows of all runs, each beside the longest of reading its bytes, computing its forwards and writing its model, and beside
+    the first run. A run starts without its source in the system's cache, but its second stream may be served from there."""
     model, rows, rates = folder / "source", {}, None
     for name, (shape, samples) in sizes(cfg).items():
         ranks.log(f"growth: {name}")
         random_checkpoint(model, shape, Path(cfg.model.path))
         arch = Architecture(Checkpoint.open(model), cfg.precision)
         rates = rates or measure_rates(arch.source, folder, ranks, compute_dtype(arch, ranks.device))
-        own = _of(cfg, model, folder / "run", samples)
+        config = _run_config(cfg, model, folder / "run", samples)
         forget(model)
-        summary = run_prune(own)
-        tokens = samples * own.calibration.length
+        summary = run_prune(config)
+        tokens = samples * config.calibration.length
         read, written = sum(summary["bytes_read"]), summary["bytes_written"]
-        flop = computed_flop(summary, arch, tokens, own.calibration.length)
+        flop = computed_flop(summary, arch, tokens, config.calibration.length)
         limits = {"read": read / rates.read, "compute": flop / rates.flops, "write": written / rates.write}
-        needed = max(limits.values())
+        limit = max(limits.values())
         rows[name] = {
             "shape": asdict(shape),
             "tokens": tokens,
             **figures(summary),
-            **{"bytes_read": read, "bytes_written": written, "flop": flop, "limits": limits, "limit": needed},
-            "ratio": summary["seconds"] / needed,
+            **{"bytes_read": read, "bytes_written": written, "flop": flop, "limits": limits, "limit": limit},
+            "ratio": summary["seconds"] / limit,
             "cost": summary["seconds"] / (rows["base"] if rows else summary)["seconds"],
         }
         _clear(folder)
@@ -63,13 +63,13 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
 
 
 def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """The same run on each of `cfg.worlds` ranks, beside the first of them, and whether all wrote the same tensors."""
+    """Rows of the same run on each number of ranks in `cfg.worlds`, beside the first, and whether all tensors are identical."""
     model, rows, written = folder / "source", {}, []
     random_checkpoint(model, cfg.shape, Path(cfg.model.path))
     for world in cfg.worlds:
         ranks.log(f"ranks: {world}")
         forget(model)
-        summary = run_prune(_of(cfg, model, folder / "run"), world)
+        summary = run_prune(_run_config(cfg, model, folder / "run"), world)
         written.append(digests(folder / "run" / "model"))
         rows[str(world)] = {
             **figures(summary),
@@ -78,17 +78,17 @@ def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
             "sha256": hashlib.sha256(json.dumps(sorted(written[-1].items())).encode()).hexdigest(),
         }
         shutil.rmtree(folder / "run")
-    return {"shape": asdict(cfg.shape), "runs": rows, "identical": all(own == written[0] for own in written)}
+    return {"shape": asdict(cfg.shape), "runs": rows, "identical": all(tensors == written[0] for tensors in written)}
 
 
 def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """Runs of one width on each of `cfg.depths` layers: memory, and how far reading and writing hide behind computing."""
+    """Rows of runs with each number of layers in `cfg.depths`: memory, and the overlap of reading, computing and writing."""
     model, rows = folder / "source", {}
     for layers in cfg.depths:
         ranks.log(f"depth: {layers} layers")
         random_checkpoint(model, replace(cfg.shape, layers=layers), Path(cfg.model.path))
         forget(model)
-        summary = run_prune(_of(cfg, model, folder / "run"))
+        summary = run_prune(_run_config(cfg, model, folder / "run"))
         measured = load_json(folder / "run" / FILE)
         streams = {name: _overlap(measured[name], phases) for name, phases in summary["phases"].items() if name in measured}
         rows[str(layers)] = {**figures(summary), "streams": streams}
@@ -97,15 +97,15 @@ def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
 
 
 def _overlap(layers: list[dict], phases: dict[str, float]) -> dict:
-    """Of one stream: seconds that its layers were read, computed and written, its seconds in all, and these beside the largest of
-    the three; 1 where the two others hide behind it."""
+    """Seconds in which a stream's layers were read, computed and written, its `total` seconds, and the `ratio` of the total to
+    the longest of the three: 1 for perfect overlap."""
     sums = {phase: sum(layer["seconds"][phase] for layer in layers) for phase in PHASES}
     total = sum(phases.values())
     return {**sums, "total": total, "ratio": total / max(sums.values())}
 
 
-def _of(cfg: BenchmarkConfig, model: Path, run: Path, samples: int = 0) -> BenchmarkConfig:
-    """The configuration for one run on the checkpoint `model`."""
+def _run_config(cfg: BenchmarkConfig, model: Path, run: Path, samples: int = 0) -> BenchmarkConfig:
+    """Configuration of one run on the checkpoint `model`."""
     calibration = replace(cfg.calibration, samples=samples or cfg.calibration.samples)
     return replace(cfg, model=replace(cfg.model, path=str(model)), calibration=calibration, run_dir=str(run))
 

@@ -1,6 +1,6 @@
-"""Compares ways to prune: every method at every sparsity, on several orders of the calibration text.
+"""Comparison of pruning methods at several sparsities, on several seeds of the calibration text.
 
-The rows of the task are halved, so that a choice made on one half can be checked on the other.
+The rows of the task are split in two halves, so that a choice made on one can be checked on the other.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ from stun.runtime.ranks import Ranks
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
-    """Run what is missing of the study in `cfg.run_dir`; returns its scores, from which `markdown` makes the table.
+    """Run or resume the study in `cfg.run_dir`; returns its scores, which `markdown` puts in tables.
 
-    One stream of statistics a seed serves all methods and sparsities. A result, once there, is not computed again.
+    All methods and sparsities share the statistics of a seed. Finished results are not computed again.
     """
     if not (cfg.methods and cfg.targets and cfg.seeds):
         raise StunError("study: methods, targets and seeds are needed")
     folder = Path(cfg.run_dir)
-    ways = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
+    method_cfgs = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
     unknown = sorted(set(cfg.measures) - TITLES.keys())
     if unknown:
         raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
-    for method, own in ways.items():
-        if any(getattr(own, key) != getattr(cfg, key) for key in ("model", "calibration", "target", "run_dir", "plan", "task")):
+    fixed = ("model", "calibration", "target", "run_dir", "plan", "task")
+    for method, method_cfg in method_cfgs.items():
+        if any(getattr(method_cfg, key) != getattr(cfg, key) for key in fixed):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
     for seed in cfg.seeds:
         validate(replace(cfg, target=cfg.targets[0], calibration=replace(cfg.calibration, seed=seed)))
-    for own, target in itertools.product(ways.values(), cfg.targets):
-        resolve_model(replace(own, target=target))
-        if own.experts.fraction == "auto":
+    for method_cfg, target in itertools.product(method_cfgs.values(), cfg.targets):
+        resolve_model(replace(method_cfg, target=target))
+        if method_cfg.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
     task = asdict(cfg.task)
     asked = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
     dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(asked, ranks), ranks)
     results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
-    outliers = any(own.sparsify.counts_outliers for own in ways.values())
-    base_how = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
+    outliers = any(method_cfg.sparsify.counts_outliers for method_cfg in method_cfgs.values())
+    base_sparsify = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
     for seed in cfg.seeds:
         calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
-        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_how), ranks)
-        for target, (method, own) in itertools.product(cfg.targets, ways.items()):
-            cell = replace(own, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
+        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_sparsify), ranks)
+        for target, (method, method_cfg) in itertools.product(cfg.targets, method_cfgs.items()):
+            cell = replace(method_cfg, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
             identity = {"task": task, "overrides": list(cfg.methods[method])}
             compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
@@ -64,15 +65,15 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
 
 
 def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
-    """The result in a file, computed and written where it is not there. Raises StunError where it is another's."""
+    """Result in a file, computed and written if it does not exist. Raises StunError if it has another identity."""
 
-    def known() -> dict | None:
+    def stored() -> dict | None:
         content = load_json(file) if file.is_file() else None
         if content and content.get("of") != identity:
             raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
         return content and content.get("result")
 
-    result = ranks.on_first(known)
+    result = ranks.on_first(stored)
     if result is None:
         result = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,13 +81,13 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
     return result
 
 
-def _planned(own: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
+def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     """One method at one sparsity on one seed, with its plan, if it needs one, from the statistics in `base`."""
-    if not (own.experts.fraction or own.sparsify.counts_outliers):
-        return own
-    plan = Path(f"{own.run_dir}.plan.json")
-    ranks.on_first(lambda: plan_from_run(replace(own, run_dir=base), plan) and None)
-    return replace(own, plan=str(plan), sparsify=replace(own.sparsify, ratios="uniform"))  # as planned
+    if not (cell.experts.fraction or cell.sparsify.counts_outliers):
+        return cell
+    plan = Path(f"{cell.run_dir}.plan.json")
+    ranks.on_first(lambda: plan_from_run(replace(cell, run_dir=base), plan) and None)
+    return replace(cell, plan=str(plan), sparsify=replace(cell.sparsify, ratios="uniform"))  # the plan has the ratios
 
 
 def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dict:
@@ -97,8 +98,8 @@ def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dic
 
 
 def _measures(result: dict) -> dict[str, float]:
-    """Exact match, averaged over the groups, on the even rows and on the odd ones; perplexity; of a pruned model the sparsity it
-    has, and what pruning took."""
+    """Exact match, averaged over groups, on the even and on the odd rows; perplexity; for a pruned model also its sparsity and
+    the time and memory of pruning."""
     groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
     for number, (group, right) in enumerate(zip(result["groups"], result["right"], strict=True)):
         groups[number % 2][group].append(right)
@@ -120,7 +121,7 @@ TITLES = {
 
 
 def markdown(scores: dict, measures: list[str]) -> str:
-    """A table for each of `measures` (of `TITLES`): a line per method, a column per sparsity, mean over seeds and deviation."""
+    """A table per measure (a key of `TITLES`): a line per method, a column per sparsity, mean and deviation over seeds."""
     lines, seeds = [], ", ".join(map(str, scores["seeds"]))
     targets = list(next(iter(scores["results"].values())))
     for measure in measures:

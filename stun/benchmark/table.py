@@ -1,4 +1,4 @@
-"""The tables that the cases end in."""
+"""Tables of the cases' results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stun.runtime.units import count
 
 
 def benchmark_table(result: dict) -> str:
-    """What a case found, below what it ran on."""
+    """Table of a case's result, below a line on its hardware."""
     tables = {
         BenchmarkCase.layer: _layer,
         BenchmarkCase.weights: _weights,
@@ -32,7 +32,7 @@ def _table(*titles: str) -> Table:
 
 
 def _layer(result: dict) -> str:
-    """A line per phase: seconds, those of its limit, their ratio, and what the limit is; then what they come to."""
+    """A line per phase: seconds, least seconds, their ratio and the limiting rate; then the totals."""
     table, rates = _table("", "seconds", "limit", "/ limit", "bound by"), result["rates"]
     for phase, row in result["phases"].items():
         cells = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", row["rate"]) if "limit" in row else ("", "", "")
@@ -62,7 +62,7 @@ def _rates(rates: dict) -> str:
 
 
 def _weights(result: dict) -> str:
-    """A line per method: seconds, their ratio to those that reading and writing the weights takes, and peak memory."""
+    """A line per method: seconds, their ratio to the seconds of reading and writing the weights, and peak memory."""
     table, disk = _table("", "seconds", "/ read and write", "peak, GiB"), result["disk_seconds"]
     table.add_row(f"read and write {result['bytes'] / 1e6:.0f} MB", f"{disk:.2f}", "1.0", "")
     for method, row in result["methods"].items():
@@ -71,7 +71,7 @@ def _weights(result: dict) -> str:
 
 
 def _growth(result: dict) -> str:
-    """A line per run: seconds, those of its limit and which that is, their ratio, seconds beside the first run's, memory."""
+    """A line per run: seconds, least seconds, their ratio, the limit, seconds relative to the first run, memory."""
     table = _table("", "seconds", "limit", "/ limit", "bound by", "/ base", "peak, GiB")
     for name, row in result["runs"].items():
         bound = max(row["limits"], key=row["limits"].get)
@@ -81,7 +81,7 @@ def _growth(result: dict) -> str:
 
 
 def _ranks(result: dict) -> str:
-    """A line per number of ranks: seconds, speed-up, memory of a rank; then whether all wrote the same."""
+    """A line per number of ranks: seconds, speed-up, memory of a rank; then whether all tensors are identical."""
     table = _table("", "seconds", "speed-up", "peak a rank, GiB")
     for world, row in result["runs"].items():
         name = f"{world} rank{'s' if int(world) > 1 else ''}"
@@ -90,8 +90,8 @@ def _ranks(result: dict) -> str:
 
 
 def _depth(result: dict) -> str:
-    """A line per number of layers: memory, seconds, and for each stream its seconds beside the largest of reading, computing and
-    writing."""
+    """A line per number of layers: memory, seconds, and for each stream the ratio of its seconds to the longest of reading,
+    computing and writing."""
     streams = list(dict.fromkeys(stream for row in result["runs"].values() for stream in row["streams"]))
     table = _table("", "peak, GiB", "seconds", *(f"{stream} / largest phase" for stream in streams))
     for layers, row in result["runs"].items():
@@ -102,8 +102,8 @@ def _depth(result: dict) -> str:
 
 
 def _peers(result: dict) -> str:
-    """A line per task and tool: its seconds, those of its whole process and its memory, each also beside STUN's, the sparsity
-    reached; or why there are none."""
+    """A line per task and tool: seconds, seconds of the whole process and memory, each with its ratio to STUN's, and the sparsity
+    reached; or the reason why there are none."""
     measures = ("seconds", "wall_seconds", "peak_bytes")
     table = _table("", "", "computes in", "seconds", "/ STUN", "process", "/ STUN", "peak, GiB", "/ STUN", "sparsity", "")
     for task, rows in result["tasks"].items():
@@ -117,7 +117,7 @@ def _peers(result: dict) -> str:
     return f"{_shape(result)}; layers: {result['shape']['layers']}\n{printed(table)}{_PEERS}"
 
 
-_PEERS = """seconds: of STUN all, reading included; of the others once the model is loaded (transformers' forward too)
+_PEERS = """seconds: of STUN all, reading included; of other tools after the model is loaded (transformers' forward too)
 process: with imports, loading and counting zeros; STUN's forward has none of its own, transformers' also tries implementations
 """
 

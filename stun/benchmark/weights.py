@@ -1,4 +1,4 @@
-"""What each way to remove single weights costs beside reading and writing the same bytes."""
+"""Cost of each method of removing single weights, beside reading and writing the same bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
 
-def ways(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:
-    """The configuration of every method, for the checkpoint `model`. Raises StunError."""
+def method_configs(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:
+    """Configuration of every method for the checkpoint `model`. Raises StunError for invalid overrides."""
     return {m: with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), o) for m, o in cfg.methods.items()}
 
 
 def disk_seconds(folder: Path, scratch: Path) -> float:
-    """Seconds to read all weights of a checkpoint and to write as many bytes to disk, nothing else."""
+    """Seconds to read all weights of a checkpoint and to write as many bytes to disk."""
     start = time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         content = file.read_bytes()
@@ -34,16 +34,16 @@ def disk_seconds(folder: Path, scratch: Path) -> float:
 
 
 def benchmark_weights(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
-    """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and the seconds that its bytes need alone.
+    """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and seconds to read and write its bytes.
 
-    No expert leaves, so that one stream does all the work. All ranks call this together.
+    No expert is removed, so that one stream does all the work. All ranks call this together.
     """
     model = folder / "source"
     ranks.on_first(lambda: random_checkpoint(model, cfg.shape, Path(cfg.model.path)))
     disk = ranks.on_first(lambda: disk_seconds(model, folder / "scratch"))
     rows = {}
-    for method, own in ways(cfg, model).items():
-        summary = prune(replace(own, run_dir=str(folder / "run")), ranks)
+    for method, config in method_configs(cfg, model).items():
+        summary = prune(replace(config, run_dir=str(folder / "run")), ranks)
         rows[method] = {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sparsity": summary["sparsity"]}
         ranks.on_first(lambda: shutil.rmtree(folder / "run"))
     nbytes = sum(info.nbytes for info in Checkpoint.open(str(model)).tensors.values())

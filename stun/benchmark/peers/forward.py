@@ -1,11 +1,11 @@
-"""Time and memory of transformers' own forward of a whole model, without its head: what a pass over the tokens costs at least.
+"""Time and memory of transformers' own forward of a whole model, without its head: the least cost of a pass over the tokens.
 
     python forward.py MODEL TOKENS MICRO_BATCH DTYPE
 
 MODEL is a checkpoint's folder, TOKENS a safetensors file with an int64 tensor `tokens` [samples, length], DTYPE a name such as
-float32 or bfloat16, or auto: as stored. Every implementation of experts that transformers offers without further packages runs
-one micro-batch twice, the second time timed; the fastest then runs all tokens. Needs torch and transformers, and memory for the
-whole model (on the first GPU where there is one).
+float32 or bfloat16, or auto for the stored one. Every experts implementation of transformers that needs no further packages runs
+one micro-batch twice and is timed on the second; the fastest then runs all tokens. Needs torch and transformers, and memory for
+the whole model (on the first GPU where there is one).
 
 Legend: B samples of a micro-batch, T length.
 """
@@ -23,26 +23,26 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 def batched_copies(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that batched_mm copies at once in a layer: for every token the larger matrix of each of its experts."""
+    """Bytes that batched_mm copies at once in a layer: per token, the larger matrix of each of its experts."""
     fused = [parameter for name, parameter in model.named_parameters() if ".experts." in name and parameter.dim() == 3]
     largest = max(parameter[0].numel() * parameter.element_size() for parameter in fused)
     return tokens * model.config.get_text_config().num_experts_per_tok * largest
 
 
 def trial(model: PreTrainedModel, tokens_BT: torch.Tensor) -> dict[str, float]:
-    """Seconds of one micro-batch with every implementation; batched_mm where its copies are smaller than the model."""
-    of_model = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    tried = {}
+    """Seconds of one micro-batch by implementation; batched_mm only if its copies are smaller than the model."""
+    model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    seconds = {}
     for name in IMPLEMENTATIONS:
-        if name == "batched_mm" and batched_copies(model, tokens_BT.numel()) > of_model:
+        if name == "batched_mm" and batched_copies(model, tokens_BT.numel()) > model_bytes:
             continue
         model.set_experts_implementation(name)
         model.base_model(input_ids=tokens_BT, use_cache=False)
-        own = Phases()
-        with own.phase(name):
+        phases = Phases()
+        with phases.phase(name):
             model.base_model(input_ids=tokens_BT, use_cache=False)
-        tried |= own.seconds
-    return tried
+        seconds |= phases.seconds
+    return seconds
 
 
 @torch.no_grad()
@@ -50,10 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, kind in (("model", str), ("tokens", str), ("micro_batch", int), ("dtype", str)):
         parser.add_argument(name, type=kind)
-    asked, phases = parser.parse_args(), Phases()
+    args, phases = parser.parse_args(), Phases()
     with phases.phase("load"):
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=asked.dtype).eval().to(phases.device)
-    batches = load_file(asked.tokens)["tokens"].to(phases.device).split(asked.micro_batch)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().to(phases.device)
+    batches = load_file(args.tokens)["tokens"].to(phases.device).split(args.micro_batch)
     with phases.phase("trial"):
         tried = trial(model, batches[0])
     fastest = min(tried, key=tried.get)

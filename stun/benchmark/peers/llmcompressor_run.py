@@ -1,11 +1,11 @@
-"""llm-compressor's Wanda, REAP, or REAP and then Wanda, of a whole Mixture-of-Experts model on given tokens.
+"""llm-compressor's Wanda, REAP, or REAP and then Wanda, on a whole Mixture-of-Experts model and given tokens.
 
     python llmcompressor_run.py MODEL TOKENS OUT METHOD SPARSITY EXPERT_SPARSITY --batch-size 8 [--all-experts]
 
 MODEL is a checkpoint's folder with a tokenizer, TOKENS a safetensors file with an int64 tensor `tokens` [samples, length], METHOD
 wanda, reap or reap+wanda, SPARSITY the share of every row that Wanda zeroes, EXPERT_SPARSITY the share of a layer's experts that
-REAP removes. OUT gets the pruned checkpoint. Experts see the tokens that are routed to them; with --all-experts all tokens, which
-is llm-compressor's default. Needs an environment with llmcompressor (written for 0.14) and with torchvision, without which
+REAP removes. OUT gets the pruned checkpoint. Experts are given their routed tokens or, with --all-experts, all tokens, which is
+llm-compressor's default. Needs an environment with llmcompressor (written for 0.14) and with torchvision, without which
 transformers 5.17 cannot load a model in llm-compressor's way, and memory for the whole model.
 
 Legend: S samples, B those of a micro-batch, T length.
@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def recipe(step: str, sparsity: float, expert_sparsity: float) -> Modifier:
-    """The modifier of one step. Routers and the head keep all their weights."""
+    """Modifier of one step. Routers and the head are not pruned."""
     if step == "reap":
         return REAPPruningModifier(sparsity=expert_sparsity)
     return WandaPruningModifier(sparsity=sparsity, targets=["Linear"], ignore=["re:.*lm_head", "re:.*gate$"])
@@ -60,22 +60,22 @@ def main() -> None:
         parser.add_argument(name, type=float)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--all-experts", action="store_true")
-    asked, phases = parser.parse_args(), Phases()
+    args, phases = parser.parse_args(), Phases()
     with phases.phase("load"), load_quantizable_moe():
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto")
-    tokens_ST = load_file(asked.tokens)["tokens"]
-    for step in asked.method.split("+"):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    tokens_ST = load_file(args.tokens)["tokens"]
+    for step in args.method.split("+"):
         with phases.phase(step):
             oneshot(
                 model=model,
-                tokenizer=AutoTokenizer.from_pretrained(asked.model),
-                dataset=loader(tokens_ST, asked.batch_size, model.dtype),
-                recipe=recipe(step, asked.sparsity, asked.expert_sparsity),
-                moe_calibrate_all_experts=asked.all_experts,
+                tokenizer=AutoTokenizer.from_pretrained(args.model),
+                dataset=loader(tokens_ST, args.batch_size, model.dtype),
+                recipe=recipe(step, args.sparsity, args.expert_sparsity),
+                moe_calibrate_all_experts=args.all_experts,
             )
     with phases.phase("save"):
-        model.save_pretrained(asked.out)
-    phases.report(tokens=tokens_ST.numel(), dtype=str(model.dtype).removeprefix("torch."), **removed(asked.model, asked.out))
+        model.save_pretrained(args.out)
+    phases.report(tokens=tokens_ST.numel(), dtype=str(model.dtype).removeprefix("torch."), **removed(args.model, args.out))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""STUN as published scripts run it: a whole Qwen3-MoE model in memory, experts out of it, then the loop of Wanda's prune.py.
+"""STUN in the way of published scripts: a whole Qwen3-MoE model in memory, experts removed, then the loop of Wanda's prune.py.
 
     python naive.py MODEL TOKENS OUT TARGET EXPERT_FRACTION MICRO_BATCH
 
 MODEL is a qwen3_moe checkpoint's folder, TOKENS a safetensors file with an int64 tensor `tokens` [samples, length]. TARGET is the
-share of the decoder layers' parameters that goes, EXPERT_FRACTION the share of these that leaves as whole experts. OUT gets the
+share of the decoder layers' parameters to remove, EXPERT_FRACTION the share of these in whole experts. OUT gets the
 pruned checkpoint. Needs torch, transformers and scipy, and memory for the whole model and the inputs and outputs of a layer for
 all tokens (on the first GPU where there is one). The model computes in the dtype it is stored in.
 
-Weights (Sun et al., arXiv 2306.11695): every layer runs once with hooks on its linear modules, loses in every row the weights
-with the lowest |weight| * norm of its input, and runs once more for the next layer's inputs.
+Weights (Sun et al., arXiv 2306.11695): every layer runs once with hooks on its linear modules; in every row, the weights with
+the lowest |weight| * norm of the input are removed; then the layer runs again for the next layer's inputs.
 
 Legend: B samples of a micro-batch, T length, D hidden size, O outputs and I inputs of a matrix.
 """
@@ -30,11 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 class _Caught(Exception):
-    """The first layer has been called."""
+    """Raised when the first layer is called."""
 
 
 def inputs_of_layers(model: nn.Module, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[dict]]:
-    """Hidden states [B, T, D] of every micro-batch that reach the first layer, and its keyword arguments."""
+    """Inputs [B, T, D] and keyword arguments of the first layer, by micro-batch."""
     hidden, arguments, first = [], [], model.model.layers[0]
 
     def catch(_, positional: tuple, keywords: dict) -> None:
@@ -51,7 +51,7 @@ def inputs_of_layers(model: nn.Module, batches: list[torch.Tensor]) -> tuple[lis
 
 
 def prune_layer(layer: nn.Module, run: Callable[[], list[torch.Tensor]], sparsity: float) -> None:
-    """Zero that share of every row of a layer's linear modules, rounded down to whole weights."""
+    """Zero the share `sparsity` of every row of a layer's linear modules, rounded down to whole weights."""
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     sums = {module: torch.zeros(module.weight.shape[1], device=module.weight.device) for module in linears}
 
@@ -69,7 +69,7 @@ def prune_layer(layer: nn.Module, run: Callable[[], list[torch.Tensor]], sparsit
 
 
 def prune_weights(model: nn.Module, batches: list[torch.Tensor], sparsity: float) -> None:
-    """Layer by layer, each with the inputs that the pruned layers before it give."""
+    """Prune layer by layer, each on the outputs of the pruned layers before it."""
     hidden, arguments = inputs_of_layers(model, batches)
     for layer in model.model.layers:
         fused = getattr(layer.mlp, "experts", None)
@@ -77,7 +77,7 @@ def prune_weights(model: nn.Module, batches: list[torch.Tensor], sparsity: float
             layer.mlp.experts = LinearExperts(fused)
 
         def run(layer=layer, hidden=hidden) -> list[torch.Tensor]:
-            return [layer(states, **own) for states, own in zip(hidden, arguments, strict=True)]
+            return [layer(states, **keywords) for states, keywords in zip(hidden, arguments, strict=True)]
 
         prune_layer(layer, run, sparsity)
         hidden = run()
@@ -86,14 +86,14 @@ def prune_weights(model: nn.Module, batches: list[torch.Tensor], sparsity: float
 
 
 def split(model: nn.Module, blocks: list[nn.Module], target: float, fraction: float) -> tuple[int, float]:
-    """Experts that every layer with any loses, to the nearest whole one, and the share of what is left of the matrices."""
+    """(Experts to remove per layer with experts, rounded; share of the remaining weights of the matrices to remove)."""
     total = sum(parameter.numel() for parameter in model.model.layers.parameters())
     linear = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
     matrices = [block.experts.gate_up_proj[0].numel() + block.experts.down_proj[0].numel() for block in blocks]
-    of_experts = sum(matrix + block.gate.weight.shape[1] for matrix, block in zip(matrices, blocks, strict=True))
-    drop = round(fraction * target * total / of_experts)
-    left = linear + sum(matrix * (block.gate.num_experts - drop) for matrix, block in zip(matrices, blocks, strict=True))
-    return drop, (target * total - drop * of_experts) / left
+    expert_numel = sum(matrix + block.gate.weight.shape[1] for matrix, block in zip(matrices, blocks, strict=True))
+    drop = round(fraction * target * total / expert_numel)
+    remaining = linear + sum(matrix * (block.gate.num_experts - drop) for matrix, block in zip(matrices, blocks, strict=True))
+    return drop, (target * total - drop * expert_numel) / remaining
 
 
 @torch.no_grad()
@@ -102,25 +102,25 @@ def main() -> None:
     names = ("model", Path), ("tokens", Path), ("out", Path), ("target", float), ("expert_fraction", float), ("micro_batch", int)
     for name, kind in names:
         parser.add_argument(name, type=kind)
-    asked, phases = parser.parse_args(), Phases()
+    args, phases = parser.parse_args(), Phases()
     with phases.phase("load"):
-        if AutoConfig.from_pretrained(asked.model).model_type != "qwen3_moe":
-            raise SystemExit(f"{asked.model}: not a qwen3_moe checkpoint")
-        model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto").eval().to(phases.device).requires_grad_(False)
-    batches = load_file(asked.tokens)["tokens"].to(phases.device).split(asked.micro_batch)
+        if AutoConfig.from_pretrained(args.model).model_type != "qwen3_moe":
+            raise SystemExit(f"{args.model}: not a qwen3_moe checkpoint")
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval().to(phases.device).requires_grad_(False)
+    batches = load_file(args.tokens)["tokens"].to(phases.device).split(args.micro_batch)
     blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
-    drop, sparsity = split(model, blocks, asked.target, asked.expert_fraction)
+    drop, sparsity = split(model, blocks, args.target, args.expert_fraction)
     if not 0 <= sparsity < 1 or model.config.num_experts - drop < model.config.num_experts_per_tok:
-        raise SystemExit(f"target {asked.target}, expert_fraction {asked.expert_fraction}: {drop} experts of a layer cannot go")
+        raise SystemExit(f"target {args.target}, expert_fraction {args.expert_fraction}: cannot remove {drop} experts of a layer")
     with phases.phase("experts"):
         drop_experts(model, blocks, drop)
     with phases.phase("weights"):
         prune_weights(model, batches, sparsity)
     with phases.phase("save"):
-        model.save_pretrained(asked.out)
-    ran = sum(tokens_BT.numel() for tokens_BT in batches)
-    known = {"dtype": str(model.dtype).removeprefix("torch."), "dropped": drop, "row_sparsity": sparsity}
-    phases.report(tokens=ran, **known, **removed(asked.model, asked.out))
+        model.save_pretrained(args.out)
+    tokens = sum(tokens_BT.numel() for tokens_BT in batches)
+    figures = {"dtype": str(model.dtype).removeprefix("torch."), "dropped": drop, "row_sparsity": sparsity}
+    phases.report(tokens=tokens, **figures, **removed(args.model, args.out))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The experts of a Qwen3-MoE model in memory: which of them leave, and the others as modules that hooks can be put on.
+"""Experts of a Qwen3-MoE model in memory: removal of some, and linear modules for hooks on the remaining ones.
 
 Lee et al., arXiv 2409.06211: complete linkage over the distances of router rows; of each cluster the expert nearest the mean of
-its weights stays.
+its weights is kept.
 
-Legend: N tokens, n those of an expert, D hidden size, E experts, K top-k, O outputs and I inputs of a matrix.
+Legend: N tokens, n tokens of an expert, D hidden size, E experts, K top-k, O outputs and I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class LinearExperts(nn.Module):
-    """transformers' experts of a layer as linear modules, which hooks can be put on, on views of the same weights."""
+    """transformers' experts of a layer as linear modules for hooks, on views of the same weights."""
 
     def __init__(self, experts: nn.Module):
         super().__init__()
@@ -40,22 +40,22 @@ def _linear(weight_OI: torch.Tensor) -> nn.Linear:
 
 
 def representatives(block: nn.Module, clusters: int) -> list[int]:
-    """Of each cluster of experts with alike router rows, the one nearest the mean of the cluster's weights."""
+    """Kept experts: of each cluster with similar router rows, the one nearest the mean of the cluster's weights."""
     number_E = torch.tensor(fcluster(linkage(block.gate.weight.float().cpu().numpy(), "complete"), clusters, "maxclust"))
-    stays = []
+    kept = []
     for cluster in number_E.unique():
         members = torch.where(number_E == cluster)[0].tolist()
         weights = [torch.cat([block.experts.gate_up_proj[e].flatten(), block.experts.down_proj[e].flatten()]) for e in members]
         mean = sum(weight.float() for weight in weights) / len(weights)
-        stays.append(members[int(torch.stack([(weight.float() - mean).norm() for weight in weights]).argmin())])
-    return sorted(stays)
+        kept.append(members[int(torch.stack([(weight.float() - mean).norm() for weight in weights]).argmin())])
+    return sorted(kept)
 
 
 def drop_experts(model: nn.Module, blocks: list[nn.Module], drop: int) -> None:
-    """Take as many experts out of every layer."""
+    """Remove `drop` experts from every layer."""
     for block in blocks if drop else ():
-        stays = representatives(block, block.gate.num_experts - drop)
-        block.experts.gate_up_proj = nn.Parameter(block.experts.gate_up_proj[stays], requires_grad=False)
-        block.experts.down_proj = nn.Parameter(block.experts.down_proj[stays], requires_grad=False)
-        block.gate.weight = nn.Parameter(block.gate.weight[stays], requires_grad=False)
-        block.gate.num_experts = block.experts.num_experts = model.config.num_experts = len(stays)
+        kept = representatives(block, block.gate.num_experts - drop)
+        block.experts.gate_up_proj = nn.Parameter(block.experts.gate_up_proj[kept], requires_grad=False)
+        block.experts.down_proj = nn.Parameter(block.experts.down_proj[kept], requires_grad=False)
+        block.gate.weight = nn.Parameter(block.gate.weight[kept], requires_grad=False)
+        block.gate.num_experts = block.experts.num_experts = model.config.num_experts = len(kept)

@@ -1,4 +1,4 @@
-"""Seconds of the phases of a peer's run and its peak memory, printed as one JSON line, the last on stdout."""
+"""Seconds by phase and peak memory of a peer's run, printed as one JSON line, the last on stdout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 
 class Phases:
-    """`seconds[name]` is the time inside `phase(name)`; `device` is the first GPU or the CPU; `peak_bytes` is the most bytes held
-    up to the end of the last phase: of a GPU what was allocated, else this process' resident memory."""
+    """`seconds[name]` is the time inside `phase(name)`, `device` the first GPU or the CPU, `peak_bytes` the peak up to the end of
+    the last phase: allocated memory of a GPU, or else resident memory of this process."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -28,7 +28,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside it, time counts as that phase's; a GPU has finished its work at either end."""
+        """Context timed as phase `name`; waits for a GPU at its start and end."""
         start = self._now()
         yield
         self.seconds[name] = self._now() - start
@@ -39,7 +39,7 @@ class Phases:
             return torch.cuda.max_memory_allocated()
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-    def report(self, **more) -> None:
-        """Print seconds, peak memory and what else is known."""
-        known = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "device": self.device.type}
-        print(json.dumps({**known, **more}), flush=True)
+    def report(self, **extra) -> None:
+        """Print seconds, peak memory and further figures."""
+        figures = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "device": self.device.type}
+        print(json.dumps({**figures, **extra}), flush=True)

@@ -1,4 +1,4 @@
-"""What a peer has removed from a checkpoint, counted in the tensors that it saved."""
+"""Sparsity reached by a peer, counted in the tensors that it saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
 
 
 def count(folder: Path) -> dict:
-    """Parameters and zeros of the decoder layers of a checkpoint in the hub's layout, and experts of each layer with any."""
+    """Parameters and zeros in the decoder layers of a checkpoint in the hub's layout, and experts by layer that has any."""
     parameters, zeros, experts = 0, 0, {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -20,14 +20,14 @@ def count(folder: Path) -> dict:
                 tensor = tensors.get_tensor(name)
                 parameters += tensor.numel()
                 zeros += tensor.numel() - int(tensor.count_nonzero())
-                found = _EXPERT.match(name)
-                if found:
-                    experts.setdefault(int(found[1]), set()).add(int(found[2]))
+                match = _EXPERT.match(name)
+                if match:
+                    experts.setdefault(int(match[1]), set()).add(int(match[2]))
     return {"parameters": parameters, "zeros": zeros, "experts": [len(experts[layer]) for layer in sorted(experts)]}
 
 
 def removed(source: Path, pruned: Path) -> dict:
-    """`sparsity`, 1 - nonzero after / parameters before in the decoder layers, and `experts` left in each layer with any."""
+    """`sparsity`, 1 - nonzero after / parameters before in the decoder layers, and `experts` kept by layer that has any."""
     before, after = count(source), count(pruned)
     sparsity = 1 - (after["parameters"] - after["zeros"]) / before["parameters"]
     return {"sparsity": sparsity, "zeros": after["zeros"], "experts": after["experts"]}

@@ -124,7 +124,7 @@ def test_naive_zeroes_the_lowest_scores(part, naive, model, tokens_BT):
 
 
 def test_naive_refuses_more_experts_than_routing_can_spare(model, tokens_file, tmp_path):
-    with pytest.raises(AssertionError, match="experts of a layer cannot go"):
+    with pytest.raises(AssertionError, match=r"cannot remove .* experts of a layer"):
         run_peer("naive", model, tokens_file, tmp_path, 0.8, 1, MICRO_BATCH)
 
 
