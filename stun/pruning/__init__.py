@@ -1,1 +1,1 @@
-"""The pruning job. In: a checkpoint, calibration tokens, a plan. Out: masks, updated weights, a new checkpoint, a summary."""
+"""Pruning job. In: a checkpoint, calibration tokens, a plan. Out: pruned weights, a new checkpoint, a summary."""

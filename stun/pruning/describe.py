@@ -1,4 +1,4 @@
-"""What a run says of its job before it starts."""
+"""Log lines about a job, written before it starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stun.planning.job import Job
 
 
 def describe(job: Job) -> str:
-    """What is removed from what, in one line."""
+    """One line: the model, the target, and what is removed to meet it."""
     arch, plan = job.arch, job.plan
     experts = sum(layout.num_experts for layout in arch.layers)
     planned = (plan.dropped + plan.zeros) / plan.parameters
@@ -21,18 +21,18 @@ def describe(job: Job) -> str:
 
 
 def notices(job: Job) -> list[str]:
-    """What the result will be unusual in."""
+    """Lines about what is unusual in the result; those of limited runtime support start with "warning:"."""
     arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
-    found = []
+    lines = []
     if arch.source.is_fp8:
-        found.append("the source is fp8: weights are multiplied out and written in bfloat16")
+        lines.append("the source is fp8: weights are multiplied out and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
-        found.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; no single weights of theirs are removed")
+        lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; no single weights of theirs are removed")
     counts = {layout.num_experts - drop for layout, drop in zip(arch.layers, job.drops, strict=True) if layout.experts}
     if not is_global and len(counts) == 1:
         notice = runtimes.warning(max(layout.num_experts for layout in arch.layers), counts.pop())
-        found += [f"warning: {notice}"] if notice else []
+        lines += [f"warning: {notice}"] if notice else []
     elif any(job.drops):
-        found.append("warning: layers may keep different numbers of experts; only this package loads that")
-    return found
+        lines.append("warning: layers may keep different numbers of experts; only this package loads that")
+    return lines

@@ -1,4 +1,4 @@
-"""The pruning job: resolve, check, observe, plan, prune, write."""
+"""Pruning job: resolve, check, observe, plan, prune, write."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from stun.tracking.tracker import tracked
 
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
-    """The checkpoint at `cfg.model.path`, pruned into `cfg.run_dir`/model; returns the run's summary.
+    """Prune the checkpoint at `cfg.model.path` into `cfg.run_dir`/model; returns the run's summary.
 
-    All ranks call this together. Raises StunError before any work starts where the request cannot be met.
+    All ranks call this together. Raises StunError before any work starts if the request cannot be met.
     """
     ranks.meter = Meter()
     ranks.reset_peak_memory()
@@ -50,9 +50,9 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
 
 
 def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
-    """The first stream alone: `cfg.run_dir`/stats, from which plans of any kind can be made and runs pruned.
+    """Run the first stream alone and write `cfg.run_dir`/stats, which any plan or pruning run can use.
 
-    All ranks call this together. Raises StunError before any work starts where the request cannot be met.
+    All ranks call this together. Raises StunError before any work starts if the request cannot be met.
     """
     job = resolve_statistics(cfg, ranks)
     outliers = {"outliers": cfg.sparsify.counts_outliers}
@@ -68,15 +68,15 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
 
 @contextmanager
 def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
-    """The run folder of a job, which no other launch uses meanwhile, what is done inside tracked.
+    """Run folder of a job, locked against other launches, with tracking on while it is open.
 
-    A run that an earlier launch finished has its summary. Raises StunError where the folder holds something else.
+    A run that an earlier launch finished has its summary. Raises StunError if the folder holds something else.
     """
     cfg = job.cfg
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, job.arch.source, job.samples)))
     run.summary = ranks.on_first(run.read_summary)
     if run.summary:
-        ranks.on_first(run.clear)  # the launch that finished it may have been killed before it did
+        ranks.on_first(run.clear)  # the launch that finished it may have been killed before it cleared
         ranks.log(f"{cfg.run_dir} is complete already")
         yield run
         return
@@ -87,7 +87,7 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
 
 
 def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
-    """The job with its statistics taken, where it reads any, and its target split into experts and weights."""
+    """Take the statistics that the job reads, if any; returns the job with its target split into experts and weights."""
     if job.fractions:
         _observe(job, run, ranks)
         job = job.with_fraction(_best_fraction(job, run, ranks))
@@ -100,7 +100,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
 
 
 def _observe(job: Job, run: Run, ranks: Ranks) -> None:
-    """The first stream, unless its statistics are all on disk."""
+    """Run the first stream, unless its statistics are complete on disk."""
     stats, cfg, arch = job.statistics, job.cfg, job.arch
     if not ranks.on_first(lambda: stats.complete):
         size = cfg.calibration.micro_batch
@@ -111,13 +111,13 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
-    """The fraction of least held-out error; the curve goes into search.json and search.png."""
+    """Fraction with the least held-out error; the curve is written to search.json and search.png."""
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, job.fractions) if file.is_file() else None)
     if curve is None:
-        found = search_fraction(job, ranks)
-        curve = {str(fraction): error for fraction, error in found.items()}
-        ranks.on_first(lambda: _draw(found, run.folder / "search.png"))
+        errors = search_fraction(job, ranks)
+        curve = {str(fraction): error for fraction, error in errors.items()}
+        ranks.on_first(lambda: _draw(errors, run.folder / "search.png"))
         ranks.on_first(lambda: write_json(file, {"error": curve}))
     best = float(min(curve, key=curve.get))
     for fraction, error in curve.items():
@@ -125,17 +125,17 @@ def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
     return best
 
 
-def _draw(found: dict[float, float], file: Path) -> None:
-    """The report's picture of a search, on white."""
+def _draw(errors: dict[float, float], file: Path) -> None:
+    """The report's chart of a search, on a white background."""
     from stun.report import draw, theme  # with matplotlib, which no other run needs
 
-    figure = draw.budget(theme.LIGHT, {"fraction": list(found), "error": list(found.values())})
+    figure = draw.budget(theme.LIGHT, {"fraction": list(errors), "error": list(errors.values())})
     figure.patch.set_alpha(1)
     figure.savefig(file)
 
 
 def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:
-    """What an earlier launch found. Raises StunError where it cannot have."""
+    """Errors by fraction from an earlier launch's search.json. Raises StunError if the file does not fit the job."""
     curve = load_json(file).get("error")
     is_known = isinstance(curve, dict) and curve and curve.keys() <= {str(fraction) for fraction in fractions}
     if not is_known or not all(type(error) in (int, float) for error in curve.values()):
@@ -144,14 +144,14 @@ def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:
 
 
 def _plan(job: Job, run: Run) -> Plan:
-    """The plan, written to plan.json."""
+    """Make the plan and write it to plan.json."""
     plan = complete_plan(job)
     write_json(run.folder / "plan.json", plan.to_json())
     return plan
 
 
 def finish(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks) -> dict:
-    """The run's last files, the manifest at the end; returns the summary."""
+    """Write the run's last files, the manifest at the end; returns the summary."""
     summary = summarise(job, plan, result, run, ranks) | {"seconds": time.perf_counter() - ranks.meter.began}
 
     def write() -> None:

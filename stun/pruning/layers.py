@@ -1,4 +1,4 @@
-"""The second stream: experts are dropped, inputs measured, masks made, states propagated, layers written."""
+"""Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from stun.config import StunError
-from stun.planning.budget import layer_quotas
+from stun.config import SparsifyConfig, StunError
+from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, cluster_owners
 from stun.pruning.mask import Masked, mask_layer
@@ -21,14 +21,15 @@ from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.sparsify.saliency import Saliency
+from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 from stun.stream.progress import Progress
 
 
 @dataclass
 class PruneResult:
-    """What the second stream did: surviving experts by layer, non-zero weights of the decoder layers as written, experts that
-    saw no token, the entries of all files of the layers, in their order, and those of every layer."""
+    """Result of the second stream: experts kept by layer, non-zero weights of the decoder layers as written, experts without
+    tokens, the entries of the layers' files in their order, and the same entries by layer."""
 
     kept: list[list[int]]
     nonzero: int
@@ -38,19 +39,19 @@ class PruneResult:
 
     @classmethod
     def of(cls, finished: list[list[dict]], decoder_layers: int) -> PruneResult:
-        """From the entries of all layers."""
-        counted = finished[:decoder_layers]
+        """From the entries of all layers, of which only the first `decoder_layers` are counted."""
+        decoder = finished[:decoder_layers]
         return cls(
             [entries[0]["kept"] for entries in finished],
-            sum(count for entries in counted for entry in entries for count in entry["nonzero"].values()),
-            sum(entries[0]["unseen"] for entries in counted),
+            sum(count for entries in decoder for entry in entries for count in entry["nonzero"].values()),
+            sum(entries[0]["unseen"] for entries in decoder),
             [entry for entries in finished for entry in entries],
             finished,
         )
 
 
 def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Recorder) -> None:
-    """Raise StunError where the finished layers are not those of the plan."""
+    """Raises StunError if the finished layers are not those of the plan."""
     folder = recorder.ledger.folder
     if len(finished) > len(plans):
         raise StunError(f"{folder}: has entries of {len(finished)} layers, the plan {len(plans)}; {REPEAT}")
@@ -69,13 +70,13 @@ def prune_layers(
     recorder: Recorder,
     write: Callable[[str, dict[str, torch.Tensor]], dict],
 ) -> PruneResult:
-    """Every layer pruned and written, on the hidden states that the already pruned layers before it produce; then the experts of
-    multi-token-prediction heads, which lose experts but no single weights.
+    """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
 
-    `write(name, tensors)` puts a file of this rank on disk and returns its entry for the `recorder`, which knows the layers that
-    are finished already. Without `states` nothing is measured: the plan removes no single weights, or by their size alone.
+    `write(name, tensors)` writes a file of this rank and returns its entry for the `recorder`, which knows the finished layers.
+    `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
     """
-    arch, plans, quotas = job.arch, [*plan.layers, *plan.mtp], layer_quotas(job.sizes, plan)
+    arch, plans = job.arch, [*plan.layers, *plan.mtp]
+    quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     owners = [cluster_owners(plan, ranks.world) for plan in plans]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
@@ -85,19 +86,7 @@ def prune_layers(
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
-        ranks.meter.enter("choose")
-        powers = WeightPowers(stream, layer)
-        kept = keep_representatives(stream, layer, plans[index])
-        powers.experts_left(is_changed=plans[index].mean or len(kept) < plans[index].experts)
-        masked = Masked(0, Saliency())
-        if not layer.layout.is_mtp:
-            if states is not None:
-                stream.build(layer)
-            masked = mask_layer(stream, layer, states, quotas[index], job.cfg.sparsify)
-            if states is not None and index + 1 < len(arch.layers):  # nothing follows the last one
-                ranks.meter.enter("propagate")
-                stream.build(layer)
-                states = stream.run(layer, states)
+        kept, masked, powers, states = _prune_layer(stream, layer, plans[index], quotas[index], states, job.cfg.sparsify)
         powers.weights_left()
         tensors = own_tensors(stream, layer)
         nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
@@ -114,11 +103,37 @@ def prune_layers(
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        left = int(ranks.sum_integers(torch.tensor([sum(nonzero.values())], device=ranks.device)))
-        share = left / arch.parameters_of(layer.layout)
-        told = f"experts {plans[index].experts}->{len(kept)} | nonzero {share:.3f}"
-        progress.layer(layer, told, experts_kept=len(kept), nonzero_share=share)
+        _show(progress, stream, layer, f"experts {plans[index].experts}->{len(kept)}", sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
     progress.close()
     return PruneResult.of(recorder.finished(), len(arch.layers))
+
+
+def _prune_layer(
+    stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None, config: SparsifyConfig
+) -> tuple[list[int], Masked, WeightPowers, States | None]:
+    """Remove experts and then weights in place, and run the layer. Returns the experts kept, the result of weight pruning, the
+    sums of powers for kurtosis, and the states after the layer."""
+    meter = stream.ranks.meter
+    meter.enter("choose")
+    powers = WeightPowers(stream, layer)
+    kept = keep_representatives(stream, layer, plan)
+    powers.experts_left(is_changed=plan.mean or len(kept) < plan.experts)
+    masked = Masked(0, Saliency())
+    if not layer.layout.is_mtp:
+        if states is not None:
+            stream.build(layer)
+        masked = mask_layer(stream, layer, states, quota, config)
+        if states is not None and layer.layout.index + 1 < len(stream.arch.layers):  # nothing reads the last one's output
+            meter.enter("propagate")
+            stream.build(layer)
+            states = stream.run(layer, states)
+    return kept, masked, powers, states
+
+
+def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:
+    """Log a finished layer with its share of non-zero weights over all ranks; `nonzero` are those of this rank."""
+    total = int(stream.ranks.sum_integers(torch.tensor([nonzero], device=stream.ranks.device)))
+    share = total / stream.arch.parameters_of(layer.layout)
+    progress.layer(layer, f"{experts} | nonzero {share:.3f}", experts_kept=len(layer.kept), nonzero_share=share)

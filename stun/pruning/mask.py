@@ -1,4 +1,4 @@
-"""Single weights of one layer: measure what its matrices see, and remove what its quota asks for."""
+"""Weight pruning of one layer: measure the inputs of its matrices, then remove the weights of its quota."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from stun.stream.layer_stream import LayerStream, States
 
 @dataclass
 class Masked:
-    """What was done to a layer: the number of experts that saw no token, and this rank's scores."""
+    """Result of pruning a layer's weights: the number of experts without tokens, and this rank's scores."""
 
     unseen: int
     saliency: Saliency
 
 
-def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, how: SparsifyConfig) -> Masked:
-    """Remove what the quota asks for, in place.
+def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig) -> Masked:
+    """Remove the quota's weights in place.
 
-    `states` may be None where `how` reads no inputs. All ranks call this together.
+    `states` may be None if the method reads no inputs. All ranks call this together.
     """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
         return Masked(0, Saliency())
-    return _Masking(stream, layer, states, quota, how, names).run()
+    return _Masking(stream, layer, states, quota, config, names).run()
 
 
 @dataclass
 class _Masking:
-    """What is done to one layer. `names` are the dense matrices that lose weights."""
+    """Weight pruning of one layer. `names` are the dense matrices that lose weights."""
 
     stream: LayerStream
     layer: Layer
     states: States | None
     quota: LayerQuota
-    how: SparsifyConfig
+    config: SparsifyConfig
     names: list[str]
     saliency: Saliency = field(default_factory=Saliency)
 
@@ -51,81 +51,83 @@ class _Masking:
         """See `mask_layer`."""
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
-        reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.how.reconstruct else None
+        reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.config.reconstruct else None
         tokens, dense, norms = self._experts(blocks, reconstruction)
         ranks.meter.enter("mask")
         mine = [name for name in self.names if owners[name] == ranks.rank]
-        ranks.workers.map(lambda name: self._dense(name, dense[name]["inputs"] if self.how.reads_inputs else None), mine)
+        ranks.workers.map(lambda name: self._dense(name, dense[name]["inputs"] if self.config.reads_inputs else None), mine)
         for name in self.names:
             ranks.broadcast(layer.dense[name], owners[name])
-        unseen = self._unseen(tokens, norms) if self.how.reads_inputs else 0
+        unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
             reconstruction.refit(self.states)
         return Masked(unseen, self.saliency)
 
     def _blocks(self) -> list[list[int]]:
-        """This rank's experts that lose weights, in the groups that are measured together: as many blocks on every rank, the
-        last ones perhaps empty."""
+        """This rank's experts that lose weights, in blocks whose Gram matrices fit `gram_gib`; the last ones may be empty.
+
+        Every rank has the same number of blocks, since measuring one is collective.
+        """
         ranks, layer = self.stream.ranks, self.layer
         mine = [n for n, owner in enumerate(layer.owner) if owner == ranks.rank and any(self.quota.experts[n].values())]
         size = max(1, len(mine))
-        if mine and self.how.reads_grams:
+        if mine and self.config.reads_grams:
             parts = [layer.layout.oriented(weight) for weight in layer.experts[layer.kept[mine[0]]].values() if weight.dim() > 1]
-            needed = sum(4 * weight.shape[1] ** 2 for weight in parts) * (2 if self.how.reconstruct else 1)
-            size = max(1, int(self.how.gram_gib * 2**30 / needed))
+            needed = sum(4 * weight.shape[1] ** 2 for weight in parts) * (2 if self.config.reconstruct else 1)
+            size = max(1, int(self.config.gram_gib * 2**30 / needed))
         blocks = [mine[start : start + size] for start in range(0, len(mine), size)]
         return blocks + [[] for _ in range(max(1, *ranks.gather_objects(len(blocks))) - len(blocks))]
 
     def _experts(self, blocks: list[list[int]], reconstruction: Reconstruction | None):
-        """Measure and prune the experts that saw tokens, block by block; the first block measures the dense matrices as well.
+        """Measure and prune the experts with tokens, block by block; the first block measures the dense matrices too.
 
-        Returns the tokens of every expert of this rank, the moments of the dense matrices, and the inputs' sums of squares of
-        every expert that saw tokens, by part.
+        Returns the tokens of every expert of this rank, the moments of the dense matrices, and by part the inputs' sums of
+        squares of every expert with tokens.
         """
         tokens, dense, norms = torch.zeros(len(self.layer.kept), dtype=torch.int64), {}, {}
         for place, block in enumerate(blocks):
             moments, ranks = None, self.stream.ranks
             ranks.meter.enter("measure")
-            if self.how.reads_inputs:
-                gated, is_first = self.how.method is SparsifyMethod.moe_pruner, place == 0
+            if self.config.reads_inputs:
+                gated, is_first = self.config.method is SparsifyMethod.moe_pruner, place == 0
                 remember = reconstruction.names if reconstruction and is_first else ()
                 names = self.names if is_first else []
-                moments = Moments(self.stream, self.layer, names, block, self.how.reads_grams, gated, remember)
+                moments = Moments(self.stream, self.layer, names, block, self.config.reads_grams, gated, remember)
                 moments.measure(self.states)
                 if is_first:
                     tokens, dense = moments.tokens, moments.dense
                 if remember:
                     reconstruction.inputs = moments.inputs
             ranks.meter.enter("mask")
-            found = {number: moments.experts.get(number) if moments else {} for number in block}
-            seen = {number: sums for number, sums in found.items() if sums is not None}
-            ranks.workers.map(lambda own: self._expert(*own), seen.items())
+            measured = {number: moments.experts.get(number) if moments else {} for number in block}
+            seen = {number: sums for number, sums in measured.items() if sums is not None}
+            ranks.workers.map(lambda entry: self._expert(*entry), seen.items())
+            # The diagonal holds the sums of squares; cloned, so that the Gram matrix is freed with its block.
             for number, sums in seen.items():
-                norms[number] = {part: own.diagonal().clone() if own.dim() == 2 else own for part, own in sums.items()}
+                norms[number] = {part: total.diagonal().clone() if total.dim() == 2 else total for part, total in sums.items()}
         return tokens, dense, norms
 
     def _expert(self, number: int, sums: dict[str, torch.Tensor]) -> None:
-        """Prune one expert by its inputs' moments, by part."""
+        """Prune one expert; `sums` are its inputs' moments by part."""
         layer, expert = self.layer, self.layer.kept[number]
         for part, count in self.quota.experts[number].items():
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
-                what = f"layer {layer.layout.index} expert {expert} {part}"
-                self._matrix(weight_OD, sums.get(part), count, what)
+                self._matrix(weight_OD, sums.get(part), count, f"layer {layer.layout.index} expert {expert} {part}")
 
     def _dense(self, name: str, moment: torch.Tensor | None) -> None:
         """Prune one dense matrix by its inputs' moment."""
         self._matrix(self.layer.dense[name], moment, self.quota.dense[name], name)
 
-    def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, what: str) -> None:
-        """Prune one matrix, and count the scores of some of its rows."""
+    def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, name: str) -> None:
+        """Prune one matrix, named `name` in errors, and count the scores of every STRIDE-th row."""
         dense_oD = weight_OD[::STRIDE].clone()
-        weight_OD.copy_(sparsify(self.how, weight_OD, moment, count, what))
-        self.saliency.add(self.how, dense_oD, weight_OD[::STRIDE] == 0, moment)
+        weight_OD.copy_(sparsify(self.config, weight_OD, moment, count, name))
+        self.saliency.add(self.config, dense_oD, weight_OD[::STRIDE] == 0, moment)
 
     def _unseen(self, tokens: torch.Tensor, norms: dict[int, dict[str, torch.Tensor]]) -> int:
-        """Prune the experts that saw no token by the inputs of all others together; returns how many there are."""
+        """Prune the experts without tokens by the pooled inputs of all other experts; returns their number."""
         ranks = self.stream.ranks
         seen_E = ranks.sum_integers(tokens.to(ranks.device)).cpu() > 0
         if seen_E.all():
@@ -133,6 +135,6 @@ class _Masking:
         stand_in = pooled(norms, ranks)
         for number in (~seen_E).nonzero().flatten().tolist():
             if self.layer.owner[number] == ranks.rank:
-                sums = {part: own_D.diag().float() if self.how.reads_grams else own_D for part, own_D in stand_in.items()}
+                sums = {part: sum_D.diag().float() if self.config.reads_grams else sum_D for part, sum_D in stand_in.items()}
                 self._expert(number, sums)
         return int((~seen_E).sum())

@@ -1,4 +1,4 @@
-"""The second stream's files: shards of the layers, and what belongs around them. The index comes last."""
+"""Files of the pruned checkpoint: shards of the layers, the tensors outside them, config.json, and at last the index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stun.stream.layer_stream import embed
 
 
 def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> PruneResult:
-    """The second stream, and the files around it. All ranks call this together."""
+    """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
     recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model)
     outer: dict[str, torch.Tensor] = {}
@@ -42,13 +42,17 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> PruneResult
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
-    """The entry of the file with everything outside the layers, which is written where an interrupted launch did not, after
-    its other remains are removed. `outer` then holds these tensors."""
+    """Entry of the file with the tensors outside the layers (embedding, final norm, output head).
+
+    Removes unfinished files of an interrupted launch first. Writes the file unless that launch did, and puts the tensors into
+    `outer` if so.
+    """
     own_folder(run.model, run_id(run.folder))
     source, ledger = job.arch.source, Ledger(run.folder / "progress", "outside")
     known = [entry for entries in ledger.finished() for entry in entries]
     files = known + [entry for entries in finished for entry in entries]
-    if len(finished) == len(job.arch.layers) + len(job.arch.mtp):  # it may have ended while it gave its files their final names
+    # The interrupted launch may have ended while it gave its files their final names.
+    if len(finished) == len(job.arch.layers) + len(job.arch.mtp):
         for file, name in hub_names(files).items():
             if (run.model / name).is_file():
                 (run.model / name).rename(run.model / file)
@@ -61,7 +65,7 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
 
 
 def _write_around(job: Job, result: PruneResult, run: Run) -> None:
-    """Final names for all files, and what belongs to them; the index comes last."""
+    """Give all files their final names and write the rest; the index last, so that an unfinished checkpoint has none."""
     arch, names = job.arch, hub_names(result.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)

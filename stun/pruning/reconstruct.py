@@ -1,10 +1,10 @@
-"""Block reconstruction: the last matrix of attention and of every MLP and expert is refitted to what the dense block gave.
+"""Block reconstruction: refits the last matrix of attention and of every MLP and expert to the dense block's output.
 
-The matrices before it are refitted to their own dense outputs when they are pruned (stun.sparsify.refit), so what remains of a
-block's error is what its last matrix can still make up for. With x its inputs in the dense block and z those in the pruned
-one, for the same tokens, it takes the values that minimise sum ||W x - V z||^2 over the non-zero entries of V (after arXiv
-2510.14444): the Gram matrix of z and the sum of x z^T are all that is needed. Experts are weighed with their gate weights, as
-in the block's output, and compared on the inputs that the pruned layer gives them.
+The matrices before it are refitted to their own dense outputs when they are pruned (stun.sparsify.refit); the last matrix
+corrects the error that remains. With x its inputs in the dense block and z those in the pruned one, for the same tokens, it
+takes the values that minimise sum ||W x - V z||^2 over the non-zero entries of V (after arXiv 2510.14444). That needs only the
+Gram matrix of z and the sum of x z^T. Experts are weighed with their gate weights, as in the block's output, and compared on
+the inputs that the pruned layer gives them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from stun.stream.layer_stream import LayerStream, States
 
 
 class Reconstruction:
-    """Keeps what a layer was before it is pruned, and refits it afterwards.
+    """Copies of a layer's dense weights, taken before it is pruned, and the refit afterwards.
 
-    `names` are the dense matrices to refit, and `inputs` what they saw in the dense layer on this rank, by turn. `blocks` are
-    this rank's experts to refit, in the groups that are measured together.
+    `names` are the dense matrices to refit, and `inputs` their inputs in the dense layer on this rank, by micro-batch. `blocks`
+    are this rank's experts to refit, in the groups that are measured together.
     """
 
     def __init__(self, stream: LayerStream, layer: Layer, names: list[str], blocks: list[list[int]]):
@@ -36,15 +36,15 @@ class Reconstruction:
         self.before = Layer(layer.layout, {}, experts, {}, layer.kept, layer.owner)
 
     def refit(self, states: States) -> None:
-        """Run the pruned layer, once for each block of experts, and refit what closes its blocks."""
+        """Run the pruned layer once for each block of experts, and refit the matrices that end attention, MLPs and experts."""
         stream, layer, oriented = self.stream, self.layer, self.layer.layout.oriented
         stream.build(layer)
         for place, block in enumerate(self.blocks):
             sums = _Pairs(self, [] if place else self.names, block)
             sums.measure(states)
-            for number, own in sums.experts.items():
+            for number, pair in sums.experts.items():
                 parts, before = layer.experts[layer.kept[number]], self.before.experts[layer.kept[number]]
-                _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), own)
+                _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), pair)
             if not place:
                 dense = sums.dense
         for name in self.names:
@@ -58,7 +58,7 @@ def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torc
 
 
 class _Pairs(Sums):
-    """Of the matrices that close a block: the sums of z z^T and of x z^T, with z their inputs and x those in the dense block."""
+    """Sums of z z^T and x z^T for the last matrices, with z their inputs in the pruned block and x those in the dense one."""
 
     reads_gates = True
 
@@ -66,8 +66,8 @@ class _Pairs(Sums):
         super().__init__(reconstruction.stream, reconstruction.layer, names, numbers)
         self.inputs = reconstruction.inputs
         self.before = Exchange(reconstruction.before, self.stream.ranks, self.stream.dtype)
-        found = experts_of(self.layer.module)
-        self.module = found[1] if found else None
+        named = experts_of(self.layer.module)
+        self.module = named[1] if named else None
 
     def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
         before_nI = self.before.inner(self.module, number, input_nD)

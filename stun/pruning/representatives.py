@@ -1,4 +1,4 @@
-"""The one expert of every cluster that is kept, with its own weights or the mean of its cluster's."""
+"""Representatives: the one expert kept of every cluster, with its own weights or the mean of its cluster's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stun.stream.layer_stream import LayerStream
 
 
 def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
-    """The representative of every cluster, found by the rank that owns the cluster; ascending, the same on every rank."""
+    """Representatives of all clusters, ascending, the same on every rank; the rank that owns a cluster chooses."""
     if plan.kept or not plan.clusters:
         return plan.kept
     mine = []
@@ -25,7 +25,7 @@ def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
 
 
 def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> list[int]:
-    """Drop all experts of a layer but one of every cluster, with the cluster's mean where the plan says so; returns who stays."""
+    """Remove all experts of a layer but one of every cluster; returns the experts kept. All ranks call this together."""
     kept = _choose(layer, plan, stream.ranks)
     if plan.mean:
         _reconstruct(layer, plan, kept)
@@ -34,29 +34,25 @@ def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> 
 
 
 def squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
-    """Squared distance of each member's parameters (all parts concatenated) to the members' mean.
-
-    Summed by row and then exactly, so that it does not depend on the number of threads.
-    """
+    """Squared distance of each member's parameters (all parts concatenated) to the members' mean."""
+    # Summed by row and then exactly: one long sum would depend on the number of threads.
     rows: list[list[float]] = [[] for _ in members]
     for part in sorted(members[0]):
         mean_OD = sum(member[part].float() for member in members) / len(members)
-        for own, member in zip(rows, members, strict=True):
-            own += torch.atleast_2d(member[part].float() - mean_OD).square().sum(1).tolist()
-    return [math.fsum(own) for own in rows]
+        for sums, member in zip(rows, members, strict=True):
+            sums += torch.atleast_2d(member[part].float() - mean_OD).square().sum(1).tolist()
+    return [math.fsum(sums) for sums in rows]
 
 
 def _reconstruct(layer: Layer, plan: LayerPlan, kept: list[int]) -> None:
-    """Give every representative the mean of its cluster's parameters and router entries (STUN, selective reconstruction).
-
-    Means are taken in float32 and stored in the tensor's own dtype.
-    """
+    """Give every representative the mean of its cluster's parameters and router rows (STUN, selective reconstruction)."""
+    # Means are taken in float32, in ascending order of the experts, so that they do not depend on the cluster's order.
     for cluster in (members for members in plan.clusters if len(members) > 1):
-        (stays,) = set(cluster).intersection(kept)
-        if stays in layer.experts:
-            for part in layer.experts[stays]:
+        (representative,) = set(cluster).intersection(kept)
+        if representative in layer.experts:
+            for part in layer.experts[representative]:
                 mean = sum(layer.experts[e][part].float() for e in sorted(cluster)) / len(cluster)
-                layer.experts[stays][part] = mean.to(layer.experts[stays][part].dtype)
+                layer.experts[representative][part] = mean.to(layer.experts[representative][part].dtype)
         for name, dim in layer.layout.routed.items():
             entries = layer.dense[name].movedim(dim, 0)
-            entries[stays] = (sum(entries[e].float() for e in sorted(cluster)) / len(cluster)).to(entries.dtype)
+            entries[representative] = (sum(entries[e].float() for e in sorted(cluster)) / len(cluster)).to(entries.dtype)

@@ -1,9 +1,9 @@
-"""How much of a target should leave as whole experts: the split with the least error on held-out calibration samples.
+"""Search for the share of a target removed as whole experts: the one with the least error on held-out calibration samples.
 
-One stream over the dense model serves all candidates. Each candidate prunes every layer on the hidden states that its own pruned
-layers before it produce, as the real run does, and takes along samples that were not used for pruning; the error is how far
-these are from the dense model's after the last layer. A cluster is represented by its member of most worth here, whatever the run
-itself will do.
+One stream over the dense model serves all candidates. Each candidate prunes every layer on the hidden states of its own pruned
+layers before it, as the real run does. The held-out samples pass through the same layers; the error is the distance of their
+hidden states from the dense model's after the last layer. Clusters keep their member with the best score here, whatever the run
+itself is configured to do.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from stun.stream.progress import Progress
 
 
 def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
-    """The error at each of the job's fractions: ||Y' - Y||^2 / ||Y||^2, with Y the dense last layer's output and Y' the pruned
-    one's. All ranks call this together; the job's statistics are there."""
+    """Error by fraction: ||Y' - Y||^2 / ||Y||^2, with Y the output of the dense last layer and Y' that of the pruned one.
+
+    All ranks call this together, after the job's statistics are taken. Raises StunError if no fraction can be met.
+    """
     cfg, arch = job.cfg, job.arch
     plans = ranks.on_first(lambda: _candidates(job))
     quotas = {f: layer_quotas(job.sizes, plan) for f, plan in plans.items()}
@@ -36,7 +38,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
     states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
-    own = {fraction: (states, held) for fraction in plans}
+    pruned = {fraction: (states, held) for fraction in plans}
     for layer in stream:
         ranks.doing = f"search layer {layer.layout.index}"
         ranks.meter.enter("propagate")
@@ -45,14 +47,14 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
         for fraction, plan in plans.items():
             kept = plan.layers[layer.layout.index].kept
             quota = quotas[fraction][layer.layout.index]
-            own[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, own[fraction])
+            pruned[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, pruned[fraction])
         progress.layer(layer, f"{len(plans)} fractions")
     progress.close()
-    return {fraction: _relative_error(pruned, held, ranks) for fraction, (_, pruned) in own.items()}
+    return {fraction: _relative_error(candidate, held, ranks) for fraction, (_, candidate) in pruned.items()}
 
 
 def _candidates(job: Job) -> dict[float, Plan]:
-    """A plan, its representatives known without looking at weights, for each fraction that protected experts allow."""
+    """Plans by fraction, for those that protected experts allow; representatives by score, which needs no weights."""
     plans, refused = {}, None
     experts = replace(job.cfg.experts, representative=Representative.score, kappa=0)
     by_score = replace(job, cfg=replace(job.cfg, experts=experts))
@@ -60,14 +62,14 @@ def _candidates(job: Job) -> dict[float, Plan]:
         try:
             plans[fraction] = make_plan(by_score.with_fraction(fraction), job.statistics)
         except StunError as error:
-            refused = error  # this split cannot be; the others may
+            refused = error  # other splits may be possible
     if not plans:
         raise refused
     return plans
 
 
 def _split(samples: Samples) -> tuple[Samples, Samples]:
-    """The samples without the last eighth of every source, and these."""
+    """Samples for pruning, and the held-out ones: the last eighth of every source."""
     parts = list(zip(samples.sources, samples.tokens_ST.split(list(samples.sources.values())), strict=True))
     cuts = {name: len(part) - len(part) // HELD_OUT for name, part in parts}
     first = Samples(torch.cat([part[: cuts[name]] for name, part in parts]), cuts)
@@ -76,11 +78,12 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
 
 
 def _through(
-    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, how: SparsifyConfig, both: tuple[States, States]
+    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, config: SparsifyConfig, both: tuple[States, States]
 ) -> tuple[States, States]:
-    """The states and the held-out ones after a pruned copy of the layer, from `both` before it."""
+    """Prune a copy of the layer; returns the pruning and held-out states after it, from `both` before it."""
     states, held = both
-    own = Layer(
+    # A copy: the dense layer serves the next candidate too.
+    copy = Layer(
         layer.layout,
         {name: tensor.clone() for name, tensor in layer.dense.items()},
         {e: {part: t.clone() for part, t in layer.experts[e].items()} for e in kept if e in layer.experts},
@@ -88,20 +91,20 @@ def _through(
         list(layer.kept),
         list(layer.owner),
     )
-    stream.keep(own, kept)
-    stream.build(own)
-    mask_layer(stream, own, states, quota, how)
-    stream.build(own)
-    after = stream.run(own, states), stream.run(own, held)
-    own.release()
+    stream.keep(copy, kept)
+    stream.build(copy)
+    mask_layer(stream, copy, states, quota, config)
+    stream.build(copy)
+    after = stream.run(copy, states), stream.run(copy, held)
+    copy.release()
     return after
 
 
 def _relative_error(pruned: States, dense: States, ranks: Ranks) -> float:
-    """||Y' - Y||^2 / ||Y||^2 over all ranks; a sum per token, and then exactly, so that no order matters."""
+    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed per token, then exactly, so that the order of ranks does not matter."""
     pairs = list(zip(pruned.hidden, dense.hidden, strict=True))
     totals = []
     for part in ([a.float() - b.float() for a, b in pairs], [b.float() for _, b in pairs]):
-        own = [value for hidden in part for value in hidden.square().sum(-1).flatten().tolist()]
-        totals.append(math.fsum(value for values in ranks.gather_objects(own) for value in values))
+        sums = [value for hidden in part for value in hidden.square().sum(-1).flatten().tolist()]
+        totals.append(math.fsum(value for values in ranks.gather_objects(sums) for value in values))
     return totals[0] / totals[1] if totals[1] else 0.0

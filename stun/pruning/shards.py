@@ -1,4 +1,4 @@
-"""What each rank writes of a layer, into which file, behind the computation."""
+"""Shards: the tensors of a layer that each rank writes, and the files it writes them to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stun.stream.layer_stream import LayerStream
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
-    """What this rank writes of a layer, under source names, survivors renumbered."""
+    """Tensors of a layer that this rank writes, by source name, the experts kept renumbered. All ranks call this together."""
     writers, rank, layout = stream.writer_of(layer.layout), stream.ranks.rank, layer.layout
     tensors = {name: tensor for name, tensor in layer.dense.items() if writers[name] == rank} | layer.unused
     for number, expert in enumerate(layer.kept):
@@ -36,21 +36,22 @@ def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
 
 
 def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.Tensor:
-    """One part of all surviving experts in one tensor on the CPU of rank `writer`, sent there expert by expert; empty
-    elsewhere."""
+    """One part of all experts kept, [E, ...] on the CPU of rank `writer`, sent there expert by expert; empty elsewhere."""
     ranks = stream.ranks
     (piece,) = stream.arch.piece(layer.layout, 0, part)
     shape = (len(layer.kept) if ranks.rank == writer else 0, *piece.shape)
     joined_E = torch.empty(shape, dtype=piece.dtype)
     for number, expert in enumerate(layer.kept):
-        own = layer.experts[expert][part] if expert in layer.experts else None
-        ranks.move(own, joined_E[number] if ranks.rank == writer else joined_E, layer.owner[number], writer)
+        weight = layer.experts[expert][part] if expert in layer.experts else None
+        ranks.move(weight, joined_E[number] if ranks.rank == writer else joined_E, layer.owner[number], writer)
     return joined_E
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict:
-    """Write one file, `name` in `folder`, where there are tensors at all; returns the entry for it: `file` and the bytes of its
-    `tensors`. They must not change any more."""
+    """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file` and the bytes of its `tensors` by name.
+
+    Runs in the background, so the caller must not change the tensors any more.
+    """
     if not tensors:
         return {"file": None, "tensors": {}}
     stored = {key: to_host(tensor) for key, tensor in tensors.items()}
@@ -58,25 +59,25 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> di
     return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in stored.items()}}
 
 
-# Files that only an unfinished run has in its `model`.
+# Files that only an unfinished run has in its folder `model`.
 _UNFINISHED = re.compile(r"(layer-\d{5}-\d+-of-\d+|outside)\.safetensors|\..+\.tmp")
 
 
 def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
-    """Remove the shards of an interrupted launch in `folder`, the run's own, that no entry names.
+    """Remove the shards of an interrupted launch from `folder`, the run's own, that no entry names.
 
-    Raises StunError where a file is there that the run has not written (`extras` are those that it writes beside the shards),
-    is missing, or holds other tensors than its entry says. Nothing is removed then.
+    Raises StunError if the run has not written one of the files (`extras` are those that it writes beside the shards), or if a
+    file is missing or holds other tensors than its entry says.
     """
     known = {entry["file"]: entry["tensors"] for entry in entries if entry["file"]}
     if len(known) < sum(entry["file"] is not None for entry in entries):
         raise StunError(f"{folder}: two entries in the run's folder `progress` name the same file; {REPEAT}")
-    others = [file for file in sorted(folder.iterdir()) if file.name not in known and file.name not in extras]
-    remains = [file for file in others if _UNFINISHED.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
-    if len(remains) < len(others):
-        foreign = next(file for file in others if file not in remains)
-        raise StunError(f"{foreign}: was not written by this run; move it elsewhere, or remove it where nobody needs it")
-    for file in remains:
+    unknown = [file for file in sorted(folder.iterdir()) if file.name not in known and file.name not in extras]
+    unfinished = [file for file in unknown if _UNFINISHED.fullmatch(file.name) and file.is_file() and not file.is_symlink()]
+    if len(unfinished) < len(unknown):
+        foreign = next(file for file in unknown if file not in unfinished)
+        raise StunError(f"{foreign}: was not written by this run; move it elsewhere, or remove it if it is not needed")
+    for file in unfinished:
         file.unlink()
     for name, tensors in known.items():
         file, state = folder / name, ""
@@ -89,6 +90,6 @@ def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
 
 
 def hub_names(entries: list[dict]) -> dict[str, str]:
-    """The final name in the hub's form of every file that the entries name, in their order."""
+    """Final names of all files in the entries, in their order: model-00001-of-00003.safetensors as on the Hugging Face Hub."""
     files = [entry["file"] for entry in entries if entry["file"]]
     return {file: f"model-{number:05d}-of-{len(files):05d}.safetensors" for number, file in enumerate(files, 1)}

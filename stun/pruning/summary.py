@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its summary, and what its streams measured."""
+"""Summary of a finished run for manifest.json, and the measurements of its streams for layers.json."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command with these `sys.argv`, without what may be a secret."""
+    """The command with these `sys.argv`, with what may be a secret masked."""
     program, *rest = arguments
     start = ["python", "-m", f"jobs.{Path(program).stem}"] if Path(program).parent.name == "jobs" else [Path(program).name]
     return shlex.join([*start, *(_SECRET.sub("***", _SECRET_KEY.sub(r"\1***", word)) for word in rest)])
 
 
 def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks) -> dict:
-    """The summary in manifest.json, but for the seconds it took. All ranks call this together."""
+    """Content of manifest.json, except the seconds the run took. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    kept = [len(survivors) for survivors in result.kept[: len(plan.layers)]]
+    kept = [len(experts) for experts in result.kept[: len(plan.layers)]]
     return {
         "target": plan.target,
         "sparsity": 1 - result.nonzero / plan.parameters,
@@ -61,24 +61,24 @@ def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks)
 
 
 def save_observed(run: Run) -> None:
-    """layers.json of a folder of statistics, where this launch or one before it has taken any."""
+    """Write layers.json of a folder of statistics, if this launch or an earlier one has taken any."""
     entries = Ledger(run.folder / "progress", "observe").finished()
     if entries:
-        write_json(run.folder / FILE, {"observe": [observed_layer(own) for own in entries]})
+        write_json(run.folder / FILE, {"observe": [observed_layer(layer) for layer in entries]})
 
 
 def save_layers(job: Job, result: PruneResult, run: Run) -> dict:
     """Write layers.json of a run that prunes; returns its content."""
     cfg, arch = job.cfg, job.arch
-    own = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
+    observed = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
     shared = Path(cfg.statistics) / FILE if cfg.statistics else None
-    seen = own or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])
-    dense = [layer.get("powers") for layer in seen] or [None] * len(arch.layers)
+    measured = observed or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])
+    dense = [layer.get("powers") for layer in measured] or [None] * len(arch.layers)
     scope, layouts = [kind.name for kind in cfg.sparsify.scope], [*arch.layers, *arch.mtp]
     layers = [
         pruned_layer(entries, parameters_by_kind(arch, layout), scope, powers)
         for entries, layout, powers in zip(result.layers, layouts, [*dense, *(None for _ in arch.mtp)], strict=True)
     ]
-    parts = {"observe": own, "prune": layers[: len(arch.layers)], "mtp": layers[len(arch.layers) :]}
+    parts = {"observe": observed, "prune": layers[: len(arch.layers)], "mtp": layers[len(arch.layers) :]}
     write_json(run.folder / FILE, parts)
     return parts
