@@ -22,20 +22,23 @@ def sparsify(config: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tens
     StunError, with `name` in the message, for non-finite scores.
     """
     pattern = Pattern.parse(config.pattern)
-    gram_DD = moment if config.reads_grams else None
     masked_OD = without(weight_OD, _mask(config, weight_OD, moment, total, pattern, name))
+    if not config.reads_grams:
+        return masked_OD
+    assert moment is not None
     if config.method in SOLVERS:
-        solved_OD = SOLVERS[config.method](weight_OD, gram_DD, total, pattern).to(weight_OD.dtype)
+        solved_OD = SOLVERS[config.method](weight_OD, moment, total, pattern).to(weight_OD.dtype)
         require_finite(solved_OD, f"{name}: {config.method.name}")
-        worse = _error(solved_OD, weight_OD, gram_DD) > _error(masked_OD, weight_OD, gram_DD)
-        masked_OD = refit(masked_OD, weight_OD, gram_DD) if worse else solved_OD
-    return refit(masked_OD, weight_OD, gram_DD) if config.reconstruct else masked_OD
+        worse = _error(solved_OD, weight_OD, moment) > _error(masked_OD, weight_OD, moment)
+        masked_OD = refit(masked_OD, weight_OD, moment) if worse else solved_OD
+    return refit(masked_OD, weight_OD, moment) if config.reconstruct else masked_OD
 
 
 def scores_of(config: SparsifyConfig, weight_OD: torch.Tensor, moment: torch.Tensor | None) -> torch.Tensor:
     """Scores [O, D] of the weights, lowest removed first; `moment` as in `sparsify`."""
     if config.method is SparsifyMethod.magnitude:
         return magnitude_scores(weight_OD)
+    assert moment is not None
     return wanda_scores(weight_OD, moment.diagonal() if moment.dim() == 2 else moment)
 
 

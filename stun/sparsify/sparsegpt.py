@@ -34,13 +34,16 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:
     """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks compensate."""
     scale_B = upper_BB.diagonal()
-    mask_OB = smallest_of_matrix((weight_OB / scale_B).square(), share) if pattern is None else None
+    # With a pattern a group's mask is chosen when the block arrives at it: earlier columns have changed its weights by then.
+    mask_OB = (
+        torch.zeros_like(weight_OB, dtype=torch.bool) if pattern else smallest_of_matrix((weight_OB / scale_B).square(), share)
+    )
     error_OB = torch.zeros_like(weight_OB)
     for column in range(weight_OB.shape[1]):
         if pattern and column % pattern.of == 0:
             group = slice(column, column + pattern.of)
-            mask_OG = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
-        removed_O = mask_OG[:, column % pattern.of] if pattern else mask_OB[:, column]
+            mask_OB[:, group] = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
+        removed_O = mask_OB[:, column]
         error_OB[:, column] = weight_OB[:, column].where(removed_O, 0) / scale_B[column]
         weight_OB[:, column:] -= error_OB[:, column, None] * upper_BB[column, column:]
         weight_OB[:, column].masked_fill_(removed_O, 0)

@@ -112,7 +112,7 @@ def cut_global(layers: list[list[Step]], most: list[int], total: int) -> list[in
     """
     ranked = []
     for layer, steps in enumerate(layers):
-        heights = np.maximum.accumulate([step.height for step in steps]) if steps else []
+        heights = np.maximum.accumulate([step.height for step in steps], dtype=np.float64) if steps else np.zeros(0)
         ranked += [(height, layer, number) for number, height in enumerate(heights) if number < most[layer]]
     taken = [0] * len(layers)
     for _, layer, _ in sorted(ranked)[:total]:
