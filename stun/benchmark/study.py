@@ -27,23 +27,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
 
     All methods and sparsities share the statistics of a seed. Finished results are not computed again.
     """
-    if not (cfg.methods and cfg.targets and cfg.seeds):
-        raise StunError("study: methods, targets and seeds are needed")
-    folder = Path(cfg.run_dir)
-    method_cfgs = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
-    unknown = sorted(set(cfg.measures) - TITLES.keys())
-    if unknown:
-        raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
-    fixed = ("model", "calibration", "target", "run_dir", "plan", "task")
-    for method, method_cfg in method_cfgs.items():
-        if any(getattr(method_cfg, key) != getattr(cfg, key) for key in fixed):
-            raise StunError(f"study: methods.{method} may change experts and sparsify only")
-    for seed in cfg.seeds:
-        validate(replace(cfg, target=cfg.targets[0], calibration=replace(cfg.calibration, seed=seed)))
-    for method_cfg, target in itertools.product(method_cfgs.values(), cfg.targets):
-        resolve_model(replace(method_cfg, target=target))
-        if method_cfg.experts.fraction == "auto":
-            raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
+    folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
     task = asdict(cfg.task)
     asked = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
     dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(asked, ranks), ranks)
@@ -62,6 +46,27 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
             results[method][str(target)].append(_measures(result))
             ranks.log(f"{method} at {target}, seed {seed}: {_measures(result)['odd']:.3f}")
     return {"dense": _measures(dense), "seeds": list(cfg.seeds), "results": results}
+
+
+def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
+    """Configuration of every method. Raises StunError, before anything is computed, if one cannot be met at a target."""
+    if not (cfg.methods and cfg.targets and cfg.seeds):
+        raise StunError("study: methods, targets and seeds are needed")
+    method_cfgs = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
+    unknown = sorted(set(cfg.measures) - TITLES.keys())
+    if unknown:
+        raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
+    fixed = ("model", "calibration", "target", "run_dir", "plan", "task")
+    for method, method_cfg in method_cfgs.items():
+        if any(getattr(method_cfg, key) != getattr(cfg, key) for key in fixed):
+            raise StunError(f"study: methods.{method} may change experts and sparsify only")
+    for seed in cfg.seeds:
+        validate(replace(cfg, target=cfg.targets[0], calibration=replace(cfg.calibration, seed=seed)))
+    for method_cfg, target in itertools.product(method_cfgs.values(), cfg.targets):
+        resolve_model(replace(method_cfg, target=target))
+        if method_cfg.experts.fraction == "auto":
+            raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
+    return method_cfgs
 
 
 def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
