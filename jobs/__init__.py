@@ -1,4 +1,4 @@
-"""Entry points. Each composes its configuration with Hydra, starts the ranks, and calls the library."""
+"""Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ Work = Callable[[object, Ranks], None]
 def launch(name: str, work: Work, observe: Work | None = None) -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
-    With `-m` it is called for every run of a sweep, after `observe` for the statistics they share (stun.run.sweep), if given.
-    Bad input ends in one line on the first rank and exit status 2; what goes wrong on one rank alone in one line there, which
-    names the rank and what it was doing. Either way the process ends at once, so that the launcher ends the others.
+    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for the statistics they share
+    (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
+    rank and the step. Both exit with status 2, other errors with 1, at once, so that the launcher ends the other ranks.
     """
     stun.config.register()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # where it is imported (stun.data)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
     transformers.utils.logging.disable_progress_bar()
-    # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
+    # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
     parts = [(work, arguments)]
     if observe and {"-m", "--multirun"} & set(arguments):
         with _ends_clearly():
             parts = list(zip((observe, work), stages(arguments), strict=True))
-    for part, own in parts:
-        sys.argv = [program, *own]
-        _main(name, part)()
+    for function, overrides in parts:
+        sys.argv = [program, *overrides]
+        _main(name, function)()
 
 
 def _main(name: str, work: Work) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def _main(name: str, work: Work) -> Callable[[], None]:
 
 @cache
 def _ranks() -> Ranks:
-    """The ranks of this process, which all runs of a sweep share."""
+    """Ranks of this process, shared by all runs of a sweep."""
     ranks = Ranks()
     atexit.register(ranks.end)
     return ranks
@@ -70,18 +70,18 @@ def _ranks() -> Ranks:
 
 @contextmanager
 def _ends_clearly() -> Iterator[None]:
-    """End the process in one line where the work cannot be done."""
+    """End the process with one line on stderr if the work inside raises."""
     is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         try:
             yield
         finally:
-            close_view()  # before anything else is said
+            close_view()  # before anything else is printed
     except (StunError, OmegaConfBaseException, HydraException) as error:
-        own = _doing() and not getattr(error, "is_shared", False)
-        if is_first or own:
-            print(f"error: {_where() if own else ''}{error}", file=sys.stderr, flush=True)
-        _leave(2)
+        is_local = _doing() and not getattr(error, "is_shared", False)
+        if is_first or is_local:
+            print(f"error: {_where() if is_local else ''}{error}", file=sys.stderr, flush=True)
+        _exit(2)
     except Exception as error:
         if _is_out_of_memory(error):
             advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
@@ -91,7 +91,7 @@ def _ends_clearly() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU, of Python, or of torch's allocator or the kernel, which have no error type for it."""
+    """Whether the GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
     is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_kernel or is_allocator
@@ -107,10 +107,10 @@ def _where() -> str:
 
 def _fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    _leave(1)
+    _exit(1)
 
 
-def _leave(status: int) -> None:
+def _exit(status: int) -> None:
     """End the process without waiting for threads that read or write."""
     sys.stdout.flush()
     os._exit(status)

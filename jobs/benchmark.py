@@ -1,4 +1,4 @@
-"""Measure what pruning costs: python -m jobs.benchmark case=layer run_dir=runs/benchmark [shape.hidden=2048 ...]"""
+"""Measure time and memory of pruning: python -m jobs.benchmark case=layer run_dir=runs/benchmark [shape.hidden=2048 ...]"""
 
 from jobs import launch
 from stun.benchmark.cases import benchmark

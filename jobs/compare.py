@@ -1,4 +1,4 @@
-"""STUN beside whole experts only and weights only: torchrun --nproc-per-node 2 -m jobs.compare experiment=demo"""
+"""Compare STUN with experts only and weights only: torchrun --nproc-per-node 2 -m jobs.compare experiment=demo"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from stun.report.write import write_reports
 
 def work(cfg, ranks) -> None:
     if cfg.sparsify.pattern:
-        raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: decides how many experts leave; there is nothing to compare")
+        raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: fixes the number of experts removed; nothing to compare")
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
     dense = f"{cfg.run_dir}/dense.json"
     results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}
     for name, fraction in shares.items():
         run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
-        own = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
-        results[name] = prune_and_evaluate(own, ranks, dense)
+        run_cfg = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
+        results[name] = prune_and_evaluate(run_cfg, ranks, dense)
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)

@@ -1,5 +1,5 @@
-"""Say what a run needs and whether it is there: python -m jobs.preflight model.path=... target=0.4 run_dir=runs/x cluster.nodes=8
-cluster.gpus=8"""
+"""Check the memory, disk and time that a run needs: python -m jobs.preflight model.path=... target=0.4 run_dir=runs/x
+cluster.nodes=8 cluster.gpus=8"""
 
 from jobs import launch
 from stun.planning.job import resolve

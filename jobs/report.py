@@ -1,4 +1,4 @@
-"""A page for a run, or for every run below a folder and one that compares them: python -m jobs.report folder=runs/sweep"""
+"""Write report pages, for one run or for all runs below a folder and their comparison: python -m jobs.report folder=runs/sweep"""
 
 from pathlib import Path
 

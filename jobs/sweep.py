@@ -1,4 +1,4 @@
-"""The command lines of a sweep, one a line, for slurm/sweep.sbatch: python -m jobs.sweep observe|runs OVERRIDES"""
+"""Print the command lines of a sweep, one a line, for slurm/sweep.sbatch: python -m jobs.sweep observe|runs OVERRIDES"""
 
 import shlex
 import sys
