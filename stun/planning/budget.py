@@ -1,4 +1,4 @@
-"""How much leaves: parameters of the decoder layers, and the split of a total target into whole experts and single weights."""
+"""Budgets: parameters of the decoder layers, and the split of a target into experts and single weights to remove."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stun.sparsify.select import Pattern, quotas
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Parameters of one layer. `expert` counts one expert with its rows of the router; `dense` maps scoped matrices to sizes."""
+    """Parameters of one layer. `expert` counts one expert with its router rows; `dense` has the sizes of matrices in scope."""
 
     total: int
     experts: int
@@ -23,7 +23,7 @@ class LayerSize:
 
 
 def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
-    """Sizes of every decoder layer, from the checkpoint's headers. An expert's vectors (biases) leave only with it."""
+    """Sizes of every decoder layer, from the checkpoint's headers. Only an expert's matrices are in scope, not its biases."""
     sizes = []
     for layout in arch.layers:
         parts: dict[str, int] = {}
@@ -41,17 +41,14 @@ def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
 
 
 def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
-    """Fewest experts a layer may keep: routing needs the model's top-k, and where it is limited to groups, enough in every
-    group."""
+    """Fewest experts a layer may keep: the model's top-k, or enough in every group where routing is limited to groups."""
     return arch.groups * max(arch.group_floor, -(-cfg.experts.keep_at_least // arch.groups))
 
 
 def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
-    """Experts to drop per layer for `target` and `experts.fraction`, in whole experts, rounded to the nearest; the same number in
-    every group of experts that routing is limited to.
+    """Experts to remove per layer for `target` and `experts.fraction`, rounded to whole experts, the same in every routing group.
 
-    With the uniform budget this is what each layer drops; with the global one only the sum counts.
-    Raises StunError where a layer would keep fewer than the floor allows.
+    With the global budget only the sum counts. Raises StunError if a layer would keep fewer than `floor_of` allows.
     """
     moe = [size for size in sizes if size.experts]
     if not moe:
@@ -62,13 +59,13 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     if count > room:
         per_layer = "" if is_global else " of every layer"
         in_groups = f", in {groups} groups of at least {arch.group_floor}" if groups > 1 else ""
-        why, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
+        setting, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
         if not cfg.sparsify.pattern:
             most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
-            why, advice = f"experts.fraction={cfg.experts.fraction}", f"Lower experts.fraction to {most} or less"
+            setting, advice = f"experts.fraction={cfg.experts.fraction}", f"Lower experts.fraction to {most} or less"
         raise StunError(
-            f"target={cfg.target} with {why} drops {count} experts{per_layer}, but only {room} may go: a layer must keep {floor} "
-            f"(top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
+            f"target={cfg.target} with {setting} removes {count} experts{per_layer}, but at most {room} can be: a layer must "
+            f"keep {floor} (top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
         )
     if is_global:
         return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
@@ -76,19 +73,18 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
 
 
 def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:
-    """Parameters that leave with one more expert (global budget) or one more of every layer (uniform). With a pattern: without
-    those it would have removed anyway."""
+    """Parameters removed by one more expert (global budget) or one more of every layer (uniform), except those that the pattern,
+    if any, removes anyway."""
     pattern = Pattern.parse(cfg.sparsify.pattern)
-    own = [
+    units = [
         size.expert - (sum(map(pattern.zeros, size.expert_parts.values())) if pattern else 0) for size in sizes if size.experts
     ]
-    return sum(own) / len(own) if cfg.experts.budget is Budget["global"] else sum(own)
+    return sum(units) / len(units) if cfg.experts.budget is Budget["global"] else sum(units)
 
 
 def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> int:
-    """How many times `unit` parameters leave as whole experts: `experts.fraction` of the target, or what a pattern leaves of it.
-
-    Raises StunError where the pattern alone removes more than the target.
+    """Number of units, of `unit` parameters each, to remove as experts: `experts.fraction` of the target, or with a pattern the
+    part of the target that it does not remove. Raises StunError if the pattern alone removes more than the target.
     """
     total = sum(size.total for size in sizes)
     remove, pattern = cfg.target * total, Pattern.parse(cfg.sparsify.pattern)
@@ -102,21 +98,19 @@ def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> in
 
 
 def _spread(count: int, room: list[int], step: int) -> list[int]:
-    """`count` in shares that differ by `step` at most, none above its room: only the sum matters to a global budget."""
-    given = [0] * len(room)
+    """Split `count` into shares that differ by at most `step`, none above its room; a global budget reads only their sum."""
+    shares = [0] * len(room)
     while count:
         for layer, limit in enumerate(room):
-            if count and given[layer] < limit:
-                given[layer] += step
+            if count and shares[layer] < limit:
+                shares[layer] += step
                 count -= step
-    return given
+    return shares
 
 
 def make_budget(cfg: PruneConfig, sizes: list[LayerSize], kept: list[int]) -> Plan:
-    """A plan without clusters: how many single weights must go beside the dropped experts to meet the target exactly, or, with a
-    pattern, what the pattern removes.
-
-    Raises StunError, naming the largest reachable target, where the scope is too small.
+    """A plan without clusters: the single weights to remove beside experts, so that the target is met exactly, or those that the
+    pattern removes. Raises StunError, with the largest reachable target, if the scope is too small.
     """
     total = sum(size.total for size in sizes)
     dropped = sum((size.experts - count) * size.expert for size, count in zip(sizes, kept, strict=True))
@@ -133,8 +127,8 @@ def make_budget(cfg: PruneConfig, sizes: list[LayerSize], kept: list[int]) -> Pl
 
 
 def matrix_sizes(sizes: list[LayerSize], kept: list[int]) -> list[int]:
-    """Sizes of all matrices whose weights may go, in the order in which removals are shared out: layer by layer, dense matrices
-    by name, then the surviving experts' parts."""
+    """Sizes of all matrices in scope, in the order of their quotas: layer by layer, dense matrices by name, then the parts of the
+    experts kept."""
     matrices = []
     for size, count in zip(sizes, kept, strict=True):
         matrices += [size.dense[name] for name in sorted(size.dense)]
@@ -144,7 +138,7 @@ def matrix_sizes(sizes: list[LayerSize], kept: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class LayerQuota:
-    """Single weights to remove from each matrix of a layer: `dense` by name, `experts[i]` by part for the i-th survivor."""
+    """Single weights to remove from each matrix of a layer: `dense` by name, `experts[i]` by part for the i-th expert kept."""
 
     dense: dict[str, int]
     experts: list[dict[str, int]]
@@ -163,42 +157,42 @@ def layer_quotas(sizes: list[LayerSize], plan: Plan) -> list[LayerQuota]:
     ]
 
 
-def check_pattern(how: SparsifyConfig, arch: Architecture) -> None:
-    """Raises StunError where the inputs of a matrix cannot be cut into the groups of the pattern."""
-    pattern = Pattern.parse(how.pattern)
+def check_pattern(config: SparsifyConfig, arch: Architecture) -> None:
+    """Raises StunError if the number of inputs of a matrix is not a multiple of the pattern's groups."""
+    pattern = Pattern.parse(config.pattern)
     for layout in arch.layers if pattern else []:
-        widths = {name: arch.info(name).shape[-1] for name, kind in layout.linears.items() if kind in how.scope}
-        if layout.experts and Scope.experts in how.scope:
+        widths = {name: arch.info(name).shape[-1] for name, kind in layout.linears.items() if kind in config.scope}
+        if layout.experts and Scope.experts in config.scope:
             shapes = {part: arch.piece(layout, 0, part)[0].shape for part in layout.experts[0]}
             inputs = 0 if layout.is_transposed else 1
             widths |= {f"layer {layout.index}: {p} of the experts": s[inputs] for p, s in shapes.items() if len(s) > 1}
         for name, width in widths.items():
             if width % pattern.of:
-                raise StunError(f"sparsify.pattern={how.pattern}: {name} has {width} inputs, not a multiple of {pattern.of}")
+                raise StunError(f"sparsify.pattern={config.pattern}: {name} has {width} inputs, not a multiple of {pattern.of}")
 
 
 def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
-    """The ratio of every matrix, in the order of `matrix_sizes`; None where all are the same."""
+    """Ratio of every matrix, in the order of `matrix_sizes`; None if all are the same."""
     if all(layer.ratio is None for layer in plan.layers):
         return None
     ratios = []
     for size, layer in zip(sizes, plan.layers, strict=True):
-        own = plan.ratio if layer.ratio is None else layer.ratio
-        ratios += [own] * (len(size.dense) + len(layer.clusters) * len(size.expert_parts))
+        ratio = plan.ratio if layer.ratio is None else layer.ratio
+        ratios += [ratio] * (len(size.dense) + len(layer.clusters) * len(size.expert_parts))
     return ratios
 
 
 def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:
-    """The fractions of `FRACTIONS` that the model and the target allow. Raises StunError where none is."""
+    """Fractions out of `FRACTIONS` that the model and the target allow. Raises StunError if there is none."""
     fractions = []
     for fraction in FRACTIONS:
-        own = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
+        candidate = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
         try:
-            drops = experts_to_drop(own, sizes, arch)
-            make_budget(own, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
+            drops = experts_to_drop(candidate, sizes, arch)
+            make_budget(candidate, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
             fractions.append(fraction)
         except StunError:
-            continue  # this split cannot be; the others may
+            continue  # other splits may be possible
     if not fractions:
         raise StunError(f"experts.fraction=auto: no split of target={cfg.target} into experts and weights can be met")
     return fractions
@@ -213,6 +207,6 @@ def model_bytes(arch: Architecture, plan: Plan) -> int:
     for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
         if layout.experts:
             entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
-            gone = layer.experts - len(layer.clusters)
-            total -= gone * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
+            removed = layer.experts - len(layer.clusters)
+            total -= removed * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
     return total

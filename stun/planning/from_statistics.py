@@ -1,4 +1,4 @@
-"""A plan made from saved statistics alone, and what it means for each calibration source."""
+"""Plans made from saved statistics alone, and how many of each calibration source's experts they keep."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from stun.statistics.store import Statistics
 
 @dataclass(frozen=True)
 class Described:
-    """A plan, the bytes of all tensors of the checkpoint it makes, and by calibration source the experts that serve most of its
-    tokens: how many there are, and how many of them stay (None where weights are yet to decide that)."""
+    """A plan, the bytes of all tensors of the checkpoint it makes, and by calibration source the number of experts that serve
+    most of its tokens and how many of these are kept (None while representatives are still to be chosen by their weights)."""
 
     plan: Plan
     nbytes: int
@@ -29,13 +29,13 @@ class Described:
 
 
 def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str, Described]:
-    """Make a plan from the statistics of `cfg.run_dir` and write it to `output`; the plan file `compare` beside it, where given.
+    """Make a plan from the statistics of `cfg.run_dir` and write it to `output`; returns it, and the plan in `compare`, by file.
 
-    Raises StunError where the statistics are missing or belong to another model, or the file cannot be written.
+    Raises StunError if the statistics are missing or belong to another model, or the file cannot be written.
     """
     stats = Statistics(Path(cfg.run_dir) / STATISTICS)
     if not stats.complete:
-        raise StunError(f"run_dir={cfg.run_dir}: holds no complete statistics; a run that drops experts takes them")
+        raise StunError(f"run_dir={cfg.run_dir}: holds no complete statistics; a run that removes experts takes them")
     job = resolve_model(cfg, stats.sources)
     arch = job.arch
     if stats.about["model"] != model_digest(arch.source):
@@ -52,11 +52,11 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     except OSError as error:
         raise StunError(f"output={output}: cannot be written: {error}") from error
     plans = {str(output): plan} | ({compare: other} if other else {})
-    return {name: Described(made, model_bytes(arch, made), _needs(arch, made, stats)) for name, made in plans.items()}
+    return {name: Described(plan, model_bytes(arch, plan), _needs(arch, plan, stats)) for name, plan in plans.items()}
 
 
 def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9) -> dict[str, tuple[int, int | None]]:
-    """For each source the fewest experts of all layers that serve `share` of its routed tokens, and how many of them stay."""
+    """By source, the fewest experts of all layers that serve `share` of its routed tokens, and how many of them are kept."""
     needs: dict[str, tuple[int, int]] = {name: (0, 0) for name in stats.sources}
     is_open = any(layer.clusters and not layer.kept for layer in plan.layers)
     for layout in (layout for layout in arch.layers if layout.experts):
@@ -65,6 +65,6 @@ def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9
         for name, served_E in zip(needs, served_SE, strict=True):
             order = served_E.argsort(descending=True, stable=True)
             enough = int((served_E[order].cumsum(0) < share * served_E.sum()).sum()) + 1
-            needed, stay = needs[name]
-            needs[name] = (needed + enough, stay + len(kept.intersection(order[:enough].tolist())))
-    return {name: (needed, None if is_open else stay) for name, (needed, stay) in needs.items()}
+            needed, needed_kept = needs[name]
+            needs[name] = (needed + enough, needed_kept + len(kept.intersection(order[:enough].tolist())))
+    return {name: (needed, None if is_open else needed_kept) for name, (needed, needed_kept) in needs.items()}

@@ -1,4 +1,4 @@
-"""A job: what is asked of a model, resolved. Every check of a request to prune is made here, once, for all who need one."""
+"""Jobs: requests to prune a model, resolved and checked once for pruning, preflight and planning."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ HELD_OUT = 8  # the search for the best split holds out one sample in so many
 class Job:
     """A request that can be met.
 
-    `plan` is the plan given, or one with the numbers of the plan to be made, which does not know yet who is kept. `fractions` are
-    the splits to be searched where experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the
-    calibration tokens, None where nothing reads any.
+    `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
+    splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the calibration
+    tokens, None if nothing reads any.
     """
 
     cfg: PruneConfig
@@ -44,25 +44,25 @@ class Job:
 
     @property
     def drops(self) -> list[int]:
-        """Experts that each layer loses; with the global budget only the sum counts."""
+        """Experts removed per layer; with the global budget only the sum counts."""
         return [layer.experts - len(layer.clusters) for layer in self.plan.layers]
 
     @property
     def statistics(self) -> Statistics:
-        """Those of the first stream: in the run's own folder, or in the one it is told to use."""
+        """Statistics of the first stream, in the folder `statistics` or else in the run's own."""
         return Statistics(Path(self.cfg.statistics or self.cfg.run_dir) / STATISTICS)
 
     @property
     def reads_statistics(self) -> bool:
-        """Whether the plan takes statistics of the first stream."""
+        """Whether the plan or the search reads statistics of the first stream."""
         chooses = any(self.drops) and not self.is_given and self.cfg.experts.reads_statistics
         return bool(chooses or (self.plan.zeros and self.cfg.sparsify.counts_outliers) or self.fractions)
 
     @property
     def streams(self) -> dict[str, bool]:
-        """The streams over the layers that are still to run, and whether each computes the model."""
-        is_there = self.cfg.statistics or (Path(self.cfg.run_dir) / STATISTICS / ABOUT).is_file()
-        first = {"observe": True} if self.reads_statistics and not is_there else {}
+        """Streams over the layers still to run, and whether each of them runs the model's forward."""
+        is_taken = self.cfg.statistics or (Path(self.cfg.run_dir) / STATISTICS / ABOUT).is_file()
+        first = {"observe": True} if self.reads_statistics and not is_taken else {}
         search = {"search": True} if self.fractions else {}
         return first | search | {"prune": bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
 
@@ -72,15 +72,15 @@ class Job:
         return (Path(self.cfg.run_dir) / MANIFEST).is_file()
 
     def with_fraction(self, fraction: float) -> Job:
-        """The job with one split of the target. Raises StunError where it cannot be."""
+        """The job with one split of the target. Raises StunError if that split cannot be met."""
         cfg = replace(self.cfg, experts=replace(self.cfg.experts, fraction=fraction))
         return replace(self, cfg=cfg, plan=plan_of_counts(cfg, self.arch, self.sizes), fractions=())
 
 
 def resolve(cfg: PruneConfig, ranks: Ranks) -> Job:
-    """The job that a configuration asks for, with its calibration tokens. All ranks call this together.
+    """The configuration's job with its calibration tokens. All ranks call this together.
 
-    Raises StunError, before anything is computed or written, where the request cannot be met.
+    Raises StunError, before anything is computed or written, if the request cannot be met.
     """
     job = resolve_model(cfg)
     ranks.on_first(lambda: check_tracking(cfg.tracking))
@@ -93,7 +93,7 @@ def resolve(cfg: PruneConfig, ranks: Ranks) -> Job:
 
 
 def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
-    """The job of the first stream alone, which removes nothing: what is asked of experts and weights does not matter to it.
+    """The job of the first stream alone, which removes nothing and so ignores the settings of experts and weights.
 
     All ranks call this together. Raises StunError as `resolve` does.
     """
@@ -104,10 +104,10 @@ def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
 
 
 def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
-    """The job that a configuration asks for, before its calibration text is read: from the model's headers alone.
+    """The configuration's job without its calibration tokens, from the model's headers alone.
 
-    `sources` names the calibration sources where the configuration has none, since statistics are there. Raises StunError where
-    the request cannot be met.
+    `sources` names the calibration sources of saved statistics, for a configuration that has none. Raises StunError if the
+    request cannot be met.
     """
     validate(cfg, sources)
     arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
@@ -125,18 +125,17 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
 
 
 def statistics_identity(job: Job, ranks: Ranks) -> dict:
-    """What decides the statistics that this launch would take."""
+    """Everything that the statistics of this launch depend on."""
     return observed(job.cfg, job.arch.source, job.samples, compute_dtype(job.arch, ranks.device))
 
 
 def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Plan:
-    """A plan that drops as many experts as the one to be made will; who they are it does not know.
+    """A stand-in for the plan to be made: it removes as many experts, but not yet the right ones.
 
-    Where representatives may have to be found by their weights, all experts are taken to be read for it. Raises StunError where
-    the target cannot be met.
+    If representatives are chosen by their weights, all experts count as read. Raises StunError if the target cannot be met.
     """
-    how, drops = cfg.experts, experts_to_drop(cfg, sizes, arch)
-    reads_all = how.method is not ExpertsMethod.rank and how.representative is Representative.nearest
+    drops = experts_to_drop(cfg, sizes, arch)
+    reads_all = cfg.experts.method is not ExpertsMethod.rank and cfg.experts.representative is Representative.nearest
     layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     counts = {len(layer.clusters) for layer in layers if layer.experts}
@@ -154,14 +153,14 @@ def _layer(experts: int, drop: int, reads_all: bool) -> LayerPlan:
 
 
 def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
-    """Raise StunError where the budget asks for what the checkpoint's form cannot hold."""
+    """Raises StunError if layers may differ in experts and the checkpoint's form cannot hold that."""
     if cfg.experts.budget is Budget["global"] and (cfg.experts.fraction or cfg.sparsify.pattern) and arch.cannot_differ:
-        why = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
-        raise StunError(f"experts.budget=global: {why}. Use experts.budget=uniform")
+        reason = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
+        raise StunError(f"experts.budget=global: {reason}. Use experts.budget=uniform")
 
 
 def _samples(job: Job) -> Samples:
-    """The calibration tokens. Raises StunError where the text is missing, too short, or too short to hold any out."""
+    """Calibration tokens. Raises StunError if the text is missing, too short, or too short to hold samples out."""
     arch = job.arch
     samples = calibration_samples(job.cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
     for name, count in samples.sources.items() if job.fractions else ():

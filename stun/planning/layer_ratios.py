@@ -1,4 +1,4 @@
-"""The share of single weights that each layer loses, into a plan: by outliers, from a file, or the same for all."""
+"""Layer ratios: the share of single weights removed from each layer, by outliers, from a file, or the same for all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from stun.sparsify.ratios import BINS, meet, owl, share_above
 from stun.statistics.store import Statistics
 
 
-def check_ratios(how: SparsifyConfig, arch: Architecture) -> None:
-    """Raises StunError where `sparsify.ratios` names a file that holds no ratio for every layer."""
-    if how.ratios_file:
-        _read(how.ratios_file, len(arch.layers))
+def check_ratios(config: SparsifyConfig, arch: Architecture) -> None:
+    """Raises StunError if `sparsify.ratios` names a file without one ratio for every layer."""
+    if config.ratios_file:
+        _read(config.ratios_file, len(arch.layers))
 
 
 def _read(file: str, layers: int) -> list[float]:
@@ -30,37 +30,38 @@ def _read(file: str, layers: int) -> list[float]:
     return ratios
 
 
-def set_ratios(plan: Plan, how: SparsifyConfig, arch: Architecture, sizes: list[LayerSize], stats: Statistics | None) -> None:
-    """Give the plan's layers the ratios that `how` asks for; those the plan has stay where it asks none.
+def set_ratios(plan: Plan, config: SparsifyConfig, arch: Architecture, sizes: list[LayerSize], stats: Statistics | None) -> None:
+    """Give the plan's layers the configured ratios; with `uniform` the plan keeps those it has.
 
-    All of them are shifted by the same amount so that the plan's zeros are met. Raises StunError where the statistics hold no
-    outliers.
+    All ratios are shifted by the same amount so that the plan's zeros are met. Raises StunError if outliers are needed and the
+    statistics hold none.
     """
     scope = [sum(matrix_sizes([size], [len(layer.clusters)])) for size, layer in zip(sizes, plan.layers, strict=True)]
-    given = [plan.ratio if layer.ratio is None else layer.ratio for layer in plan.layers]
-    if not plan.zeros or (how.ratios == "uniform" and all(layer.ratio is None for layer in plan.layers)):
+    ratios = [plan.ratio if layer.ratio is None else layer.ratio for layer in plan.layers]
+    if not plan.zeros or (config.ratios == "uniform" and all(layer.ratio is None for layer in plan.layers)):
         return
-    if how.counts_outliers:
-        given = owl([_outliers(plan, index, how, sizes, stats) for index in range(len(sizes))], scope, plan.ratio, how.spread)
-    elif how.ratios_file:
-        given = _read(how.ratios_file, len(arch.layers))
-    for layer, ratio in zip(plan.layers, meet(given, scope, plan.zeros), strict=True):
+    if config.counts_outliers:
+        outliers = [_outliers(plan, index, config, sizes, stats) for index in range(len(sizes))]
+        ratios = owl(outliers, scope, plan.ratio, config.spread)
+    elif config.ratios_file:
+        ratios = _read(config.ratios_file, len(arch.layers))
+    for layer, ratio in zip(plan.layers, meet(ratios, scope, plan.zeros), strict=True):
         layer.ratio = ratio
 
 
-def _outliers(plan: Plan, index: int, how: SparsifyConfig, sizes: list[LayerSize], stats: Statistics) -> float:
-    """Share of a layer's scores above `how.outlier` times their mean, over the experts that stay.
+def _outliers(plan: Plan, index: int, config: SparsifyConfig, sizes: list[LayerSize], stats: Statistics) -> float:
+    """Share of a layer's scores above `config.outlier` times their mean, over the experts kept.
 
-    Where it is not yet known which member of a cluster stays, the members stand for it together, as one expert.
+    A cluster whose representative is not chosen yet counts as one expert with the mean of its members' scores.
     """
-    layer, found = plan.layers[index], stats.outliers(index)
-    parts = [(found[f"outliers of {name}"].double(), float(found[f"sum of {name}"])) for name in sorted(sizes[index].dense)]
+    layer, scores = plan.layers[index], stats.outliers(index)
+    parts = [(scores[f"outliers of {name}"].double(), float(scores[f"sum of {name}"])) for name in sorted(sizes[index].dense)]
     for cluster in layer.clusters if sizes[index].expert_parts else []:
-        own = [expert for expert in cluster if expert in layer.kept] or cluster
-        counts_B = found["outliers"][own].double().sum(0) / len(own)
-        parts.append((counts_B, float(found["outlier_sums"][own].sum()) / len(own)))
+        members = [expert for expert in cluster if expert in layer.kept] or cluster
+        counts_B = scores["outliers"][members].double().sum(0) / len(members)
+        parts.append((counts_B, float(scores["outlier_sums"][members].sum()) / len(members)))
     counts, sums = zip(*parts, strict=True) if parts else ((), ())
     total_B = sum(counts, torch.zeros(BINS, dtype=torch.float64))
     whole = float(total_B.sum())
-    threshold = how.outlier * math.fsum(sums) / whole if whole else 0.0
+    threshold = config.outlier * math.fsum(sums) / whole if whole else 0.0
     return share_above(total_B, threshold)

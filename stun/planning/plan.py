@@ -1,4 +1,4 @@
-"""What a run does to a checkpoint: the experts of every layer that stay, and how many single weights leave with the others."""
+"""Plans: the experts kept in every layer, and how many single weights are removed beside the other experts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from stun.files import is_count, read_json
 
 @dataclass
 class LayerPlan:
-    """One layer's `experts`, grouped into `clusters`; an expert in none of them leaves without a successor.
+    """One layer's `experts` in `clusters`, members by descending score; an expert in none of them is removed alone.
 
-    The members of a cluster stand in order of worth. `kept` are the experts that stay, one a cluster, ascending; empty until
-    they are chosen, where weights must be seen for it: with `nearest` the member nearest the cluster's mean stays. With `mean`
-    it takes the mean of the cluster's parameters and router rows (STUN's selective reconstruction).
-
-    `ratio` is the share of the layer's single weights that leave, None where all layers lose the same.
+    `kept` are the representatives, one per cluster, ascending. It is empty with `nearest` until the weights are read: then the
+    member nearest its cluster's mean is kept. With `mean` a representative takes the mean of its cluster's parameters and router
+    rows (STUN's selective reconstruction). `ratio` is the share of the layer's single weights to remove, None if all layers
+    have the same.
     """
 
     experts: int
@@ -29,24 +28,24 @@ class LayerPlan:
 
     @classmethod
     def of(cls, experts: int, clusters: list[list[int]], nearest: bool = False, mean: bool = False) -> LayerPlan:
-        """A plan whose representatives are chosen as far as they can be: of one or two members the first stays, since both of
-        a pair are as near their mean."""
-        open_ones = nearest and any(len(cluster) > 2 for cluster in clusters)
+        """A layer's plan, with its representatives chosen where that needs no weights: a pair keeps its first member, since both
+        are equally near their mean."""
+        is_open = nearest and any(len(cluster) > 2 for cluster in clusters)
         mean = mean and any(len(cluster) > 1 for cluster in clusters)
-        return cls(experts, clusters, [] if open_ones else sorted(cluster[0] for cluster in clusters), open_ones, mean)
+        return cls(experts, clusters, [] if is_open else sorted(cluster[0] for cluster in clusters), is_open, mean)
 
     @property
     def needed(self) -> set[int]:
-        """Experts whose weights decide what is written."""
+        """Experts whose weights the written checkpoint depends on."""
         return {e for cluster in self.clusters for e in cluster} if self.mean or not self.kept else set(self.kept)
 
 
 @dataclass
 class Plan:
-    """What a run does to the decoder layers. Parameters are counted over them, routers and norms included.
+    """Plan of all decoder layers. Parameters are counted over them, routers and norms included.
 
-    `zeros` single weights are removed from `scope_size` candidates, after `dropped` parameters left with whole experts. `mtp`
-    are the experts of multi-token-prediction heads, which are not counted.
+    `dropped` parameters are removed as whole experts, then `zeros` single weights out of `scope_size` in scope. `mtp` are the
+    plans of multi-token-prediction heads, which are not counted.
     """
 
     target: float
@@ -59,16 +58,16 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """Share of the surviving candidates that is set to zero."""
+        """Share of the weights in scope, after experts are removed, that is set to zero."""
         return self.zeros / self.scope_size if self.scope_size else 0.0
 
     def to_json(self) -> dict:
-        """The content of plan.json."""
+        """Content of plan.json."""
         return {**asdict(self), "ratio": self.ratio}
 
 
 def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
-    """The decoder layers, prediction heads and target of a plan file, which may have been edited by hand. Raises StunError."""
+    """Decoder layers, prediction heads and target of a plan file, perhaps edited by hand. Raises StunError if it is not valid."""
     content = read_json(file, f"plan={file}")
     if not isinstance(content, dict) or not all(isinstance(content.get(key, []), list) for key in ("layers", "mtp")):
         raise StunError(f"plan={file}: must be a JSON object, in which layers and mtp are lists")
@@ -101,26 +100,25 @@ def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
         raise StunError(f"{where}: clusters must be lists of experts 0 to {plan.experts - 1}, each in one cluster at most")
     if plan.kept and sorted(plan.kept) != plan.kept:
         raise StunError(f"{where}: kept must be ascending, is {plan.kept}")
-    stay = set(plan.kept)
-    chosen = [len(stay.intersection(cluster)) for cluster in plan.clusters]
+    chosen = [len(set(plan.kept).intersection(cluster)) for cluster in plan.clusters]
     if plan.kept and (set(chosen) != {1} or len(plan.kept) != len(plan.clusters)):
-        raise StunError(f"{where}: of every cluster one member must be kept, and nobody else")
+        raise StunError(f"{where}: of every cluster one member must be kept, and no other expert")
     if not plan.kept and plan.clusters and not plan.nearest:
-        raise StunError(f"{where}: nobody is kept; set nearest to have the member nearest each cluster's mean chosen")
+        raise StunError(f"{where}: no expert is kept; set nearest to keep the member nearest each cluster's mean")
     return plan
 
 
 def nearest_member(cluster: list[int], squared_distance: list[float]) -> int:
-    """The member nearest the cluster's mean; of a pair, whose members are equally near, and of equals, the first."""
+    """The member nearest the cluster's mean; ties go to the first, as do pairs, whose members are equally near."""
     if len(cluster) < 3:
         return cluster[0]
     return cluster[squared_distance.index(min(squared_distance))]
 
 
 def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
-    """Owner of every expert for the second stream: clusters stay together, survivors are spread evenly.
+    """Rank that owns each expert in the second stream: one rank per cluster, clusters spread evenly.
 
-    An expert whose weights are not needed has no owner: nobody reads it.
+    An expert whose weights are not needed has no owner and is not read.
     """
     owners: list[int | None] = [None] * plan.experts
     for place, cluster in enumerate(plan.clusters):

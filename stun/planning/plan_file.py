@@ -1,4 +1,4 @@
-"""Plans as files: made from a run's saved statistics, described, and taken back, perhaps edited by hand."""
+"""Plan files, perhaps edited by hand: read and checked against a model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from pathlib import Path
 
 from stun.config import PruneConfig, StunError
 from stun.model.architecture import Architecture
-from stun.planning.budget import (
-    LayerSize,
-    floor_of,
-    make_budget,
-    unit_of,
-)
+from stun.planning.budget import LayerSize, floor_of, make_budget, unit_of
 from stun.planning.plan import LayerPlan, Plan, read_layers
 
 
 def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneConfig, target: float | None) -> Plan:
-    """The plan in `file`, its weights counted anew for `target` (None: its own). Raises StunError where it does not fit."""
+    """Plan in `file`, with its zeros counted for `target` (None: its own). Raises StunError if it does not fit the model."""
     layers, heads, own_target = read_layers(Path(file))
     where, floor = f"plan={file}", floor_of(cfg, arch)
     if len(layers) != len(arch.layers) or len(heads) != len(arch.mtp):
-        here = f"{len(arch.layers)} layers and {len(arch.mtp)} prediction heads"
-        raise StunError(f"{where}: {len(layers)} layers and {len(heads)} prediction heads; the model has {here}")
+        needed = f"{len(arch.layers)} layers and {len(arch.mtp)} prediction heads"
+        raise StunError(f"{where}: {len(layers)} layers and {len(heads)} prediction heads; the model has {needed}")
     for layout, layer in zip([*arch.layers, *arch.mtp], [*layers, *heads], strict=True):
         if layer.experts != layout.num_experts:
             raise StunError(f"{where}: layer {layout.index}: {layer.experts} experts; the model has {layout.num_experts}")
@@ -30,7 +25,7 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
             raise StunError(f"{where}: layer {layout.index} keeps {len(layer.clusters)} experts; at least {floor} are needed")
         _check_groups(layer, arch.groups, f"{where}: layer {layout.index}")
     if cfg.sparsify.pattern and any(layer.ratio is not None for layer in layers):
-        raise StunError(f"{where}: has ratios, and sparsify.pattern={cfg.sparsify.pattern} fixes every matrix; leave one out")
+        raise StunError(f"{where}: has ratios, and sparsify.pattern={cfg.sparsify.pattern} fixes every matrix; set only one")
     counts = {len(layer.clusters) for layer in layers if layer.experts}
     if len(counts) > 1 and arch.cannot_differ:
         raise StunError(f"{where}: layers keep different numbers of experts; {arch.cannot_differ}, so they cannot")
@@ -40,15 +35,15 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
             raise StunError(
                 f"{where}: a prediction head must keep {wanted} experts, as every layer does, or all where layers differ"
             )
-    asked = own_target if target is None else target
-    plan = make_budget(replace(cfg, target=asked), sizes, [len(layer.clusters) for layer in layers])
+    target = own_target if target is None else target
+    plan = make_budget(replace(cfg, target=target), sizes, [len(layer.clusters) for layer in layers])
     removed = plan.dropped + plan.zeros
-    if cfg.sparsify.pattern and abs(removed - asked * plan.parameters) > 0.51 * arch.groups * unit_of(cfg, sizes):
-        both = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.7f}"
-        raise StunError(f"{where}: {both}, not target={asked}; set the target to that")
-    if plan.dropped > round(asked * plan.parameters):
+    if cfg.sparsify.pattern and abs(removed - target * plan.parameters) > 0.51 * arch.groups * unit_of(cfg, sizes):
+        total = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.7f}"
+        raise StunError(f"{where}: {total}, not target={target}; set the target to that")
+    if plan.dropped > round(target * plan.parameters):
         share = plan.dropped / plan.parameters
-        raise StunError(f"{where}: the experts that leave are {share:.4f} of the parameters, more than target={asked}")
+        raise StunError(f"{where}: the removed experts are {share:.4f} of the parameters, more than target={target}")
     plan.layers, plan.mtp = layers, heads
     return plan
 

@@ -1,4 +1,4 @@
-"""Experts that stay whatever is said of them: those listed, and those that the statistics show to be special."""
+"""Protected experts, which are always kept: those listed, and those that the statistics single out."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _FORM = re.compile(r"L([0-9]{1,6})E([0-9]{1,6})")
 
 
 def listed_experts(cfg: PruneConfig, arch: Architecture) -> list[tuple[int, int]]:
-    """(layer, expert) of every entry of `experts.protect.experts`. Raises StunError for one that names no expert."""
-    found = []
+    """(layer, expert) of every entry of `experts.protect.experts`. Raises StunError if an entry names no expert."""
+    experts = []
     for entry in cfg.experts.protect.experts:
         match = _FORM.fullmatch(str(entry))
         layer, expert = map(int, match.groups()) if match else (-1, -1)
         if not 0 <= layer < len(arch.layers) or expert >= arch.layers[layer].num_experts:
             raise StunError(f"experts.protect.experts: {entry!r} names no expert; the form is L3E10, layers and experts from 0")
-        found.append((layer, expert))
-    return found
+        experts.append((layer, expert))
+    return experts
 
 
 def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
-    """Raises StunError where the listed experts leave fewer to go than `drops` asks for (a sum, with the global budget)."""
+    """Raises StunError if the listed experts do not allow to remove `drops` experts per layer (global budget: their sum)."""
     listed, rooms = listed_experts(cfg, arch), []
-    alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # of a cluster one stays
+    alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # a cluster keeps one member
     for layout in arch.layers:
         size = max(1, layout.num_experts // arch.groups)
         homes = [expert // size for layer, expert in listed if layer == layout.index]
@@ -39,30 +39,32 @@ def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None
         rooms.append(min(arch.groups * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
     if cfg.experts.budget is Budget["global"]:
         if listed and sum(rooms) < sum(drops):
-            raise StunError(f"{sum(drops)} experts are to leave, but experts.protect.experts allows {sum(rooms)}; list fewer")
+            where = f"{sum(drops)} experts are to be removed"
+            raise StunError(f"{where}, but experts.protect.experts allows {sum(rooms)}; list fewer")
         return
     for layout, room, drop in zip(arch.layers, rooms, drops, strict=True):
         if listed and room < drop:
-            where = f"layer {layout.index}: {drop} experts are to leave"
+            where = f"layer {layout.index}: {drop} experts are to be removed"
             raise StunError(f"{where}, but experts.protect.experts allows {room}; list fewer")
 
 
 @dataclass(frozen=True)
 class _Usage:
-    """How a layer's experts were used: largest output norm [E], share of each source's tokens that each served [S, E]."""
+    """Usage of a layer's experts: largest output norm [E], and the share of each source's tokens that each serves [S, E]."""
 
     peak_E: np.ndarray
     share_SE: np.ndarray
 
 
 def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:
-    """Experts that must stay, by layer."""
+    """Experts that must be kept, by layer."""
     rule, protected = cfg.experts.protect, {index: set() for index in moe}
     for layer, expert in listed_experts(cfg, arch):
         protected[layer].add(expert)
     if rule.super_experts or rule.domain_share:
         usage = {index: _usage(stats.load(index, arch.layers[index].num_experts), arch.top_k) for index in moe}
         peaks = np.concatenate([usage[index].peak_E for index in moe])
+        # Super experts, arXiv 2507.23279: above a tenth of the largest peak, and in the top 0.5 % of all.
         extreme = max(peaks.max() / 10, np.quantile(peaks, 0.995))
         for index, used in usage.items():
             if rule.super_experts:

@@ -1,7 +1,7 @@
-"""Which experts leave. Pure: statistics in, plans out; knows neither ranks nor files.
+"""Selection of experts. Pure functions: statistics in, plans out, without ranks or files.
 
-scores.py     how much an expert is worth, from the moments of its outputs or its weights
-distances.py  how alike two experts are
+scores.py     scores of experts, from the moments of their outputs or their weights
+distances.py  distances between experts
 clusters.py   merging alike experts, by complete linkage or by the algorithm of STUN's published code
-select.py     from evidence to the plans of all layers, for a budget that is met exactly
+select.py     plans of all layers from scores and distances, for an exact budget
 """

@@ -1,4 +1,4 @@
-"""Merging alike experts: a sequence of merges of growing distance, by complete linkage or by STUN's published code."""
+"""Clustering of experts: merges in order of distance, by complete linkage or by the algorithm of STUN's published code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Merge:
-    """Two clusters become one: the pair of experts that names them, and the distance at which it happened."""
+    """A merge of two clusters: one expert of each, and the distance at which they merge."""
 
     distance: float
     first: int
@@ -18,14 +18,15 @@ class Merge:
 
 def complete_linkage(distance_EE: np.ndarray) -> list[Merge]:
     """All E - 1 merges of agglomerative clustering with complete linkage; distances never decrease (STUN, algorithm 1)."""
-    from scipy.cluster.hierarchy import linkage  # takes a second, and the first rank alone selects
+    # Imported here: it takes a second, and only the first rank selects.
+    from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
     experts = len(distance_EE)
     if experts < 2:
         return []
     condensed = squareform(distance_EE, checks=False)
-    shift = min(0.0, float(condensed.min()))  # linkage asks for non-negative distances; only their order matters
+    shift = min(0.0, float(condensed.min()))  # linkage needs distances >= 0, and a shift keeps their order
     members: list[int] = list(range(experts))
     merges = []
     for left, right, height, _ in linkage(condensed - shift, method="complete"):
@@ -36,13 +37,13 @@ def complete_linkage(distance_EE: np.ndarray) -> list[Merge]:
 
 
 def official_merges(distance_EE: np.ndarray, threshold: float) -> list[Merge]:
-    """The merges of the paper's published code, which differ from complete linkage.
+    """Merges of the paper's published code, which differ from complete linkage.
 
-    Repeatedly the closest pair (v1, v2) below the threshold is taken. Its clusters C1, C2 merge only if every distance from C1
-    to v2 and from C2 to v1 is below the threshold; other cross pairs are not looked at. These distances become infinite once
-    used, as does that of a refused pair. Since a distance only ever becomes infinite, the pairs are sorted once. Sets of experts
-    are bits of integers.
+    Each step takes the closest pair (v1, v2) below the threshold. Its clusters C1, C2 merge only if every distance from C1 to v2
+    and from C2 to v1 is below the threshold; other cross pairs are not checked. These distances become infinite once used, as
+    does that of a refused pair.
     """
+    # Distances change only to infinity, so the pairs are sorted once. Sets of experts are bits of integers, for speed.
     near_EE = distance_EE < threshold
     np.fill_diagonal(near_EE, False)
     near = [int.from_bytes(row.tobytes(), "little") for row in np.packbits(near_EE, axis=1, bitorder="little")]
@@ -73,7 +74,7 @@ def official_merges(distance_EE: np.ndarray, threshold: float) -> list[Merge]:
 
 
 def clusters_of(experts: int, merges: list[Merge]) -> list[list[int]]:
-    """The partition of 0..experts-1 after `merges`; members and clusters in ascending order."""
+    """Partition of 0..experts-1 after `merges`; members and clusters in ascending order."""
     cluster = [[e] for e in range(experts)]
     for merge in merges:
         one, two = cluster[merge.first], cluster[merge.second]

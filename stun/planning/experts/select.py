@@ -1,11 +1,11 @@
-"""From evidence to the plans of all layers, for a budget that is met exactly.
+"""Selection of experts: plans of all layers from scores and distances, for a budget that is met exactly.
 
-Every method turns a layer into a sequence of steps of growing height: the merges of its experts, or their departures in order of
-worth. Cutting the sequences after exactly the number of steps wanted meets any budget: per layer (uniform), or over all layers by
-one threshold (global).
+Every method turns a layer into a sequence of steps, each of which removes one expert: merges in order of distance, or removals
+in order of score. Any budget is met by taking the right number of steps: per layer (uniform), or over all layers by one
+threshold (global).
 
-Where routing is limited to groups of experts, nothing crosses a group and every group loses as many: a step then holds one
-move in each group. Protected experts take no part: they stay, alone.
+Where routing is limited to groups of experts, no merge crosses a group and a step removes one expert from every group, so that
+all groups keep the same number. Protected experts take no part: each is kept as a cluster of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stun.planning.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one layer's experts: distances [E, E], scores [E] (higher is kept), who must stay."""
+    """Distances [E, E] and scores [E] (higher is kept) of one layer's experts, and the protected ones."""
 
     distance_EE: np.ndarray
     score_E: torch.Tensor
@@ -34,26 +34,26 @@ class Evidence:
         return len(self.distance_EE)
 
     def movable(self, groups: int) -> list[list[int]]:
-        """The experts of each group that may leave."""
+        """Experts of each group that are not protected."""
         size = self.experts // groups
         return [[e for e in range(g * size, (g + 1) * size) if e not in self.protected] for g in range(groups)]
 
     def by_worth(self, members: list[int]) -> list[int]:
-        """`members`, the most worth keeping first; of equals the lower index."""
+        """`members` by descending score; ties go to the lower index."""
         return sorted(members, key=lambda expert: (-float(self.score_E[expert]), expert))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One move in every group: `merges` of clusters, or experts that are `gone`."""
+    """Removal of one expert from every group, by `merges` of clusters or as `removed` experts; lower heights come first."""
 
     height: float
     merges: list[Merge] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
 
 
 def _merge_steps(evidence: Evidence, groups: int, merges_of: Callable[[np.ndarray], list[Merge]]) -> list[Step]:
-    """The t-th merges of all groups, for every t that all of them reach."""
+    """Steps of merges: the t-th step has the t-th merge of every group, as long as all groups have one."""
     sequences = []
     for members in evidence.movable(groups):
         merges = merges_of(evidence.distance_EE[np.ix_(members, members)])
@@ -62,53 +62,54 @@ def _merge_steps(evidence: Evidence, groups: int, merges_of: Callable[[np.ndarra
 
 
 def _rank_steps(evidence: Evidence, groups: int) -> list[Step]:
-    """Departures in order of worth, the least first. Heights are shares of the layer's mean score, comparable between layers."""
+    """Steps of removals by ascending score. Heights are relative to the layer's mean score, to compare layers."""
     scale = float(evidence.score_E.abs().mean()) or 1.0
     sequences = [evidence.by_worth(members)[::-1] for members in evidence.movable(groups)]
     return [
-        Step(max(float(evidence.score_E[e]) for e in gone) / scale, gone=list(gone)) for gone in zip(*sequences, strict=False)
+        Step(max(float(evidence.score_E[e]) for e in removed) / scale, removed=list(removed))
+        for removed in zip(*sequences, strict=False)
     ]
 
 
-_LOOKED_AT = 1 << 20  # distances that may become a threshold
+_MOST_THRESHOLDS = 1 << 20  # distances that are candidates for a threshold, at most
 
 
 def _official_steps(layers: list[Evidence], groups: int, count: Callable[[list[list[Step]]], int], wanted: int):
-    """Steps [layer] of the published code's merges at one threshold for all given layers, of which `count` says `wanted`.
+    """Steps by layer of the published code's merges, at one threshold for all layers that gives `count(steps)` >= `wanted`.
 
-    At most a thousandth more where that is soon found, else the fewest at one of the distances (a part of them, evenly taken,
-    where they are millions). More merges at a higher threshold is what usually happens, which makes the search short; the
-    algorithm does not promise it. Raises StunError where no threshold merges that much.
+    The search by bisection stops at most a thousandth above `wanted`, or at the lowest threshold it finds among the distances
+    (an even sample of them if there are millions). A higher threshold usually gives more merges, but the algorithm does not
+    guarantee it. Raises StunError if no threshold gives enough.
     """
     edges = np.concatenate([e.distance_EE[np.triu_indices(e.experts, 1)] for e in layers])
-    thresholds = np.append(np.unique(edges[:: 1 + len(edges) // _LOOKED_AT]), np.inf)
+    thresholds = np.append(np.unique(edges[:: 1 + len(edges) // _MOST_THRESHOLDS]), np.inf)
     last = len(thresholds) - 1
 
     def merged(at: int) -> list[list[Step]]:
         limit = float(thresholds[at])
         return [_merge_steps(e, groups, lambda d: official_merges(d, limit)) for e in layers]
 
-    # From small thresholds up: the pairs below them are soon looked through.
+    # From small thresholds up: few pairs lie below them, so that these tries are fast.
     low, under, high = -1, 0, min(2 * wanted * last // max(1, len(edges)), last)
-    while (over := count(found := merged(high))) < wanted:
+    while (over := count(best := merged(high))) < wanted:
         if high == last:
-            raise StunError("experts.method=stun_official: no threshold drops that many experts; lower experts.fraction")
+            raise StunError("experts.method=stun_official: no threshold removes that many experts; lower experts.fraction")
         low, under, high = high, over, min(4 * high + 64, last)
     while over > wanted + wanted // 1000 and high - low > 1:
         share = min(max((wanted - under) / (over - under), 0.1), 0.9)  # counts grow about as the logarithm of the pairs
         middle = min(max(int((low + 2) ** (1 - share) * (high + 2) ** share) - 2, low + 1), high - 1)
         steps = merged(middle)
-        if (here := count(steps)) < wanted:
-            low, under = middle, here
+        if (total := count(steps)) < wanted:
+            low, under = middle, total
         else:
-            high, over, found = middle, here, steps
-    return found
+            high, over, best = middle, total, steps
+    return best
 
 
 def cut_global(layers: list[list[Step]], most: list[int], total: int) -> list[int]:
-    """How many steps each layer takes so that the `total` lowest of all are taken, at most `most[l]` of layer l.
+    """Number of steps per layer such that the `total` lowest of all layers are taken, at most `most[l]` of layer l.
 
-    Within a layer only the prefix counts, so a step is ranked by the largest height up to it.
+    A layer's steps are taken in order, so a step is ranked by the largest height up to it.
     """
     ranked = []
     for layer, steps in enumerate(layers):
@@ -146,10 +147,10 @@ def select_experts(
     representative: Representative = Representative.nearest,
     kappa: int = 0,
 ) -> list[LayerPlan]:
-    """Plans of every layer such that exactly sum(drops) experts leave.
+    """Plans of every layer that remove exactly sum(drops) experts.
 
-    `drops[l]` leave layer l, or, with `one_threshold`, as many as the common threshold says, up to `most[l]`. Both are
-    multiples of `groups`, and every group loses the same number. Raises StunError where protected experts leave too few to go.
+    Layer l loses `drops[l]` experts, or, with `one_threshold`, up to `most[l]` by the common threshold. Both are multiples of
+    `groups`, and every group loses the same number. Raises StunError if too few experts are not protected.
     """
     wanted, limits = [count // groups for count in drops], [count // groups for count in most]
     sequences = _sequences(method, layers, wanted, limits, one_threshold, groups)
@@ -162,20 +163,20 @@ def select_experts(
 
 
 def _check_room(layers: list[list[Step]], wanted: list[int], most: list[int], one_threshold: bool, groups: int) -> None:
-    """Raises StunError where protected experts leave fewer to go than are to leave."""
+    """Raises StunError if more experts are to be removed than the protected ones allow."""
     free = [min(len(steps), limit) for steps, limit in zip(layers, most, strict=True)]
     if one_threshold and sum(free) < sum(wanted):
-        asked, may = groups * sum(wanted), groups * sum(free)
-        raise StunError(f"{asked} experts are to leave, but without the protected ones only {may} may; protect fewer")
+        total, allowed = groups * sum(wanted), groups * sum(free)
+        raise StunError(f"{total} experts are to be removed, but the protected ones allow only {allowed}; protect fewer")
     for number, (count, room) in enumerate(zip(wanted, free, strict=True)):
         if not one_threshold and room < count:
-            here = f"{groups * count} experts are to leave layer {number} of those with experts"
-            raise StunError(f"{here}, but without the protected ones only {groups * room} may; protect fewer")
+            where = f"{groups * count} experts are to be removed from layer {number} of those with experts"
+            raise StunError(f"{where}, but the protected ones allow only {groups * room}; protect fewer")
 
 
 def _layer_plan(evidence: Evidence, steps: list[Step], representative: Representative, kappa: int) -> LayerPlan:
-    """Clusters of the experts that have not gone, the members of each in order of worth."""
-    gone = {expert for step in steps for expert in step.gone}
+    """Plan with the clusters of the experts that were not removed alone, each by descending score."""
+    removed = {expert for step in steps for expert in step.removed}
     whole = clusters_of(evidence.experts, [merge for step in steps for merge in step.merges])
-    clusters = [evidence.by_worth(members) for members in whole if not gone.intersection(members)]
+    clusters = [evidence.by_worth(members) for members in whole if not removed.intersection(members)]
     return LayerPlan.of(evidence.experts, clusters, representative is Representative.nearest, len(clusters) <= kappa)

@@ -248,7 +248,7 @@ def test_global_cut_takes_the_lowest_merges():
 
 def test_protecting_too_many_is_an_error():
     layer = evidence(np.random.default_rng(0), 8, protected=range(6))
-    with pytest.raises(StunError, match=r"3 experts are to leave layer 0 .*without the protected ones only 2 may"):
+    with pytest.raises(StunError, match=r"3 experts are to be removed from layer 0 .*the protected ones allow only 2"):
         select(ExpertsMethod.rank, [layer], [3], [6])
 
 
@@ -274,7 +274,7 @@ WRONG_PLANS = {
     "a text for a flag": ({"mean": "false"}, "true or false"),
     "kept is null": ({"kept": None}, "must be lists"),
     "not ascending": ({"kept": [2, 1, 3]}, "ascending"),
-    "nobody": ({"kept": []}, "nobody is kept"),
+    "nobody": ({"kept": []}, "no expert is kept"),
 }
 
 

@@ -29,7 +29,7 @@ BAD = {
     "a field that is not there": ("calibration.field=nothing", "calibration.field=nothing"),
     "too few samples to hold any out": ("experts.fraction=auto calibration.samples=4", "8 are needed to hold some out"),
     "a target out of range": ("target=1.5", r"target=1.5: total sparsity lies in \[0, 1\)"),
-    "a target that experts cannot meet": ("target=0.95 experts.fraction=1", "only .* may go"),
+    "a target that experts cannot meet": ("target=0.95 experts.fraction=1", "at most .* can be"),
     "a target that the scope cannot meet": ("target=0.9 experts.fraction=0 sparsify.scope=[attention]", "not reachable"),
     "a plan of no file": ("plan=/nonexistent.json", "/nonexistent.json"),
     "a plan that is none": ("plan={tmp}/ratios.json", "ratios.json"),

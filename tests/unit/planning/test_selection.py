@@ -88,10 +88,10 @@ LISTED = [f"L0E{expert}" for expert in range(11)]
 
 
 IMPOSSIBLE = {
-    "listed too many": ({"protect": ProtectConfig(experts=LISTED)}, "layer 0: 3 experts are to leave.*allows 0; list fewer"),
+    "listed too many": ({"protect": ProtectConfig(experts=LISTED)}, "layer 0: 3 experts are to be removed.*allows 0; list fewer"),
     "listed too many of all": (
         {"protect": ProtectConfig(experts=[f"L{i}E{e}" for i in range(3) for e in range(11)]), "budget": Budget["global"]},
-        "experts are to leave, but experts.protect.experts allows 0",
+        "experts are to be removed, but experts.protect.experts allows 0",
     ),
     "infinite lambda": ({"lambda1": float("inf")}, "experts.lambda1=inf"),
     "no number": ({"lambda2": float("nan")}, r"experts\.lambda2=nan"),
