@@ -1,4 +1,5 @@
-"""Launches of the job that are killed: python -m helpers.kill_runs SOURCE FOLDER KILLS prints a line for every kill.
+"""Launches of the job that are killed, each at another instant, and go on: `-m helpers.kill_runs SOURCE FOLDER` prints what the
+ranks' logs say.
 
 The package is imported once and every rank is a fork of this process, so that a launch takes a fraction of a second.
 """
@@ -6,8 +7,7 @@ The package is imported once and every rank is a fork of this process, so that a
 from __future__ import annotations
 
 import os
-import random
-import shutil
+import re
 import signal
 import sys
 import time
@@ -22,6 +22,23 @@ from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, P
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
+# A rank of two is killed just before or after a file gets its name, while it computes what follows; alone or with the other rank.
+# What goes on has so many ranks.
+KILLS = {
+    "a snapshot is half written": ("before", "observe-00001-1-of-2.safetensors", "alone", 1),
+    "statistics without their entry": ("after", "layer-00002.safetensors", "alone", 2),
+    "the entry of one rank without the other's": ("after", "observe-00003-0-of-2.json", "all", 4),
+    "all statistics, not yet declared whole": ("before", "about.json", "alone", 1),
+    "between the streams": ("after", "plan.json", "all", 2),
+    "what is outside the layers without its entry": ("after", "outside.safetensors", "alone", 4),
+    "a shard without its entry": ("after", "layer-00001-1-of-2.safetensors", "all", 1),
+    "an entry is half written": ("before", "prune-00002-1-of-2.json", "alone", 2),
+    "an entry of the last layer but one": ("after", "prune-00003-0-of-2.json", "alone", 4),
+    "some shards have their final names": ("after", "model-00004-of-00011.safetensors", "all", 1),
+    "all but the index": ("before", "model.safetensors.index.json", "alone", 2),
+    "complete, its remains not removed": ("after", "manifest.json", "all", 4),
+}
+
 
 def request(source: str, run_dir: Path) -> PruneConfig:
     calibration = CalibrationConfig(path=str(TEXT), samples=16, length=64, micro_batch=2)
@@ -29,12 +46,32 @@ def request(source: str, run_dir: Path) -> PruneConfig:
     return PruneConfig(ModelConfig(source), calibration, experts, SparsifyConfig(ratios="owl"), 0.5, str(run_dir))
 
 
-def become_rank(source: str, run_dir: Path, told: dict[str, str]) -> NoReturn:
+def die_at(when: str, name: str) -> None:
+    """Kill this process before or after it gives a file that name."""
+
+    def patch(operation):
+        def call(file: Path, target):
+            meant = Path(target).name == name
+            if meant and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = operation(file, target)
+            if meant:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    Path.replace, Path.rename = patch(Path.replace), patch(Path.rename)
+
+
+def become_rank(source: str, run_dir: Path, instant: tuple[str, str] | None, told: dict[str, str]) -> NoReturn:
     """Prune as one of the ranks, and end."""
     code, log = 1, run_dir.with_suffix(".log")
     try:
         redirect(stdout=log, stderr=log)
         os.environ.update(told)
+        if instant:
+            die_at(*instant)
         with Ranks() as ranks:
             prune(request(source, run_dir), ranks)
         code = 0
@@ -44,13 +81,13 @@ def become_rank(source: str, run_dir: Path, told: dict[str, str]) -> NoReturn:
         os._exit(code)
 
 
-def start(source: str, run_dir: Path, world: int) -> list[int]:
+def start(source: str, run_dir: Path, world: int, instant: tuple[str, str] | None = None) -> list[int]:
     """The processes of a launch."""
-    return fork_ranks(world, partial(become_rank, source, run_dir))
+    return fork_ranks(world, partial(become_rank, source, run_dir, instant))
 
 
-def wait(children: list[int], limit: float = 120.0) -> list[int]:
-    """Exit codes; once one has failed the others have a second left, as under a launcher."""
+def wait(children: list[int], grace: float = 1.0, limit: float = 120.0) -> list[int]:
+    """Exit codes; once one has failed the others have `grace` seconds left, as under a launcher."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + limit
     while len(codes) < len(children):
@@ -59,7 +96,7 @@ def wait(children: list[int], limit: float = 120.0) -> list[int]:
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
-                    deadline = min(deadline, time.monotonic() + 1)
+                    deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             for child in (c for c in children if c not in codes):
                 os.kill(child, signal.SIGKILL)
@@ -67,40 +104,19 @@ def wait(children: list[int], limit: float = 120.0) -> list[int]:
     return [codes[child] for child in children]
 
 
-def kill_and_continue(source: str, run_dir: Path, instant: float, victim: int | None, dice: random.Random) -> int:
-    """Launches that the run took: the first has two ranks, of which one or, for None, both are killed."""
-    for launch in range(1, 5):
-        children = start(source, run_dir, 2 if launch == 1 else dice.choice([1, 2, 4]))
-        if launch == 1:
-            time.sleep(instant)
-            for child in children if victim is None else [children[victim]]:
-                os.kill(child, signal.SIGKILL)
-        if not any(wait(children)):
-            return launch
-    raise RuntimeError(run_dir.with_suffix(".log").read_text())
-
-
-def main(source: str, folder: Path, kills: int) -> None:
+def main(source: str, folder: Path) -> None:
     get_ready()
-    dice = random.Random(0)
-    for name in ("first", "whole"):  # the first launch of all takes longer than any later one
-        began = time.monotonic()
-        assert wait(start(source, folder / name, 2)) == [0, 0]
-        whole = time.monotonic() - began
-    for number in range(kills):
-        run_dir, victim = folder / str(number), dice.choice([0, 1, None])
-        instant = whole * (number + dice.random()) / kills
-        while (launches := kill_and_continue(source, run_dir, instant, victim, dice)) == 1:
-            shutil.rmtree(run_dir)  # it was done before the kill: once more, earlier
-            run_dir.with_suffix(".log").unlink()
-            instant *= 0.9
+    assert wait(start(source, folder / "whole", 2)) == [0, 0]
+    for number, (name, (when, file, victims, world)) in enumerate(KILLS.items()):
+        run_dir, victim = folder / str(number), 1 if "-1-of-2" in file else 0
+        codes = wait(start(source, run_dir, 2, (when, file)), 0 if victims == "all" else 1)
+        assert codes[victim] == -signal.SIGKILL, f"{name}: ended with {codes}"
+        assert not any(wait(start(source, run_dir, world))), f"{name}\n{run_dir.with_suffix('.log').read_text()}"
         log = run_dir.with_suffix(".log").read_text()
-        print(f"{number} killed {'all' if victim is None else victim} at {instant:.2f}s of {whole:.2f}s, {launches} launches")
-        repeated = [log.count(f"] {stream} {layer:02d}/") for stream in ("observe", "prune") for layer in range(1, 6)]
-        print("layers done", repeated, flush=True)
+        done = [len(re.findall(rf"\] {stream} 0{layer}/", log)) for stream in ("observe", "prune") for layer in range(1, 6)]
+        print(f"{number} {name}: layers done {done}", flush=True)
 
 
 if __name__ == "__main__":
-    shutil.rmtree(sys.argv[2], ignore_errors=True)
     Path(sys.argv[2]).mkdir(parents=True)
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))

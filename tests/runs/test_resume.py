@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from helpers.kill_runs import request
-from helpers.paths import ROOT, TESTS
+from helpers.kill_runs import KILLS, request
+from helpers.launches import run_warm
 from helpers.stops import stopped_after
 from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
@@ -20,27 +17,20 @@ from stun.config import StunError
 from stun.pruning.job import prune
 
 LAYERS = 5
-KILLS = 40
 
 
 @pytest.mark.launch
 def test_killed_at_any_instant(tmp_path):
-    """One rank or all of two, over both streams; what continues has one, two or four ranks."""
+    """At each kind of instant of both streams, one rank of two or both; what goes on has one, two or four ranks."""
     source = make_checkpoint(tmp_path / "source", "arctic", num_hidden_layers=LAYERS)
-    command = [sys.executable, "-m", "helpers.kill_runs", str(source), str(tmp_path / "runs"), str(KILLS)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    kills = re.findall(r"^(\d+) killed .* (\d) launches$", done.stdout, re.M)
-    assert len(kills) == KILLS
-    assert all(int(launches) > 1 for _, launches in kills), "a run that was not under way was not killed"
-    for number, lines in enumerate(re.findall(r"^layers done \[(.*)\]$", done.stdout, re.M)):
+    said = run_warm(["-m", "helpers.kill_runs", source, tmp_path / "runs"], 0).stdout
+    done = re.findall(r"^(\d+) .*: layers done \[(.*)\]$", said, re.M)
+    assert len(done) == len(KILLS)
+    for number, lines in done:
         counts = [int(count) for count in lines.split(", ")]
         assert 2 * LAYERS - 1 <= sum(counts) <= 2 * LAYERS + 1, f"run {number} did {counts}"  # a kill can take one line
-        same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / str(number) / "model")
-        left = {file.name for file in (tmp_path / "runs" / str(number)).iterdir()}
+        same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / number / "model")
+        left = {file.name for file in (tmp_path / "runs" / number).iterdir()}
         assert left == {"config.yaml", "layers.json", "manifest.json", "plan.json", "stats", "model"}
 
 
