@@ -1,4 +1,4 @@
-"""Calibration and evaluation samples, read through `datasets`."""
+"""Calibration and evaluation samples, loaded through `datasets` and tokenized."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 
 
 def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Dataset:
-    """The rows of a local file or of a hub dataset, of which `config` may name a part. `key` names the config entry in errors.
+    """Rows of a local file or a hub dataset (`config` names one of its configurations). Errors name the setting `key`.
     Raises StunError."""
     file = Path(path)
     if file.is_file() and file.suffix not in _LOADERS:
-        raise StunError(f"{key}={path}: unknown kind of file; known: {', '.join(_LOADERS)}")
+        raise StunError(f"{key}={path}: unknown file type; known: {', '.join(_LOADERS)}")
     looks_local = file.suffix in _LOADERS or path.startswith(("/", "."))
     if looks_local and not file.is_file():
         raise StunError(f"{key}={path}: no such file")
     if looks_local and not file.stat().st_size:
         raise StunError(f"{key}={path}: the file is empty")
-    from datasets import load_dataset  # takes seconds and 100 MiB, and the first rank alone reads
+    # Imported here: it takes seconds and 100 MiB, and only the first rank reads.
+    from datasets import load_dataset
 
     try:
         if looks_local:
@@ -46,7 +47,7 @@ def _first_line(error: Exception) -> str:
 
 
 def in_order(entries: Iterable, path: str, key: str) -> Iterator:
-    """The entries of a data set, which are decoded one by one. Raises StunError where one is not UTF-8."""
+    """Entries of a data set, decoded one by one. Raises StunError if one is not UTF-8."""
     try:
         yield from entries
     except UnicodeDecodeError as error:
@@ -54,7 +55,7 @@ def in_order(entries: Iterable, path: str, key: str) -> Iterator:
 
 
 def _broken_line(file: Path) -> str:
-    """Which line of a .jsonl file is no JSON object, or has a field of another kind than on the lines before it."""
+    """First line of a .jsonl file that is not a JSON object, or whose field changes its type; empty if there is none."""
     kinds: dict[str, type] = {}
     if file.suffix != ".jsonl":
         return ""
@@ -64,7 +65,7 @@ def _broken_line(file: Path) -> str:
         except StunError as error:
             return f"{error}; "
         if not isinstance(content, dict):
-            return f"line {number} is no JSON object; "
+            return f"line {number} is not a JSON object; "
         for name, value in content.items():
             if value is not None and kinds.setdefault(name, type(value)) is not type(value):
                 return f"line {number}: field {name!r} is {type(value).__name__}, above it {kinds[name].__name__}; "
@@ -72,7 +73,7 @@ def _broken_line(file: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; code in the checkpoint is not run. Raises StunError."""
+    """Tokenizer of a checkpoint; code in the checkpoint is not run. Raises StunError."""
     check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -83,18 +84,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration samples `tokens_ST` [S, T], those of each source together; `sources` maps its name to how many there are."""
+    """Calibration samples `tokens_ST` [S, T], grouped by source; `sources` maps a source to its number of samples."""
 
     tokens_ST: torch.Tensor
     sources: dict[str, int]
 
     def batches(self, micro_batch: int) -> list[torch.Tensor]:
-        """The micro-batches in their order, none with samples of two sources."""
+        """Micro-batches in order; none mixes samples of two sources."""
         parts = self.tokens_ST.split(list(self.sources.values()))
         return [batch for part in parts for batch in part.split(micro_batch)]
 
     def source_of_batch(self, micro_batch: int) -> list[int]:
-        """Number of the source of every micro-batch."""
+        """Index of the source of every micro-batch."""
         counts = self.sources.values()
         return [number for number, count in enumerate(counts) for _ in range(-(-count // micro_batch))]
 
@@ -112,11 +113,11 @@ def _texts(rows: Dataset, source: SourceConfig, key: str, tokenizer: PreTrainedT
 
 
 def _rendered(messages: list, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Chat messages as one text. Templates are the checkpoint's own programs; transformers runs them in a sandbox."""
+    """Chat messages as one text. The checkpoint's template is a program; transformers runs it in a sandbox."""
     for message in messages:
-        known = message if isinstance(message, dict) else {}
-        says = isinstance(known.get("content"), (str, list)) or known.get("tool_calls")
-        if not isinstance(known.get("role"), str) or not says:
+        fields = message if isinstance(message, dict) else {}
+        has_content = isinstance(fields.get("content"), (str, list)) or fields.get("tool_calls")
+        if not isinstance(fields.get("role"), str) or not has_content:
             raise StunError(f"{where}: chat messages need a role and a content, a text or its parts; one is {str(message)[:80]}")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
@@ -125,7 +126,7 @@ def _rendered(messages: list, where: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def token_ids(text: str | list[str], where: str, tokenizer: PreTrainedTokenizerBase) -> list:
-    """Of a text, or of each of several. Raises StunError."""
+    """Token ids of a text, or of each text in a list. Raises StunError."""
     try:
         return tokenizer(text)["input_ids"]
     except Exception as error:  # tokenizers raises a bare one
@@ -133,14 +134,14 @@ def token_ids(text: str | list[str], where: str, tokenizer: PreTrainedTokenizerB
 
 
 def check_vocabulary(ids: list[int], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise StunError where the tokenizer does not belong to the model."""
+    """Raise StunError if token ids exceed the model's vocabulary: the tokenizer is another model's."""
     if max(ids) >= vocab_size:
-        own = f"the tokenizer of {tokenizer.name_or_path}"
-        raise StunError(f"{own} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
+        name = f"the tokenizer of {tokenizer.name_or_path}"
+        raise StunError(f"{name} yields id {max(ids)}, the model's vocabulary has {vocab_size} (config.json: vocab_size)")
 
 
 def _shares(weights: list[float], total: int) -> list[int]:
-    """`total` in whole shares proportional to `weights`: rounded down, the largest remainders one more."""
+    """Split of `total` into integers proportional to `weights`, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     order = sorted(range(len(weights)), key=lambda i: (shares[i] - exact[i], i))
@@ -152,9 +153,9 @@ def _shares(weights: list[float], total: int) -> list[int]:
 def calibration_samples(
     cfg: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str = "calibration"
 ) -> Samples:
-    """The samples of all sources, each source packed by itself. `name` is that of the configuration in errors.
+    """Samples of all sources, each source packed separately. Errors name the configuration `name`.
 
-    Raises StunError if the text of a source is empty or too short, or the tokenizer does not belong to the model.
+    Raises StunError if a source has no text or too little, or the tokenizer belongs to another model.
     """
     counts = _shares([source.weight for source in cfg.sources.values()], cfg.samples)
     parts = []

@@ -1,4 +1,4 @@
-"""JSON and YAML in, with nothing assumed of them; files out, each whole or absent."""
+"""Reading of untrusted JSON and YAML; atomic writing of files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from stun.config import StunError
 
-TEMPLATES = "additional_chat_templates"  # where transformers keeps all chat templates but the first
-_DEPTH = 64  # of values in values: far below what Python follows
-_DIGITS = 40  # of the longest number that means anything; what is longer takes time without end to print
+TEMPLATES = "additional_chat_templates"  # folder in which transformers keeps all chat templates but the first
+_DEPTH = 64  # deepest nesting accepted, far below Python's recursion limit
+_DIGITS = 40  # most digits of an integer: converting longer ones takes quadratic time
 
 
 def parse_json(content: bytes | str, where: str) -> object:
-    """The value that JSON text stands for: finite numbers, and no name twice in one object. Raises StunError."""
+    """Value of a JSON text. Infinite numbers and repeated names in one object are refused with StunError."""
     try:
         text = content.decode() if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_integer)
@@ -30,10 +30,10 @@ def parse_json(content: bytes | str, where: str) -> object:
 
 
 def read_bytes(file: Path, where: str = "") -> bytes:
-    """The content of a regular file, which errors call `where`. Pipes and devices, which may have no end, are not opened. Raises
-    StunError."""
+    """Content of a regular file; errors name it `where`. Raises StunError."""
     where = where or str(file)
     try:
+        # Pipes and devices are not opened, since they may never end.
         if not file.is_file():
             raise StunError(f"{where}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
         return file.read_bytes()
@@ -42,12 +42,12 @@ def read_bytes(file: Path, where: str = "") -> bytes:
 
 
 def read_json(file: Path, where: str = "") -> object:
-    """The JSON value in a file, which errors call `where`. Raises StunError."""
+    """JSON value in a file; errors name it `where`. Raises StunError."""
     return parse_json(read_bytes(file, where), where or str(file))
 
 
 def load_json(file: Path) -> dict:
-    """The JSON object in a file. Raises StunError."""
+    """JSON object in a file. Raises StunError."""
     content = read_json(file)
     if not isinstance(content, dict):
         raise StunError(f"{file}: must hold a JSON object")
@@ -55,29 +55,29 @@ def load_json(file: Path) -> dict:
 
 
 def is_count(value: object) -> bool:
-    """Whether a value from JSON is a whole number, 0 or more."""
+    """Whether a JSON value is an integer of at least 0."""
     return type(value) is int and value >= 0
 
 
 def is_file_name(name: object, suffix: str = ".safetensors") -> bool:
-    """Whether a value from JSON names a file beside the one it stands in."""
+    """Whether a JSON value is a plain file name (no folders) with this suffix."""
     return isinstance(name, str) and name.endswith(suffix) and name.isprintable() and Path(name).name == name and len(name) < 200
 
 
 def check_folder(folder: Path) -> None:
-    """Raise StunError where a file in a checkpoint's folder did not come with it, or is none: all of them may be read or copied.
+    """Check that everything in a checkpoint's folder is a file or folder of that checkpoint. Raises StunError.
 
-    Links may lead anywhere in the folder and, from a snapshot in the hub's cache, to the blobs of the same model.
+    Links may point into the folder itself and, from a snapshot in the hub's cache, to the blobs of the same model.
     """
     home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         try:
             target = file.resolve(strict=True)
         except (OSError, RuntimeError) as error:
-            raise StunError(f"{file}: is a link that leads nowhere: {error}") from error
-        if not any(target.is_relative_to(place) for place in homes):
-            raise StunError(f"{file}: leads to {target}; only files in the checkpoint's own folder are read")
+            raise StunError(f"{file}: is a broken link: {error}") from error
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise StunError(f"{file}: links to {target}; only files in the checkpoint's own folder are read")
         if not target.is_file() and not target.is_dir():
             raise StunError(f"{file}: is neither a file nor a folder")
 
@@ -86,7 +86,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return content
 
 
@@ -113,10 +113,11 @@ def _integer(text: str) -> int:
 
 
 def write_atomically(file: Path, write) -> None:
-    """Call `write(temporary_path)`, sync, then rename: `file` is either whole or absent. Raises StunError."""
+    """Call `write(temporary_path)`, sync, then rename, so that `file` is complete or absent. Raises StunError."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # a link there would have its target written
+        # A link of that name would redirect the write to its target.
+        temporary.unlink(missing_ok=True)
         write(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -128,12 +129,12 @@ def write_atomically(file: Path, write) -> None:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Write `content` as indented JSON, atomically."""
+    """Write indented JSON atomically."""
     write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 class _Plain(yaml.SafeLoader):
-    """Without aliases, of which a few lines can make more than any memory holds."""
+    """YAML loader without aliases: a few lines of nested ones expand to more than any memory holds."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -142,12 +143,12 @@ class _Plain(yaml.SafeLoader):
 
 
 def load_yaml(file: Path) -> object:
-    """What a YAML file holds, in plain values. Raises StunError."""
+    """Content of a YAML file, as plain values. Raises StunError."""
     return parse_yaml(read_bytes(file), str(file))
 
 
 def parse_yaml(content: bytes, where: str) -> object:
-    """What YAML stands for, in plain values. Raises StunError."""
+    """Content of a YAML text, as plain values. Raises StunError."""
     try:
         return yaml.load(content, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

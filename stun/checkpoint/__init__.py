@@ -1,1 +1,1 @@
-"""Checkpoints. In: a folder in the hub's layout. Out: headers, tensors on request, and files written whole or not at all."""
+"""Checkpoints on disk. In: a folder in the hub's layout. Out: headers, tensors on request, and files written atomically."""

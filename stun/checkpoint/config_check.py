@@ -1,6 +1,6 @@
-"""Whether a config.json can belong to the tensors beside it, seen before anything is built from it.
+"""Check of config.json against the checkpoint's tensors, before a model is built from it.
 
-transformers builds whatever it is told: a billion layers, one by one, or the class that a name leads to.
+transformers would build a billion layers one by one, or fetch the code that a setting names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stun.config import StunError
 
 _COUNT = re.compile(r"(^|_)(num|n)_|_(size|dim|rank|layers|heads|experts)$")
 _OF_NO_TENSOR = re.compile(r"theta|position|length|window|seq")
-_ALWAYS = 2**20  # numbers up to here are let through whatever the tensors are
+_ALWAYS = 2**20  # numbers up to this are accepted whatever the tensors are
 
 
 def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> None:
-    """Raise StunError where a number in the content of config.json cannot be one of this model, or a text leads to code."""
+    """Raise StunError if a number in config.json is impossible for these tensors, or a text names code to fetch."""
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise StunError(f"{file}: text_config: must be an object, is {str(text)[:80]}")
@@ -30,19 +30,20 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
         if type(value) is int and abs(value) > most and not _OF_NO_TENSOR.search(name):
             raise StunError(f"{where}: no tensor here has that size; at most {most}")
         if name.endswith("_implementation") and "/" in str(value):
-            raise StunError(f"{where}: code from elsewhere is not run; leave it out")
-        if name == "__float__" and value not in ("Infinity", "-Infinity"):  # transformers' own way to write what JSON cannot
+            raise StunError(f"{where}: code from elsewhere is not run; remove it")
+        # transformers writes infinities, which JSON lacks, as {"__float__": "Infinity"}.
+        if name == "__float__" and value not in ("Infinity", "-Infinity"):
             raise StunError(f"{where}: is not a number")
     layers = (text or config).get("num_hidden_layers", 0)
     if type(layers) is int and layers > len(tensors):
-        raise StunError(f"{file}: num_hidden_layers={layers}: at most {len(tensors)} can be, as many as there are tensors")
+        raise StunError(f"{file}: num_hidden_layers={layers}: at most {len(tensors)}, the number of tensors, is possible")
 
 
 def _entries(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """(name, value) of all plain values, however deep; those in a list have its name."""
+    """(name, value) of all plain values at any depth; entries of a list have the list's name."""
     if isinstance(value, dict):
-        for own, entry in value.items():
-            yield from _entries(entry, own or name)
+        for key, entry in value.items():
+            yield from _entries(entry, key or name)
     elif isinstance(value, list):
         for entry in value:
             yield from _entries(entry, name)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where every tensor lies, all of it checked before anything is read or allocated."""
+"""Headers of safetensors files: the place of every tensor, checked before anything is read or allocated."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, first byte, and what its `nbytes` bytes mean once read.
+    """Place of one tensor in a file (first byte), and its size, dtype and shape once read.
 
-    `scale` describes the block scales of an fp8 matrix, whose `dtype` is then that of the product; `block` is [rows, columns].
+    For an fp8 matrix `scale` describes its block scales, `block` is [rows, columns], and `dtype` that of their product.
     """
 
     file: Path
@@ -48,12 +48,12 @@ class TensorInfo:
 
     def row(self, number: int) -> TensorInfo:
         """Entry `number` along the first dimension."""
-        each = self.nbytes // self.shape[0]
-        return replace(self, start=self.start + number * each, nbytes=each, shape=self.shape[1:])
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, start=self.start + number * nbytes, nbytes=nbytes, shape=self.shape[1:])
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, which lie in it end to end. Raises StunError."""
+    """Tensors of one safetensors file. Raises StunError, also where tensors overlap or bytes between them are unused."""
     content, start, size = _content(file)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -70,7 +70,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _content(file: Path) -> tuple[dict, int, int]:
-    """The header's JSON object, the byte that the tensors begin at, and the file's size."""
+    """The header's JSON object, the byte at which the tensors begin, and the file's size."""
     try:
         if not file.is_file():
             raise StunError(f"{file}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
@@ -109,7 +109,7 @@ def _tensor(file: Path, name: str, entry: object, base: int, size: int) -> Tenso
 
 
 def _nbytes(shape: list[int], itemsize: int, most: int) -> int:
-    """Bytes that a shape takes; more than `most` once it is clear that it takes more."""
+    """Bytes of a tensor; above `most` the count stops early, since a hostile shape has no end of factors."""
     if 0 in shape:
         return 0
     nbytes = itemsize

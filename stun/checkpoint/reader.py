@@ -1,7 +1,7 @@
-"""Safetensors checkpoints in the hub's layout: lazy reads, whole shards written atomically.
+"""Safetensors checkpoints in the hub's layout, read one tensor at a time.
 
-Block-scaled fp8 weights (DeepSeek-V3's format: `X` in float8_e4m3, `X_scale_inv` in float32, one scale a block) appear as
-bfloat16 and are multiplied out as they are read. Other quantised formats are refused.
+Block-scaled fp8 weights (DeepSeek-V3's format: `X` in float8_e4m3, `X_scale_inv` in float32, one scale a block) are listed as
+bfloat16 and dequantised as they are read. Other quantised formats are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """The file that an index names for every tensor, all of them beside it. Raises StunError."""
+    """Tensor name -> file name, from an index. Raises StunError if a file is not in the index's own folder."""
     weight_map = load_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StunError(f"{file}: has no weight_map")
@@ -39,14 +39,14 @@ def _read_index(file: Path) -> dict[str, str]:
 
 def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     weight_map, headers = _read_index(folder / INDEX), {}
-    homes: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise StunError(f"{folder / shard}: missing, but named in {INDEX}")
         headers[shard] = read_header(folder / shard)
         for name in headers[shard]:
-            if homes.setdefault(name, shard) != shard:
-                raise StunError(f"{folder / shard}: {name}: stands in {homes[name]} too")
+            if shard_of.setdefault(name, shard) != shard:
+                raise StunError(f"{folder / shard}: {name}: is also in {shard_of[name]}")
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise StunError(f"{folder / INDEX}: says that {shard} holds {name}; it does not")
@@ -54,23 +54,23 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
-    """Block size [rows, columns] of an fp8 checkpoint, None where weights are stored plainly. Raises StunError otherwise."""
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not found:
+    """Block size [rows, columns] of an fp8 checkpoint, None if weights are not quantised. Raises StunError otherwise."""
+    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not settings:
         return None
-    if not isinstance(found, dict):
-        raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {found!r}")
-    method, block = found.get("quant_method"), found.get("weight_block_size")
+    if not isinstance(settings, dict):
+        raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {settings!r}")
+    method, block = settings.get("quant_method"), settings.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return block[0], block[1]
     raise StunError(
-        f"{folder / 'config.json'}: weights are quantised ({method}), a form in which single weights cannot be judged. Only fp8 "
-        "with weight_block_size is multiplied out here; convert others to bf16 first, or take the bf16 release"
+        f"{folder / 'config.json'}: weights are quantised ({method}), and single quantised weights cannot be scored. Only fp8 "
+        "with weight_block_size is dequantised here; convert others to bf16 first, or use the bf16 release"
     )
 
 
 def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict[str, TensorInfo]:
-    """`tensors` without the scales, each fp8 matrix described as the bfloat16 it is read as."""
+    """`tensors` without the scales; every fp8 matrix is described as bfloat16, which is what a read returns."""
     plain = {}
     for name, info in tensors.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
@@ -79,7 +79,7 @@ def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict
             scale = tensors.get(name + SCALE)
             if scale is None:
                 raise StunError(f"{info.file}: {name} is fp8 but has no {name}{SCALE}")
-            wanted = tuple(-(-size // each) for size, each in zip(info.shape, block, strict=False))
+            wanted = tuple(-(-size // step) for size, step in zip(info.shape, block, strict=False))
             if len(info.shape) != 2 or scale.shape != wanted:
                 raise StunError(
                     f"{scale.file}: {name}{SCALE} has shape {scale.shape}; {info.shape} in blocks of {block} needs {wanted}"
@@ -92,7 +92,7 @@ def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict
 
 
 class Checkpoint:
-    """A source checkpoint. `tensors` describes every tensor; `read` fetches one and counts its bytes in `bytes_read`."""
+    """Source checkpoint. `tensors` describes every tensor; `read` returns one and adds its bytes to `bytes_read`."""
 
     def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo], is_fp8: bool = False):
         self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
@@ -102,24 +102,24 @@ class Checkpoint:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all files with tensors."""
+        """Total size of the files that hold tensors."""
         return sum(size for size, _ in self._stamps.values())
 
     def sampled(self) -> list[tuple[str, int, str]]:
-        """(name, size, digest of 16 evenly spaced pages) of every file: other weights of the same shapes are told apart by it."""
-        found = []
+        """(name, size, digest of 16 evenly spaced pages) of every file: they differ between models of the same shapes."""
+        samples = []
         for file, (size, _) in sorted(self._stamps.items()):
             digest = hashlib.sha256()
             with file.open("rb") as handle:
                 for part in range(16):
                     handle.seek(size * part // 16)
                     digest.update(handle.read(4096))
-            found.append((file.name, size, digest.hexdigest()))
-        return found
+            samples.append((file.name, size, digest.hexdigest()))
+        return samples
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open and check the folder at `path`. Raises StunError if it is not a whole safetensors checkpoint."""
+        """Open and check the folder at `path`. Raises StunError if it is not a complete safetensors checkpoint."""
         folder = Path(path)
         if not folder.is_dir():
             raise StunError(f"model.path={path}: not a folder; download the checkpoint first")
@@ -138,10 +138,9 @@ class Checkpoint:
         return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
     def read(self, *names: str, row: int | None = None) -> torch.Tensor:
-        """The tensor of that name, on the CPU; several names are joined along their rows, `row` is one entry of the first
-        dimension.
+        """Tensor on the CPU; several names are concatenated along their rows, `row` selects one entry of the first dimension.
 
-        Its memory is mapped for it alone and returns to the system with it, so that no allocator's habits add to the peak.
+        Raises StunError if the file has changed since the checkpoint was opened.
         """
         infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]
         raw = _mapped(sum(info.nbytes for info in infos))
@@ -151,7 +150,7 @@ class Checkpoint:
             if info.scale is None:
                 self._fill(part, name, info)
             else:
-                part.view(info.dtype).view(info.shape).copy_(self._multiplied_out(name, info))
+                part.view(info.dtype).view(info.shape).copy_(self._dequantised(name, info))
             start += info.nbytes
         rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
         shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
@@ -175,8 +174,8 @@ class Checkpoint:
         with self._lock:
             self.bytes_read += filled
 
-    def _multiplied_out(self, name: str, info: TensorInfo) -> torch.Tensor:
-        """[rows, columns] float32 of an fp8 matrix: every entry times the scale of its block."""
+    def _dequantised(self, name: str, info: TensorInfo) -> torch.Tensor:
+        """fp8 matrix [rows, columns] in float32: every entry times the scale of its block."""
         raw, scales = _mapped(info.numel), _mapped(info.scale.nbytes)
         self._fill(raw, name, info)
         self._fill(scales, name + SCALE, info.scale)
@@ -187,12 +186,12 @@ class Checkpoint:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written to."""
+    """Size and time of change, to notice that a file was written to."""
     return status.st_size, status.st_mtime_ns
 
 
 def _mapped(nbytes: int) -> torch.Tensor:
-    """[nbytes] uint8 in pages of its own."""
+    """[nbytes] uint8 in pages of its own, which return to the system at once: an allocator that keeps them raises the peak."""
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
@@ -202,7 +201,7 @@ def _no_weights(folder: Path) -> str:
     pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLED)
     if pickled:
         return (
-            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. Convert them "
-            "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
+            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. If you trust "
+            "them, convert them once: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
         )
     return f"{folder}: holds neither {INDEX} nor {SINGLE}"

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, each written whole or not at all."""
+"""Atomic writing of a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from stun.files import TEMPLATES, write_atomically, write_json
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write one safetensors file, atomically; readable by whoever may read its folder."""
+    """Write one safetensors file atomically."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(path: Path) -> None:
         save_file(contiguous, path, metadata={"format": "pt"})
+        # safetensors makes files that their owner alone can read.
         path.chmod(0o644)
 
     write_atomically(file, write)
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
-    """Write the index: `shards` maps a file name to the bytes of each of its tensors."""
+    """Write the index: `shards` maps a file name to its tensors' names and bytes."""
     weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
     total = sum(size for sizes in shards.values() for size in sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -33,16 +34,16 @@ def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
 
 
 def extras(source: Path) -> list[str]:
-    """Paths within `source` that go with a checkpoint: tokenizer, chat templates, custom code, licence."""
+    """Paths in `source` of all files but weights and config.json: tokenizer, chat templates, custom code, licence."""
     weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
     files = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
     is_weights = {file: file.suffix in weights or file.name.endswith(".index.json") for file in files}
-    found = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")
-    return [str(file.relative_to(source)) for file in found]
+    kept = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")
+    return [str(file.relative_to(source)) for file in kept]
 
 
 def copy_extras(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
-    """Copy the `extras` of a checkpoint, but for those to `skip`."""
+    """Copy the `extras` of a checkpoint except those in `skip`."""
     for name in (name for name in extras(source) if name not in skip):
         copy = target / name
         copy.parent.mkdir(exist_ok=True)

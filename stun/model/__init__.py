@@ -1,2 +1,2 @@
-"""What the network is. In: config.json and headers. Out: modules without weights, tensor names, what a family needs; classes that
+"""The model. In: config.json and headers. Out: modules without weights, tensor names, data of each family, and the classes that
 transformers lacks."""

@@ -1,7 +1,7 @@
-"""A checkpoint's model without its weights: transformers' modules on the meta device, for every family alike.
+"""A checkpoint's model without its weights: transformers' modules on the meta device, for every family.
 
-Router rules, masks and rotary embeddings all come from transformers, whose internals only this package touches. What
-a family needs beyond that is its entry in `stun.model.families`.
+Router rules, masks and rotary embeddings come from transformers, whose internals only this package uses. Whatever else differs
+between families is data in `stun.model.families`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from stun.model.layer_layout import LayerLayout
 from stun.model.tensor_names import NameMap, experts_of
 
 EXPERTS_IMPLEMENTATION = "stun"
-# The keyword argument of a layer, and of the model, that is the cache: transformers has renamed it in 5.24.
+# Name of the cache among the arguments of a layer and of the model: transformers 5.24 renamed it.
 _PREPARES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = next(name for name in ("cache", "past_key_values") if name in _PREPARES)
 
 
 class _Entered(Exception):
-    """The model's own forward has called all layers."""
+    """Ends the model's forward once it has called all layers."""
 
 
 class Architecture:
-    """A checkpoint's model without its weights: the modules on the meta device, and the map of names.
+    """Modules of a checkpoint's model on the meta device, and the places of its tensors in them.
 
-    `layers` are the decoder layers, `mtp` the layouts of multi-token-prediction heads with experts, `outer` maps every other
-    source name to its parameter ('' where the model has none). `precision` is what its layers are to be computed in.
+    `layers` and `mtp` are the layouts of decoder layers and of multi-token-prediction heads with experts. `outer` maps every
+    other source name to its parameter ('' where the model has none). `precision` decides the compute dtype. Raises StunError.
     """
 
     def __init__(self, source: Checkpoint, precision: Precision = Precision.auto):
@@ -49,8 +49,9 @@ class Architecture:
         self.model_type, self.family = family_of(folder, source.config)
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
-            self.config.__dict__.pop("quantization_config", None)  # weights are multiplied out as they are read
-            self.config._attn_implementation = None  # transformers' own: another may be fetched from the hub
+            self.config.__dict__.pop("quantization_config", None)  # the reader dequantises
+            # A named implementation could be code that transformers fetches from the hub.
+            self.config._attn_implementation = None
             with without_weights():
                 self.model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds, all of them about this file
@@ -67,33 +68,33 @@ class Architecture:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype most bytes of the checkpoint are stored in."""
+        """Dtype of most of the checkpoint's bytes."""
         nbytes: dict[torch.dtype, int] = {}
         for info in self.source.tensors.values():
             nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
         return max(nbytes, key=nbytes.get)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape, dtype and place of a source tensor."""
+        """Place, shape and dtype of a source tensor."""
         return self.source.tensors[name]
 
     def piece(self, layout: LayerLayout, expert: int, part: str) -> list[TensorInfo]:
-        """Shapes and places of what makes up one part of an expert."""
+        """Source tensors, or entries of them, that make up one part of an expert."""
         infos = [self.info(name) for name in layout.experts[expert][part]]
         return [info.row(expert) for info in infos] if part in layout.fused else infos
 
     def read_expert(self, layout: LayerLayout, expert: int) -> dict[str, torch.Tensor]:
-        """An expert's parts, from disk; of a tensor that holds all experts only this one's bytes are read."""
+        """Parts of one expert, from disk; from a tensor that holds all experts only its bytes are read."""
         parts = layout.experts[expert]
         return {part: self.source.read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
 
     def parameters_of(self, layout: LayerLayout) -> int:
-        """Parameters of one decoder layer, counted in the checkpoint."""
+        """Number of parameters of a decoder layer in the checkpoint."""
         experts = {name for expert in layout.experts for names in expert.values() for name in names}
         return sum(self.info(name).numel for name in [*layout.copied, *experts])
 
     def _groups(self) -> tuple[int, int]:
-        """Groups of experts that routing is limited to (1: none), and the fewest experts a group may keep. Raises StunError."""
+        """Routing groups (1: none), and the fewest experts a group may keep. Raises StunError."""
         counts = [layout.num_experts for layout in self.layers if layout.experts]
         if counts and not 1 <= self.top_k <= min(counts):
             raise StunError(f"{self.source.folder}: config.json asks for {self.top_k} experts a token, a layer has {min(counts)}")
@@ -101,20 +102,20 @@ class Architecture:
             return 1, max(self.family.floor, self.top_k)
         groups, chosen = getattr(self.config, "n_group", None), getattr(self.config, "topk_group", None)
         if not isinstance(groups, int) or not isinstance(chosen, int) or not 1 <= chosen <= groups:
-            raise StunError(f"{self.source.folder}: n_group={groups}, topk_group={chosen}: needed are 1 <= topk_group <= n_group")
+            raise StunError(f"{self.source.folder}: n_group={groups}, topk_group={chosen}: 1 <= topk_group <= n_group is needed")
         floor = max(self.family.group_floor, -(-self.top_k // chosen))
         for count in counts:
             if count % groups or count // groups < floor:
-                asked = f"equal groups of at least {floor} (top-k {self.top_k} from {chosen} of them)"
-                raise StunError(f"{self.source.folder}: {count} experts in n_group={groups} groups; routing needs {asked}")
+                needed = f"equal groups of at least {floor} (top-k {self.top_k} from {chosen} of them)"
+                raise StunError(f"{self.source.folder}: {count} experts in n_group={groups} groups; routing needs {needed}")
         return groups, floor
 
     def _grown(self, index: int) -> nn.Module:
-        """Decoder layer `index` with one expert more than it has."""
+        """Decoder layer `index` with one more expert: tensors with an entry per expert differ in shape."""
         return self.build_layer(index, experts_of(self.decoder.layers[index])[1].num_experts + 1)
 
     def build_layer(self, index: int, num_experts: int) -> nn.Module:
-        """Decoder layer `index` with `num_experts` experts, its parameters still on the meta device."""
+        """Decoder layer `index` with `num_experts` experts, on the meta device."""
         config = copy.deepcopy(self.config)
         if num_experts:
             setattr(config, self.family.count, num_experts)
@@ -123,12 +124,12 @@ class Architecture:
         return layer.eval()
 
     def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put the tensors outside the experts into a layer: parameters in `dtype` but where the model insists on float32, buffers
-        as they are stored."""
+        """Put the tensors outside the experts into a layer: parameters in `dtype`, or in float32 where the model demands it;
+        buffers in their stored dtype."""
         self._put(layer, {inside: dense[name] for name, inside in layout.dense.items()}, dtype)
 
     def _put(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put tensors into a module, by their names in it, as `install` says."""
+        """Put tensors into a module by their names in it, with the dtypes of `install`."""
         exceptions = self.model._get_dtype_plan(dtype)
         for inside, tensor in tensors.items():
             path, _, leaf = inside.rpartition(".")
@@ -136,8 +137,8 @@ class Architecture:
             if leaf in module._buffers:
                 module._buffers[leaf] = tensor
             else:
-                own = next((kept for pattern, kept in exceptions.items() if re.search(pattern, inside)), dtype)
-                module._parameters[leaf] = nn.Parameter(tensor.to(own), requires_grad=False)
+                final = next((other for pattern, other in exceptions.items() if re.search(pattern, inside)), dtype)
+                module._parameters[leaf] = nn.Parameter(tensor.to(final), requires_grad=False)
 
     @property
     def embedding(self) -> str:
@@ -147,7 +148,7 @@ class Architecture:
         return next(name for name, target in self.outer.items() if target == f"{path}.weight")
 
     def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put tensors outside the layers, by source name, into the model, as `install` does; a tied head takes the embedding."""
+        """Put tensors outside the layers, by source name, into the model as `install` does; a tied head shares the embedding."""
         self._put(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
         head = self.model.get_output_embeddings()
         if head.weight.is_meta and self.config.tie_word_embeddings:
@@ -155,18 +156,17 @@ class Architecture:
 
     @property
     def outer_weights(self) -> list[str]:
-        """Source names of the tensors outside the layers that the model computes with, in a fixed order."""
+        """Source names of the tensors outside the layers that the model uses, in a fixed order."""
         return sorted(name for name, target in self.outer.items() if target)
 
     @torch.no_grad()
     def enter(
-        self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor | None = None, **given
+        self, tokens_BT: torch.Tensor, embedding_VD: torch.Tensor | None = None, **inputs
     ) -> tuple[torch.Tensor, list[dict]]:
-        """Hidden states [B, T, D] that reach the first layer, and the keyword arguments (masks, rotary embeddings, ...) of
-        every layer. `given` are further inputs of the model: mask, positions, cache.
+        """Hidden states [B, T, D] before the first layer, and all layers' keyword arguments (masks, rotary embeddings, ...).
 
-        The model's own forward runs with a recorder in place of every layer, so no family needs code for this. Without
-        `embedding_VD` the installed embedding is used.
+        `inputs` are further inputs of the model: mask, positions, cache. The model's own forward runs with a recorder in place
+        of every layer, so no family needs code for this. Without `embedding_VD` the installed embedding is used.
         """
         _move_buffers(self.decoder, tokens_BT.device)
         embedding, recorded = self.decoder.get_input_embeddings(), []
@@ -182,7 +182,7 @@ class Architecture:
             embedding.weight = nn.Parameter(embedding_VD, requires_grad=False)
         try:
             with self._stand_ins(recorder):
-                self.decoder(input_ids=tokens_BT, **{"use_cache": False, **given})
+                self.decoder(input_ids=tokens_BT, **{"use_cache": False, **inputs})
         except _Entered:
             pass
         finally:
@@ -191,48 +191,47 @@ class Architecture:
 
     @torch.no_grad()
     def leave(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of tokens whose hidden states left the last layer; `enter` the other way round.
+        """Logits [N, V] of hidden states after the last layer: final norm and output head, which must be installed.
 
-        Everything outside the layers must be installed. The model's own forward runs, each token as a sample of its own, with
-        layers that give these states whatever reaches them.
+        The model's own forward runs, with layers that return these states whatever their input.
         """
-        hidden_N1D = hidden_ND[:, None]
+        hidden_N1D = hidden_ND[:, None]  # every token as a sample of length 1
         with self._stand_ins(lambda *_, **__: hidden_N1D):
             return self.model(inputs_embeds=hidden_N1D, use_cache=False, output_router_logits=False).logits[:, 0]
 
     def next_inputs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, cache: object | None) -> dict:
-        """What transformers' generate gives a model for its next step, `tokens_BT` being the prompt and all that has followed:
-        the tokens that are new to the cache (all where there is none), mask, positions, cache."""
+        """Inputs that transformers' generate gives a model for its next step: the tokens of `tokens_BT` (prompt and output so
+        far) that are not in the cache, mask, positions and cache."""
         positions_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
-        given = {"position_ids": positions_BT, "use_cache": True, CACHE: cache}
-        given["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
+        arguments = {"position_ids": positions_BT, "use_cache": True, CACHE: cache}
+        arguments["attention_mask"] = None if bool(mask_BT.all()) else mask_BT
         new = None if cache is None else 1
         inputs = self.model.prepare_inputs_for_generation(
-            tokens_BT, next_sequence_length=new, is_first_iteration=new is None, **given
+            tokens_BT, next_sequence_length=new, is_first_iteration=new is None, **arguments
         )
         return {name: value for name, value in inputs.items() if name not in ("logits_to_keep", "is_first_iteration")}
 
     def logits_processors(self, generation: GenerationConfig, mask_BT: torch.Tensor) -> LogitsProcessorList:
-        """What transformers' greedy generate does to the logits, such as to penalise repetitions; `mask_BT` is the prompts'."""
-        given = {"attention_mask": mask_BT}
+        """Changes that transformers' greedy generate makes to logits, such as repetition penalties; `mask_BT` is the prompts'."""
+        arguments = {"attention_mask": mask_BT}
         return self.model._get_logits_processor(
-            generation, input_ids_seq_length=mask_BT.shape[1], device=str(mask_BT.device), model_kwargs=given
+            generation, input_ids_seq_length=mask_BT.shape[1], device=str(mask_BT.device), model_kwargs=arguments
         )
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        """The checkpoint's own, for greedy decoding. Raises StunError where it cannot be read."""
+        """The checkpoint's generation settings, for greedy decoding. Raises StunError if they cannot be read."""
         file = self.source.folder / "generation_config.json"
         try:
-            found = GenerationConfig.from_pretrained(self.source.folder) if file.is_file() else self.model.generation_config
+            config = GenerationConfig.from_pretrained(self.source.folder) if file.is_file() else self.model.generation_config
         except Exception as error:  # transformers raises many kinds, all of them about this file
             raise StunError(f"{file}: transformers cannot read it: {error}") from error
-        found = copy.deepcopy(found)
-        found.update(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-        return found
+        config = copy.deepcopy(config)
+        config.update(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+        return config
 
     @contextmanager
     def _stand_ins(self, forward: Callable) -> Iterator[None]:
-        """Inside it, `forward` runs in place of every layer."""
+        """Context in which `forward` replaces that of every layer."""
         for layer in self.decoder.layers:
             layer.forward = forward
         try:
@@ -243,12 +242,12 @@ class Architecture:
 
     @property
     def cannot_differ(self) -> str:
-        """Why layers may not keep different numbers of experts; empty where they may."""
+        """Reason why layers must keep equal numbers of experts; empty if they need not."""
         return f"{self.source.config['model_type']} wraps its text model in another" if self.is_nested else ""
 
     def pruned_config(self, counts: list[int]) -> dict:
-        """config.json for `counts` experts per layer (0: none): the source's own but for the number of experts, which stands
-        under one name, with no alias beside it, and the mark of fp8."""
+        """config.json for `counts` experts per layer (0: none): the source's with the new number of experts, under one name
+        without aliases, and without its fp8 settings."""
         written = copy.deepcopy(self.source.config)
         text = written["text_config"] if self.is_nested else written
         for config in (written, text):
@@ -272,10 +271,10 @@ def _move_buffers(root: nn.Module, device: torch.device) -> None:
 
 
 def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
-    """What makes up one expert of a layer."""
+    """Tensors that make up one expert of a layer."""
     return [info for part in (layout.experts[0] if layout.experts else ()) for info in arch.piece(layout, 0, part)]
 
 
 def stored_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor in the source; `nbytes` are those it has once it is multiplied out."""
+    """Bytes of a tensor in the source, where fp8 takes less than the `nbytes` of the dequantised tensor."""
     return info.nbytes if info.scale is None else info.numel + info.scale.nbytes

@@ -38,8 +38,8 @@ from transformers.utils.output_capturing import OutputRecorder
 class ArcticConfig(PreTrainedConfig):
     """Configuration of a Snowflake Arctic model; field names and defaults are those of the released `config.json`.
 
-    `num_local_experts` is one count for all layers, or a list with one count per decoder layer (the form in which the
-    STUN authors saved models that keep a different number of experts in each layer).
+    `num_local_experts` is one count for all layers, or a list with one count per decoder layer, as in the models that the
+    STUN authors saved.
     """
 
     model_type = "arctic"
@@ -105,7 +105,7 @@ class ArcticExperts(MixtralExperts):
 
 
 class ArcticTopKRouter(MixtralTopKRouter):
-    """fp32 softmax, then top-k; the k weights are renormalised only if k > 1."""
+    """Top-k of a float32 softmax; the k weights are renormalised only if k > 1."""
 
     def forward(self, hidden_states: torch.Tensor):
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
@@ -118,13 +118,13 @@ class ArcticTopKRouter(MixtralTopKRouter):
 
 
 def _layer_config(config: ArcticConfig, layer_idx: int) -> ArcticConfig:
-    """The configuration as one layer sees it: `num_local_experts` is that layer's own count."""
+    """Configuration of one layer: `num_local_experts` is that layer's count."""
     if isinstance(config.num_local_experts, int):
         return config
-    own = type(config)(**{**config.to_dict(), "num_local_experts": config.experts_of_layer(layer_idx)})
-    own._attn_implementation = config._attn_implementation
-    own._experts_implementation = config._experts_implementation
-    return own
+    layer_config = type(config)(**{**config.to_dict(), "num_local_experts": config.experts_of_layer(layer_idx)})
+    layer_config._attn_implementation = config._attn_implementation
+    layer_config._experts_implementation = config._experts_implementation
+    return layer_config
 
 
 class ArcticSparseMoeBlock(nn.Module):
@@ -132,10 +132,10 @@ class ArcticSparseMoeBlock(nn.Module):
 
     def __init__(self, config: ArcticConfig, layer_idx: int):
         super().__init__()
-        own = _layer_config(config, layer_idx)
-        self.gate = ArcticTopKRouter(own)
-        self.experts = ArcticExperts(own)
-        # Dispatch of the experts implementation must follow later changes of the model's own configuration.
+        layer_config = _layer_config(config, layer_idx)
+        self.gate = ArcticTopKRouter(layer_config)
+        self.experts = ArcticExperts(layer_config)
+        # The choice of the experts implementation must follow later changes of the model's configuration.
         self.experts.config = config
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ class ArcticSparseMoeBlock(nn.Module):
 
 
 class ArcticDenseBlock(nn.Module):
-    """The feed-forward of a layer without experts, under the name the checkpoint gives it (`block_sparse_moe.mlp`)."""
+    """Feed-forward of a layer without experts, under the checkpoint's name for it (`block_sparse_moe.mlp`)."""
 
     def __init__(self, config: ArcticConfig):
         super().__init__()
@@ -156,7 +156,7 @@ class ArcticDenseBlock(nn.Module):
 
 
 class ArcticDecoderLayer(GradientCheckpointingLayer):
-    """One decoder layer; see the module's docstring for the two forms it takes."""
+    """Decoder layer in one of the two forms that the module's docstring gives."""
 
     def __init__(self, config: ArcticConfig, layer_idx: int):
         super().__init__()
@@ -192,7 +192,7 @@ class ArcticPreTrainedModel(MixtralPreTrainedModel):
         "attentions": MixtralAttention,
     }
 
-    # transformers decides both by searching the module's source for its own idioms; here they are inherited.
+    # transformers decides both by searching this file for its usual code, which is inherited here.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
@@ -232,7 +232,7 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` know Arctic, and give it Mixtral's map of expert names."""
+    """Register Arctic with `AutoConfig` and `AutoModelForCausalLM`, with Mixtral's map of expert names."""
     AutoConfig.register("arctic", ArcticConfig)
     AutoModelForCausalLM.register(ArcticConfig, ArcticForCausalLM)
     experts = get_checkpoint_conversion_mapping("mixtral")[1:]  # without the renaming block_sparse_moe -> mlp

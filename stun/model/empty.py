@@ -1,4 +1,4 @@
-"""Modules without weights."""
+"""Building of modules on the meta device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Large tensors are made on the meta device from the start.
+    """Mode that creates large tensors on the meta device from the start.
 
-    `init_empty_weights` alone first allocates what it then drops, and one parameter of a released model (all experts of a
-    layer in float32) can be larger than the machine's memory.
+    `init_empty_weights` alone allocates every parameter before it drops it, and one parameter of a released model (all experts
+    of a layer in float32) can exceed the memory.
     """
 
     LARGE = 2**22
@@ -35,6 +35,6 @@ class _LargeOnMeta(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules built inside have their parameters on the meta device, and real buffers (rotary frequencies)."""
+    """Context in which modules get parameters on the meta device, but real buffers (rotary frequencies)."""
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         yield

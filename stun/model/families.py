@@ -1,4 +1,4 @@
-"""What differs between model families: one entry of data each."""
+"""Data of the supported model families, one entry each, and the refused ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stun.config import StunError
 
-HETEROGENEOUS = "stun_"  # before the model type of a checkpoint whose layers keep different numbers of experts
+HETEROGENEOUS = "stun_"  # prefix of the model type where layers keep different numbers of experts
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -15,9 +15,8 @@ COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 class Family:
     """Data of one model family.
 
-    `count`: the configuration's own name for the number of experts. `group_floor`: where routing is limited to groups of
-    experts (`n_group`), the fewest experts a group may hold; 0 where routers know no groups. `floor`: the fewest experts that
-    the family's code can route to.
+    `count`: name of the number of experts in config.json. `group_floor`: fewest experts in a routing group (`n_group`); 0 where
+    routers have no groups. `floor`: fewest experts per layer that the family's code supports.
     """
 
     count: str
@@ -27,8 +26,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "arctic": Family("num_local_experts"),
-    "deepseek_v2": Family("n_routed_experts", group_floor=1),  # a group is judged by its best expert
-    "deepseek_v3": Family("n_routed_experts", group_floor=2),  # ... by its two best
+    "deepseek_v2": Family("n_routed_experts", group_floor=1),  # the router ranks groups by their best expert
+    "deepseek_v3": Family("n_routed_experts", group_floor=2),  # ... by their two best
     "dots1": Family("n_routed_experts", group_floor=2),
     "ernie4_5_moe": Family("moe_num_experts"),
     "exaone_moe": Family("num_experts", group_floor=2),
@@ -36,26 +35,26 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("num_local_experts"),
     "granitemoe": Family("num_local_experts"),
     "hunyuan_v1_moe": Family("num_experts"),
-    "jamba": Family("num_experts", floor=2),  # one expert is built as a dense layer
+    "jamba": Family("num_experts", floor=2),  # with one expert it builds a dense layer
     "lfm2_moe": Family("num_experts"),
     "minimax_m2": Family("num_local_experts"),
     "mixtral": Family("num_local_experts"),
     "olmoe": Family("num_experts"),
-    "phimoe": Family("num_local_experts", floor=2),  # its router picks a second one whatever top-k says
+    "phimoe": Family("num_local_experts", floor=2),  # its router always picks two
     "qwen2_moe": Family("num_experts"),
     "qwen3_5_moe_text": Family("num_experts"),
     "qwen3_moe": Family("num_experts"),
     "qwen3_next": Family("num_experts"),
 }
 REFUSED = {
-    "dbrx": "its experts run in code of their own, where what each of them sees cannot be observed",
+    "dbrx": "its experts run in the family's own code, where the inputs of single experts cannot be observed",
     "llama4": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
     "llama4_text": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
 }
 
 
 def family_of(folder: Path, config: dict) -> tuple[str, Family]:
-    """Name and entry of the family that a checkpoint's config.json describes. Raises StunError where it is none of `FAMILIES`."""
+    """Name and entry of the family in a checkpoint's config.json. Raises StunError if it is not one of `FAMILIES`."""
     model_type, text = config.get("model_type"), config.get("text_config")
     if isinstance(text, dict) and model_type not in REFUSED:
         model_type = text.get("model_type")

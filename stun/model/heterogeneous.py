@@ -1,9 +1,9 @@
 """Checkpoints whose layers keep different numbers of experts, for every family of transformers.
 
-transformers builds all layers of a model from one expert count. Such a checkpoint therefore has a model type of its own,
+transformers builds all layers of a model from one expert count. Such a checkpoint therefore has the model type
 `stun_<family>`, which stock runtimes refuse by name, and `experts_per_layer` in its config.json (0: a layer without experts).
-After `import stun`, `AutoModelForCausalLM` loads, runs and saves it: the classes are made from the family's own when first
-needed. Arctic reads a list in `num_local_experts` instead, the form in which the STUN authors saved theirs.
+After `import stun`, `AutoModelForCausalLM` loads, runs and saves it, with classes derived from the family's at first use. Arctic
+reads a list in `num_local_experts` instead, as in the models that the STUN authors saved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PER_LAYER = "experts_per_layer"
 
 
 def describe(config: dict, name: str, counts: list[int]) -> None:
-    """Write `counts` experts per layer into the content of a config.json, whose family counts experts under `name`."""
+    """Write `counts` experts per layer into the content of a config.json; `name` is the family's field for the count."""
     if config["model_type"] == "arctic":
         config[name] = counts
         return
@@ -32,7 +32,7 @@ def describe(config: dict, name: str, counts: list[int]) -> None:
 
 
 def forget(config: dict, name: str, count: int) -> None:
-    """Write one count for all layers, in the family's stock form."""
+    """Write one count for all layers, in the family's standard form."""
     if config.pop(_PER_LAYER, None) is not None:
         config["model_type"] = config["model_type"].removeprefix(HETEROGENEOUS)
         config["architectures"] = [a.removeprefix("Stun") for a in config.get("architectures") or []]
@@ -58,7 +58,7 @@ def _classes(family: str, count: str) -> tuple[type, type]:
                     self.base_model.layers[index] = _with_experts(type(layer), config, index, count)
             self.post_init()
 
-        # transformers decides both by searching the module's source for its own idioms; the family's own answer holds.
+        # transformers decides both by searching this file for its usual code; the family's answer is the right one.
         @classmethod
         def _can_set_attn_implementation(cls) -> bool:
             return base_model._can_set_attn_implementation()
@@ -78,22 +78,23 @@ def _classes(family: str, count: str) -> tuple[type, type]:
 
 
 def _with_experts(layer_class: type, config: PreTrainedConfig, index: int, count: str):
-    """Decoder layer `index` with its own number of experts; later changes of the model's configuration still reach it."""
-    own = copy.copy(config)
-    setattr(own, count, config.experts_per_layer[index])
-    layer = layer_class(own, index)
+    """Decoder layer `index` with its number of experts."""
+    layer_config = copy.copy(config)
+    setattr(layer_config, count, config.experts_per_layer[index])
+    layer = layer_class(layer_config, index)
+    # Later changes of the model's configuration must reach this layer.
     for module in layer.modules():
-        if getattr(module, "config", None) is own:
+        if getattr(module, "config", None) is layer_config:
             module.config = config
     return layer
 
 
 def register() -> None:
-    """Make `AutoConfig` know the heterogeneous form of each family."""
+    """Register the heterogeneous form of each family with `AutoConfig`."""
     for name, family in FAMILIES.items():
 
         class Lazy(PreTrainedConfig):
-            """Stands for a class that is made when first needed; whatever is made of it is of that class."""
+            """Placeholder that creates the class at first use; its instances are of that class."""
 
             model_type = HETEROGENEOUS + name
             _names = (name, family.count)

@@ -1,4 +1,4 @@
-"""What the tensors of one decoder layer are for, by source name."""
+"""Roles of a decoder layer's tensors, by source name."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from stun.config import Scope
 
 EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
-# Small projections that steer rather than compute: the shared expert's gate, the time step of Mamba, the decay of linear
-# attention.
+# Small projections that control others and are never pruned: the gate of a shared expert, Mamba's time step, the decay of
+# linear attention.
 GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 
-# Linear modules whose output is that of their block: attention, an MLP, a shared expert.
+# Linear modules that produce the output of their block: attention, an MLP, a shared expert.
 CLOSING = {"o_proj", "out_proj", "down_proj", "w2"}
 
 
 @dataclass
 class LayerLayout:
-    """The tensors of one decoder layer, by source name.
+    """Tensors of one decoder layer, by source name.
 
     `dense` maps a name to the tensor inside the layer. `experts[e]` maps a parameter of the experts module (`gate_up_proj`,
-    `down_proj`, ...) to the tensors whose rows make up expert e's part of it, in order; for the parts in `fused` it is one
-    tensor, of which the expert has entry e. `routed` maps the dense names with one entry per expert to the dimension these lie
-    along; `router` is the one that holds the router's rows. `unused` are tensors the model has no parameter for; they are
-    copied. Experts' matrices that are stored with a row for each input are `is_transposed`.
+    `down_proj`, ...) to the tensors whose rows, in order, make up expert e's part of it; for the parts in `fused` it is one
+    tensor that holds all experts, and e is an index into it. `routed` maps dense names with an entry per expert to the dimension
+    of these entries; `router` is the one with the router's rows. `unused` are tensors without a parameter in the model, which
+    are copied; `linears` maps the matrices that may be pruned to their scope. `is_transposed`: experts' matrices are [D, O].
 
-    A multi-token-prediction head with experts has a layout too (`is_mtp`): the experts and their router, which no forward runs.
+    A multi-token-prediction head with experts has a layout too (`is_mtp`), of experts and router; its forward is never run.
     """
 
     index: int
@@ -48,30 +48,30 @@ class LayerLayout:
 
     @property
     def copied(self) -> list[str]:
-        """Names of all tensors but the experts', in a fixed order."""
+        """Names of all tensors outside the experts, in a fixed order."""
         return sorted([*self.dense, *self.unused])
 
     @property
     def fused_names(self) -> dict[str, str]:
-        """Tensors that hold a part of all experts, by part."""
+        """Part -> the tensor that holds it for all experts."""
         return {part: self.experts[0][part][0] for part in sorted(self.fused)}
 
     def closes(self, name: str) -> bool:
-        """Whether a dense matrix gives its block's output."""
+        """Whether a dense matrix produces its block's output."""
         return self.dense[name].split(".")[-2] in CLOSING
 
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        """A view [O, D] of an expert's matrix, whichever way it is stored."""
+        """View [O, D] of an expert's matrix, whichever way it is stored."""
         return weight.T if self.is_transposed else weight
 
 
 def renumber(name: str, expert: int) -> str:
-    """The source name of an expert's tensor, for the expert that is number `expert` after pruning."""
+    """Source name of an expert's tensor with the expert's number after pruning."""
     return EXPERT_NUMBER.sub(rf"\g<1>{expert}\g<3>", name, count=1)
 
 
 def scope_of(path: str) -> Scope:
-    """Which part of a layer a linear module belongs to, from its path. Whatever mixes tokens counts as attention."""
+    """Scope of a linear module, from its path. Everything that mixes tokens counts as attention."""
     if "shared" in path:
         return Scope.shared
     first = path.split(".")[0]

@@ -1,5 +1,4 @@
-"""Which runtimes load a pruned checkpoint, from its expert counts alone. Nothing is started; vLLM's limits are those it
-documents."""
+"""Runtimes that load a pruned checkpoint, judged by its expert counts and vLLM's documented limits; none is started."""
 
 from __future__ import annotations
 
@@ -10,13 +9,13 @@ ONLY_HERE = ("arctic",)  # families that transformers itself does not have
 
 
 def nearest_counts(experts: int) -> list[int]:
-    """The largest count in `VLLM_COUNTS` up to `experts`, and the smallest from it on: one where they are the same."""
+    """Neighbours of `experts` in `VLLM_COUNTS`, below and above; only itself if it is one of them."""
     below, above = [n for n in VLLM_COUNTS if n <= experts], [n for n in VLLM_COUNTS if n >= experts]
     return sorted({*below[-1:], *above[:1]})
 
 
 def warning(experts: int, kept: int) -> str:
-    """What to know before every layer is left with `kept` of `experts` experts; empty where there is nothing to say."""
+    """Warning before every layer is pruned to `kept` of `experts` experts; empty if there is none."""
     if kept == experts or kept in VLLM_COUNTS:
         return ""
     near = " or ".join(map(str, nearest_counts(kept)))
@@ -24,7 +23,7 @@ def warning(experts: int, kept: int) -> str:
 
 
 def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
-    """Runtime -> what it makes of a checkpoint of this family with `counts` experts per layer (0: none)."""
+    """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none)."""
     distinct, only_here = {count for count in counts if count}, model_type in ONLY_HERE
     after_import = "after `import stun` only: it has no such family"
     if len(distinct) > 1:

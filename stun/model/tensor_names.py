@@ -1,7 +1,7 @@
-"""Where every tensor of a checkpoint belongs: to a decoder layer, its experts, a prediction head's experts, or none of these.
+"""Map from a checkpoint's tensors to decoder layers, their experts, experts of prediction heads, and the rest of the model.
 
-transformers' own table of renamings says which parameter a source tensor becomes. What it becomes decides what it is for; a
-tensor that cannot be placed, or has another shape or kind of number than config.json asks for, is refused here, before any work.
+transformers' table of renamings says which parameter a source tensor becomes, and that decides its role. A tensor without a
+place, or with another shape or kind of number than config.json demands, is refused here, before any work.
 """
 
 from __future__ import annotations
@@ -21,41 +21,40 @@ from stun.config import StunError
 from stun.model.layer_layout import EXPERT_NUMBER, GATES, LayerLayout, scope_of
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Of one block of experts: part -> number of the expert (None: a tensor that holds all of them) -> (place in it, source name).
+# Tensors of one block of experts: part -> number of the expert (None: a tensor that holds all) -> (place in it, source name).
 Pieces = dict[str, dict[int | None, list[tuple[int, str]]]]
 
 
 def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of a layer's fused experts, None for a layer without experts."""
+    """Path and module of a layer's fused experts; None for a layer without experts."""
     return next(((path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")), None)
 
 
 class NameMap:
-    """The layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`);
-    `outer` maps every other source name to its parameter ('' where the model has none). Raises StunError where something does
-    not fit."""
+    """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
+    every other source name to its parameter ('' where the model has none). Raises StunError where a tensor does not fit."""
 
     def __init__(self, source: Checkpoint, model: PreTrainedModel, grown: Callable[[int], nn.Module]):
-        """`grown(i)` is decoder layer i with one expert more than it has."""
+        """`grown(i)` builds decoder layer i with one more expert."""
         self.source, self.decoder = source, model.base_model
         self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
         self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
         self.mtp: list[LayerLayout] = []
         self.outer: dict[str, str] = {}
-        self._unknown: dict[str, str] = {}  # what a tensor outside the layers would become, did the model have it -> its name
+        self._unknown: dict[str, str] = {}  # target of a tensor that the model has no parameter for -> its name
         blocks = self._sort(model)
         for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
-            found = experts_of(layer)
-            if found:
-                pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{found[0]}", {}), f"layer {layout.index}"
-                self._place_experts(layout, pieces, found[1], found[1].num_experts, f"{source.folder}: {where}")
-            self._describe(layout, layer, grown(layout.index).state_dict() if found else {})
+            path, experts = experts_of(layer) or ("", None)
+            if experts is not None:
+                pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{path}", {}), f"layer {layout.index}"
+                self._place_experts(layout, pieces, experts, experts.num_experts, f"{source.folder}: {where}")
+            self._describe(layout, layer, grown(layout.index).state_dict() if experts is not None else {})
         for block, pieces in sorted(blocks.items()):
             self._place_head(block, pieces)
         self._check_outside(model)
 
     def _sort(self, model: PreTrainedModel) -> dict[str, Pieces]:
-        """Put every source name into a layer or `outer`; returns what belongs to experts, by the path of their module."""
+        """Assign every source name to a layer or to `outer`; returns the pieces of experts, by the path of their module."""
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -64,9 +63,9 @@ class NameMap:
         blocks: dict[str, Pieces] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-            block, found, part = target.partition(".experts.")
+            block, is_expert, part = target.partition(".experts.")
             match, number = within.fullmatch(target), EXPERT_NUMBER.search(name)
-            if found:
+            if is_expert:
                 blocks[f"{block}.experts"][part][int(number[2]) if number and pattern else None].append(
                     (order.get(pattern, 0), name)
                 )
@@ -86,7 +85,7 @@ class NameMap:
     def _only(self, name: str, target: str, places: dict[str, str]) -> None:
         if target in places.values():
             other = next(known for known, taken in places.items() if taken == target)
-            raise StunError(f"{self.source.folder}: {other} and {name} are the same tensor of the model; one must go")
+            raise StunError(f"{self.source.folder}: {other} and {name} are the same tensor of the model; remove one")
         places[name] = target
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -97,16 +96,16 @@ class NameMap:
             raise StunError(f"{info.file}: {name} holds {info.dtype}; plain floating-point weights are needed")
 
     def _place_experts(self, layout: LayerLayout, pieces: Pieces, module: nn.Module, count: int, where: str) -> None:
-        """Fill in a layout's `count` experts, each shaped as those of `module`."""
+        """Fill in a layout's `count` experts, with the shapes of `module`'s."""
         wanted = {name: tuple(parameter.shape[1:]) for name, parameter in sorted(module.named_parameters())}
         for part in pieces.keys() - wanted.keys():
             stray = next(iter(pieces[part].values()))[0][1]
             raise StunError(f"{where}: {stray} belongs to an expert, but the model has no such parameter")
-        held = {number for numbered in pieces.values() for number in numbered if number is not None}
+        numbers = {number for numbered in pieces.values() for number in numbered if number is not None}
         layout.fused = frozenset(part for part in wanted if None in pieces.get(part, {}))
-        if (held or not layout.fused) and len(held) != count:
-            numbered = f", numbered {min(held)} to {max(held)}" if held else ""
-            raise StunError(f"{where} holds {len(held)} experts{numbered}; config.json says {count}")
+        if (numbers or not layout.fused) and len(numbers) != count:
+            numbered = f", numbered {min(numbers)} to {max(numbers)}" if numbers else ""
+            raise StunError(f"{where} holds {len(numbers)} experts{numbered}; config.json says {count}")
         for part in layout.fused:
             self._check(self._whole(pieces[part][None], where), (count, *wanted[part]))
         layout.experts = [{} for _ in range(count)]
@@ -116,27 +115,27 @@ class NameMap:
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
 
-    def _whole(self, found: list[tuple[int, str]], where: str) -> str:
+    def _whole(self, tensors: list[tuple[int, str]], where: str) -> str:
         """The one tensor that holds a part of all experts."""
-        if len(found) > 1:
-            raise StunError(f"{where}: {found[0][1]} and {found[1][1]} are the same tensor of the model; one must go")
-        return found[0][1]
+        if len(tensors) > 1:
+            raise StunError(f"{where}: {tensors[0][1]} and {tensors[1][1]} are the same tensor of the model; remove one")
+        return tensors[0][1]
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
-        """The tensors whose rows make up one part of an expert, in order."""
+        """Tensors whose rows, in order, make up one part of an expert."""
         names = tuple(name for _, name in sorted(pieces.get(part, {}).get(number, [])))
         shapes = [self.source.tensors[name].shape for name in names]
-        fits = all(len(own) == len(shape) and own[1:] == shape[1:] for own in shapes)
-        if not fits or sum(own[0] for own in shapes) != shape[0]:
+        fits = all(len(piece) == len(shape) and piece[1:] == shape[1:] for piece in shapes)
+        if not fits or sum(piece[0] for piece in shapes) != shape[0]:
             raise StunError(f"{where}, expert {number}: {part} must be {shape} by config.json, found {shapes or 'nothing'}")
-        for name, own in zip(names, shapes, strict=True):
-            self._check(name, own)
+        for name, piece in zip(names, shapes, strict=True):
+            self._check(name, piece)
         return names
 
     def _describe(self, layout: LayerLayout, layer: nn.Module, grown: dict[str, torch.Tensor]) -> None:
-        """Check that every tensor outside a layer's experts is there, and tell apart what it is for.
+        """Check the tensors outside a layer's experts, and fill in `routed`, `router` and `linears`.
 
-        What has an entry for each expert differs in shape from the layer with one expert more, `grown`.
+        `grown` is the layer with one more expert: there, tensors with an entry per expert have another shape.
         """
         experts, sources = (experts_of(layer) or ("no experts",))[0], {inside: name for name, inside in layout.dense.items()}
         for inside, tensor in layer.state_dict().items():
@@ -155,12 +154,12 @@ class NameMap:
                 layout.linears[name] = scope_of(linears[inside])
 
     def _place_head(self, block: str, pieces: Pieces) -> None:
-        """The layout of experts outside the decoder layers, which must be those of a multi-token-prediction head.
+        """Add the layout of experts outside the decoder layers, which must be those of a multi-token-prediction head.
 
-        transformers leaves such heads out. Their experts are like those of the decoder layers, and so are their routers' names;
-        whatever else a head holds stays in `outer`.
+        transformers has no modules for such heads. Their experts and their routers' names are like those of the decoder layers;
+        other tensors of a head remain in `outer`.
         """
-        own, where = block.removesuffix(".experts"), f"{self.source.folder}: {block}"
+        parent, where = block.removesuffix(".experts"), f"{self.source.folder}: {block}"
         if not self._is_head(block):
             raise StunError(
                 f"{where}: neither in one of the {len(self.layers)} layers of config.json nor in a prediction head it names"
@@ -175,7 +174,7 @@ class NameMap:
         layout = LayerLayout(len(self.layers) + len(self.mtp), is_mtp=True)
         self._place_experts(layout, pieces, module, count, where)
         for known, dim in model.routed.items():
-            name = self._unknown.get(own + model.dense[known].removeprefix(path.removesuffix(".experts")))
+            name = self._unknown.get(parent + model.dense[known].removeprefix(path.removesuffix(".experts")))
             if name is None:
                 raise StunError(f"{where}: no tensor like {known} for this head")
             shape = list(self.source.tensors[known].shape)
@@ -186,13 +185,13 @@ class NameMap:
         self.mtp.append(layout)
 
     def _is_head(self, block: str) -> bool:
-        """Whether config.json or the name itself says that this is a multi-token-prediction head."""
+        """Whether config.json or the name says that this is a multi-token-prediction head."""
         text = self.source.config.get("text_config") or self.source.config
         heads, after = text.get("num_nextn_predict_layers"), re.match(rf"{re.escape(self.prefix)}(\d+)\.", block)
         return "mtp" in block or bool(after and isinstance(heads, int) and int(after[1]) < len(self.layers) + heads)
 
     def _check_outside(self, model: PreTrainedModel) -> None:
-        """Everything the model needs outside its layers is there: a tied output head needs nothing."""
+        """Check that every parameter outside the layers has a tensor; a tied output head needs none."""
         sources, head = {target: name for name, target in self.outer.items()}, model.get_output_embeddings()
         tied = {id(parameter) for parameter in head.parameters()} if model.config.tie_word_embeddings else set()
         for target, parameter in model.named_parameters():

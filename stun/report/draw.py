@@ -11,7 +11,7 @@ from stun.report.data import Selection, Usage
 from stun.report.theme import Theme, canvas, legend, words
 from stun.run.layer_records import KINDS, PHASES
 
-_STAGES = {"dense": "dense", "experts_left": "experts left", "weights_left": "weights left"}
+_STAGES = {"dense": "dense", "experts_removed": "experts removed", "weights_removed": "weights removed"}
 
 
 def _by_layer(axes, layers: int) -> None:

@@ -1,1 +1,1 @@
-"""The run folder. In: what a run was asked and has finished. Out: where an interrupted one goes on; what its layers measured."""
+"""The run folder. In: a run's configuration and finished layers. Out: the point to resume from, and measurements by layer."""

@@ -1,14 +1,14 @@
-"""The run folder: what a run was asked, what it has finished.
+"""The run folder: a run's identity, its progress and its results.
 
-<run_dir>/config.yaml     what identifies the run: its configuration, source and calibration tokens
-<run_dir>/stats/          statistics of the first stream, one file a layer that has any
+<run_dir>/config.yaml     identity of the run: configuration, source and calibration tokens
+<run_dir>/stats/          statistics of the first stream, one file per layer with experts
 <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
-<run_dir>/progress/       an entry for every finished layer and rank, while the run is not complete
-<run_dir>/hidden/         hidden states after the last finished layers, while the run is not complete
+<run_dir>/progress/       one entry per finished layer and rank, until the run is complete
+<run_dir>/hidden/         hidden states after the last finished layers, until the run is complete
 <run_dir>/model/          the pruned checkpoint
-<run_dir>/tracking/       what trackers keep (stun.tracking.tracker), where there are any
-<run_dir>/layers.json     what the streams measured of every layer (stun.run.layer_records)
-<run_dir>/manifest.json   written last: its existence means that the run is complete
+<run_dir>/tracking/       files of trackers (stun.tracking.tracker), if any
+<run_dir>/layers.json     measurements of every layer (stun.run.layer_records)
+<run_dir>/manifest.json   written last: it exists only in complete runs
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stun.run.lock import LOCK, hold
 from stun.run.ownership import MARK, own_folder, release, remove_written, run_id
 
 MANIFEST = "manifest.json"  # written last of all
-STATISTICS, ABOUT = "stats", "about.json"  # the folder of statistics; the file in it that is written last
-# What only an unfinished run needs: folders, and the files in them that it writes.
+STATISTICS, ABOUT = "stats", "about.json"  # folder of statistics, and the file in it that is written last
+# Folders that only an unfinished run needs, and patterns of the files that it writes there.
 _PART = r"\.?\w+-\d{5}-\d+-of-\d+"
 _TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
-# What may be there before the run: the start of one, slurm/prune.sbatch.
+# Files that may exist before the run: of an interrupted start, and of slurm/prune.sbatch.
 _BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
-_OUTPUT = {".out", ".err", ".log"}  # of the job
+_OUTPUT = {".out", ".err", ".log"}  # output of a Slurm job
 
 
 def _is_foreign(file: Path) -> bool:
@@ -47,22 +47,21 @@ class Run:
 
     @classmethod
     def open(cls, run_dir: str, identity: dict) -> Run:
-        """Create the folder, or continue in one that the same run made.
+        """Create the folder, or resume in it the run of the same identity.
 
-        Raises StunError where it holds another run (naming what differs) or something else.
+        Raises StunError if it holds another run (naming the differences) or other files.
         """
         run = cls(Path(run_dir))
         config = run.folder / "config.yaml"
         if run.folder.exists() and not run.folder.is_dir():
             raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
         if config.is_file():
-            there = load_yaml(config)
-            if isinstance(there, dict) and ("statistics" in there) != ("statistics" in identity):
-                kind = "statistics alone (statistics=... uses them)" if "statistics" in there else "a run that prunes"
+            existing = load_yaml(config)
+            if isinstance(existing, dict) and ("statistics" in existing) != ("statistics" in identity):
+                kind = "statistics alone (statistics=... uses them)" if "statistics" in existing else "a run that prunes"
                 raise StunError(f"run_dir={run_dir}: holds {kind}; choose another folder")
-            found = differences(there, identity)
-            if found:
-                raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(found)}); choose another folder")
+            if changes := differences(existing, identity):
+                raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(changes)}); choose another folder")
         elif run.folder.is_dir() and any(map(_is_foreign, run.folder.iterdir())):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
@@ -76,33 +75,33 @@ class Run:
         return run
 
     def _own_folders(self) -> None:
-        """Raise StunError where a folder that this run writes to is a link or not this run's, before any file is read, written or
-        removed there."""
+        """Raise StunError if a folder that this run writes to is a link or another's. Called before files in it are read,
+        written or removed."""
         name = run_id(self.folder)
         for part in _TEMPORARY:
             own_folder(self.folder / part, name)
-        is_taken = (self.stats / ABOUT).is_file()  # into complete statistics nothing is written
-        later = [self.model] if is_taken else [self.model, self.stats]
+        is_complete = (self.stats / ABOUT).is_file()  # complete statistics are only read, and may be another run's
+        later = [self.model] if is_complete else [self.model, self.stats]
         for folder in filter(os.path.lexists, later):
             own_folder(folder, name)
 
     def read_summary(self) -> dict | None:
-        """The finished run's summary, None while it is not finished."""
+        """Summary of a complete run; None while it is not complete."""
         manifest = self.folder / MANIFEST
         if not manifest.is_file():
             return None
         summary = load_json(manifest).get("summary")
         if not isinstance(summary, dict):
-            raise StunError(f"{manifest}: summary: must be an object; remove the file to have the run finished again")
+            raise StunError(f"{manifest}: summary: must be an object; remove the file to finish the run again")
         return summary
 
     def finish(self, summary: dict) -> None:
-        """Declare the run complete, and remove what only an unfinished one needs."""
+        """Mark the run complete, and remove the files that only an unfinished one needs."""
         write_json(self.folder / MANIFEST, {"summary": summary})
         self.clear()
 
     def clear(self) -> None:
-        """Remove what only an unfinished run needs."""
+        """Remove the files that only an unfinished run needs."""
         for name, written in _TEMPORARY.items():
             release(self.folder / name)
             remove_written(self.folder / name, written)

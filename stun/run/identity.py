@@ -1,4 +1,4 @@
-"""What decides the result of a run, and of its statistics; what two of these do not have in common."""
+"""Identity of a run and of its statistics: everything that their results depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stun.data import Samples
 
 
 def plain(value: object) -> object:
-    """Enums by name, dataclasses as mappings, containers of plain values: what YAML can hold."""
+    """Value in types that YAML can hold: enums by name, dataclasses as mappings."""
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
@@ -27,16 +27,17 @@ def plain(value: object) -> object:
 
 
 def model_digest(source: Checkpoint) -> str:
-    """Tells checkpoints apart, from config.json, the headers, and some of the weights."""
+    """SHA-256 of config.json, the headers, and a sample of the weights."""
     shapes = sorted((name, str(info.dtype), info.shape) for name, info in source.tensors.items())
     return hashlib.sha256(json.dumps([source.config, shapes, source.sampled()], sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
-    """What decides the result of a run. The number of ranks is not in it, since the result does not depend on it."""
+    """Identity of a run. The number of ranks is not part of it, since the result does not depend on it."""
     names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics", "tracking")]
     config = {name: plain(getattr(cfg, name)) for name in names}
-    config["sparsify"].pop("gram_gib")  # how often a layer runs changes nothing
+    # The memory for Gram matrices decides how often a layer runs, not the result.
+    config["sparsify"].pop("gram_gib")
     text = None if samples is None else hashlib.sha256(samples.tokens_ST.numpy().tobytes()).hexdigest()
     files = {"plan_content": cfg.plan, "ratios_content": cfg.sparsify.ratios_file}
     contents = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for name, file in files.items()}
@@ -44,7 +45,7 @@ def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -
 
 
 def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torch.dtype) -> dict:
-    """What decides the statistics of the first stream, computed in `dtype`, beside whether they hold outliers."""
+    """Identity of the first stream's statistics, computed in `dtype`, except whether they include outliers."""
     identity = fingerprint(cfg, source, samples)
     tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
     run_as = {"micro_batch": size, "computed_in": str(dtype).removeprefix("torch.")}
@@ -52,7 +53,7 @@ def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torc
 
 
 def differences(old: object, new: object, where: str = "") -> list[str]:
-    """What two identities do not have in common, in words."""
+    """Differences of two identities, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)]

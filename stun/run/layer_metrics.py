@@ -1,4 +1,4 @@
-"""What a stream measures of the layer it holds, each rank of its own part; stun.run.layer_records puts the parts together."""
+"""Measurements of a layer in a stream, by each rank of its part; stun.run.layer_records combines the ranks'."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stun.stream.layer_stream import LayerStream
 
 
 def kind_of(layout: LayerLayout, name: str) -> str:
-    """The kind of tensor, of stun.run.layer_records.KINDS, that a source name of a layer stands for."""
+    """Kind (stun.run.layer_records.KINDS) of a layer's tensor, from its source name."""
     if name in layout.linears:
         return layout.linears[name].name
     return "other" if name in layout.dense or name in layout.unused else "experts"
 
 
 def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int]:
-    """Parameters of a layer in the checkpoint."""
+    """Number of parameters of a layer in the checkpoint, by kind."""
     counts = dict.fromkeys(KINDS, 0)
     for name in {*layout.copied, *(name for expert in layout.experts for names in expert.values() for name in names)}:
         counts[kind_of(layout, name)] += arch.info(name).numel
@@ -31,24 +31,24 @@ def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int
 
 
 def nonzero_by_kind(layout: LayerLayout, tensors: dict[str, torch.Tensor], workers: Workers) -> dict[str, int]:
-    """Non-zero entries of what a rank writes of a layer."""
+    """Number of non-zero entries of a layer's tensors that a rank writes, by kind."""
     counts: Counter[str] = Counter()
-    for name, count in zip(tensors, workers.map(lambda own: int(own.count_nonzero()), tensors.values()), strict=True):
+    for name, count in zip(tensors, workers.map(lambda tensor: int(tensor.count_nonzero()), tensors.values()), strict=True):
         counts[kind_of(layout, name)] += count
     return dict(counts)
 
 
 def expert_powers(layer: Layer, workers: Workers, without_zeros: bool = False) -> dict:
-    """Sums of powers over this rank's experts' matrices."""
+    """Power sums of the matrices of this rank's experts."""
     weights = (weight for expert in layer.experts.values() for weight in expert.values() if weight.dim() > 1)
     return power_sums(weights, without_zeros, workers.map)
 
 
 class WeightPowers:
-    """Sums of powers of this rank's part of a layer's matrices, by stage and kind: `dense`, as they are read;
-    `experts_left`, once experts have left; `weights_left`, of what is not zero at the end.
+    """Power sums of this rank's part of a layer's matrices, by stage and kind: `dense`, as read; `experts_removed`, after experts
+    are removed; `weights_removed`, of the non-zero weights after weights are removed.
 
-    Where experts that leave are not read, the stage `dense` lacks the experts: the first stream has seen them.
+    If experts to remove are not read, the stage `dense` has no experts: the first stream has measured them.
     """
 
     def __init__(self, stream: LayerStream, layer: Layer):
@@ -59,13 +59,13 @@ class WeightPowers:
             self.stages["dense"]["experts"] = expert_powers(layer, self.workers)
 
     def experts_left(self, is_changed: bool) -> None:
-        """Enter what is there now; `is_changed` says whether experts have left or have other values."""
-        own = expert_powers(self.layer, self.workers) if is_changed else self.stages["dense"]["experts"]
-        self.stages["experts_left"] = self.stages["dense"] | {"experts": own}
+        """Measure the experts kept; `is_changed` says whether experts were removed or have new values."""
+        powers = expert_powers(self.layer, self.workers) if is_changed else self.stages["dense"]["experts"]
+        self.stages["experts_removed"] = self.stages["dense"] | {"experts": powers}
 
     def weights_left(self) -> None:
-        """Enter what is there now."""
-        self.stages["weights_left"] = self._dense_matrices(True) | {"experts": expert_powers(self.layer, self.workers, True)}
+        """Measure the non-zero weights of all matrices."""
+        self.stages["weights_removed"] = self._dense_matrices(True) | {"experts": expert_powers(self.layer, self.workers, True)}
 
     def _dense_matrices(self, without_zeros: bool = False) -> dict[str, dict]:
         kinds: dict[str, list[torch.Tensor]] = {}

@@ -1,6 +1,6 @@
-"""What is finished of a stream: one entry a layer and rank, written once all files that it names are on disk.
+"""Ledger of a stream: one entry per finished layer and rank, written once all files that it names are on disk.
 
-A layer is finished when the entries of all ranks of one launch are there. Launches may differ in their number of ranks.
+A layer is finished when the entries of all ranks of one launch exist. Launches may differ in their number of ranks.
 """
 
 from __future__ import annotations
@@ -14,44 +14,42 @@ from stun.files import is_count, is_file_name, load_json, write_json
 from stun.run.layer_records import FIELDS
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")
-
-
 REPEAT = "remove the folder `progress` of the run to repeat the stream from its first layer"
 
 
 def part_name(layer: int, rank: int, world: int) -> str:
-    """What tells one rank's files of one layer apart."""
+    """Part of a file name that identifies layer and rank."""
     return f"{layer:05d}-{rank}-of-{world}"
 
 
 class Ledger:
-    """The entries of one stream, in `folder`."""
+    """Entries of one stream in `folder`."""
 
     def __init__(self, folder: Path, stream: str):
         self.folder, self.stream = folder, stream
 
     def record(self, layer: int, rank: int, world: int, entry: dict) -> None:
-        """Declare a rank's part of a layer finished."""
+        """Write the entry of a rank's finished part of a layer."""
         write_json(self.folder / f"{self.stream}-{part_name(layer, rank, world)}.json", entry)
 
     def finished(self) -> list[list[dict]]:
-        """The entries of the finished layers, from the first layer on without a gap; each layer's in rank order."""
-        found: dict[int, dict[int, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
+        """Entries, in rank order, of each finished layer, from the first layer up to the first unfinished one."""
+        files: dict[int, dict[int, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
         for file in self.folder.iterdir():
             match = _NAME.fullmatch(file.name)
             if match and match[1] == self.stream:
                 layer, rank, world = (int(number) for number in match.groups()[1:])
-                found[layer][world][rank] = file
+                files[layer][world][rank] = file
         layers = []
-        while len(layers) in found:
-            whole = [files for world, files in sorted(found[len(layers)].items()) if len(files) == world]
-            if not whole:
+        while len(layers) in files:
+            complete = [by_rank for world, by_rank in sorted(files[len(layers)].items()) if len(by_rank) == world]
+            if not complete:
                 break
-            layers.append([self._load(file) for _, file in sorted(whole[0].items())])
+            layers.append([self._load(file) for _, file in sorted(complete[0].items())])
         return layers
 
     def _load(self, file: Path) -> dict:
-        """The entry in a file. It says which files are read, renamed and removed: each of its fields is checked."""
+        """Entry in a file. Every field is checked, since an entry decides which files are read, renamed and removed."""
         entry, wanted = load_json(file), _ENTRIES[self.stream]
         if entry.keys() != set(wanted):
             raise StunError(f"{file}: has the fields {sorted(entry)}, must have {sorted(wanted)}; {REPEAT}")

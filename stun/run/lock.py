@@ -1,4 +1,4 @@
-"""One launch at a time in a folder."""
+"""Lock of a folder: one launch at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LOCK = ".lock"
 _held: IO | None = None
 
 
-def hold(folder: Path, what: str) -> None:
-    """Keep other launches out of a folder, until this process ends or goes on to another one. Raises StunError where one is in
-    it already; errors call the folder `what`. File systems without locks keep nobody out."""
+def hold(folder: Path, where: str) -> None:
+    """Lock a folder until this process ends or locks another one; errors name it `where`. Raises StunError if another launch
+    holds the lock. On file systems without locks it does nothing."""
     global _held
     if _held:
         _held.close()
@@ -23,7 +23,7 @@ def hold(folder: Path, what: str) -> None:
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise StunError(f"{what}: another launch is at work in it; wait for it, or end it") from None
+        raise StunError(f"{where}: another launch is at work in it; wait for it, or end it") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise

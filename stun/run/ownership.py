@@ -1,4 +1,4 @@
-"""Folders that this package makes for itself. A mark in each says which run made it; only files that a run writes are removed."""
+"""Ownership of folders: a mark names the run that made a folder, and only files that the run writes are ever removed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from stun.config import StunError
 from stun.files import write_atomically
 
-MARK = ".stun"  # in a folder that is made: the run it belongs to
+MARK = ".stun"  # file that names the run to which its folder belongs
 
 
 def run_id(folder: Path) -> str:
-    """The random name of the run in `folder`, made at its first launch. Raises StunError where it cannot be read or written."""
+    """Random name of the run in `folder`, chosen at its first launch. Raises StunError if it cannot be read or written."""
     file = folder / MARK
     if not os.path.lexists(file):
         _mark(folder, uuid.uuid4().hex)
@@ -24,9 +24,9 @@ def run_id(folder: Path) -> str:
 
 
 def own_folder(folder: Path, name: str) -> None:
-    """Make `folder` for the run called `name`, or go on in the one that it has made.
+    """Create `folder` for the run called `name`, or accept the one that it has created.
 
-    Raises StunError where the folder is a link, a file, or holds what this run did not write: nothing in it is touched then.
+    Raises StunError, and changes nothing, if the folder is a link, a file, or not empty and another's.
     """
     if folder.is_symlink():
         raise StunError(f"{folder}: is a link; nothing is written or removed through a link. Put the folder itself there")
@@ -38,18 +38,18 @@ def own_folder(folder: Path, name: str) -> None:
     if is_empty:
         _mark(folder, name)
     elif not is_marked or _read(folder / MARK) != name:
-        raise StunError(f"{folder}: holds what this run has not written; move it elsewhere, or choose another folder for the run")
+        raise StunError(f"{folder}: holds files not written by this run; move it elsewhere, or choose another folder for the run")
 
 
 def release(folder: Path) -> None:
-    """Remove the mark, once nothing will be removed from `folder` any more."""
+    """Remove the mark: nothing will be removed from `folder` any more."""
     if not folder.is_symlink():
         (folder / MARK).unlink(missing_ok=True)
 
 
 def remove_written(folder: Path, names: str) -> None:
-    """Remove the files below `folder` whose path within it matches the regular expression `names`, then the folders that this
-    empties. Links are not followed, and everything else stays. Does nothing where `folder` is missing or a link."""
+    """Remove files below `folder` whose relative path matches the regular expression `names`, then folders that are empty. Links
+    are neither followed nor removed; a `folder` that is missing or a link is ignored."""
     if folder.is_symlink():
         return
     pattern = re.compile(names)
@@ -62,7 +62,7 @@ def remove_written(folder: Path, names: str) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a whole run folder that the caller's job has made. A link, or a folder that holds no run, stays."""
+    """Remove a run folder that the caller's job has made. A link, or a folder without a run, is kept."""
     if not folder.is_symlink() and (folder / "config.yaml").is_file():
         shutil.rmtree(folder, ignore_errors=True)
 

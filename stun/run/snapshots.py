@@ -1,5 +1,4 @@
-"""Hidden states on disk, so that a stream can go on after the last finished layer: a file for each layer and rank,
-checksummed."""
+"""Snapshots of hidden states, from which a stream resumes: one file with a checksum per layer and rank."""
 
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ from stun.runtime.device_copies import to_host
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States
 
-KEPT = 3  # a rank may have finished a layer while another is writing the one before the last
+KEPT = 3  # snapshots per rank: another rank may still be writing the layer before the last
 
 
 class Snapshots:
-    """The snapshots of one stream, in `folder`."""
+    """Snapshots of one stream in `folder`."""
 
     def __init__(self, folder: Path, stream: str, ranks: Ranks):
         self.folder, self.stream, self.ranks = folder, stream, ranks
@@ -32,7 +31,7 @@ class Snapshots:
         return self.folder / f"{self.stream}-{part_name(layer, rank, world)}.safetensors"
 
     def save(self, layer: int, states: States) -> dict:
-        """Write this rank's states after a layer; returns what an entry of the ledger must hold to find them again."""
+        """Write this rank's states after a layer; returns the ledger's record of the file: name, digest and micro-batches."""
         rank, world = self.ranks.rank, self.ranks.world
         tensors = {str(turn * world + rank): to_host(hidden) for turn, hidden in enumerate(states.hidden)}
         file = self._file(layer, rank, world)
@@ -41,13 +40,13 @@ class Snapshots:
         return {"file": file.name, "sha256": _digest(file), "micro_batches": sorted(map(int, tensors))}
 
     def drop(self, layer: int) -> None:
-        """Remove this rank's snapshot of the layer that nobody can need once `layer` is recorded."""
+        """Remove this rank's snapshot that no rank can need once `layer` is recorded."""
         self._file(layer - KEPT, self.ranks.rank, self.ranks.world).unlink(missing_ok=True)
 
     def load(self, entries: list[dict], states: States) -> States:
-        """This rank's states as they were saved, whatever the number of ranks then; `states` gives all but the tensors.
+        """This rank's saved states, whatever the number of ranks that saved them; `states` provides shapes and arguments.
 
-        Raises StunError where a snapshot is missing or damaged.
+        Raises StunError if a snapshot is missing or damaged.
         """
         if None in entries:
             raise StunError(f"{self.folder}: the last finished layer of {self.stream} has no snapshot; {REPEAT}")
@@ -64,8 +63,8 @@ class Snapshots:
         return replace(states, hidden=hidden)
 
     def _read(self, file: Path, name: str, like: torch.Tensor) -> torch.Tensor:
-        found = read_header(file).get(name)
-        if found is None or found.shape != like.shape or found.dtype is not like.dtype:
+        info = read_header(file).get(name)
+        if info is None or info.shape != like.shape or info.dtype is not like.dtype:
             raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
         try:
             with safe_open(file, framework="pt", device=str(self.ranks.device)) as handle:

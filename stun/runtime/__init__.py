@@ -1,1 +1,1 @@
-"""This process: ranks, threads, devices, timers. In: the launcher's environment. Out: the same bits whatever there is of each."""
+"""Ranks, threads, devices, timers. In: the launcher's environment. Out: results that depend on none of these."""

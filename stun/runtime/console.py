@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Tables rendered as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rich.table import Table
 
 
 def printed(table: Table) -> str:
-    """A table as text."""
+    """A table as text, 200 columns wide at most."""
     text = StringIO()
-    Console(file=text, width=200, markup=False, emoji=False, force_terminal=False).print(table)  # names are text
+    # Names of models may hold brackets or colons, which are neither markup nor emoji.
+    Console(file=text, width=200, markup=False, emoji=False, force_terminal=False).print(table)
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())

@@ -1,8 +1,8 @@
-"""Functions whose last bits do not depend on the number of threads.
+"""Operations whose last bits do not depend on the number of threads.
 
-torch cuts a large tensor into one piece a thread and computes each with vector instructions, but what is left over at a
-piece's end with scalar ones, whose exponential differs in the last bit. Products in bfloat16 add up in an order that depends on
-the number of threads; those in float32 are MKL's concern (see stun/__init__), sums run along rows.
+torch splits a large tensor into one piece per thread. It computes each with vector instructions and the remainder at its end
+with scalar ones, whose exponential differs in the last bit. bfloat16 products add up in an order that depends on the number of
+threads; for float32 ones MKL is told not to (see stun/__init__). Sums run along rows and are not affected.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _aten = torch.ops.aten
 _NAMES = "silu gelu sigmoid tanh exp exp2 expm1 erf log log2 log1p softplus mish hardswish elu sin cos pow rsqrt reciprocal"
 _UNSTEADY = {getattr(_aten, name + suffix) for name in _NAMES.split() for suffix in ("", "_") if hasattr(_aten, name + suffix)}
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
-_ROWS, _BATCH = 512, 8  # of a product that are computed together
+_ROWS, _BATCH = 512, 8  # rows, or matrices of a batch, per piece of a product
 
 
 class Steady(TorchDispatchMode):
-    """Inside it, on CPUs, these functions run on one thread, they are a thousandth of a layer's work, and products in bfloat16
-    in pieces that do not depend on the number of threads."""
+    """Dispatch mode for CPUs: elementwise functions run on one thread (a thousandth of a layer's work), and bfloat16 products in
+    pieces whose size does not depend on the number of threads."""
 
     def __init__(self, workers: Workers):
         super().__init__()
@@ -35,7 +35,7 @@ class Steady(TorchDispatchMode):
             return self._attention(function, *arguments, **keywords)
         if packet in _PRODUCTS and arguments[-1].dtype is torch.bfloat16:
             return self._product(function, *arguments, **keywords)
-        # A square is a product, the same however it is computed.
+        # A square is a plain product: vector and scalar instructions give the same bits.
         is_square = packet is _aten.pow and isinstance(arguments[1], (int, float)) and arguments[1] == 2
         if (packet in _UNSTEADY and not is_square) or (packet is _aten.convolution and arguments[0].dtype is torch.bfloat16):
             with one_thread():
@@ -43,18 +43,18 @@ class Steady(TorchDispatchMode):
         return function(*arguments, **keywords)
 
     def _attention(self, function, query_BHTD, key_BHTD, value_BHTD, *others, attn_mask=None, **keywords):
-        """Attention sample by sample: how its products are packed depends on the number of threads."""
-        is_own = attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) > 1
+        """Attention, one sample at a time: the kernel packs its products by the number of threads."""
+        has_mask_per_sample = attn_mask is not None and attn_mask.dim() == 4 and len(attn_mask) > 1
 
         def attend(sample: int):
             one = slice(sample, sample + 1)
-            mask = attn_mask[one] if is_own else attn_mask
+            mask = attn_mask[one] if has_mask_per_sample else attn_mask
             return function(query_BHTD[one], key_BHTD[one], value_BHTD[one], *others, attn_mask=mask, **keywords)
 
         return tuple(map(torch.cat, zip(*self.workers.map(attend, range(len(query_BHTD))), strict=True)))
 
     def _product(self, function, *arguments, **keywords) -> torch.Tensor:
-        """A product of matrices, some rows at a time, or of a few rows some columns at a time; or of a batch of them."""
+        """Matrix product by pieces of rows; of columns where there are few rows; of matrices where it is a batch."""
         *added, left, right = arguments
         is_batch = left.dim() == 3
         is_wide = not is_batch and len(left) <= _ROWS
@@ -64,15 +64,15 @@ class Steady(TorchDispatchMode):
 
         def multiply(start: int) -> None:
             piece = slice(start, start + step)
-            own = (slice(None), piece) if is_wide else piece
+            part = (slice(None), piece) if is_wide else piece
             factors = (left, right[:, piece]) if is_wide else (left[piece], right[piece] if is_batch else right)
-            output[own] = function(*(term[own] for term in added), *factors, **keywords)
+            output[part] = function(*(term[part] for term in added), *factors, **keywords)
 
         self.workers.map(multiply, range(0, size, step))
         return output
 
 
 def steady(device: torch.device, dtype: torch.dtype, workers: Workers) -> AbstractContextManager:
-    """Where a layer computes in `dtype`. Neither GPUs need it nor a single thread, unless others multiply in pieces."""
+    """Context for a layer that computes in `dtype`. GPUs need none; one thread needs it in bfloat16, to match several threads."""
     is_needed = device.type == "cpu" and (torch.get_num_threads() > 1 or dtype is torch.bfloat16)
     return Steady(workers) if is_needed else nullcontext()

@@ -1,7 +1,7 @@
-"""Copies between host memory and a GPU, beside what the GPU computes.
+"""Copies between host and GPU memory that overlap with the GPU's computation.
 
-Each thread that copies has a stream of its own and two pinned buffers: while one is on its way, the other is filled or emptied.
-Copies straight from or to ordinary memory would hold up the stream that computes.
+Each copying thread has a CUDA stream and two pinned buffers: one is in transfer while the other is filled or emptied. Copies
+from or to pageable memory would block the stream that computes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import threading
 
 import torch
 
-BUFFER, BUFFERS = 64 * 2**20, 2  # bytes, and how many of them a thread has
-_own = threading.local()
+BUFFER, BUFFERS = 64 * 2**20, 2  # bytes of a pinned buffer, buffers per thread
+_of_thread = threading.local()
 
 
 class _Lane:
-    """What one thread copies with."""
+    """Stream, pinned buffers and events of one copying thread."""
 
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -23,8 +23,9 @@ class _Lane:
         self.events = [torch.cuda.Event() for _ in range(BUFFERS)]
 
     def to_device(self, source_N: torch.Tensor, target_N: torch.Tensor) -> None:
-        """Bytes from the host; what is queued on the current stream afterwards finds them there."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # of whose memory the target may have been made
+        """Copy bytes from the host; work queued on the current stream afterwards waits for them."""
+        # The allocator may have given the target memory that the current stream still uses.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         for place, start in enumerate(range(0, len(source_N), BUFFER)):
             piece = source_N[start : start + BUFFER]
             buffer, event = self.buffers[place % BUFFERS][: len(piece)], self.events[place % BUFFERS]
@@ -36,32 +37,32 @@ class _Lane:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def to_host(self, source_N: torch.Tensor, target_N: torch.Tensor) -> None:
-        """Bytes from the GPU, once what has been queued there is done."""
+        """Copy bytes from the GPU, after the work queued on its default stream."""
         self.stream.wait_stream(torch.cuda.default_stream(self.device))
-        on_the_way: list[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = []
+        in_transfer: list[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = []
 
         def arrive() -> None:
-            piece, buffer, event = on_the_way.pop(0)
+            piece, buffer, event = in_transfer.pop(0)
             event.synchronize()
             piece.copy_(buffer)
 
         for place, start in enumerate(range(0, len(source_N), BUFFER)):
-            if len(on_the_way) == BUFFERS:
+            if len(in_transfer) == BUFFERS:
                 arrive()
             piece = target_N[start : start + BUFFER]
             buffer, event = self.buffers[place % BUFFERS][: len(piece)], self.events[place % BUFFERS]
             with torch.cuda.stream(self.stream):
                 buffer.copy_(source_N[start : start + BUFFER], non_blocking=True)
                 event.record(self.stream)
-            on_the_way.append((piece, buffer, event))
-        while on_the_way:
+            in_transfer.append((piece, buffer, event))
+        while in_transfer:
             arrive()
 
 
 def _lane(device: torch.device) -> _Lane:
-    if getattr(_own, "lane", None) is None or _own.lane.device != device:
-        _own.lane = _Lane(device)
-    return _own.lane
+    if getattr(_of_thread, "lane", None) is None or _of_thread.lane.device != device:
+        _of_thread.lane = _Lane(device)
+    return _of_thread.lane
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`: itself on CPUs."""
+    """Copy of a host tensor on `device`; the tensor itself if that is a CPU."""
     if device.type == "cpu":
         return tensor
     moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -79,7 +80,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of either on the host: itself on CPUs. What is copied must not change any more."""
+    """Copy of a GPU tensor, which must not change any more, on the host; a host tensor itself."""
     if tensor.device.type == "cpu":
         return tensor
     moved = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -1,7 +1,7 @@
-"""An expert's products, of as many rows as it has tokens.
+"""Matrix products of experts, with as many rows as an expert has tokens.
 
-In bfloat16 on a CPU the library below torch (oneDNN) makes a program for every new number of rows, which takes 1.5 ms and 0.7 MB.
-So there rows are counted in steps, and many of them are multiplied in pieces.
+In bfloat16 on a CPU, oneDNN compiles a kernel for every new number of rows, which takes 1.5 ms and 0.7 MB. So row counts are
+rounded up to a step, and products of many rows are computed in pieces of one size.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 _PIECE, _STEP = 512, 32  # rows
 
 
-def _has_programs(rows_nD: torch.Tensor) -> bool:
+def _is_compiled(rows_nD: torch.Tensor) -> bool:
     return rows_nD.device.type == "cpu" and rows_nD.dtype is torch.bfloat16
 
 
 def stretched(rows_ND: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """`count` rows from `start` on, and perhaps some that follow them, or zeros, so that their number is one of few."""
-    step = _STEP if _has_programs(rows_ND) else 1
+    """`count` rows from `start` on, and more rows or zeros after them, up to a multiple of the step."""
+    step = _STEP if _is_compiled(rows_ND) else 1
     size = -(-count // step) * step
     rows_nD = rows_ND[start : start + size]
     return rows_nD if len(rows_nD) == size else F.pad(rows_nD, (0, 0, 0, size - len(rows_nD)))
 
 
 def linear(rows_nD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows times a matrix, plus a bias: [n, O]."""
-    if not _has_programs(rows_nD):
+    """Rows times the transposed matrix, plus a bias: [n, O]."""
+    if not _is_compiled(rows_nD):
         return F.linear(rows_nD, weight_OD, bias_O)
     missing = -len(rows_nD) % _STEP
     filled_mD = F.pad(rows_nD, (0, 0, 0, missing)) if missing else rows_nD

@@ -1,4 +1,4 @@
-"""The ranks of a job: start and end, the few collectives, rank-aware logging. The only module that knows DeepSpeed."""
+"""Ranks of a job: start, end, collectives and logging. The only module that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 
 
 def _environment() -> None:
-    """Fill in what a launcher left out: nothing under torchrun, Slurm's numbers under srun. Where nobody says anything, a rank is
-    alone."""
+    """Set the variables that torchrun sets, under srun from Slurm's own. Without either, the job has one rank."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
@@ -34,31 +33,32 @@ def _environment() -> None:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of the hosts that Slurm names: `gpu[03-05,9],x1` -> `gpu03`."""
+    """First host of a Slurm node list: `gpu[03-05,9],x1` -> `gpu03`."""
     return re.sub(r"^([^,\[]+)(?:\[([^-,\]]+))?.*", lambda m: m[1] + (m[2] or ""), nodes)
 
 
 def _start_deepspeed(on_gpu: bool) -> ModuleType:
-    """DeepSpeed's communication among the ranks."""
+    """Start DeepSpeed's communication; returns its module of collectives."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.comm
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a JIT compile of more than a minute on CPUs
+    # Otherwise CPU ranks compile this extension for more than a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
     return deepspeed.comm
 
 
 def _libc_call(name: str, *arguments: int) -> None:
-    function = getattr(ctypes.CDLL(None), name, None)  # glibc has both of the calls made here, other C libraries may not
+    function = getattr(ctypes.CDLL(None), name, None)  # C libraries other than glibc may lack mallopt and malloc_trim
     if function:
         function(*arguments)
 
 
 class Ranks:
-    """This process among the others. `rank` of `world`, computing on `device`."""
+    """This process as rank `rank` of `world`, computing on `device`."""
 
     def __init__(self) -> None:
         _environment()
@@ -72,20 +72,19 @@ class Ranks:
         else:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // self.local_world))
-            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: freed blocks are used again, where otherwise each large one goes back to the
-            # system, which clears every page anew (a third of a small run's time). `return_memory` gives them back.
-            _libc_call("mallopt", -3, 32 << 20)  # more is refused by older ones
+            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks for reuse until `return_memory`. By default every large block
+            # is returned to the system, which zeroes its pages at each new use (a third of a small run's time).
+            _libc_call("mallopt", -3, 32 << 20)  # older versions of glibc accept no more
             _libc_call("mallopt", -3, 256 << 20)
             _libc_call("mallopt", -1, 256 << 20)
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         self.workers = Workers(self.device)
-        self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None  # a rank alone has nobody to talk to
+        self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
         self._started, self._peak = time.monotonic(), 0
-        self.doing = ""  # what this rank is about, for the log of a failure: "prune layer 3"
+        self.doing = ""  # current step, for the log of a failure: "prune layer 3"
         self.meter = Meter()
-        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: (
-            None
-        )  # stun.tracking.tracker puts its own here
+        # Replaced by stun.tracking.tracker where a job is tracked.
+        self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
 
     @property
     def is_first(self) -> bool:
@@ -99,28 +98,28 @@ class Ranks:
             self.end()
 
     def end(self) -> None:
-        """Leave the others, once the work is done; where some are gone already this could hang."""
+        """Close the process group after success; after a failure this could wait for ranks that have ended."""
         if self._comm and self._comm.is_initialized():
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:
-        """Print on the first rank, with the seconds since the start."""
+        """Print on the first rank, after the seconds since the start."""
         if self.is_first:
             print(f"[{time.monotonic() - self._started:7.1f}s] {message}", flush=True)
 
     def peak_memory(self) -> int:
-        """Most bytes this process has held since `reset_peak_memory`: on the GPU where there is one, resident otherwise."""
+        """Peak bytes of this process since `reset_peak_memory`: allocated on the GPU, or resident on a CPU."""
         return max(self._peak, self._lap())
 
     def lap_memory(self) -> int:
-        """Most bytes held since the last lap or reset; the next lap begins."""
+        """Peak bytes since the last lap or reset; starts the next lap."""
         lap = self._lap()
         self._peak = max(self._peak, lap)
         self._start_lap()
         return lap
 
     def reset_peak_memory(self) -> None:
-        """Start measuring `peak_memory` anew."""
+        """Restart `peak_memory`."""
         self._peak = 0
         self._start_lap()
 
@@ -137,17 +136,17 @@ class Ranks:
             Path("/proc/self/clear_refs").write_text("5")
 
     def return_memory(self) -> None:
-        """Hand freed memory that the C allocator keeps for reuse back to the system."""
+        """Return freed memory, which the C allocator keeps for reuse, to the system."""
         _libc_call("malloc_trim", 0)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """`tensor` of rank `source`, written into `tensor` elsewhere (same shape and dtype); returns it."""
+        """Copy `tensor` of rank `source` into `tensor` of all ranks (same shape and dtype); returns it."""
         if self.world > 1:
             self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
         return tensor
 
     def move(self, tensor: torch.Tensor | None, like: torch.Tensor, source: int, target: int) -> None:
-        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype); the others do nothing."""
+        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype)."""
         if self.rank == source == target:
             like.copy_(tensor)
         elif self.rank == source:
@@ -168,14 +167,14 @@ class Ranks:
         return like if self.rank == target else None
 
     def broadcast_object(self, value: object, source: int = 0) -> object:
-        """A small Python object from rank `source` to all."""
+        """Small Python object of rank `source`, on every rank."""
         box = [value]
         if self.world > 1:
             self._comm.broadcast_object_list(box, source, device=self.device)
         return box[0]
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Call `function` on the first rank alone; its result, or the StunError it raised, reaches every rank."""
+        """Call `function` on the first rank only; every rank returns its result or raises its StunError."""
         outcome: tuple[object, StunError | None] = (None, None)
         if self.is_first:
             try:
@@ -189,7 +188,7 @@ class Ranks:
         return result
 
     def gather_objects(self, value: object) -> list:
-        """Every rank's small object, in rank order, on every rank."""
+        """Small objects of all ranks, in rank order, on every rank."""
         boxes = [None] * self.world
         if self.world == 1:
             return [value]
@@ -197,7 +196,7 @@ class Ranks:
         return boxes
 
     def sum_integers(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of an integer tensor over the ranks; exact, so its order does not matter."""
+        """Sum of an integer tensor over the ranks; integers, since their sum does not depend on the order."""
         assert not tensor.is_floating_point()
         if self.world > 1:
             self._comm.all_reduce(tensor)
@@ -213,7 +212,7 @@ class Ranks:
         return out
 
     def exchange(self, rows_ND: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """Rows to other ranks: `send[r]` consecutive rows go to rank r, `receive[r]` come from it, in rank order."""
+        """All-to-all of rows in rank order: `send[r]` consecutive rows to rank r, `receive[r]` rows from it."""
         if self.world == 1:
             return rows_ND
         out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))

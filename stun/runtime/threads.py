@@ -1,7 +1,7 @@
-"""Work side by side on the cores of a rank, every piece of it on one thread.
+"""Worker threads of a rank; each task runs on one of them.
 
-What one thread computes does not depend on how many there are, while torch's own use of several threads shows in the last bits
-of some functions, and of products in bfloat16. Small pieces are faster so, too: no call waits for the slowest of its threads.
+The result of one thread does not depend on their number, whereas torch's own multithreading changes the last bits of some
+functions and of bfloat16 products. For small tasks this is faster too: no call waits for the slowest of its threads.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ import torch
 
 A = TypeVar("A")
 B = TypeVar("B")
-MOST = 16  # workers of a rank: each may hold a matrix converted to what is computed in
+MOST = 16  # workers of a rank: each may hold a copy of a matrix in the compute dtype
 
 
 def _settle() -> None:
-    """What torch keeps by thread."""
-    torch.get_num_threads()  # else the thread's first operation takes over the number that another thread has set last
+    """Settings that torch keeps per thread."""
+    # Without this call the thread's first operation would take over the number of threads that another thread set last.
+    torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
 
 
 def workers_on(device: torch.device) -> int:
-    """How many a rank has: one for each thread that the calling thread has; on GPUs, which one thread feeds, that thread."""
+    """Number of workers of a rank: that of torch's threads on a CPU; 1 on a GPU, which the calling thread keeps busy."""
     return min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
 
 
 class Workers:
-    """The workers of this rank, `count` of them."""
+    """Pool of this rank's `count` workers."""
 
     def __init__(self, device: torch.device):
         self.count, is_cpu = workers_on(device), device.type == "cpu"
-        # A single worker, too, is a thread of its own: stun.runtime.determinism looks at what the calling one does.
+        # Even a single worker is a separate thread, since stun.runtime.determinism intercepts the calling thread's operations.
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=_settle) if is_cpu else None
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
-        """What `function` gives for each item, in their order; raises what the first of them that fails raised. It may not call
-        this itself."""
+        """Results of `function` for all items, in order; raises the error of the first item that fails. `function` must not
+        call `map`: it would wait for itself."""
         return list((self._pool.map if self._pool else map)(function, items))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """What gives other last bits with another number of threads, as LAPACK's factorisations do, has one here."""
+    """Context for operations whose last bits depend on the number of threads, such as LAPACK's factorisations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What this process is about and what it has done so far: phases and their seconds, bytes read, tokens run."""
+"""Counters of a process: seconds by phase, bytes read, tokens run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections import defaultdict
 
 
 class Meter:
-    """Cheap enough to be always on. `seconds[stream][phase]` adds up; `bytes_read` and `tokens` (run through a layer, as often as
-    they are) count from the start of the process, `read_seconds` are those of the thread that reads.
-    `began` is when the job did."""
+    """Counters that are always on. `seconds[stream][phase]` are totals. `bytes_read`, `read_seconds` (of the reading thread) and
+    `tokens` (counted once per layer) run from the start of the process; `began` is the start of the job."""
 
     def __init__(self) -> None:
         self.stream = self.phase = ""
@@ -18,20 +17,20 @@ class Meter:
         self.began = self._since = time.perf_counter()
 
     def begin(self, stream: str) -> None:
-        """A stream starts, with waiting for its first layer."""
+        """Start a stream, in the phase that waits for its first layer."""
         self.end()
         self.stream, self.seconds[stream] = stream, defaultdict(float)
         self.enter("read")
 
     def enter(self, phase: str) -> None:
-        """The phase before this one is over."""
+        """End the current phase and start `phase`."""
         now = time.perf_counter()
         if self.stream and self.phase:
             self.seconds[self.stream][self.phase] += now - self._since
         self.phase, self._since = phase, now
 
     def end(self) -> None:
-        """The stream is over."""
+        """End the stream."""
         self.enter("")
         self.stream = ""
 

@@ -1,13 +1,13 @@
-"""Numbers as they are printed: bytes, seconds and counts in the unit that fits."""
+"""Bytes, seconds and counts as text, in the unit that fits."""
 
 from __future__ import annotations
 
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-_TIMES = (("hours", 3600.0, 2.0), ("minutes", 60.0, 2.0), ("seconds", 1.0, 1.0))  # unit, its seconds, from how many on
+_TIMES = (("hours", 3600.0, 2.0), ("minutes", 60.0, 2.0), ("seconds", 1.0, 1.0))  # unit, its seconds, least number shown in it
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the largest unit of which there is at least a tenth."""
+    """Bytes in the largest unit that gives at least 0.1."""
     for unit, nbytes_each in _SIZES:
         if (value := nbytes / nbytes_each) >= 0.1:
             return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
@@ -22,6 +22,6 @@ def duration(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms"
 
 
-def count(number: int, what: str) -> str:
-    """A number of things: `1 rank`, `2 ranks`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    """A number with its noun: `1 rank`, `2 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What lies outside the decoder layers, on every rank: embedding, final norm, output head."""
+"""Embedding, final norm and output head, on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stun.stream.layer_stream import from_first
 
 @contextmanager
 def outside(arch: Architecture, ranks: Ranks) -> Iterator[None]:
-    """Inside it `arch.enter` needs no embedding and `arch.leave` works. The first rank reads the weights."""
+    """Context with these weights installed: `arch.enter` needs no embedding, `arch.leave` works. The first rank reads them."""
     placeholders, dtype = list(_places(arch)), compute_dtype(arch, ranks.device)
     for name in arch.outer_weights:
         arch.install_outer({name: from_first(arch, ranks, name, arch.source.read)}, dtype)
@@ -27,13 +27,13 @@ def outside(arch: Architecture, ranks: Ranks) -> Iterator[None]:
 
 
 def _places(arch: Architecture) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """All parameters outside the layers, with the modules they stand in."""
+    """(module, name, parameter) of all parameters outside the layers."""
     inside = {id(module) for layer in arch.decoder.layers for module in layer.modules()}
     for module in arch.model.modules():
         if id(module) not in inside:
-            yield from ((module, name, own) for name, own in module._parameters.items() if own is not None)
+            yield from ((module, name, parameter) for name, parameter in module._parameters.items() if parameter is not None)
 
 
 def outside_bytes(arch: Architecture, device: torch.device) -> int:
-    """Bytes of these weights in what is computed in."""
+    """Bytes of these weights in the compute dtype."""
     return sum(arch.info(name).numel for name in arch.outer_weights) * compute_dtype(arch, device).itemsize

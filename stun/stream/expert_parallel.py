@@ -1,10 +1,10 @@
-"""Experts of one layer, spread over the ranks: tokens travel to their owners and back, and may be watched on the way.
+"""Expert parallelism: each rank owns some experts of a layer; tokens are sent to the owners of their experts and back.
 
-An owner serves the micro-batches of a round in their order and never joins two of them into one product, and an expert is
-computed by one thread: so every product has the same shape, and every sum the same order, whatever the number of ranks.
+An owner computes the micro-batches of a round in order, each in a product of its own, and one thread computes an expert. So
+every product has the same shape, and every sum the same order, for any number of ranks.
 
-Shapes: T tokens of a micro-batch, K top-k, D hidden, I expert width, E experts, N = T * K routed rows, n rows of one expert, m of
-which the first n are its own, R ranks, e of this rank's experts.
+Shapes: T tokens of a micro-batch, K top-k, D hidden, I expert width, E experts, N = T * K routed rows, n rows of one expert, m
+rows with padding after the first n, R ranks, e this rank's experts.
 """
 
 from __future__ import annotations
@@ -23,36 +23,34 @@ from stun.runtime.ranks import Ranks
 
 
 class Observer(Protocol):
-    """What a pass may watch while a layer runs. `micro_batch` numbers them over all ranks; calls come in their order.
+    """Callbacks of a layer's forward; all are optional. `micro_batch` is numbered over all ranks; calls are in its order.
 
-    A round is one micro-batch on every rank that has one left; all ranks see it start and end. What an observer does not define
-    does nothing.
+    A round is one micro-batch on every rank, or none on ranks that have finished theirs; all ranks see it start and end.
     """
 
-    reads_gates = False  # whether `expert` is told the gate weights, which travel with the tokens then
+    reads_gates = False  # whether `expert` gets the gate weights, which are then sent along with the tokens
 
     def round_starts(self, turn: int) -> None: ...
 
     def round_ends(self, turn: int) -> None: ...
 
     def routed(self, micro_batch: int, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """Experts chosen for the tokens of one of this rank's micro-batches, and their gate weights."""
+        """Chosen experts and gate weights of the tokens of one of this rank's micro-batches."""
 
     def combined(self, tokens: slice, output_tKD: torch.Tensor) -> None:
-        """What the chosen experts gave for some of these tokens. Called from several threads at once."""
+        """Outputs of the chosen experts for some of these tokens. Called from several threads at once."""
 
     def expert(self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, gate_n: torch.Tensor | None) -> None:
-        """One of this rank's experts served n tokens of a micro-batch; its last matrix is applied to `inner_nI`, and `gate_n`
-        multiplies what that gives later. Called from several threads at once, each with another expert, the micro-batches in
-        their order."""
+        """Inputs of one of this rank's experts, and of its `down_proj`, for n tokens of a micro-batch, and their gate
+        weights. Called from several threads at once, each with another expert; the micro-batches of one are in order."""
 
 
 @dataclass
 class Layer:
-    """One decoder layer, spread over the ranks.
+    """One decoder layer, distributed over the ranks.
 
-    `dense` (on every rank) and `experts` (this rank's own, by number in the source) hold tensors in their stored dtype.
-    `unused` are this rank's tensors to copy. `kept` lists the numbers of the surviving experts; rank `owner[i]` has `kept[i]`.
+    `dense` (on every rank) and `experts` (of this rank, by number in the source) hold tensors in their stored dtype. `unused`
+    are the tensors that this rank copies. `kept` lists the experts kept, by number in the source; rank `owner[i]` has `kept[i]`.
     """
 
     layout: LayerLayout
@@ -65,25 +63,25 @@ class Layer:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Let go of all tensors, whoever still holds the layer."""
+        """Free all tensors, even while references to the layer remain."""
         self.module = None
         for tensors in (self.dense, self.experts, self.unused):
             tensors.clear()
 
 
 def tokens_together(device: torch.device, width: int, top_k: int) -> int:
-    """Of how many tokens the experts' outputs are added up at once: on a CPU as many as stay in a core's cache."""
+    """Tokens combined per block; on a CPU, as many as fit in a core's cache."""
     return max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // (max(1, top_k) * width))
 
 
 class Exchange:
-    """Sends the tokens of a layer's micro-batch to the owners of their experts, and the outputs back."""
+    """Exchange of a micro-batch's tokens and outputs with the owners of a layer's experts."""
 
     def __init__(self, layer: Layer, ranks: Ranks, dtype: torch.dtype):
         self.layer, self.ranks, self.dtype = layer, ranks, dtype
         self.observers: tuple[Observer, ...] = ()
-        self.turn = 0  # of the round of micro-batches, one a rank, that is being run
-        self.gives_outputs = True  # or only what the experts' last matrices see
+        self.turn = 0  # number of the current round of micro-batches, one per rank
+        self.gives_outputs = True  # False: experts stop before their last matrix
         owner_E = torch.tensor(layer.owner, dtype=torch.int64)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
         self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
@@ -94,8 +92,8 @@ class Exchange:
     def forward(
         self, module: nn.Module, hidden_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. Where outputs are not computed, NaN: no
-        result can come to depend on them unseen."""
+        """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. NaN where outputs are not computed, so
+        that no result can silently depend on them."""
         place_N = self.place_E[index_TK.flatten()]
         order_N = torch.argsort(place_N, stable=True)
         counts_RE = self.ranks.all_gather(torch.bincount(place_N, minlength=len(self.place_E))).cpu()
@@ -103,8 +101,8 @@ class Exchange:
         mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         receive = mine_Re.sum(1).tolist()
         rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
-        is_told = any(observer.reads_gates for observer in self.observers)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if is_told else None
+        needs_gates = any(observer.reads_gates for observer in self.observers)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if needs_gates else None
         for observer in self.observers if len(index_TK) else ():
             observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
@@ -115,14 +113,14 @@ class Exchange:
         return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
 
     def _micro_batch(self, rank: int) -> int:
-        """The number of the micro-batch that `rank` runs in this round."""
+        """Number of the micro-batch that `rank` runs in this round."""
         return self.turn * self.ranks.world + rank
 
     def _serve(
         self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
     ) -> torch.Tensor | None:
-        """Outputs of this rank's experts for the rows of each micro-batch, a product per expert and micro-batch; experts side by
-        side."""
+        """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are
+        not computed."""
         output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
         ends_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re).tolist()
 
@@ -132,9 +130,9 @@ class Exchange:
                     start = ends_Re[rank][place] - count
                     rows = slice(start, start + count)
                     gate_n = None if gates_N is None else gates_N[rows]
-                    found_mD = self._serve_expert(module, self.mine[place], stretched(rows_ND, start, count), count, gate_n)
+                    output_mD = self._serve_expert(module, self.mine[place], stretched(rows_ND, start, count), count, gate_n)
                     if output_ND is not None:
-                        output_ND[rows] = found_mD[:count]
+                        output_ND[rows] = output_mD[:count]
 
         self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND
@@ -142,14 +140,14 @@ class Exchange:
     def _serve_expert(
         self, module: nn.Module, number: int, input_mD: torch.Tensor, count: int, gate_n: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Outputs for rows of which the first `count` are the expert's own; None where they are not computed."""
+        """Outputs for rows of which the first `count` are the expert's, the others padding; None if they are not computed."""
         inner_mI = self.inner(module, number, input_mD)
         for observer in self.observers:
             observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
         return self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
 
     def _combine(self, back_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Sum over each token's outputs, which stand in `back_ND` at `place_TK`, in float32, some tokens at a time: [T, D]."""
+        """Weighted sum in float32 of each token's outputs, the rows `place_TK` of `back_ND`, block by block: [T, D]."""
         output_TD = back_ND.new_empty(len(place_TK), back_ND.shape[1])
         size = tokens_together(back_ND.device, back_ND.shape[1], place_TK.shape[1])
 
@@ -165,11 +163,11 @@ class Exchange:
         return output_TD
 
     def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
-        """What an expert's `down_proj` is applied to: [n, I]."""
+        """Input of an expert's `down_proj`: [n, I]."""
         return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
 
     def project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
-        """Rows times one of an expert's matrices, plus its bias where the family has one."""
+        """Rows times one of an expert's matrices, plus its bias if the family has one."""
         parts = self.layer.experts[self.layer.kept[number]]
         weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
         return linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))

@@ -1,8 +1,8 @@
-"""One decoder layer at a time: read, spread over the ranks, run expert-parallel, release.
+"""Stream of decoder layers, one at a time: read, distribute over the ranks, run expert-parallel, release.
 
-Every expert is read, run and written by its owner alone; every dense tensor is read by one rank and broadcast. While a layer
-computes, the next one is read and the one before is written. The unit of work is a micro-batch of samples: micro-batch m runs on
-rank m % world, whatever the number of ranks (stun.stream.expert_parallel).
+An expert is read, run and written only by its owner; a dense tensor is read by one rank and broadcast. While a layer computes,
+the next one is read and the previous one is written. The unit of work is a micro-batch of samples: micro-batch m runs on rank
+m % world, for any number of ranks (stun.stream.expert_parallel).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from stun.stream.expert_parallel import Exchange, Layer, Observer
 
 
 def even_owners(layout: LayerLayout, world: int) -> list[int]:
-    """Owner of every expert of a layer, in equal blocks."""
+    """Owner of every expert of a layer, in contiguous blocks of nearly equal size."""
     return [number * world // layout.num_experts for number in range(layout.num_experts)]
 
 
 class LayerStream:
-    """Iterates over `layouts` of `arch` from number `first` on; `owners[l][e]` is the rank that reads expert e of the l-th,
-    None: nobody."""
+    """Iterator over `layouts` of `arch` from number `first` on. `owners[l][e]` is the rank that reads expert e of the l-th
+    layer, None if no rank does."""
 
     def __init__(
         self, arch: Architecture, ranks: Ranks, layouts: list[LayerLayout], owners: list[list[int | None]], first: int = 0
     ):
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype = compute_dtype(arch, ranks.device)
-        self.stays, self.held = 0, []  # the first `stays` layers are held for the next iteration, built and ready to run
+        self.stays, self.held = 0, []  # the first `stays` layers are kept in `held` for the next iteration, ready to run
         self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
@@ -52,11 +52,12 @@ class LayerStream:
             yield from self.held
             for index in range(first, len(self.layouts)):
                 self.ranks.meter.enter("read")
-                own, experts, seconds = pending.result()
+                tensors, experts, seconds = pending.result()
                 if index + 1 < len(self.layouts):
                     pending = pool.submit(self._read, index + 1)
-                layer = self._spread(index, own, experts, seconds)
-                del own, experts
+                layer = self._spread(index, tensors, experts, seconds)
+                # Only the layer may hold them, so that releasing it frees the memory.
+                del tensors, experts
                 yield layer
                 if index - self.first < self.stays:
                     self._hold(layer)
@@ -65,7 +66,7 @@ class LayerStream:
                 self.ranks.return_memory()
 
     def _hold(self, layer: Layer) -> None:
-        """Keep a layer that has run in what it computes with, and no other form."""
+        """Keep in memory a layer that has run, in the compute dtype only."""
         for expert in layer.experts.values():
             expert.update({part: tensor.to(self.dtype) for part, tensor in expert.items()})
         layer.dense.clear()
@@ -73,16 +74,15 @@ class LayerStream:
         self.held.append(layer)
 
     def writer_of(self, layout: LayerLayout) -> dict[str, int]:
-        """The rank that writes each tensor of a layer that does not belong to one expert; it also reads those outside the
-        experts."""
+        """Rank that writes each tensor of a layer that is not one expert's; it also reads those outside the experts."""
         names = [*layout.copied, *layout.fused_names.values()]
         return {name: j % self.ranks.world for j, name in enumerate(names)}
 
     def _read(self, index: int) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
-        """This rank's part of a layer, from disk."""
+        """This rank's part of a layer, from disk: tensors outside the experts, experts, seconds."""
         start, before, layout = time.perf_counter(), self.arch.source.bytes_read, self.layouts[index]
         owners = self.writer_of(layout)
-        own = {name: self.arch.source.read(name) for name in layout.copied if owners[name] == self.ranks.rank}
+        tensors = {name: self.arch.source.read(name) for name in layout.copied if owners[name] == self.ranks.rank}
         experts = {
             number: self.arch.read_expert(layout, number)
             for number in range(layout.num_experts)
@@ -90,30 +90,30 @@ class LayerStream:
         }
         seconds = time.perf_counter() - start
         self.ranks.meter.read(self.arch.source.bytes_read - before, seconds)
-        return own, experts, seconds
+        return tensors, experts, seconds
 
     def _spread(
-        self, index: int, own: dict[str, torch.Tensor], experts: dict[int, dict[str, torch.Tensor]], seconds: float
+        self, index: int, local: dict[str, torch.Tensor], experts: dict[int, dict[str, torch.Tensor]], seconds: float
     ) -> Layer:
-        """The layer on all ranks: dense tensors broadcast by their readers.
+        """The layer on all ranks, with dense tensors broadcast by their readers.
 
-        Measured against DeepSpeed's zero.Init with one gather per layer (102 MB layer, CPU, gloo): 0.31 against 1.48 seconds on 2
-        ranks and 0.50 against 2.69 on 4, a quarter of the traffic, and less memory.
+        A 102 MB layer (CPU, gloo) takes 0.31 seconds on 2 ranks and 0.50 on 4, where DeepSpeed's zero.Init with one gather per
+        layer takes 1.48 and 2.69, four times the traffic and more memory.
         """
         layout, device = self.layouts[index], self.ranks.device
         owners, dense = self.writer_of(layout), {}
         for name in sorted(layout.dense):
             info = self.arch.info(name)
-            tensor = to_device(own[name], device) if name in own else torch.empty(info.shape, dtype=info.dtype, device=device)
+            tensor = to_device(local[name], device) if name in local else torch.empty(info.shape, dtype=info.dtype, device=device)
             dense[name] = self.ranks.broadcast(tensor, owners[name])
         placed = {number: {part: to_device(t, device) for part, t in expert.items()} for number, expert in experts.items()}
         kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
-        unused = {name: own[name] for name in layout.unused if name in own}
+        unused = {name: local[name] for name in layout.unused if name in local}
         owner = [self.owners[index][number] for number in kept]
         return Layer(layout, dense, placed, unused, kept, owner, seconds={"read": seconds})
 
     def keep(self, layer: Layer, kept: list[int]) -> None:
-        """Drop all experts of `layer` but `kept`, and their rows of the router."""
+        """Remove all experts of `layer` but `kept`, with their rows of the router."""
         owner = dict(zip(layer.kept, layer.owner, strict=True))
         layer.owner = [owner[number] for number in kept]
         layer.kept = kept
@@ -124,25 +124,24 @@ class LayerStream:
                 layer.dense[name] = layer.dense[name].index_select(dim, entries)
 
     def build(self, layer: Layer) -> None:
-        """Make `layer.module` ready to run with the layer's present tensors."""
+        """Build `layer.module` from the layer's current tensors."""
         layer.module = self.arch.build_layer(layer.layout.index, len(layer.kept))
         self.arch.install(layer.module, layer.layout, layer.dense, self.dtype)
-        found = experts_of(layer.module)
-        if found:
-            found[1].exchange = Exchange(layer, self.ranks, self.dtype)
+        _, experts = experts_of(layer.module) or ("", None)
+        if experts is not None:
+            experts.exchange = Exchange(layer, self.ranks, self.dtype)
 
     def run(self, layer: Layer, states: States, *observers: Observer) -> States:
-        """`layer` applied to every micro-batch of this rank; all ranks take part in every round."""
+        """States after `layer`, for every micro-batch of this rank; all ranks take part in every round."""
         return States(self._rounds(layer, states, observers, True), states.arguments, states.total)
 
     def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
-        """The same for the observers' sake alone: what the experts give is not computed."""
+        """Run `layer` only for the observers: experts stop before their last matrix."""
         self._rounds(layer, states, observers, False)
 
     @torch.no_grad()
     def _rounds(self, layer: Layer, states: States, observers: tuple[Observer, ...], gives_outputs: bool) -> list[torch.Tensor]:
-        found = experts_of(layer.module)
-        experts = found[1] if found else None
+        _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange.observers, experts.exchange.gives_outputs = observers, gives_outputs
         outputs = []
@@ -170,9 +169,9 @@ class LayerStream:
 
 @dataclass
 class States:
-    """Hidden states of this rank's micro-batches [B, T, D], `total` of them over all ranks.
+    """Hidden states [B, T, D] of this rank's micro-batches; `total` is their number over all ranks.
 
-    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape may share them.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them.
     """
 
     hidden: list[torch.Tensor]
@@ -181,7 +180,7 @@ class States:
 
 
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """A source tensor on every rank, which the first gets from `read` and broadcasts."""
+    """Source tensor on every rank: the first gets it from `read` and broadcasts it."""
     info = arch.info(name)
     if ranks.is_first:
         tensor = read(name).to(ranks.device)
@@ -191,30 +190,31 @@ def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str]
 
 
 def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
-    """This rank's share of the micro-batches [B, T] as they reach the first layer. The first rank gets the embedding's weight
-    from `read` and broadcasts it."""
+    """States before the first layer of this rank's share of the micro-batches [B, T]. The first rank gets the embedding's
+    weight from `read` and broadcasts it."""
     dtype = compute_dtype(arch, ranks.device)
     weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
-    hidden, arguments, of_shape = [], [], {}
+    hidden, arguments, by_shape = [], [], {}
     for batch in batches[ranks.rank :: ranks.world]:
         with steady(ranks.device, dtype, ranks.workers):
-            states, of_layers = arch.enter(batch.to(ranks.device), weight_VD)
+            states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
-        if batch.shape not in of_shape:
-            of_shape[batch.shape] = _of_one_row(of_layers, len(batch))
-        arguments.append(of_shape[batch.shape])
+        if batch.shape not in by_shape:
+            by_shape[batch.shape] = _expanded(by_layer, len(batch))
+        arguments.append(by_shape[batch.shape])
     return States(hidden, arguments, len(batches))
 
 
-def _of_one_row(arguments: list[dict], rows: int) -> list[dict]:
-    """The same arguments, of which one row is in memory where all of a micro-batch's are alike: every shape of micro-batch has a
-    mask of its own, of T x T entries a row in families without fused attention."""
+def _expanded(arguments: list[dict], rows: int) -> list[dict]:
+    """The same arguments; tensors whose rows are all equal become views of one row. It matters for masks: every shape of
+    micro-batch has one, with T x T entries a row in families without fused attention."""
+    # Values are kept with the originals, since ids are unique only among living objects.
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def once(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            is_alike = rows > 1 and tensor.dim() > 1 and len(tensor) == rows and bool((tensor == tensor[:1]).all())
-            made[id(tensor)] = (tensor, tensor[:1].clone().expand_as(tensor) if is_alike else tensor)
+            is_equal = rows > 1 and tensor.dim() > 1 and len(tensor) == rows and bool((tensor == tensor[:1]).all())
+            made[id(tensor)] = (tensor, tensor[:1].clone().expand_as(tensor) if is_equal else tensor)
         return made[id(tensor)][1]
 
     return tree_map_only(torch.Tensor, once, arguments)

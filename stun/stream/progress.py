@@ -1,4 +1,4 @@
-"""How far a stream is: a plain line a layer, and on a terminal a live view below these lines."""
+"""Progress of a stream: one line per layer, and on a terminal a live view below these lines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.text import Text
 from stun.runtime.ranks import Ranks
 from stun.stream.expert_parallel import Layer
 
-_view: Live | None = None  # what is drawn now
+_view: Live | None = None  # the live view on the screen
 
 
 def close_view() -> None:
-    """Leave the terminal as it was, below the lines printed so far."""
+    """Remove the live view; the lines printed so far remain."""
     global _view
     if _view:
         _view.stop()
@@ -27,58 +27,59 @@ def close_view() -> None:
 
 
 class Progress:
-    """Of one stream, on the first rank. A layer's line says what was done, seconds read, computed and waited for writing, memory,
-    time left; with a `step`, that of its first layer, the numbers go to `ranks.track` as well."""
+    """Progress of one stream. A layer's line gives the work done, seconds (reading, computing, waiting for writing), memory and
+    remaining time. With `step`, the first layer's tracking step, the numbers go to `ranks.track` too."""
 
     def __init__(self, name: str, layers: int, ranks: Ranks, first: int = 0, step: int | None = None):
         self.name, self.layers, self.ranks, self.first, self.step = name, layers, ranks, first, step
-        self.done, self.left, self.started = first, None, time.perf_counter()
-        self.latest = self.started  # when the last layer was done
+        self.done, self.eta, self.started = first, None, time.perf_counter()
+        self.latest = self.started  # end of the last finished layer
         ranks.meter.begin(name)
         self.at_start = (ranks.meter.bytes_read, ranks.meter.read_seconds, ranks.meter.tokens)
         close_view()
         if ranks.is_first and sys.stdout.isatty():
             self._draw()
 
-    def layer(self, layer: Layer, what: str, **numbers: float) -> None:
-        """A layer is done; `numbers` are tracked beside what the line says."""
+    def layer(self, layer: Layer, text: str, **numbers: float) -> None:
+        """Report a finished layer; `numbers` are tracked in addition to those of the line."""
         self.done, self.latest = layer.layout.index + 1, time.perf_counter()
-        self.left = (self.latest - self.started) / (self.done - self.first) * (self.layers - self.done)
+        self.eta = (self.latest - self.started) / (self.done - self.first) * (self.layers - self.done)
         seconds = " ".join(f"{name} {value:.1f}s" for name, value in layer.seconds.items())
         peak = self.ranks.peak_memory() / 2**30
-        line = f"{self.name} {self.done:02d}/{self.layers} | {what} | {seconds} | peak {peak:.2f}GiB | eta {self.left:.0f}s"
+        line = f"{self.name} {self.done:02d}/{self.layers} | {text} | {seconds} | peak {peak:.2f}GiB | eta {self.eta:.0f}s"
         self.ranks.log(line)
         if self.step is not None:
-            taken = {f"{name}_seconds": value for name, value in layer.seconds.items()}
-            metrics = {f"{self.name}/{name}": value for name, value in {**numbers, **taken, "peak_gib": peak}.items()}
+            times = {f"{name}_seconds": value for name, value in layer.seconds.items()}
+            metrics = {f"{self.name}/{name}": value for name, value in {**numbers, **times, "peak_gib": peak}.items()}
             self.ranks.track(metrics, self.step + layer.layout.index)
 
     def close(self) -> None:
-        """The stream is over."""
+        """End the stream and its view."""
         self.ranks.meter.end()
         close_view()
 
     def _draw(self) -> None:
-        """Start the view. The cursor stays visible, so that a process that is killed leaves a terminal that can be used."""
+        """Start the view."""
         global _view
         console = Console(highlight=False)
         _view = Live(get_renderable=self._rendered, console=console, refresh_per_second=4, transient=True)
         _view.start(refresh=True)
+        # A process that is killed cannot show the cursor again.
         console.show_cursor(True)
 
     def _rendered(self) -> Group:
-        """The bar with the layer and its phase; below it speeds, memory and times."""
+        """Bar with the layer and its phase; below it speeds, memory and times."""
         meter, now = self.ranks.meter, time.perf_counter()
         nbytes, seconds, tokens = self.at_start
         read = (meter.bytes_read - nbytes) / 2**30 / max(meter.read_seconds - seconds, 1e-9)
         ran = (meter.tokens - tokens) / max(now - self.started, 1e-9)
-        left = "?" if self.left is None else _clock(max(0.0, self.left - (now - self.latest)))
+        eta = "?" if self.eta is None else _clock(max(0.0, self.eta - (now - self.latest)))
         numbers = [
             f"{read:.2f} GiB/s read",
             f"{ran:,.0f} tokens/s{' a rank' if self.ranks.world > 1 else ''}",
             f"peak {self.ranks.peak_memory() / 2**30:.2f} GiB",
             f"elapsed {_clock(now - self.started)}",
-            f"eta {left}",
+            f"eta {eta}",
         ]
         bar = Table.grid(padding=(0, 2))
         layer = f"layer {min(self.done + 1, self.layers)}/{self.layers}"
@@ -87,5 +88,5 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    """0:01:05"""
+    """Seconds as `0:01:05`."""
     return str(timedelta(seconds=int(seconds)))

@@ -167,7 +167,7 @@ HEADERS: dict[str, tuple[Mutation, str]] = {
     "shape overflows": (header_text(lambda text: text.replace("[8, 32]", "[1e999, 32]")), "header: .*1e999 is not a finite"),
     "overlap": (header(overlap), "begins at byte .* ends at"),
     "hole": (hole, "begins at byte .* ends at"),
-    "same name twice": (header_text(twice), f"header: .*{ROUTER}' stands twice"),
+    "same name twice": (header_text(twice), f"header: .*{ROUTER}' occurs twice"),
     "metadata list": (header(lambda content: content.update(__metadata__=["pt"])), "__metadata__ must map"),
     "metadata number": (header(lambda content: content.update(__metadata__={"format": 1})), "__metadata__ must map"),
     "metadata null": (header(lambda content: content.update(__metadata__=None)), "__metadata__ must map"),
@@ -406,7 +406,7 @@ TENSORS: dict[str, tuple[Mutation, str]] = {
         rewritten(lambda tensors: tensors.update({EXPERT.replace("w1", "w9"): tensors[EXPERT].clone()}), EXPERT),
         "w9.* belongs to an expert",
     ),
-    "router in two files": (copied_elsewhere, f"{ROUTER}: stands in .* too"),
+    "router in two files": (copied_elsewhere, f"{ROUTER}: is also in .*safetensors"),
     "embedding of another vocabulary": (
         tensor("model.embed_tokens.weight", lambda t: t[:100]),
         "model.embed_tokens.weight has shape",

@@ -326,7 +326,7 @@ def test_the_cache_of_the_hub_is_no_way_out(sources, tmp_path, warm, target):
     file.symlink_to("/etc/passwd") if target.endswith("out") else file.write_text("{}")
     (snapshot / "notes.txt").symlink_to(target)
     (tmp_path / "model").symlink_to(snapshot)
-    refused(tmp_path, lambda: prune(request_for(tmp_path), warm), "notes.txt: leads to .*; only files in the checkpoint's own")
+    refused(tmp_path, lambda: prune(request_for(tmp_path), warm), "notes.txt: links to .*; only files in the checkpoint's own")
 
 
 def test_links_inside_the_folder_are_followed(sources, tmp_path, warm):

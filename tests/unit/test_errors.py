@@ -128,7 +128,7 @@ REQUESTS = {
     "fewer than top-k": ({"target": 0.9, "experts": ExpertsConfig(fraction=1.0)}, r"top-k 2.*Lower experts\.fraction to 0\.\d+"),
     "model is no folder": ({"model": ModelConfig("/nowhere/at/all")}, "not a folder"),
     "calibration missing": ({"calibration": CalibrationConfig(path="/no/such.jsonl")}, "no such file"),
-    "calibration of unknown kind": ({"calibration": CalibrationConfig(path=__file__)}, "unknown kind of file"),
+    "calibration of unknown kind": ({"calibration": CalibrationConfig(path=__file__)}, "unknown file type"),
     "unknown field": ({"calibration": CalibrationConfig(path=str(TEXT), field="body")}, "body.*fields.*text"),
     "field is a number": ({"calibration": ('{"text": 3}\n', {})}, "row 0.*int"),
     "empty file": ({"calibration": ("", {})}, "empty"),

@@ -142,8 +142,8 @@ def test_kurtosis(measured, run):
         left = np.concatenate([values(new[kind]) for kind in ("experts", "shared", "mlp", "attention")])
         stages = {
             "dense": values(inside + old["experts"]),
-            "experts_left": values(inside + survivors),
-            "weights_left": left[left != 0],
+            "experts_removed": values(inside + survivors),
+            "weights_removed": left[left != 0],
         }
         for stage, weights in stages.items():
             assert shown[stage][layer] == pytest.approx(scipy_stats.kurtosis(weights, fisher=False), rel=1e-9), (stage, layer)
@@ -316,7 +316,7 @@ def test_routing_groups_and_a_given_plan(checkpoint, tmp_path, ranks):
     assert data.scores(RunFolder.open(tmp_path / "given")) is None
     assert "took no statistics" in write_reports(tmp_path / "given")[0].read_text()
     kurtoses = json.loads((tmp_path / "given" / "layers.json").read_text())["prune"][1]["kurtosis"]
-    assert kurtoses["experts"]["dense"] is None and kurtoses["experts"]["experts_left"] > 0
+    assert kurtoses["experts"]["dense"] is None and kurtoses["experts"]["experts_removed"] > 0
 
 
 def test_pareto_front():
