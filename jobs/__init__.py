@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import stun  # isort: skip  (before torch and numpy: it sets how they start)
+import stun  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
 import torch
 import transformers
