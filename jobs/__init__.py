@@ -1,7 +1,5 @@
 """Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import os

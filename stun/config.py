@@ -1,7 +1,5 @@
 """What a run may be told: dataclasses, enums, their registration with Hydra."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from enum import Enum

@@ -1,7 +1,5 @@
 """Reading of untrusted JSON and YAML; atomic writing of files."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

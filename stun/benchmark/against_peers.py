@@ -9,8 +9,6 @@ reap + wanda  a quarter of the experts and then single weights, to the same targ
 Only STUN's forward runs in this process. Every tool starts without the checkpoint in the system's cache.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import sys

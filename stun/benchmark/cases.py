@@ -1,7 +1,5 @@
 """Benchmark cases by name: checks before a case, and its result as a file."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace

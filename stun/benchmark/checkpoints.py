@@ -1,7 +1,5 @@
 """Checkpoints of random weights in the hub's layout, written tensor by tensor."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

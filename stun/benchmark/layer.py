@@ -1,7 +1,5 @@
 """One MoE decoder layer of an Arctic: seconds of its phases, the hardware's limits, and totals over many layers."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path

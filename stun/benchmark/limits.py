@@ -1,7 +1,5 @@
 """Measured peak rates of the hardware, to compare phases with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs of the scripts in `peers`, each in its own process, and their figures."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

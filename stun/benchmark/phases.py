@@ -11,8 +11,6 @@ propagate  the forward of the pruned layer
 write      from the device to the disk, synced
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from stun.benchmark.checkpoints import forget

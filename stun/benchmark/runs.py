@@ -1,7 +1,5 @@
 """Runs of jobs.prune in separate processes, and their figures."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Scaling of whole runs with model size and tokens, with ranks, and with layers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

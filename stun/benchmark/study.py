@@ -3,8 +3,6 @@
 The rows of the task are split in two halves, so that a choice made on one can be checked on the other.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Tables of the cases' results."""
 
-from __future__ import annotations
-
 from rich.table import Table
 
 from stun.config import BenchmarkCase

@@ -1,7 +1,5 @@
 """Cost of each method of removing single weights, beside reading and writing the same bytes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

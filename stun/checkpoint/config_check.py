@@ -3,8 +3,6 @@
 transformers would build a billion layers one by one, or fetch the code that a setting names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Atomic writing of a checkpoint's files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

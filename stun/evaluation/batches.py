@@ -1,7 +1,5 @@
 """Micro-batches of sequences of different length. Shapes: B sequences, T tokens of the longest."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

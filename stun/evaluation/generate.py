@@ -6,8 +6,6 @@ are held in memory; the remaining ones are read from disk for every token.
 Shapes: B unfinished rows of a micro-batch, T tokens of prompt and completion so far, padded on the left; D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import nullcontext

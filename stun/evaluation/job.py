@@ -1,7 +1,5 @@
 """The evaluation job: exact match, perplexity and distance from the dense model, for a checkpoint of any size."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

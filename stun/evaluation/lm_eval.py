@@ -1,7 +1,5 @@
 """Tasks of the lm-evaluation-harness, for models that fit in the first rank's memory: pip install 'stun-moe[eval]'."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """Memory of an evaluation: rows at once, and layers that can be held in memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from stun.config import StunError

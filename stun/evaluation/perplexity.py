@@ -6,8 +6,6 @@ tokens are counted. All sums are exact (math.fsum), so they do not depend on the
 Shapes: B sequences, T tokens of the longest, N predicted tokens, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Inputs of an evaluation (rows, prompts, sequences), and the request that identifies its result."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

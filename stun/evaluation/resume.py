@@ -7,8 +7,6 @@
 <output>.partial/generate-N/       tokens generated so far, one file per micro-batch of N rows
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from stun.config import StunError

@@ -1,7 +1,5 @@
 """Question-answer tasks: rows, prompts, and the rule by which a completion is correct."""
 
-from __future__ import annotations
-
 import random
 import re
 from dataclasses import dataclass

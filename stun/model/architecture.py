@@ -4,8 +4,6 @@ Router rules, masks and rotary embeddings come from transformers, whose internal
 between families is data in `stun.model.families`.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Iterator

@@ -12,8 +12,6 @@ With h = x + attention(input_layernorm(x)), a layer computes
 The hybrid form feeds its experts the hidden states from BEFORE attention, so both branches can run at once.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """Building of modules on the meta device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Data of the supported model families, one entry each, and the refused ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,8 +6,6 @@ After `import stun`, `AutoModelForCausalLM` loads, runs and saves it, with class
 reads a list in `num_local_experts` instead, as in the models that the STUN authors saved.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """Roles of a decoder layer's tensors, by source name."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Compute dtype of the layers."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.config import Precision, StunError

@@ -1,7 +1,5 @@
 """Runtimes that load a pruned checkpoint, judged by its expert counts and vLLM's documented limits; none is started."""
 
-from __future__ import annotations
-
 # Expert counts that vLLM's fused router kernels are compiled for; a router without another path refuses the rest
 # (vllm-project/vllm issue 51521, pull request 50982).
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)

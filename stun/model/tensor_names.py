@@ -4,8 +4,6 @@ transformers' table of renamings says which parameter a source tensor becomes, a
 place, or with another shape or kind of number than config.json demands, is refused here, before any work.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Budgets: parameters of the decoder layers, and the split of a target into experts and single weights to remove."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Plans made from saved statistics alone, and how many of each calibration source's experts they keep."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

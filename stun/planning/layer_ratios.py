@@ -1,7 +1,5 @@
 """Layer ratios: the share of single weights removed from each layer, by outliers, from a file, or the same for all."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Makes plans from saved statistics."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """Plan files, perhaps edited by hand: read and checked against a model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Protected experts, which are always kept: those listed, and those that the statistics single out."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

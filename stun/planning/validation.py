@@ -1,7 +1,5 @@
 """Checks of a configuration that need no model."""
 
-from __future__ import annotations
-
 import math
 
 from stun.config import (

@@ -3,8 +3,6 @@
 No model family needs a formula of its own. Memory that libraries allocate inside one operation is not counted.
 """
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Hardware of a launch: data sheets of GPUs, and rates measured on this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -3,8 +3,6 @@
 Reads only headers, the configuration and a sample of the disk.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from stun.config import ClusterConfig, StunError

@@ -4,8 +4,6 @@ On CPUs all bytes are in the process. On GPUs, weights, hidden states and produc
 are on the host. Experts are assumed to be spread evenly over the ranks, and tokens evenly over the experts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

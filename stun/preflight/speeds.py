@@ -1,7 +1,5 @@
 """Measured rates of this machine: its disk, and the products of one rank."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

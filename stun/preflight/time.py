@@ -1,7 +1,5 @@
 """Least time of a run: bytes over the rate of the disk, operations over the peak of the device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from stun.model.architecture import Architecture, expert_infos

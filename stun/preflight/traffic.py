@@ -1,7 +1,5 @@
 """Bytes that a run reads, writes and has on disk, from headers and the configuration alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

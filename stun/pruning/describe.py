@@ -1,7 +1,5 @@
 """Log lines about a job, written before it starts."""
 
-from __future__ import annotations
-
 from stun.config import Budget
 from stun.model import runtimes
 from stun.planning.job import Job

@@ -1,7 +1,5 @@
 """Pruning job: resolve, check, observe, plan, prune, write."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

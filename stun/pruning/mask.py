@@ -1,7 +1,5 @@
 """Weight pruning of one layer: measure the inputs of its matrices, then remove the weights of its quota."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

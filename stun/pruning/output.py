@@ -1,7 +1,5 @@
 """Files of the pruned checkpoint: shards of the layers, the tensors outside them, config.json, and at last the index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

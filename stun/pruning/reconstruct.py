@@ -7,8 +7,6 @@ Gram matrix of z and the sum of x z^T. Experts are weighed with their gate weigh
 the inputs that the pruned layer gives them.
 """
 
-from __future__ import annotations
-
 import torch
 
 from stun.model.tensor_names import experts_of

@@ -1,7 +1,5 @@
 """Representatives: the one expert kept of every cluster, with its own weights or the mean of its cluster's."""
 
-from __future__ import annotations
-
 import math
 
 import torch

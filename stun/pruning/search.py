@@ -6,8 +6,6 @@ hidden states from the dense model's after the last layer. Clusters keep their m
 itself is configured to do.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

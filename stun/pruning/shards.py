@@ -1,7 +1,5 @@
 """Shards: the tensors of a layer that each rank writes, and the files it writes them to."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

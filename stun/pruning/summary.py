@@ -1,7 +1,5 @@
 """Summary of a finished run for manifest.json, and the measurements of its streams for layers.json."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -4,8 +4,6 @@ Every sample has a `question` that ends in a newline and an `answer` that shows 
 convention of GSM8K (Cobbe et al., 2021). Lists are written with spaces so that every element is a token.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Training of a small MoE model, such as the embedded one, on the synthetic tasks: tokenizer, batches, an AdamW loop."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

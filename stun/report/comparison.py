@@ -1,7 +1,5 @@
 """Page that compares runs: a table, and the Pareto fronts of quality against size and sparsity."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Lists have an entry per decoder layer, or per layer with experts, as stated.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of a report, one function per function of stun.report.data."""
 
-from __future__ import annotations
-
 import matplotlib.ticker as ticker
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba

@@ -1,7 +1,5 @@
 """HTML of a page: one self-contained file without scripts, for light and dark screens of any width."""
 
-from __future__ import annotations
-
 import base64
 from html import escape
 

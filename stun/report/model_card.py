@@ -1,7 +1,5 @@
 """Model card beside a pruned checkpoint: README.md with the hub's metadata."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

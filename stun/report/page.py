@@ -1,7 +1,5 @@
 """Page of one run, in the run's folder `report`, beside its PNGs."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 

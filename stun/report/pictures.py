@@ -1,7 +1,5 @@
 """Pictures, saved as PNGs and embedded in a page."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Summaries of the runs below a folder."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

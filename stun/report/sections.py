@@ -1,7 +1,5 @@
 """Sections of a run's page in order: an explanation, and a picture, or the command that makes its data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Colours and sizes of a report's pictures, for light and dark pages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import matplotlib

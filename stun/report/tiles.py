@@ -1,7 +1,5 @@
 """Small picture of one layer's experts, for light and dark pages: similar and merged experts, or experts by score."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgba

@@ -1,7 +1,5 @@
 """Writing of the pages of a run, or of all runs below a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from stun.config import StunError

@@ -1,7 +1,5 @@
 """Identity of a run and of its statistics: everything that their results depend on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, fields, is_dataclass

@@ -4,8 +4,6 @@ A matrix is summed by rows, and matrices are added exactly: a short list of floa
 at the end. As JSON: `{"count": n, "sums": [of w, of w^2, of w^3, of w^4]}`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

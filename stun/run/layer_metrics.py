@@ -1,7 +1,5 @@
 """Measurements of a layer in a stream, by each rank of its part; stun.run.layer_records combines the ranks'."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch

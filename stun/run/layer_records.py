@@ -11,8 +11,6 @@ saliency   `all` and `removed`: bin -> weights with such a score (stun.sparsify.
 and in the first one `powers`: power sums of the dense experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

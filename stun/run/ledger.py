@@ -3,8 +3,6 @@
 A layer is finished when the entries of all ranks of one launch exist. Launches may differ in their number of ranks.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lock of a folder: one launch at a time."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 from pathlib import Path

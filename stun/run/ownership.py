@@ -1,7 +1,5 @@
 """Ownership of folders: a mark names the run that made a folder, and only files that the run writes are ever removed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

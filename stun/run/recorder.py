@@ -1,7 +1,5 @@
 """Background writing of a stream's finished layers, and their restoration at a restart."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Snapshots of hidden states, from which a stream resumes: one file with a checksum per layer and rank."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 """A sweep on the command line: `jobs.prune -m experts.fraction=0.1,0.2 run_dir=runs/sweep` prunes into one run folder for each
 setting, named by what differs, with statistics taken once for all runs that differ in nothing that the first stream sees."""
 
-from __future__ import annotations
-
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser

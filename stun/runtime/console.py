@@ -1,7 +1,5 @@
 """Tables rendered as text."""
 
-from __future__ import annotations
-
 from io import StringIO
 
 from rich.console import Console

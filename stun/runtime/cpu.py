@@ -1,7 +1,5 @@
 """CPU features: whether bfloat16 is multiplied fast."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path

@@ -5,8 +5,6 @@ with scalar ones, whose exponential differs in the last bit. bfloat16 products a
 threads; for float32 ones MKL is told not to (see stun/__init__). Sums run along rows and are not affected.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

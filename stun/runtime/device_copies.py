@@ -4,8 +4,6 @@ Each copying thread has a CUDA stream and two pinned buffers: one is in transfer
 from or to pageable memory would block the stream that computes.
 """
 
-from __future__ import annotations
-
 import threading
 
 import torch

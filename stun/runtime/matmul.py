@@ -4,8 +4,6 @@ In bfloat16 on a CPU, oneDNN compiles a kernel for every new number of rows, whi
 rounded up to a step, and products of many rows are computed in pieces of one size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -4,8 +4,6 @@ The result of one thread does not depend on their number, whereas torch's own mu
 functions and of bfloat16 products. For small tasks this is faster too: no call waits for the slowest of its threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Counters of a process: seconds by phase, bytes read, tokens run."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 

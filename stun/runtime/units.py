@@ -1,7 +1,5 @@
 """Bytes, seconds and counts as text, in the unit that fits."""
 
-from __future__ import annotations
-
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TIMES = (("hours", 3600.0, 2.0), ("minutes", 60.0, 2.0), ("seconds", 1.0, 1.0))  # unit, its seconds, least number shown in it
 

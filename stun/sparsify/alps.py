@@ -1,7 +1,5 @@
 """ALPS: ADMM chooses the non-zero entries, conjugate gradients fit their values (Meng et al., NeurIPS 2024, arXiv 2406.07831)."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.runtime.threads import one_thread

@@ -1,7 +1,5 @@
 """Sparsification of one matrix by the configured method."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.config import SparsifyConfig, SparsifyMethod

@@ -4,8 +4,6 @@ A layer's mean score, and so the threshold of an outlier, depends on which exper
 share of outliers for any threshold.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

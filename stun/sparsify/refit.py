@@ -1,7 +1,5 @@
 """Least-squares refit of the kept weights under a fixed mask."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.sparsify.scores import damped, output_error

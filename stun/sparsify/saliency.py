@@ -1,7 +1,5 @@
 """Histograms of weight scores in a layer: all weights in scope, and the removed ones."""
 
-from __future__ import annotations
-
 import threading
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Scores of single weights, output errors and damped Gram matrices."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.config import StunError

@@ -1,7 +1,5 @@
 """SparseGPT: columns are pruned in turn, later columns compensate for the error (Frantar and Alistarh, ICML 2023)."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.runtime.threads import one_thread

@@ -6,8 +6,6 @@ No reduction here runs over all elements at once: torch splits such sums by thre
 on it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

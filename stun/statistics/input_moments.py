@@ -4,8 +4,6 @@ Parts are added in the order of the micro-batches, so that any number of ranks g
 micro-batches in that order, and the owner of a dense matrix receives their parts one after the other.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The first stream: the dense model runs once over the calibration tokens, and its experts are watched."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Histograms of weight scores in the dense model, per matrix, for OWL's sparsity ratios."""
 
-from __future__ import annotations
-
 import torch
 
 from stun.sparsify.ratios import BINS, score_histogram

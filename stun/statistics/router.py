@@ -1,7 +1,5 @@
 """Distances between the rows of a router."""
 
-from __future__ import annotations
-
 import torch
 
 

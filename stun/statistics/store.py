@@ -1,7 +1,5 @@
 """Statistics of the first stream on disk: written as they are taken, checked as they are read."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

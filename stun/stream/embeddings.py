@@ -1,7 +1,5 @@
 """Embedding, final norm and output head, on every rank."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

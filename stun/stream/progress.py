@@ -1,7 +1,5 @@
 """Progress of a stream: one line per layer, and on a terminal a live view below these lines."""
 
-from __future__ import annotations
-
 import sys
 import time
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Those that take a job's numbers: Weights & Biases and TensorBoard. Neither package is imported where it is not used."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -9,8 +9,6 @@ A tracker works in a thread of its own, so nothing it waits for delays the job, 
 not the run.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 import threading

@@ -10,8 +10,6 @@ the whole model (on the first GPU where there is one).
 Legend: B samples of a micro-batch, T length.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

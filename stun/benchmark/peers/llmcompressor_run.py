@@ -11,8 +11,6 @@ transformers 5.17 cannot load a model in llm-compressor's way, and memory for th
 Legend: S samples, B those of a micro-batch, T length.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

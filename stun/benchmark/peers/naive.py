@@ -13,8 +13,6 @@ the lowest |weight| * norm of the input are removed; then the layer runs again f
 Legend: B samples of a micro-batch, T length, D hidden size, O outputs and I inputs of a matrix.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from contextlib import suppress

@@ -6,8 +6,6 @@ its weights is kept.
 Legend: N tokens, n tokens of an expert, D hidden size, E experts, K top-k, O outputs and I inputs of a matrix.
 """
 
-from __future__ import annotations
-
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn

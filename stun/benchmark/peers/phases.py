@@ -1,7 +1,5 @@
 """Seconds by phase and peak memory of a peer's run, printed as one JSON line, the last on stdout."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

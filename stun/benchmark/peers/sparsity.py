@@ -1,7 +1,5 @@
 """Sparsity reached by a peer, counted in the tensors that it saved."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Clustering of experts: merges in order of distance, by complete linkage or by the algorithm of STUN's published code."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How alike two experts are: [E, E] distances, symmetric, diagonal 0 and unused."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

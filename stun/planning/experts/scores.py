@@ -4,8 +4,6 @@ Shapes: E experts; `powers_E33[e, a, beta]` is the sum over expert e's tokens of
 weight it is multiplied by; a and beta run from 0 to 2, so [e, 0, 0] counts the tokens.
 """
 
-from __future__ import annotations
-
 import torch
 
 from stun.config import Score

@@ -8,8 +8,6 @@ Where routing is limited to groups of experts, no merge crosses a group and a st
 all groups keep the same number. Protected experts take no part: each is kept as a cluster of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
