@@ -102,7 +102,7 @@ class LayerPhases:
         self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + _file_bytes(statistics.folder))
         kept = keep_representatives(stream, layer, layer_plan)
         enter("records")
-        powers.experts_left(is_changed=layer_plan.mean or len(kept) < layer_plan.experts)
+        powers.experts_removed(is_changed=layer_plan.mean or len(kept) < layer_plan.experts)
         enter("measure")
         quota = layer_quotas(self.job.sizes, plan)[0]
         stream.build(layer)
@@ -110,7 +110,7 @@ class LayerPhases:
         enter("propagate")
         self._forward(layer)
         enter("records")
-        powers.weights_left()
+        powers.weights_removed()
         tensors = own_tensors(stream, layer)
         nonzero_by_kind(self.layout, tensors, self.ranks.workers)
         enter("write")

@@ -39,7 +39,7 @@ def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
 
 
 def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
-    """Fewest experts a layer may keep: the model's top-k, or enough in every group where routing is limited to groups."""
+    """Fewest experts a layer may keep: top-k, `keep_at_least`, and enough in every group where routing is limited to groups."""
     return arch.groups * max(arch.group_floor, -(-cfg.experts.keep_at_least // arch.groups))
 
 

@@ -27,7 +27,7 @@ def listed_experts(cfg: PruneConfig, arch: Architecture) -> list[tuple[int, int]
 
 
 def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
-    """Raises StunError if the listed experts do not allow to remove `drops` experts per layer (global budget: their sum)."""
+    """Raises StunError if the listed experts allow fewer removals than `drops`, per layer or, with the global budget, in all."""
     listed, rooms = listed_experts(cfg, arch), []
     alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # a cluster keeps one member
     for layout in arch.layers:

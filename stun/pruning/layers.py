@@ -87,7 +87,7 @@ def prune_layers(
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
         kept, masked, powers, states = _prune_layer(stream, layer, plans[index], quotas[index], states, job.cfg.sparsify)
-        powers.weights_left()
+        powers.weights_removed()
         tensors = own_tensors(stream, layer)
         nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
         layer.seconds["compute"] = time.perf_counter() - start
@@ -119,7 +119,7 @@ def _prune_layer(
     meter.enter("choose")
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan)
-    powers.experts_left(is_changed=plan.mean or len(kept) < plan.experts)
+    powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
     masked = Masked(0, Saliency())
     if not layer.layout.is_mtp:
         if states is not None:

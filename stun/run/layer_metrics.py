@@ -56,12 +56,12 @@ class WeightPowers:
         if len(layer.kept) == layer.layout.num_experts:
             self.stages["dense"]["experts"] = expert_powers(layer, self.workers)
 
-    def experts_left(self, is_changed: bool) -> None:
+    def experts_removed(self, is_changed: bool) -> None:
         """Measure the experts kept; `is_changed` says whether experts were removed or have new values."""
         powers = expert_powers(self.layer, self.workers) if is_changed else self.stages["dense"]["experts"]
         self.stages["experts_removed"] = self.stages["dense"] | {"experts": powers}
 
-    def weights_left(self) -> None:
+    def weights_removed(self) -> None:
         """Measure the non-zero weights of all matrices."""
         self.stages["weights_removed"] = self._dense_matrices(True) | {"experts": expert_powers(self.layer, self.workers, True)}
 

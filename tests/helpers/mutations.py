@@ -343,7 +343,7 @@ FILES: dict[str, tuple[Mutation, str]] = {
     },
     "templates elsewhere": (
         lambda folder: (folder / "additional_chat_templates").symlink_to("/etc"),
-        "additional_chat_templates: leads",
+        "additional_chat_templates: links to",
     ),
     "config a folder": (replaced("config.json", Path.mkdir), "config.json"),
     "index a folder": (replaced(INDEX, Path.mkdir), INDEX),
