@@ -14,12 +14,13 @@ from stun.runtime.ranks import Ranks
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=9, length=48, micro_batch=2)
 TINY = 1e-6  # GiB: experts are measured one at a time
 TARGET = 0.5
+OBSERVED = "owl"  # the run that takes the statistics, with those of outliers, which all others share
 METHODS = {
+    OBSERVED: SparsifyConfig(ratios="owl"),
     **{method.name: SparsifyConfig(method=method) for method in Method},
     "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
     "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
     "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl"),
-    "owl": SparsifyConfig(ratios="owl"),
     **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
     "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", reconstruct=True),
 }
@@ -30,7 +31,8 @@ def request(source: str, run_dir: Path, name: str) -> PruneConfig:
     how = METHODS[name]
     target = {"": TARGET, "2:4": 0.6, "1:4": 0.8}[how.pattern]
     experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"])
-    return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name))
+    shared = "" if name == OBSERVED else str(run_dir / OBSERVED)
+    return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name), statistics=shared)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ def commands(mark: str, page: str = README) -> list[str]:
     return [block.strip() for block in re.findall(rf"<!-- {mark} -->\n+```sh\n(.*?)```", page, re.S)]
 
 
+def overrides(command: str) -> list[str]:
+    """What follows the job in a command."""
+    words = shlex.split(command.split(" && ")[-1])
+    return words[words.index("-m") + 2 :]
+
+
 def here(command: str, replace: dict[str, str]) -> list[str]:
     """The command's words for this interpreter, with overrides replaced by key or added."""
     words = shlex.split(command)

@@ -45,4 +45,4 @@ def check_interpreted(dtype: str, columns: int, held: int) -> None:
     counts = [0, 1, columns // 3, columns // 2 + 1, columns - 1, columns, columns // 5] * 3
     mask = smallest_per_row_gpu(scores, torch.tensor(counts[: len(scores)]))
     wrong = (mask != naive_mask(scores, counts)).any(dim=1).nonzero().flatten().tolist()
-    assert not wrong, f"rows {wrong} of {list(cases(2, columns))}, two each"
+    assert not wrong, f"{dtype}, {columns} columns, {held} held: rows {wrong} of {list(cases(2, columns))}, two each"

@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from helpers.harness import HARNESS_TASK
-from helpers.launches import launch
 from helpers.pages import README, commands, here, run
 from helpers.paths import HELDOUT, ROOT
 from helpers.tensors import load_tensors
@@ -20,7 +19,7 @@ from helpers.tensors import load_tensors
 def test_demo(tmp_path):
     (command,) = commands("demo")
     job = command.split(" && ")[-1]
-    output = launch(here(job, {"run_dir": str(tmp_path / "demo")})).stdout
+    output = run(here(job, {"run_dir": str(tmp_path / "demo")}))
     results = json.loads((tmp_path / "demo" / "comparison.json").read_text())
     assert list(results) == ["dense", "STUN", "experts only", "weights only"]
     dense, stun, weights = (results[name]["average"] for name in ("dense", "STUN", "weights only"))
@@ -54,9 +53,9 @@ def test_prune_your_own_model(checkpoint, tmp_path):
     on_one_gpu, on_one_node, evaluate = commands("own")
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
     qwen = {"model.path": str(checkpoint("qwen3_moe")), "run_dir": str(tmp_path / "qwen3")}
-    launch(here(on_one_gpu, {**small, **qwen}))
+    run(here(on_one_gpu, {**small, **qwen}))
     arctic = {"model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "arctic")}
-    launch(here(on_one_node, {**small, **arctic}))
+    run(here(on_one_node, {**small, **arctic}))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:20]))
     output = str(tmp_path / "arctic" / "result.json")

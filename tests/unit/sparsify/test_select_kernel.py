@@ -20,18 +20,19 @@ import sys, types
 sys.modules["stun"] = types.ModuleType("stun")  # the package without its __init__, whose imports take seconds
 sys.modules["stun"].__path__ = ["../stun"]
 from helpers.select_cases import check_interpreted
-check_interpreted(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+for case in sys.argv[1:]:
+    dtype, columns, held = case.split()
+    check_interpreted(dtype, int(columns), int(held))
 """
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("columns, held", [(40, 32), (701, 32), (2200, 2)])
-def test_the_interpreted_kernel_sorts(dtype, columns, held):
+def test_the_interpreted_kernel_sorts():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED, dtype, str(columns), str(held)]
+    sizes = ("40 32", "701 32", "2200 2")  # columns, tiles that are held
+    command = [sys.executable, "-c", INTERPRETED, *(f"{dtype} {size}" for dtype in ("float32", "bfloat16") for size in sizes)]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
