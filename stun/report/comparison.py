@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from stun.evaluation.request import SAME
 from stun.files import write_atomically
-from stun.report import draw, html
+from stun.report import charts, html
 from stun.report.page import FOLDER, PAGE, bytes_in_words
-from stun.report.pictures import pictures
+from stun.report.png import pictures
 from stun.run.ownership import own_folder
 
 # Measure, its key in result.json, whether more is better.
@@ -129,6 +129,6 @@ def _fronts(folder: Path, runs: dict[str, dict]) -> list[str]:
         title, label = titles[name]
         shown = [(p.name, p.cost / (scale if name == "bytes" else 1), p.quality, p.is_best, order[p.name] + 1) for p in points]
         if shown:
-            drawn = pictures(folder, f"front-{name}", lambda theme, s=shown, x=label: draw.front(theme, s, x, measure), title)
+            drawn = pictures(folder, f"front-{name}", lambda theme, s=shown, x=label: charts.front(theme, s, x, measure), title)
             parts.append(html.section(title, aid, drawn))
     return parts

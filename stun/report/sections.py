@@ -4,11 +4,11 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from stun.report import data, draw, html
+from stun.report import charts, data, html
 from stun.report.folder import RunFolder
-from stun.report.pictures import pictures, saved
+from stun.report.layer_maps import tile
+from stun.report.png import pictures, saved
 from stun.report.tables import job_command
-from stun.report.tiles import tile
 
 
 def _evaluate(run: RunFolder, **settings: str) -> str:
@@ -69,7 +69,7 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
         rows += [[escape(f"{task}: {name}"), "", f"{value:.3f}"] for name, value in metrics.items()]
     content, by_group = html.table(["", "dense", "pruned"], rows), data.evaluation(run)
     if by_group:
-        content += pictures(folder, "evaluation", lambda theme: draw.evaluation(theme, by_group), title)
+        content += pictures(folder, "evaluation", lambda theme: charts.evaluation(theme, by_group), title)
     return html.section(title, aid, f'<div class="pair">{content}</div>', True)
 
 
@@ -106,7 +106,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Experts kept",
         "Experts kept in each layer; with the global budget, more are removed from layers whose experts are alike.",
         data.experts_kept,
-        draw.experts_kept,
+        charts.experts_kept,
         _no_measures,
     ),
     _drawn(
@@ -114,7 +114,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Sparsity by kind of tensor",
         "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
         data.sparsity,
-        draw.sparsity,
+        charts.sparsity,
         _no_measures,
     ),
     _selections,
@@ -123,7 +123,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Use of the experts by calibration source",
         "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lacks experts it relied on.",
         data.usage,
-        draw.usage,
+        charts.usage,
         _no_statistics,
     ),
     _drawn(
@@ -131,7 +131,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Worth of the experts",
         "Every dot is an expert; a removed one far above its layer's mean is worth a second look.",
         data.scores,
-        draw.scores,
+        charts.scores,
         _no_statistics,
     ),
     _drawn(
@@ -139,7 +139,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Worth of single weights",
         "Scores by which single weights were chosen, on every sixteenth row; where both colours overlap, rows or layers differ.",
         data.saliency,
-        draw.saliency,
+        charts.saliency,
         _no_single_weights,
     ),
     _drawn(
@@ -148,7 +148,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Weights with long tails can be pruned more: removing experts should keep the kurtosis, removing small weights lowers it "
         "(STUN, section 5).",
         data.kurtosis,
-        draw.kurtosis,
+        charts.kurtosis,
         _no_measures,
     ),
     _drawn(
@@ -156,7 +156,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Error of the layers' outputs",
         "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
         data.layer_error,
-        draw.layer_error,
+        charts.layer_error,
         _no_errors,
     ),
     _drawn(
@@ -164,7 +164,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Experts or weights",
         "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was taken.",
         data.budget,
-        draw.budget,
+        charts.budget,
         _no_search,
     ),
     _drawn(
@@ -172,7 +172,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Where the time went",
         "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that held most.",
         data.timeline,
-        draw.timeline,
+        charts.timeline,
         _no_measures,
     ),
     _drawn(
@@ -180,7 +180,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Size on disk",
         "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",
         data.size,
-        draw.size,
+        charts.size,
         _no_measures,
     ),
     _loads,

@@ -39,8 +39,8 @@ from stun.pruning.job import prune, take_statistics
 from stun.report import data
 from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
+from stun.report.layer_maps import branches, cut
 from stun.report.tables import job_command, results_table
-from stun.report.tiles import branches, cut
 from stun.report.write import describe, write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together
 
