@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints of any size: exact match, perplexity, distance from the dense model."""
+"""Evaluation. In: a checkpoint of any size, questions, texts. Out: exact match, perplexity, distance from the dense model."""

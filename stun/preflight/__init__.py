@@ -1,1 +1,1 @@
-"""Preflight: memory, disk space, bytes and least time of a job on a launch, estimated without running it."""
+"""Preflight. In: a job and a launch; nothing runs. Out: the bytes, memory, disk space and least time that it needs."""

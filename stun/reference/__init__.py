@@ -1,1 +1,1 @@
-"""Embedded reference model: a small trained Arctic, its texts, and the generator of its training tasks."""
+"""The reference model. In: a generator of tasks. Out: a small trained Arctic, its texts, and the questions it is judged by."""
