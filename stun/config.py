@@ -1,4 +1,4 @@
-"""What a run may be told: dataclasses, enums, their registration with Hydra."""
+"""Configuration of every job: dataclasses, enums, and their registration with Hydra."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ from omegaconf import MISSING, OmegaConf
 
 
 class StunError(Exception):
-    """Bad input or an impossible request. The message says what is wrong, where, and what is allowed. `is_shared`: every rank has
-    raised this very error."""
+    """Bad input or an impossible request. The message says what is wrong, where, and what is allowed. `is_shared`: every rank
+    raised this same error."""
 
     is_shared = False
 
@@ -21,8 +21,8 @@ Budget.__doc__ = "uniform: every layer keeps the same number of experts; global:
 
 
 class ExpertsMethod(Enum):
-    """How it is decided who leaves: clusters of alike experts by the paper's text or by the algorithm of its published code, or a
-    rank by score."""
+    """Methods that choose the experts to remove: clusters of similar experts, by the paper's text or by the algorithm of its
+    published code; or ranking by score."""
 
     stun = "stun"
     stun_official = "stun_official"
@@ -30,8 +30,8 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """Worth of an expert; planning/experts/scores.py has the formulas. index: all are worth the same, so ties go to the lower
-    number; that needs no forward."""
+    """Scores of an expert; planning/experts/scores.py has the formulas. index: none: ties go to the lower index, and no forward is
+    needed."""
 
     reap = "reap"
     man = "man"
@@ -46,15 +46,15 @@ class Score(Enum):
 
 
 class Representative(Enum):
-    """Who stays of a cluster: the member nearest the mean of its parameters, or the one with the best score."""
+    """Expert kept of a cluster: the member nearest to the mean of its parameters, or the one with the best score."""
 
     nearest = "nearest"
     score = "score"
 
 
 class SparsifyMethod(Enum):
-    """How single weights are chosen: by their size; by Wanda's score; by the same on inputs multiplied by their gate weights
-    (MoE-Pruner); or, with the remaining weights updated, by SparseGPT or ALPS."""
+    """Methods that choose single weights: magnitude; Wanda's score; the same on inputs multiplied by their gate weights
+    (MoE-Pruner); SparseGPT or ALPS, which also update the kept weights."""
 
     magnitude = "magnitude"
     wanda = "wanda"
@@ -64,7 +64,7 @@ class SparsifyMethod(Enum):
 
 
 class Scope(Enum):
-    """Kinds of matrices whose weights may be removed. Routers, norms, embeddings and the output head never are."""
+    """Kinds of matrices whose weights may be removed. Routers, norms, embeddings and the output head are always kept whole."""
 
     experts = "experts"
     shared = "shared"
@@ -73,7 +73,7 @@ class Scope(Enum):
 
 
 class Precision(Enum):
-    """What layers are computed in: the dtype of the checkpoint where the device multiplies it fast, or always float32.
+    """Dtype that layers are computed in: the checkpoint's where the device multiplies it fast, or always float32.
     stun.runtime.cpu says which CPUs multiply bfloat16 fast."""
 
     auto = "auto"
@@ -81,7 +81,7 @@ class Precision(Enum):
 
 
 class Wandb(Enum):
-    """Whether Weights & Biases gets a job's numbers: not at all, as files to be sent later (`wandb sync`), or as they come."""
+    """Mode of Weights & Biases: off, files to be sent later (`wandb sync`), or sent at once."""
 
     disabled = "disabled"
     offline = "offline"
@@ -90,7 +90,7 @@ class Wandb(Enum):
 
 @dataclass
 class TrackingConfig:
-    """Where a job's numbers go beside its log, all below `tracking/` of the run folder; `project` is that of Weights & Biases."""
+    """Trackers of a job's metrics; their files are in `tracking/` of the run folder. `project`: that of Weights & Biases."""
 
     wandb: Wandb = Wandb.disabled
     project: str = "stun"
@@ -99,14 +99,14 @@ class TrackingConfig:
 
 @dataclass
 class ModelConfig:
-    """`path`: folder of a safetensors checkpoint in the hub's layout."""
+    """Model to prune. `path`: folder of a safetensors checkpoint in the hub's layout."""
 
     path: str = MISSING
 
 
 @dataclass
 class SourceConfig:
-    """One part of a calibration mixture, which gets `weight` of all weights of the samples."""
+    """One source of a calibration mixture. Its share of the samples is `weight` over the sum of all weights."""
 
     path: str = MISSING
     field: str = "text"
@@ -116,11 +116,11 @@ class SourceConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Text the model is observed on.
+    """Calibration text.
 
     `path` is a local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub; `field` holds either a string
-    or a list of chat messages. `mixture` names several such sources instead, each with a path, field and split of its own.
-    The text is packed into `samples` sequences of `length` tokens, which are run `micro_batch` at a time; with a `seed` its
+    or a list of chat messages. `mixture` names several such sources instead, each with its own path, field and split.
+    The text is packed into `samples` sequences of `length` tokens, and a micro-batch has `micro_batch` of them. With a `seed` the
     rows are shuffled first. The result depends on the micro-batch (in the last bits) but not on the number of ranks.
     """
 
@@ -141,12 +141,11 @@ class CalibrationConfig:
 
 @dataclass
 class ProtectConfig:
-    """Experts that stay whatever is said of them.
+    """Experts that are kept whatever the method chooses.
 
     `experts` lists them by layer and number, counted from 0: L3E10. `super_experts`: those with extreme outputs, of a norm above
     a tenth of the largest of all layers and above all but 0.5 % of the experts (arXiv 2507.23279). `domain_share`: those that
-    serve at least this share of some calibration source's routed tokens in their layer, whatever that source weighs; 0 protects
-    nobody.
+    serve at least this share of some calibration source's routed tokens in their layer, whatever that source weighs; 0: none.
     """
 
     experts: list[str] = field(default_factory=list)
@@ -156,16 +155,16 @@ class ProtectConfig:
 
 @dataclass
 class ExpertsConfig:
-    """Structured half: `fraction` of the parameters to be removed leave as whole experts; `auto` searches for it.
+    """Structured part: `fraction` of the removed parameters is removed as whole experts; `auto` searches for it.
 
-    `method` decides who leaves, with `score` where worth counts: to rank, to represent a cluster, to break ties. `seed` is that
-    of the random score. `source_weights` weighs the statistics of calibration sources (1 where a source is not named).
+    `method` chooses the experts to remove. `score` ranks experts, chooses a cluster's representative and breaks ties. `seed` is
+    that of the random score. `source_weights` weighs the statistics of calibration sources (1 where a source is not named).
 
     `lambda1` and `lambda2` weigh router-row distance and co-activation (STUN, section 4.1) in the similarity of two experts.
     Co-activation is off by default: on the reference model, whose tokens use two experts each,
-    experts that serve the same tokens complement each other, and merging them costs far more than it saves. Layers left with
-    `kappa` clusters or fewer are reconstructed: a cluster's mean takes its representative's place. `keep_at_least` is a floor
-    on the experts of a layer, beside the model's own top-k.
+    experts that serve the same tokens complement each other, and merging them costs far more than it saves. Layers with
+    `kappa` clusters or fewer are reconstructed: a cluster's mean replaces its representative. Every layer keeps at least
+    `keep_at_least` experts, and at least the model's top-k.
     """
 
     method: ExpertsMethod = ExpertsMethod.stun
@@ -183,22 +182,22 @@ class ExpertsConfig:
 
     @property
     def reads_statistics(self) -> bool:
-        """Whether choosing experts takes more than the routers' rows."""
+        """Whether the choice of experts needs statistics and not only the routers' rows."""
         special_by_use = self.protect.super_experts or self.protect.domain_share
         return bool(self.score is not Score.index or self.lambda2 or special_by_use)
 
 
 @dataclass
 class SparsifyConfig:
-    """Unstructured half: `method` chooses weights in the matrices of `scope`.
+    """Unstructured part: `method` chooses the weights to remove in the matrices of `scope`.
 
-    `pattern`, such as 2:4, makes two of every four neighbouring inputs stay; whole experts then make up what it leaves of the
-    target. `ratios` says how the removals are spread over the layers: `uniform`, `owl` (layers with more outliers lose less:
+    `pattern`, such as 2:4, keeps two of every four neighbouring inputs; the rest of the target is removed as whole experts.
+    `ratios` spreads the removed weights over the layers: `uniform`, `owl` (fewer from layers with more outliers:
     arXiv 2310.05175, with its threshold `outlier` and its bound `spread`), or a JSON file with a number per decoder layer, to
     all of which the same amount is added to meet the target.
 
-    `reconstruct` refits the kept weights to the outputs of the dense layer. It, SparseGPT and ALPS hold a Gram matrix per matrix
-    of an expert, of as many experts at once as fit into `gram_gib`; the layer runs once for each such group.
+    `reconstruct` refits the kept weights to the outputs of the dense layer. With it, SparseGPT or ALPS, every matrix of an
+    expert needs a Gram matrix. The experts are grouped so that a group's fit into `gram_gib`; the layer runs once per group.
     """
 
     method: SparsifyMethod = SparsifyMethod.wanda
@@ -221,7 +220,7 @@ class SparsifyConfig:
 
     @property
     def ratios_file(self) -> str:
-        """The file that `ratios` names, empty where it names a rule."""
+        """The file that `ratios` names; empty if it names a rule."""
         return "" if self.ratios in ("uniform", "owl") else self.ratios
 
     @property
@@ -234,8 +233,8 @@ class SparsifyConfig:
 class PruneConfig:
     """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
 
-    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts stay, in place of `experts`. `statistics` is the
-    folder of a run (jobs.observe) whose statistics this one uses instead of taking its own.
+    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts are kept, in place of `experts`. `statistics` is
+    the folder of a run (jobs.observe) whose statistics this run uses instead of collecting its own.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -252,10 +251,10 @@ class PruneConfig:
 
 @dataclass
 class ClusterConfig:
-    """A cluster to describe a run on: `nodes` of `gpus` GPUs each, a `gpu` of the table in preflight/hardware.py.
+    """Cluster that preflight calculates for: `nodes` of `gpus` GPUs each; `gpu` names a row of the table in preflight/hardware.py.
 
-    `host_gib` is a node's memory in GiB; `read_gib_s` what it reads in GiB/s (0: as much as this machine does) and `write_gib_s`
-    what it writes (0: as much as it reads). Without `nodes` the launch that is running is described."""
+    `host_gib` is a node's memory in GiB, `read_gib_s` its read speed in GiB/s (0: as measured here), and `write_gib_s` its write
+    speed (0: the read speed). Without `nodes` it is the present launch."""
 
     nodes: int = 0
     gpus: int = 8
@@ -267,14 +266,14 @@ class ClusterConfig:
 
 @dataclass
 class PreflightConfig(PruneConfig):
-    """Say what a run would need, and whether that is there."""
+    """Resources that a run needs, and whether the cluster has them."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 @dataclass
 class PlanConfig(PruneConfig):
-    """A plan from the statistics in the run folder `run_dir`, written to `output`; beside the plan file `compare` where given."""
+    """Plan from the statistics in the run folder `run_dir`, written to `output` and, if given, compared with the plan file `compare`."""
 
     output: str = MISSING
     compare: str = ""
@@ -282,13 +281,13 @@ class PlanConfig(PruneConfig):
 
 @dataclass
 class TaskConfig:
-    """Generative exact match on questions and answers: what follows the last `marker` of the greedy completion must equal what
-    follows the answer's.
+    """Generative exact match on questions and answers: the text after the last `marker` must be the same in the greedy completion
+    and in the answer.
 
-    `path` is a local file or a dataset on the hub, of which `config` and `split` name the part; `rows` of its rows, drawn with
-    `seed`, are used (0: all). `prompt` is the text in which the question stands at {question}. A completion ends at an end of
-    text, at `max_new_tokens` or before one of the texts in `stop`. With `number` both sides are read as numbers: 1,000 and
-    $1000. are the same. `group` names the field whose values are scored apart; rows without it count as one group. `batch` rows
+    `path` is a local file or a dataset on the hub, with its `config` and `split`; `rows` of its rows, drawn with `seed`, are used
+    (0: all). `prompt` is the prompt, with {question} for the question. A completion ends at an end-of-text token, after
+    `max_new_tokens`, or before one of the texts in `stop`. With `number` both sides are read as numbers: 1,000 and
+    $1000. are the same. `group` names the field whose values are scored separately; rows without it count as one group. `batch` rows
     run at once (0: as many as fit).
     """
 
@@ -310,7 +309,7 @@ class TaskConfig:
 
 @dataclass
 class HarnessConfig:
-    """`tasks` of the lm-evaluation-harness by name; `include_path` is a folder with task files of one's own."""
+    """`tasks` of the lm-evaluation-harness by name; `include_path` is a folder with further task files."""
 
     tasks: list[str] = field(default_factory=list)
     include_path: str = ""
@@ -318,10 +317,10 @@ class HarnessConfig:
 
 @dataclass
 class EvaluateConfig:
-    """What the checkpoint at `model.path` is worth, written to `output` as JSON.
+    """Evaluation of the checkpoint at `model.path`, written to `output` as JSON.
 
-    Exact match is measured on `task`; perplexity on `text`, or where that names nothing on the questions and answers. `dense` is
-    the output of an evaluation of the dense model, which the model is then compared with, token by token.
+    Exact match is measured on `task`; perplexity on `text` or, if that is not given, on the questions and answers. `dense` is
+    the output of an evaluation of the dense model, with which the model is then compared token by token.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -335,16 +334,16 @@ class EvaluateConfig:
 
 @dataclass
 class CompareConfig(PruneConfig):
-    """Prune one model three ways (STUN, whole experts only, weights only) at one target and evaluate all of them."""
+    """Comparison of STUN, whole experts only and weights only on one model at one target."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
 
 
 @dataclass
 class StudyConfig(CompareConfig):
-    """Compare ways to prune. `methods` maps a name to overrides of the configuration, all of them tried at every one of
-    `targets`, on calibration texts in the orders of `seeds`. `measures` (odd, even, perplexity, seconds, GiB) are printed; all
-    are in `scores`, the JSON file to write."""
+    """Comparison of pruning methods. `methods` maps a name to overrides of the configuration. Each runs at every target, with the
+    calibration text shuffled by every seed. `measures` (odd, even, perplexity, seconds, GiB) are printed; the JSON file `scores`
+    gets all."""
 
     methods: dict[str, list[str]] = field(default_factory=dict)
     targets: list[float] = field(default_factory=list)
@@ -366,8 +365,8 @@ class CheckpointShape:
 
 
 class BenchmarkCase(Enum):
-    """What is measured: one layer, phase by phase; the methods that remove weights; whole runs as one size grows, on several
-    ranks, and as layers are added; whole runs beside other tools."""
+    """Benchmarks: one layer, phase by phase; the methods that remove weights; whole runs of growing size, on several ranks, and with
+    more layers; whole runs beside other tools."""
 
     layer = "layer"
     weights = "weights"
@@ -379,7 +378,7 @@ class BenchmarkCase(Enum):
 
 @dataclass
 class PeersConfig:
-    """`llmcompressor`: a Python interpreter that has llm-compressor (stun/benchmark/peers says which); empty: it is not run."""
+    """Other tools. `llmcompressor`: Python interpreter with llm-compressor (stun/benchmark/peers names the version); empty: not run."""
 
     llmcompressor: str = ""
 
@@ -387,9 +386,9 @@ class PeersConfig:
 @dataclass
 class BenchmarkConfig(PruneConfig):
     """Measure `case` on checkpoints of random weights of `shape`, which get the tokenizer of `model.path`; `layer` on one of
-    `gpu_shape` on a GPU, where that is given. Everything is written below the folder `run_dir`, of which CASE.json stays.
+    `gpu_shape` on a GPU, if that is given. Everything is written below the folder `run_dir`, where only CASE.json is kept.
 
-    `layer` says what the phases of one layer come to over `depth` layers; `weights` times `methods`, a name to overrides of the
+    `layer` adds the phases of one layer up to `depth` layers; `weights` times `methods`, which map a name to overrides of the
     configuration; `growth` multiplies layers, experts and tokens by each of `factors`; `ranks` runs on each of `worlds` ranks;
     `depth` on checkpoints of each of `depths` layers. `peers` runs STUN and other tools on the same tokens, and once more on
     each of `depths` layers.
@@ -408,7 +407,7 @@ class BenchmarkConfig(PruneConfig):
 
 @dataclass
 class ReportConfig:
-    """Write the page of the run in `folder`, or those of the runs below it and one that compares them."""
+    """Report of the run in `folder`, or of every run below it with a page that compares them."""
 
     folder: str = MISSING
 
@@ -427,9 +426,9 @@ def register() -> None:
 
 
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
-    """A copy of a configuration with some entries changed, each written as on the command line. Raises StunError."""
+    """Copy of a configuration with overrides in the form of the command line. Raises StunError for an unknown key or bad value."""
     try:
-        # YAML takes 2:4 for a number in base 60.
+        # Quoted because YAML reads 2:4 as a number in base 60.
         quoted = [re.sub(r"=(\d+:\d+)$", r"='\1'", override) for override in overrides]
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cfg), OmegaConf.from_dotlist(quoted)))
     except Exception as error:  # of OmegaConf or of the YAML parser below it
@@ -437,7 +436,7 @@ def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
 
 
 def experts_from(plain: object, where: str) -> ExpertsConfig:
-    """The part of a configuration that chooses experts, from plain values as config.yaml of a run has them. Raises StunError."""
+    """ExpertsConfig from plain values, as in a run's config.yaml. Raises StunError, which names `where`."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExpertsConfig), plain))
     except Exception as error:  # of OmegaConf
