@@ -30,8 +30,8 @@ class ExpertsMethod(Enum):
 
 
 class Score(Enum):
-    """Scores of an expert; planning/experts/scores.py has the formulas. index: none: ties go to the lower index, and no forward is
-    needed."""
+    """Scores of an expert; planning/experts/scores.py has the formulas. index: no score and no forward; ties go to the lower
+    index."""
 
     reap = "reap"
     man = "man"
@@ -251,7 +251,7 @@ class PruneConfig:
 
 @dataclass
 class ClusterConfig:
-    """Cluster that preflight calculates for: `nodes` of `gpus` GPUs each; `gpu` names a row of the table in preflight/hardware.py.
+    """Cluster that preflight calculates for: `nodes` of `gpus` GPUs each; `gpu` is a row of the table in preflight/hardware.py.
 
     `host_gib` is a node's memory in GiB, `read_gib_s` its read speed in GiB/s (0: as measured here), and `write_gib_s` its write
     speed (0: the read speed). Without `nodes` it is the present launch."""
@@ -273,7 +273,7 @@ class PreflightConfig(PruneConfig):
 
 @dataclass
 class PlanConfig(PruneConfig):
-    """Plan from the statistics in the run folder `run_dir`, written to `output` and, if given, compared with the plan file `compare`."""
+    """Plan from the statistics in the run folder `run_dir`, written to `output`; `compare`: a plan file to compare it with."""
 
     output: str = MISSING
     compare: str = ""
@@ -287,8 +287,8 @@ class TaskConfig:
     `path` is a local file or a dataset on the hub, with its `config` and `split`; `rows` of its rows, drawn with `seed`, are used
     (0: all). `prompt` is the prompt, with {question} for the question. A completion ends at an end-of-text token, after
     `max_new_tokens`, or before one of the texts in `stop`. With `number` both sides are read as numbers: 1,000 and
-    $1000. are the same. `group` names the field whose values are scored separately; rows without it count as one group. `batch` rows
-    run at once (0: as many as fit).
+    $1000. are the same. `group` names the field whose values are scored separately; rows without it count as one group. `batch`
+    rows run at once (0: as many as fit).
     """
 
     path: str = ""
@@ -365,8 +365,8 @@ class CheckpointShape:
 
 
 class BenchmarkCase(Enum):
-    """Benchmarks: one layer, phase by phase; the methods that remove weights; whole runs of growing size, on several ranks, and with
-    more layers; whole runs beside other tools."""
+    """Benchmarks: one layer, phase by phase; the methods that remove weights; whole runs of growing size, on several ranks, and
+    with more layers; whole runs beside other tools."""
 
     layer = "layer"
     weights = "weights"
@@ -378,7 +378,7 @@ class BenchmarkCase(Enum):
 
 @dataclass
 class PeersConfig:
-    """Other tools. `llmcompressor`: Python interpreter with llm-compressor (stun/benchmark/peers names the version); empty: not run."""
+    """Other tools. `llmcompressor`: Python interpreter that has llm-compressor (see stun/benchmark/peers); empty: not run."""
 
     llmcompressor: str = ""
 
@@ -426,7 +426,7 @@ def register() -> None:
 
 
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:
-    """Copy of a configuration with overrides in the form of the command line. Raises StunError for an unknown key or bad value."""
+    """Copy of a configuration with overrides in the form of the command line. Raises StunError for a bad key or value."""
     try:
         # Quoted because YAML reads 2:4 as a number in base 60.
         quoted = [re.sub(r"=(\d+:\d+)$", r"='\1'", override) for override in overrides]

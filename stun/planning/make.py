@@ -1,4 +1,4 @@
-"""Makes plans from saved statistics."""
+"""Plans from saved statistics: which experts are kept, and the ratio of weights removed in every layer."""
 
 import numpy as np
 import torch
@@ -19,20 +19,21 @@ from stun.statistics.store import Statistics
 
 
 def make_plan(job: Job, stats: Statistics | None) -> Plan:
-    """The plan of a job, which has none yet.
+    """Plan of a job without a plan file.
 
-    `stats` may be None where no expert is removed, or the routers' rows decide, and no outliers are counted. Raises StunError
-    where protected experts do not allow it.
+    `stats` may be None if no outliers are counted and either no expert is removed or the routers' rows suffice. Raises StunError
+    if the protected experts do not allow a plan.
     """
     cfg, arch, sizes, drops = job.cfg, job.arch, job.sizes, job.drops
     layers = [LayerPlan.of(layout.num_experts, [[e] for e in range(layout.num_experts)]) for layout in arch.layers]
     moe = [layout.index for layout in arch.layers if layout.experts]
     if any(drops):
-        one_threshold, how = cfg.experts.budget is Budget["global"], cfg.experts
+        experts, removed = cfg.experts, [drops[index] for index in moe]
         most = [max(0, sizes[index].experts - floor_of(cfg, arch)) for index in moe]
+        one_threshold = experts.budget is Budget["global"]
         evidence = gather_evidence(cfg, arch, moe, stats)
         selected = select_experts(
-            how.method, evidence, [drops[i] for i in moe], most, one_threshold, arch.groups, how.representative, how.kappa
+            experts.method, evidence, removed, most, one_threshold, arch.groups, experts.representative, experts.kappa
         )
         for index, plan in zip(moe, selected, strict=True):
             layers[index] = plan
@@ -43,7 +44,7 @@ def make_plan(job: Job, stats: Statistics | None) -> Plan:
 
 
 def complete_plan(job: Job) -> Plan:
-    """The plan given, its ratios filled in, or one made from the statistics of the job, which are complete where it reads any."""
+    """Plan of the job with its ratios: the plan file's, or one made from the job's statistics."""
     stats = job.statistics if job.statistics.complete else None
     if not job.is_given:
         return make_plan(job, stats)
@@ -52,42 +53,41 @@ def complete_plan(job: Job) -> Plan:
 
 
 def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics | None) -> list[Evidence]:
-    """What the statistics, or without them the routers, say of the experts of every layer in `moe`; calibration sources are
-    weighed as configured."""
-    how = cfg.experts
+    """Distances, scores and protected experts of the layers `moe`, from statistics or, without them, from the routers' rows.
+    Calibration sources are weighed as configured. Raises StunError for a distance or score that is not finite."""
     pooled, protected = [], protected_experts(cfg, arch, moe, stats)
     for index in moe:
         layout = arch.layers[index]
         if stats:
-            distance_EE, score_E = weigh(how, stats.load(index, layout.num_experts), stats, index)
+            distance_EE, score_E = weigh(cfg.experts, stats.load(index, layout.num_experts), stats, index)
         else:
-            distance_EE, score_E = _by_router(arch, layout, how.lambda1)
+            distance_EE, score_E = _by_router(arch, layout, cfg.experts.lambda1)
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
             raise StunError(f"layer {index}: an expert's score or distance is not finite; a lambda is too large")
         pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))
     return pooled
 
 
-def weigh(how: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int) -> tuple[np.ndarray, torch.Tensor]:
+def weigh(cfg: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int) -> tuple[np.ndarray, torch.Tensor]:
     """Distances [E, E] and scores [E] of one layer's experts, from its statistics `layer`."""
-    weights_S = torch.tensor([how.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
+    weights_S = torch.tensor([cfg.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
     coactivation_EE = (layer["coactivation"].double() * weights_S[:, None, None]).sum(0)
     powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
-    distance_EE = expert_distance(layer["router_distance"], coactivation_EE, how.lambda1, how.lambda2)
-    return distance_EE, score_experts(how.score, powers_E33, layer["weights"], index, how.seed)
+    distance_EE = expert_distance(layer["router_distance"], coactivation_EE, cfg.lambda1, cfg.lambda2)
+    return distance_EE, score_experts(cfg.score, powers_E33, layer["weights"], index, cfg.seed)
 
 
 def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:
-    """Distances [E, E] by the router's rows alone, and scores [E] that tell no expert from another."""
+    """Distances [E, E] of the router's rows, and scores [E] that are all 0."""
     distance_EE = expert_distance(router_distance(arch.source.read(layout.router).float()), lambda1=lambda1)
     return distance_EE, torch.zeros(layout.num_experts, dtype=torch.float64)
 
 
 def _plan_heads(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[LayerPlan]:
-    """Plans of the experts of multi-token-prediction heads, by their router rows: no forward runs a head.
+    """Plans of the multi-token-prediction heads, from their routers' rows, since no forward runs a head.
 
-    Runtimes build a head from the same count of experts as the decoder layers, so it keeps as many. Where these keep different
-    numbers there is no such count, and a head keeps all.
+    A head keeps as many experts as every decoder layer, because runtimes build both from one number. If the layers keep
+    different numbers, a head keeps all.
     """
     common = min(counts) if len(set(counts)) == 1 else None
     method = ExpertsMethod.stun if cfg.experts.method is ExpertsMethod.rank else cfg.experts.method

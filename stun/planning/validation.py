@@ -19,9 +19,9 @@ def _require(ok: bool, key: str, value: object, allowed: str) -> None:
 
 
 def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
-    """Refuse values that no model could be pruned with. Raises StunError.
+    """Refuse values that are invalid for every model. Raises StunError.
 
-    `sources` names the calibration sources of statistics that are there; without it the configuration's own are checked too.
+    `sources` names the calibration sources of existing statistics; without it the calibration settings are checked too.
     """
     calibration = cfg.calibration
     _validate_experts(cfg, list(calibration.sources) if sources is None else sources)
@@ -37,7 +37,7 @@ def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
 
 
 def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
-    """Refuse values that no plan could be made with; `sources` are the names of the calibration sources. Raises StunError."""
+    """Refuse invalid values of target, experts and sparsify; `sources` are the names of the calibration sources."""
     experts = cfg.experts
     _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
     share = experts.fraction
@@ -49,7 +49,7 @@ def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
         _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
     _require(experts.lambda1 + experts.lambda2 > 0, "experts.lambda1 and lambda2", 0, "one must be above 0")
     ranked = experts.method is ExpertsMethod.rank or experts.representative is Representative.score
-    _require(experts.score is not Score.index or not ranked, "experts.score", "index", "one that tells experts apart, to rank by")
+    _require(experts.score is not Score.index or not ranked, "experts.score", "index", "ranking needs a score that differs")
     _validate_sparsify(cfg.sparsify, experts)
     share = experts.protect.domain_share
     _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")
@@ -61,14 +61,14 @@ def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")
 
 
-def _validate_sparsify(how: SparsifyConfig, experts: ExpertsConfig) -> None:
-    """Refuse values that no weights could be removed with. Raises StunError."""
-    numbers = how.pattern.split(":")
+def _validate_sparsify(cfg: SparsifyConfig, experts: ExpertsConfig) -> None:
+    """Refuse invalid values of sparsify, and those that conflict with `experts`."""
+    numbers = cfg.pattern.split(":")
     fits = len(numbers) == 2 and all(n.isdecimal() for n in numbers) and 0 < int(numbers[0]) < int(numbers[1]) <= 64
-    _require(not how.pattern or fits, "sparsify.pattern", how.pattern, "N:M with N below M, such as 2:4; M up to 64")
-    plain = how.ratios == "uniform"
-    _require(not how.pattern or plain, "sparsify.pattern", how.pattern, "a pattern fixes every matrix; leave ratios uniform")
-    _require(not how.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target decides")
-    _require(1 <= how.outlier < math.inf, "sparsify.outlier", how.outlier, "a multiple of the mean score, 1 or more")
-    _require(0 <= how.spread <= 0.5, "sparsify.spread", how.spread, "0 to 0.5")
-    _require(0 < how.gram_gib < math.inf, "sparsify.gram_gib", how.gram_gib, "GiB, above 0")
+    _require(not cfg.pattern or fits, "sparsify.pattern", cfg.pattern, "N:M with N below M, such as 2:4; M up to 64")
+    plain = cfg.ratios == "uniform"
+    _require(not cfg.pattern or plain, "sparsify.pattern", cfg.pattern, "a pattern fixes every matrix; keep ratios uniform")
+    _require(not cfg.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target sets it")
+    _require(1 <= cfg.outlier < math.inf, "sparsify.outlier", cfg.outlier, "a multiple of the mean score, 1 or more")
+    _require(0 <= cfg.spread <= 0.5, "sparsify.spread", cfg.spread, "0 to 0.5")
+    _require(0 < cfg.gram_gib < math.inf, "sparsify.gram_gib", cfg.gram_gib, "GiB, above 0")

@@ -203,7 +203,7 @@ def test_on_the_command_line(checkpoint, tmp_path):
         ({"pattern": "2:4"}, 0.98, "Lower target"),
         ({"pattern": "4:2"}, 0.6, r"sparsify\.pattern=4:2"),
         ({"pattern": "half"}, 0.6, r"sparsify\.pattern=half"),
-        ({"pattern": "2:4", "ratios": "owl"}, 0.6, "leave ratios uniform"),
+        ({"pattern": "2:4", "ratios": "owl"}, 0.6, "keep ratios uniform"),
         ({"spread": 0.7}, 0.4, r"sparsify\.spread"),
         ({"outlier": 0.0}, 0.4, r"sparsify\.outlier"),
         ({"gram_gib": 0.0}, 0.4, r"sparsify\.gram_gib"),

@@ -1,4 +1,4 @@
-"""How alike two experts are: [E, E] distances, symmetric, diagonal 0 and unused."""
+"""Distances between the experts of a layer: [E, E], symmetric; the diagonal is 0 and unused."""
 
 import numpy as np
 import torch

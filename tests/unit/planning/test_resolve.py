@@ -22,7 +22,7 @@ BAD = {
     "ratios of too few layers": ("sparsify.ratios={tmp}/ratios.json", "a list of 3 numbers from 0 to 1 is needed"),
     "a pattern that the width does not hold": ("sparsify.pattern=3:7", "sparsify.pattern=3:7: .* not a multiple of 7"),
     "no pattern at all": ("sparsify.pattern=4:2", "sparsify.pattern=4:2"),
-    "a pattern with ratios": ("sparsify.pattern=2:4 sparsify.ratios=owl", "leave ratios uniform"),
+    "a pattern with ratios": ("sparsify.pattern=2:4 sparsify.ratios=owl", "keep ratios uniform"),
     "no such text": ("calibration.path=/nonexistent.jsonl", "calibration.path=/nonexistent.jsonl: no such file"),
     "no text": ("calibration.path=", "calibration.path="),
     "a text that is too short": ("calibration.path={tmp}/short.jsonl", "tokens, but 8 samples of calibration.length=32 need 256"),

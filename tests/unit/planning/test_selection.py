@@ -35,7 +35,7 @@ def test_one_stream_serves_every_selection(observed, tmp_path):
             experts = ExpertsConfig(method=method, score=score, budget=budget, representative=representative, **similarity)
             cfg = config(source, run_dir, experts=experts)
             if score is Score.index and (method is ExpertsMethod.rank or representative is Representative.score):
-                with pytest.raises(StunError, match=r"experts.score=index.*tells experts apart"):
+                with pytest.raises(StunError, match=r"experts.score=index.*a score that differs"):
                     plan_from_run(cfg, tmp_path / "plan.json")
                 continue
             (described,) = plan_from_run(cfg, tmp_path / "plan.json").values()
