@@ -1,67 +1,66 @@
-"""Pure accumulators of calibration statistics, kept apart for every calibration source.
+"""Accumulators of calibration statistics, one sum per calibration source.
 
-Shapes: T tokens, D inputs, E experts, K top-k, N = T * K, S calibration sources. Sums are kept in
-float64 and added in the order of the calls, or as integers, whose order does not matter; so the same calls give the same bits.
-No reduction here runs over all elements at once: torch splits such sums by thread count, while a sum over rows does not depend
-on it.
+Shapes: T tokens, D inputs, E experts, K top-k, N = T * K, S calibration sources. Sums are integers, whose order does not matter,
+or float64 in the order of the calls, so the same calls give the same bits. Nothing is reduced over all elements at once: torch
+splits such a sum by the number of threads, but not a sum over rows.
 """
 
 import math
 
 import torch
 
-_SQUARED = 1 << 17  # entries squared at once: on a CPU as many as stay in a core's cache
+_SQUARED = 1 << 17  # entries squared per block; on a CPU, as many as fit in a core's cache
 
 
 class CoActivation:
-    """How often two experts serve the same token, for any top-k: hit.T @ hit with hit [T, E] in {0, 1} (STUN, eq. 8)."""
+    """Number of tokens routed to both of two experts, for any top-k: hit.T @ hit with hit [T, E] in {0, 1} (STUN, eq. 8)."""
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
         self.counts_SEE = torch.zeros(sources, num_experts, num_experts, dtype=torch.int64, device=device)
 
     def add(self, source: int, index_TK: torch.Tensor) -> None:
-        """Count the chosen experts of T tokens; the diagonal holds how often each expert was chosen."""
+        """Count the chosen experts of T tokens; the diagonal counts the tokens of each expert."""
         hit_TE = torch.zeros(len(index_TK), self.counts_SEE.shape[1], device=index_TK.device)
         hit_TE.scatter_(1, index_TK, 1.0)
         self.counts_SEE[source] += (hit_TE.T @ hit_TE).to(torch.int64)
 
 
 def norms(output_TKD: torch.Tensor) -> torch.Tensor:
-    """[T, K] norms of K vectors a token, from the diagonal of their inner products."""
+    """[T, K] norms of K vectors per token, from the diagonal of their inner products."""
     return torch.bmm(output_TKD, output_TKD.mT).diagonal(dim1=1, dim2=2).sqrt()
 
 
 class OutputPowers:
-    """Per expert, the sums over its tokens of g^a ||f||^beta for a and beta from 0 to 2, with f the expert's output and g its
-    gate weight, and the largest ||f||."""
+    """Sums over an expert's tokens of g^a ||f||^beta for a and beta from 0 to 2, with f the expert's output and g its gate
+    weight, and the largest ||f||."""
 
     def __init__(self, sources: int, num_experts: int, device: torch.device | str = "cpu"):
         self.sums_SE33 = torch.zeros(sources, num_experts, 3, 3, dtype=torch.float64, device=device)
         self.peak_SE = torch.zeros(sources, num_experts, dtype=torch.float64, device=device)
 
-    def of(self, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor) -> torch.Tensor:
-        """[E, 10] sums and largest norm of T tokens, from their K experts, these' gate weights and their outputs' norms."""
+    def reduce(self, index_TK: torch.Tensor, gate_TK: torch.Tensor, norm_TK: torch.Tensor) -> torch.Tensor:
+        """[E, 10] nine sums and the largest norm of T tokens, from their experts, gate weights and norms of expert outputs."""
         experts, index_N = self.peak_SE.shape[1], index_TK.flatten()
-        gate_N3, norm_N3 = (torch.linalg.vander(own_TK.flatten().double(), N=3) for own_TK in (gate_TK, norm_TK))
+        gate_N3, norm_N3 = (torch.linalg.vander(x_TK.flatten().double(), N=3) for x_TK in (gate_TK, norm_TK))
         power_N9, place_9 = (gate_N3[:, :, None] * norm_N3[:, None, :]).flatten(1), torch.arange(9, device=index_N.device)
         sums_X = _sums_by(index_N[:, None] * 9 + place_9, power_N9, 9 * experts)
         peak_E = torch.zeros(experts, dtype=torch.float64, device=index_N.device)
         return torch.cat([sums_X.view(-1, 9), peak_E.scatter_reduce_(0, index_N, norm_N3[:, 1], "amax")[:, None]], 1)
 
-    def add(self, source: int, found_EX: torch.Tensor) -> None:
-        """Add what `of` gave for a micro-batch."""
-        self.sums_SE33[source] += found_EX[:, :9].view(-1, 3, 3)
-        self.peak_SE[source] = torch.maximum(self.peak_SE[source], found_EX[:, 9])
+    def add(self, source: int, sums_EX: torch.Tensor) -> None:
+        """Add the result of `reduce` for one micro-batch."""
+        self.sums_SE33[source] += sums_EX[:, :9].view(-1, 3, 3)
+        self.peak_SE[source] = torch.maximum(self.peak_SE[source], sums_EX[:, 9])
 
 
 def _sums_by(place: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    """[size] sums of the values that go to each place, in their order. On GPUs only index_put_ keeps an order: it sorts."""
+    """[size] sums of the values at each place, in their order. On a GPU only index_put_ has a fixed order, since it sorts."""
     sums, place, values = values.new_zeros(size), place.flatten(), values.flatten()
     return sums.index_put_((place,), values, accumulate=True) if sums.is_cuda else sums.index_add_(0, place, values)
 
 
 def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
-    """Sum of |w|, sum of w^2 and number of the weights of an expert; summed by row and then exactly."""
+    """Sum of |w|, sum of w^2 and number of the weights of an expert; summed by row, then exactly."""
     absolute, squared = [], []
     for part in map(torch.atleast_2d, parts):
         for rows in part.split(max(1, _SQUARED // part.shape[1])):
@@ -71,7 +70,7 @@ def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
 
 
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:
-    """[D] sum of squares of each column, float64: the square of Wanda's ||X_j||_2."""
+    """[D] float64 sums of squares of the columns: the square of Wanda's ||X_j||_2 (arXiv 2306.11695)."""
     sum_D = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
     size = max(16, (_SQUARED if x_TD.device.type == "cpu" else 256 * _SQUARED) // x_TD.shape[1])
     for x_tD in x_TD.split(size):

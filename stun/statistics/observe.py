@@ -1,4 +1,4 @@
-"""The first stream: the dense model runs once over the calibration tokens, and its experts are watched."""
+"""First stream: one forward of the dense model over the calibration tokens, which collects the statistics of its experts."""
 
 import time
 from collections.abc import Callable
@@ -20,22 +20,22 @@ from stun.stream.progress import Progress
 
 @dataclass(frozen=True)
 class Watched:
-    """What the first stream tells apart: the calibration source of every micro-batch (none given: one for all), and whether it
-    counts outliers among scores."""
+    """Options of the first stream. `sources`: calibration source of every micro-batch (empty: one for all); `outliers`: whether
+    outliers among the scores are counted."""
 
     sources: list[int] = field(default_factory=list)
     outliers: bool = False
 
 
 class Watcher(Observer):
-    """Collects selection statistics of one layer; `sources[m]` is the calibration source of micro-batch m."""
+    """Observer that collects one layer's statistics; `sources[m]` is the calibration source of micro-batch m."""
 
     def __init__(self, num_experts: int, sources: list[int], ranks: Ranks):
         shape = (max(sources, default=0) + 1, num_experts, ranks.device)
         self.sources, self.ranks = sources, ranks
         self.coactivation, self.powers = CoActivation(*shape), OutputPowers(*shape)
-        nobody_TK = torch.zeros(0, 1, dtype=torch.int64, device=ranks.device)
-        self._nothing_EX = self.powers.of(nobody_TK, nobody_TK, nobody_TK)
+        empty_TK = torch.zeros(0, 1, dtype=torch.int64, device=ranks.device)
+        self._no_sums_EX = self.powers.reduce(empty_TK, empty_TK, empty_TK)
 
     def routed(self, micro_batch, index_TK, weights_TK) -> None:
         self._routed = (self.sources[micro_batch], index_TK, weights_TK)
@@ -45,22 +45,23 @@ class Watcher(Observer):
         self._norm_TK[tokens] = norms(output_tKD)
 
     def round_ends(self, turn) -> None:
-        first, found_EX = turn * self.ranks.world, self._nothing_EX
+        first, sums_EX = turn * self.ranks.world, self._no_sums_EX
         if first + self.ranks.rank < len(self.sources):
             source, index_TK, gate_TK = self._routed
             self.coactivation.add(source, index_TK)
-            found_EX = self.powers.of(index_TK, gate_TK, self._norm_TK)
+            sums_EX = self.powers.reduce(index_TK, gate_TK, self._norm_TK)
         self._routed = self._norm_TK = None
-        for source, own_EX in zip(self.sources[first:], self.ranks.all_gather(found_EX), strict=False):
-            self.powers.add(source, own_EX)
+        # In the order of micro-batches, whichever rank ran them: a float64 sum depends on its order.
+        for source, rank_EX in zip(self.sources[first:], self.ranks.all_gather(sums_EX), strict=False):
+            self.powers.add(source, rank_EX)
 
     def totals(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """The layer's statistics over all ranks. Of the weights' sums an expert is non-zero on one rank only: exact."""
+        """Statistics of the layer over all ranks. An expert's sums of weights are non-zero on one rank only: adding is exact."""
         ranks = self.ranks
         weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64, device=ranks.device)
         sums = ranks.workers.map(lambda expert: weight_sums(list(expert.values())), layer.experts.values())
-        for number, own in zip(layer.experts, sums, strict=True):
-            weights_E3[number] = torch.tensor(own, dtype=torch.float64)
+        for number, expert_sums in zip(layer.experts, sums, strict=True):
+            weights_E3[number] = torch.tensor(expert_sums, dtype=torch.float64)
         return {
             "router_distance": router_distance(layer.dense[layer.layout.router].float()),
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
@@ -78,10 +79,10 @@ def observe(
     watched: Watched = Watched(),
     recorder: Recorder | None = None,
 ) -> None:
-    """The dense model, run layer by layer; `save(layer, statistics)` is called on the first rank for every layer with experts,
-    or, where outliers are counted, for every layer.
+    """Run the dense model layer by layer and call `save(layer, statistics)` on the first rank: for every layer with experts, or
+    for every layer if outliers are counted.
 
-    stun.statistics.store says what the statistics are. With a `recorder` it goes on where an interrupted stream ended.
+    stun.statistics.store describes the statistics. With a `recorder` an interrupted stream is resumed.
     """
     finished = recorder.finished() if recorder else []
     states = recorder.restore(finished, states) if recorder else states
@@ -109,7 +110,8 @@ def observe(
         ranks.meter.enter("write wait")
         if recorder:
             layer.seconds["write"] = recorder.wait()
-        progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))  # first: what is on disk was also told
+        # Before the record, so that every layer on disk has its line in the log.
+        progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))
         if recorder:
             recorder.layer(layer.layout.index, states, entry)
     if recorder:

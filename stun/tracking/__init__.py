@@ -1,1 +1,1 @@
-"""Tracking. In: a job's numbers. Out: Weights & Biases and TensorBoard."""
+"""Tracking. In: a job's metrics. Out: Weights & Biases and TensorBoard."""

@@ -1,4 +1,4 @@
-"""Those that take a job's numbers: Weights & Biases and TensorBoard. Neither package is imported where it is not used."""
+"""Weights & Biases and TensorBoard backends; each package is imported only where it is used."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,21 +7,21 @@ from typing import Protocol
 
 from stun.config import StunError, TrackingConfig
 
-INIT_SECONDS, FINISH_SECONDS = 30, 60  # what W&B may take to reach its server, and to send the rest
+INIT_SECONDS, FINISH_SECONDS = 30, 60  # limits for W&B to reach its server, and to send what is pending
 
 
 class Tracker(Protocol):
-    """One run, started with its configuration as plain values by the constructor."""
+    """Backend of one run; the constructor starts it with the configuration as plain values."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of one layer."""
+        """Add the metrics of one layer."""
 
     def finish(self, summary: dict, files: list[Path], exit_code: int) -> None:
-        """What came out, and the pictures and pages made of it."""
+        """Add the summary, pictures and report pages, and end the run."""
 
 
 class WandbTracker:
-    """A run in Weights & Biases; offline where its server cannot be reached. Neither console, code, git nor host is recorded."""
+    """Run in Weights & Biases, offline if its server cannot be reached. Console, code, git state and host are not recorded."""
 
     def __init__(self, cfg: TrackingConfig, folder: Path, run_id: str, config: dict, say: Callable[[str], None]):
         wandb = _quiet_wandb()
@@ -42,13 +42,14 @@ class WandbTracker:
         )
 
         def start(mode: str):
-            own = {"project": cfg.project, "id": run_id, "name": folder.parent.name, "dir": str(folder), "config": config}
-            return wandb.init(**own, mode=mode, resume="allow", reinit="create_new", allow_val_change=True, settings=settings)
+            options = {"project": cfg.project, "id": run_id, "name": folder.parent.name, "dir": str(folder), "config": config}
+            return wandb.init(**options, mode=mode, resume="allow", reinit="create_new", allow_val_change=True, settings=settings)
 
         try:
             self.run = start(cfg.wandb.name)
         except wandb.errors.CommError as error:
-            wandb.teardown()  # it holds the run's id
+            # The failed start still holds the run's id.
+            wandb.teardown()
             self.run = start("offline")
             say(f"warning: W&B cannot be reached ({line(error)}); offline instead: wandb sync {folder}/wandb/offline-run-*")
 
@@ -97,18 +98,18 @@ class TensorboardTracker:
 
 
 def check_key() -> None:
-    """Raise StunError where W&B knows no API key; its server is not asked."""
+    """Raise StunError if W&B has no API key; its server is not contacted."""
     wandb = _quiet_wandb()
     try:
-        found = wandb.login(prompt=False, verify=False)
+        has_key = wandb.login(prompt=False, verify=False)
     except wandb.errors.Error as error:
         raise StunError(f"tracking.wandb=online: {line(error)}") from error
-    if not found:
+    if not has_key:
         raise StunError("tracking.wandb=online: no API key: run `wandb login`, set WANDB_API_KEY, or use offline")
 
 
 def _quiet_wandb():
-    """The package, which prints nothing, reports nothing of itself, and gives up in time."""
+    """The wandb package without console output and error reports, and with time limits."""
     os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
     os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_SECONDS))
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_SECONDS))
@@ -118,7 +119,7 @@ def _quiet_wandb():
 
 
 def _numbers(values: dict, where: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of nested mappings, by path."""
+    """Numbers in nested mappings, each with its path."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{where}{name}/")
@@ -127,4 +128,5 @@ def _numbers(values: dict, where: str = "") -> Iterator[tuple[str, float]]:
 
 
 def line(error: Exception) -> str:
+    """Message of an error on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -1,12 +1,11 @@
-"""Where a job's numbers go beside its log: Weights & Biases and TensorBoard, through one small interface.
+"""Tracking of a job's metrics in Weights & Biases and TensorBoard, through one small interface.
 
-<run_dir>/tracking/wandb.json     the id of the run in W&B: whatever is done in this folder continues that run
-<run_dir>/tracking/wandb/         what W&B keeps, by launch; `wandb sync` sends those that were offline
-<run_dir>/tracking/cache/         W&B's own
-<run_dir>/tracking/tensorboard/   a file a launch
+<run_dir>/tracking/wandb.json     id of the run in W&B; every job in this folder continues that run
+<run_dir>/tracking/wandb/         W&B's files of every launch; `wandb sync` sends those of offline launches
+<run_dir>/tracking/cache/         W&B's cache
+<run_dir>/tracking/tensorboard/   one event file per launch
 
-A tracker works in a thread of its own, so nothing it waits for delays the job, and what goes wrong in it costs its numbers and
-not the run.
+Every tracker has its own thread, so it never delays the job. If it fails, its metrics are lost and the job continues.
 """
 
 import re
@@ -24,11 +23,11 @@ from stun.runtime.ranks import Ranks
 from stun.tracking.backends import FINISH_SECONDS, INIT_SECONDS, TensorboardTracker, Tracker, WandbTracker, check_key, line
 
 FOLDER = "tracking"
-_FAILED_SECONDS = 10  # what a job that has failed waits for it
+_FAILED_SECONDS = 10  # wait for a tracker at the end of a failed job
 
 
 class Background:
-    """A tracker's calls, made in their order by a thread of its own. The first that fails is said in a line and is the last."""
+    """Calls of a tracker, made in order by a thread of its own. After one fails, a warning is logged and no more are made."""
 
     def __init__(self, name: str, start: Callable[[], Tracker], say: Callable[[str], None]):
         self.name, self.say = name, say
@@ -41,22 +40,22 @@ class Background:
             tracker = start()
             while call := self._calls.get():
                 call(tracker)
-        except Exception as error:  # whatever it is, it must not cost the run
-            self.say(f"warning: {self.name} has failed and tracks no more: {line(error)}")
+        except Exception as error:  # no failure of a tracker may end the job
+            self.say(f"warning: {self.name} failed and is switched off: {line(error)}")
 
-    def call(self, made: Callable[[Tracker], None]) -> None:
-        self._calls.put(made)
+    def call(self, function: Callable[[Tracker], None]) -> None:
+        self._calls.put(function)
 
     def end(self, seconds: float) -> None:
-        """Wait until all calls are made, up to so many seconds."""
+        """Wait until all calls are made, for at most `seconds`."""
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self.say(f"warning: {self.name} has not finished in {seconds:.0f}s; the job does not wait")
+            self.say(f"warning: {self.name} did not finish in {seconds:.0f}s; the job does not wait")
 
 
 class Tracking:
-    """The trackers of a job, none on other ranks than the first. `summary` is what they are told at the end."""
+    """Trackers of a job, on the first rank only. `summary` is sent at the end."""
 
     def __init__(self, trackers: list[Background], run: Path):
         self.trackers, self.run, self.summary = trackers, run, {}
@@ -66,7 +65,7 @@ class Tracking:
             tracker.call(lambda it: it.log(metrics, step))
 
     def finish(self, exit_code: int) -> None:
-        """Say what came out, with the pictures and the report page that the run folder holds."""
+        """Send the summary, the pictures and the report page of the run folder, and end the trackers."""
         report = self.run / "report"
         files = [f for f in (*sorted(report.glob("*.png")), self.run / "search.png", report / "index.html") if f.is_file()]
         for tracker in self.trackers:
@@ -76,12 +75,12 @@ class Tracking:
 
 
 def check_tracking(cfg: TrackingConfig) -> None:
-    """Raise StunError, before any work, where W&B takes the project for none, a package is missing, or W&B has no key."""
+    """Raise StunError, before any work, if the project's name is invalid, a package is missing, or W&B has no key."""
     if not re.fullmatch(r"[\w. -]{1,128}", cfg.project):
         allowed = "letters, digits, spaces, `-`, `_` and `.`, up to 128 of them"
         raise StunError(f"tracking.project={cfg.project}: {allowed}")
-    for name, asked in {"wandb": cfg.wandb is not Wandb.disabled, "tensorboard": cfg.tensorboard}.items():
-        if asked and find_spec(name) is None:
+    for name, is_used in {"wandb": cfg.wandb is not Wandb.disabled, "tensorboard": cfg.tensorboard}.items():
+        if is_used and find_spec(name) is None:
             raise StunError(f"tracking.{name}: the package {name} is missing: pip install {name}")
     if cfg.wandb is Wandb.online:
         check_key()
@@ -89,8 +88,8 @@ def check_tracking(cfg: TrackingConfig) -> None:
 
 @contextmanager
 def tracked(cfg: TrackingConfig, run: Path, config: dict, ranks: Ranks) -> Iterator[Tracking]:
-    """Track what is done inside in the run folder `run`, from the first rank; `config` are plain values. What `ranks.track` is
-    given goes there. A job that fails inside is a failed one there too."""
+    """Track the job inside the `with` block in the run folder `run`, from the first rank; `config` has plain values.
+    `ranks.track` sends metrics. If the block fails, the tracked run ends as failed."""
     tracking = Tracking(_start(cfg, run, config, ranks.log) if ranks.is_first else [], run)
     before, ranks.track = ranks.track, tracking.log
     exit_code = 1
@@ -103,7 +102,7 @@ def tracked(cfg: TrackingConfig, run: Path, config: dict, ranks: Ranks) -> Itera
 
 
 def track_report(run: Path, ranks: Ranks) -> None:
-    """Add the report in a run folder to the runs that tracked it, if any."""
+    """Add the report in a run folder to its tracked runs, if any. Raises StunError for an invalid wandb.json."""
     folder = run / FOLDER
     about = load_json(folder / "wandb.json") if (folder / "wandb.json").is_file() else {}
     mode, project = about.get("mode", "disabled"), about.get("project", "")
@@ -127,12 +126,12 @@ def _start(cfg: TrackingConfig, run: Path, config: dict, say: Callable[[str], No
 
 
 def _run_id(folder: Path, cfg: TrackingConfig) -> str:
-    """The id of the run in W&B, made by the first launch in a run folder."""
+    """Id of the run in W&B, created by the first launch in a run folder."""
     file = folder / "wandb.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StunError(f"{folder}: cannot be written: {error}; tracking.wandb=disabled does without") from error
+        raise StunError(f"{folder}: cannot be written: {error}; tracking.wandb=disabled needs no such folder") from error
     run_id = load_json(file).get("id") if file.is_file() else secrets.token_hex(4)
     if not isinstance(run_id, str) or not run_id.isalnum():
         raise StunError(f"{file}: id: must be letters and digits, is {str(run_id)[:80]}; remove the file to begin another run")

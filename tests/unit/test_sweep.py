@@ -66,7 +66,7 @@ def test_statistics_of_something_else_are_refused(observed, tmp_path, ranks, cha
     source, folder = observed
     cfg = config(source, tmp_path / "run", statistics=str(folder), calibration=replace(CALIBRATION, **change))
     with pytest.raises(
-        StunError, match=r"stats: its statistics are of something else \((calibration_tokens|micro_batch|sources)"
+        StunError, match=r"stats: its statistics were collected on other inputs \((calibration_tokens|micro_batch|sources)"
     ):
         prune(cfg, ranks)
     with pytest.raises(StunError, match="holds no complete statistics"):

@@ -83,7 +83,7 @@ def test_output_powers_are_sums_over_tokens(top_k):
     norm, gate = (torch.rand(30, top_k, generator=generator) for _ in range(2))
     powers = OutputPowers(2, 5)
     for tokens in (slice(0, 10), slice(10, 30)):
-        powers.add(1, powers.of(index[tokens], gate[tokens], norm[tokens]))
+        powers.add(1, powers.reduce(index[tokens], gate[tokens], norm[tokens]))
     for expert in range(5):
         hit = index == expert
         for a in range(3):

@@ -142,7 +142,7 @@ def test_a_tracker_that_hangs_or_fails_costs_nothing():
     for step in range(3):
         failing.call(lambda it, step=step: it.log({}, step))
     failing.end(10)
-    assert "warning: slow has not finished" in said[0] and any("warning: broken has failed" in line for line in said[1:])
+    assert "warning: slow did not finish" in said[0] and any("warning: broken failed" in line for line in said[1:])
 
 
 def test_what_cannot_be_tracked_is_refused(checkpoint, ranks, tmp_path, monkeypatch):
