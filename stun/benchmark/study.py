@@ -1,6 +1,6 @@
-"""Comparison of pruning methods at several sparsities, on several seeds of the calibration text.
+"""Comparison of pruning methods at several sparsities and seeds of the calibration text.
 
-The rows of the task are split in two halves, so that a choice made on one can be checked on the other.
+The task's rows are split into two halves, so that a choice made on one half can be checked on the other.
 """
 
 import itertools
@@ -21,14 +21,14 @@ from stun.runtime.ranks import Ranks
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
-    """Run or resume the study in `cfg.run_dir`; returns its scores, which `markdown` puts in tables.
+    """Run or resume the study in `cfg.run_dir`; returns its scores, from which `markdown` makes tables.
 
     All methods and sparsities share the statistics of a seed. Finished results are not computed again.
     """
     folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
     task = asdict(cfg.task)
-    asked = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
-    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(asked, ranks), ranks)
+    evaluation = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
+    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(evaluation, ranks), ranks)
     results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     outliers = any(method_cfg.sparsify.counts_outliers for method_cfg in method_cfgs.values())
     base_sparsify = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
@@ -47,13 +47,13 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
 
 
 def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
-    """Configuration of every method. Raises StunError, before anything is computed, if one cannot be met at a target."""
+    """Configuration of every method. Raises StunError, before anything is computed, if a method cannot reach a target."""
     if not (cfg.methods and cfg.targets and cfg.seeds):
         raise StunError("study: methods, targets and seeds are needed")
     method_cfgs = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
     unknown = sorted(set(cfg.measures) - TITLES.keys())
     if unknown:
-        raise StunError(f"study: measures={unknown}: known are {', '.join(TITLES)}")
+        raise StunError(f"study: measures={unknown}: must be among {', '.join(TITLES)}")
     fixed = ("model", "calibration", "target", "run_dir", "plan", "task")
     for method, method_cfg in method_cfgs.items():
         if any(getattr(method_cfg, key) != getattr(cfg, key) for key in fixed):
@@ -63,12 +63,12 @@ def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
     for method_cfg, target in itertools.product(method_cfgs.values(), cfg.targets):
         resolve_model(replace(method_cfg, target=target))
         if method_cfg.experts.fraction == "auto":
-            raise StunError("study: experts.fraction=auto is not a way to choose experts; give a number")
+            raise StunError("study: experts.fraction=auto is not allowed; give a number")
     return method_cfgs
 
 
 def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
-    """Result in a file, computed and written if it does not exist. Raises StunError if it has another identity."""
+    """Result in a file, computed and written if the file does not exist. Raises StunError if its identity is another."""
 
     def stored() -> dict | None:
         content = load_json(file) if file.is_file() else None
@@ -85,7 +85,7 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
 
 
 def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
-    """One method at one sparsity on one seed, with its plan, if it needs one, from the statistics in `base`."""
+    """Configuration of one method, target and seed; if it needs a plan, with one from the statistics in `base`."""
     if not (cell.experts.fraction or cell.sparsify.counts_outliers):
         return cell
     plan = Path(f"{cell.run_dir}.plan.json")
@@ -94,18 +94,18 @@ def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
 
 
 def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dict:
-    """The result of the pruned model, beside that in the file `dense` if given, and under `prune` the run's summary."""
+    """Result of the pruned model, compared with that in the file `dense` if given; the run's summary is under `prune`."""
     summary, model = prune(cfg, ranks), ModelConfig(f"{cfg.run_dir}/model")
     result = evaluate(EvaluateConfig(model, cfg.task, dense=dense, output=f"{cfg.run_dir}/result.json"), ranks)
     return result | {"prune": summary}
 
 
 def _measures(result: dict) -> dict[str, float]:
-    """Exact match, averaged over groups, on the even and on the odd rows; perplexity; for a pruned model also its sparsity and
+    """Exact match on the even and on the odd rows, averaged over groups; perplexity; of a pruned model also sparsity, and
     the time and memory of pruning."""
     groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
-    for number, (group, right) in enumerate(zip(result["groups"], result["right"], strict=True)):
-        groups[number % 2][group].append(right)
+    for row, (group, is_right) in enumerate(zip(result["groups"], result["right"], strict=True)):
+        groups[row % 2][group].append(is_right)
     even, odd = (mean(mean(hits) for hits in half.values()) for half in groups)
     measures = {"odd": odd, "even": even, "perplexity": result["perplexity"]}
     if "prune" in result:
@@ -124,7 +124,7 @@ TITLES = {
 
 
 def markdown(scores: dict, measures: list[str]) -> str:
-    """A table per measure (a key of `TITLES`): a line per method, a column per sparsity, mean and deviation over seeds."""
+    """Markdown table per measure (a key of `TITLES`): a row per method, a column per sparsity, mean ± deviation over seeds."""
     lines, seeds = [], ", ".join(map(str, scores["seeds"]))
     targets = list(next(iter(scores["results"].values())))
     for measure in measures:

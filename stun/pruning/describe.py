@@ -1,4 +1,4 @@
-"""Log lines about a job, written before it starts."""
+"""Log lines about a job, printed before it starts."""
 
 from stun.config import Budget
 from stun.model import runtimes
@@ -6,7 +6,7 @@ from stun.planning.job import Job
 
 
 def describe(job: Job) -> str:
-    """One line: the model, the target, and what is removed to meet it."""
+    """One line: the model, the target, and the experts and share of weights removed to meet it."""
     arch, plan = job.arch, job.plan
     experts = sum(layout.num_experts for layout in arch.layers)
     planned = (plan.dropped + plan.zeros) / plan.parameters
@@ -19,14 +19,14 @@ def describe(job: Job) -> str:
 
 
 def notices(job: Job) -> list[str]:
-    """Lines about what is unusual in the result; those of limited runtime support start with "warning:"."""
+    """Lines about unusual properties of the result; those about limited runtime support start with "warning:"."""
     arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
     lines = []
     if arch.source.is_fp8:
-        lines.append("the source is fp8: weights are multiplied out and written in bfloat16")
+        lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
-        lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; no single weights of theirs are removed")
+        lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; none of their single weights is removed")
     counts = {layout.num_experts - drop for layout, drop in zip(arch.layers, job.drops, strict=True) if layout.experts}
     if not is_global and len(counts) == 1:
         notice = runtimes.warning(max(layout.num_experts for layout in arch.layers), counts.pop())

@@ -1,4 +1,4 @@
-"""Tables that jobs print at their end."""
+"""Tables that jobs print at the end."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from stun.runtime.units import count, size
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """A column per model, a line per measure. `results` maps a name to an evaluation, with the pruning summary under `prune`."""
+    """Table with a column per model and a row per measure. `results` maps names to evaluations, with the summary in `prune`."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in results:
@@ -43,7 +43,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 
 def plan_table(plans: dict) -> str:
-    """A column per plan, a line per layer with experts: experts kept, and how many of them the first plan keeps too."""
+    """Table with a column per plan and a row per layer: experts kept, and how many of them the first plan keeps too."""
     table = Table(box=None, pad_edge=False)
     for title in ("", *plans):
         table.add_column(title, justify="right" if title else "left")
@@ -75,7 +75,7 @@ def plan_table(plans: dict) -> str:
 
 
 def report_table(runs: dict[str, dict | str]) -> str:
-    """A line per run: its summary and, if there is one, its evaluation; or its progress."""
+    """Table with a row per run: its summary and, if there is one, its evaluation; or its progress."""
     table = Table(box=None, pad_edge=False)
     titles = ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
     for title in titles:
@@ -91,14 +91,14 @@ def report_table(runs: dict[str, dict | str]) -> str:
 
 
 def summary_table(summary: dict, run_dir: str) -> str:
-    """Facts of a run of jobs.prune, one per line. Times are those of the launch that finished it, on its first rank."""
+    """Table with the summary of a run of jobs.prune. Times are those of the launch that finished it, on its first rank."""
     table = Table(box=None, pad_edge=False, show_header=False)
     before, after = (f"{summary[key] / 1e6:,.2f}M" for key in ("parameters", "nonzero"))
     written, speed = summary["bytes_written"], sum(summary.get("read_bytes_per_second", []))
     rows = {
         "sparsity": f"{summary['sparsity']:.4f} (target {summary['target']:g})",
         "experts kept": f"{sum(summary['kept'])} of {sum(summary['experts'])}",
-        "weights that are not zero": f"{after} of {before}, in the decoder layers",
+        "nonzero weights": f"{after} of {before}, in the decoder layers",
         "size on disk": f"{written / 1e9:,.3f} GB" + (f" of {summary['source_bytes'] / 1e9:,.3f} GB" if speed else ""),
         "time": f"{summary['seconds']:,.1f}s on {count(summary['ranks'], 'rank')}",
     }
@@ -117,8 +117,8 @@ def summary_table(summary: dict, run_dir: str) -> str:
 
 
 def job_command(job: str, **settings: str) -> str:
-    """Command that can be pasted into a shell. Dots in keys are passed as two underscores. Values with spaces, commas or `=`, as
-    in the names of a sweep's runs, are quoted, since Hydra parses them only in quotes."""
+    """Command line for a shell. In `settings` two underscores stand for a dot. Values with spaces, commas or `=`, as in the names
+    of a sweep's runs, are quoted, since Hydra parses them only in quotes."""
     words = []
     for key, value in settings.items():
         is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)

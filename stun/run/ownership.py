@@ -1,4 +1,4 @@
-"""Ownership of folders: a mark names the run that made a folder, and only files that the run writes are ever removed."""
+"""Ownership of folders: a mark names the run that created a folder, and only files written by that run are removed."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ MARK = ".stun"  # file that names the run to which its folder belongs
 
 
 def run_id(folder: Path) -> str:
-    """Random name of the run in `folder`, chosen at its first launch. Raises StunError if it cannot be read or written."""
+    """Random name of the run in `folder`, set at its first launch. Raises StunError if it cannot be read or written."""
     file = folder / MARK
     if not os.path.lexists(file):
         _mark(folder, uuid.uuid4().hex)
@@ -22,9 +22,9 @@ def run_id(folder: Path) -> str:
 
 
 def own_folder(folder: Path, name: str) -> None:
-    """Create `folder` for the run called `name`, or accept the one that it has created.
+    """Create `folder` for the run called `name`, or accept the one that this run created.
 
-    Raises StunError, and changes nothing, if the folder is a link, a file, or not empty and another's.
+    Raises StunError, and changes nothing, if it is a link, a file, or not empty and without this run's mark.
     """
     if folder.is_symlink():
         raise StunError(f"{folder}: is a link; nothing is written or removed through a link. Put the folder itself there")
@@ -40,27 +40,27 @@ def own_folder(folder: Path, name: str) -> None:
 
 
 def release(folder: Path) -> None:
-    """Remove the mark: nothing will be removed from `folder` any more."""
+    """Remove the mark, so that nothing in `folder` can be removed."""
     if not folder.is_symlink():
         (folder / MARK).unlink(missing_ok=True)
 
 
 def remove_written(folder: Path, names: str) -> None:
-    """Remove files below `folder` whose relative path matches the regular expression `names`, then folders that are empty. Links
-    are neither followed nor removed; a `folder` that is missing or a link is ignored."""
+    """Remove files below `folder` whose relative path matches the regular expression `names`, then empty folders. Links are
+    neither followed nor removed; a missing `folder`, or one that is a link, is ignored."""
     if folder.is_symlink():
         return
     pattern = re.compile(names)
-    for place, _, files in os.walk(folder, topdown=False):
-        for file in (Path(place) / name for name in files):
+    for parent, _, files in os.walk(folder, topdown=False):
+        for file in (Path(parent) / name for name in files):
             if pattern.fullmatch(file.relative_to(folder).as_posix()) and not file.is_symlink():
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
-            Path(place).rmdir()
+            Path(parent).rmdir()
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run folder that the caller's job has made. A link, or a folder without a run, is kept."""
+    """Remove a run folder that the calling job created. A link, or a folder without a run, is kept."""
     if not folder.is_symlink() and (folder / "config.yaml").is_file():
         shutil.rmtree(folder, ignore_errors=True)
 

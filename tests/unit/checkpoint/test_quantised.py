@@ -1,4 +1,4 @@
-"""Block-scaled fp8 is multiplied out; other quantised weights are refused."""
+"""Block-scaled fp8 is dequantised; other quantised weights are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stun.config import StunError
 
 
 @pytest.mark.parametrize("block", [(8, 8), (8, 4), (20, 12)], ids=["square", "flat", "cut at the edges"])
-def test_fp8_is_multiplied_out(tmp_path, ranks, block):
+def test_fp8_is_dequantised(tmp_path, ranks, block):
     source = tmp_path / "source"
     exact = fp8(source, "deepseek_v3", *block)
     folder, _, _ = run(source, tmp_path / "same", ranks, target=0.0)
@@ -25,7 +25,7 @@ def test_fp8_is_multiplied_out(tmp_path, ranks, block):
     assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype for name, tensor in exact.items())
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     ours = load_stock(folder)
-    if block == (8, 8):  # transformers multiplies out whole blocks only
+    if block == (8, 8):  # transformers dequantises whole blocks only
         theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).float()
         prompt = torch.arange(3, 40)[None]
         torch.testing.assert_close(ours(prompt).logits, theirs(prompt).logits, atol=1e-4, rtol=1e-4)
