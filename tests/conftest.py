@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,23 @@ def pytest_configure(config) -> None:
         own = cores[number::count] or cores
         os.sched_setaffinity(0, own)
         torch.set_num_threads(len(own))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """What starts several ranks, Slurm or a browser is slow. Tests stay with those of their file on one worker, but for those
+    that are `slow(seconds)`, which go to whichever is free; what takes longest begins first."""
+    seconds: dict[str, float] = defaultdict(float)
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("ranks", "slurm", "browser")):
+            item.add_marker("slow")
+        told = sum(mark.args[0] for mark in item.iter_markers("slow") if mark.args)
+        unit = item.get_closest_marker("xdist_group")
+        if not unit:
+            unit = pytest.mark.xdist_group(item.name if told else item.path.stem).mark
+            item.add_marker(pytest.mark.xdist_group(unit.args[0]))
+        seconds[unit.args[0]] += told or (1 if item.get_closest_marker("slow") else 0.1)
+    items.sort(key=lambda item: -seconds[item.get_closest_marker("xdist_group").args[0]])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from helpers.select_cases import cases, sorted_mask
 from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

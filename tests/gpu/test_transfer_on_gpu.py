@@ -9,7 +9,7 @@ import torch
 
 from stun.runtime.device_copies import BUFFER, to_device, to_host
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SHAPES = [(), (0, 3), (7,), (BUFFER // 2 + 1,), (3, BUFFER // 4), (5, BUFFER // 2 - 3)]
 
 

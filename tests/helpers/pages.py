@@ -35,7 +35,13 @@ def here(command: str, replace: dict[str, str]) -> list[str]:
     return [*launcher, "-m", words[module + 1], *(f"{key}={value}" for key, value in {**given, **replace}.items())]
 
 
+def launched(command: list[str]) -> tuple[list[str], int]:
+    """The job that a command launches, and on how many ranks; 0 without a launcher."""
+    start = len(command) - command[::-1].index("-m") - 1
+    ranks = re.search(r"--nproc-per-node[= ](\d+)", " ".join(command[:start]))
+    return command[start:], int(ranks[1]) if ranks else 0
+
+
 def run(command: list[str]) -> str:
     """What the command says, its ranks being started as `run_job` does."""
-    start = len(command) - command[::-1].index("-m") - 1
-    return run_warm(command[start:], int(command[start - 1]) if "torch.distributed.run" in command else 0).stdout
+    return run_warm(*launched(command)).stdout

@@ -378,6 +378,7 @@ def test_flipped_bits(sources, tmp_path, place):
     assert refusals > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_flipped_bits_of_settings(sources, tmp_path, name):
     """Other values may be possible ones; whatever is not ends in an error of this package."""

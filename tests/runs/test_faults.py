@@ -27,7 +27,8 @@ def half_files(folder) -> list[str]:
     return [file.name for file in folder.rglob("*") if file.name.endswith(".tmp") or ".tmp" in file.name]
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(12)
 def test_disk_full(tmp_path):
     """Files may not grow beyond 60 KiB: the first shard of a layer does not fit, and the job says so."""
     source = make_checkpoint(tmp_path / "source", "mixtral")
@@ -46,7 +47,7 @@ def test_disk_full(tmp_path):
     same_tensors(tmp_path / "whole" / "model", tmp_path / "run" / "model")
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_out_of_memory(tmp_path):
     """Attention scores beyond an address space of 6 GiB, of which preflight does not know."""
     source = make_checkpoint(tmp_path / "source", "gpt_oss")
@@ -59,7 +60,7 @@ def test_out_of_memory(tmp_path):
     assert not half_files(tmp_path / "run")
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"target": 2}, {"calibration__path": "nobody/nothing"}])
 def test_tokens_stay_out_of_run_folders_and_logs(checkpoint, tmp_path, monkeypatch, change):
     secrets = {
@@ -75,7 +76,7 @@ def test_tokens_stay_out_of_run_folders_and_logs(checkpoint, tmp_path, monkeypat
     assert not any(b"Secret" in content for content in [*written, done.stdout.encode(), done.stderr.encode()])
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_one_rank_fails_alone(tmp_path):
     """Weights of an expert of the second rank that no token reaches hold a NaN: only that rank can notice."""
     source = make_checkpoint(tmp_path / "source", "mixtral", num_local_experts=32, shard="1GB", tie_word_embeddings=False)
@@ -93,7 +94,8 @@ def test_one_rank_fails_alone(tmp_path):
     )
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(12)
 def test_one_rank_is_killed(tmp_path):
     """The others end within seconds, not after a timeout of the collectives."""
     source = make_checkpoint(tmp_path / "source", "mixtral", num_hidden_layers=40)

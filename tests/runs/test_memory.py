@@ -61,7 +61,8 @@ def peak(folder, run_dir) -> int:
     return json.loads((run_dir / "manifest.json").read_text())["summary"]["peak_bytes"]
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(40)
 def test_peak_does_not_grow_with_depth(tmp_path):
     """12 layers in one run need what three runs of 4 layers need.
 

@@ -13,7 +13,7 @@ from helpers.tensors import load_tensors, same_tensors
 from stun.checkpoint.reader import Checkpoint
 from stun.model.architecture import Architecture
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("family, worlds", [("arctic", (1, 2, 4)), ("gpt_oss", (1, 2)), ("deepseek_v3", (1, 2))])

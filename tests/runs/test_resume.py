@@ -19,7 +19,8 @@ from stun.pruning.job import prune
 LAYERS = 5
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(40)
 def test_killed_at_any_instant(tmp_path):
     """At each kind of instant of both streams, one rank of two or both; what goes on has one, two or four ranks."""
     source = make_checkpoint(tmp_path / "source", "arctic", num_hidden_layers=LAYERS)
@@ -47,6 +48,7 @@ def interrupted(checkpoint, tmp_path, ranks):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream, layer", [("observe", 0), ("observe", 2), ("prune", 0), ("prune", 1), ("prune", 2)])
 def test_continues_after_the_last_finished_layer(interrupted, checkpoint, tmp_path, ranks, capsys, stream, layer):
     cfg, folder = interrupted(stream, layer)
@@ -60,6 +62,7 @@ def test_continues_after_the_last_finished_layer(interrupted, checkpoint, tmp_pa
     same_tensors(tmp_path / "whole" / "model", folder / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["observe", "prune"])
 def test_damaged_snapshot(interrupted, ranks, stream):
     cfg, folder = interrupted(stream, 1)
@@ -75,6 +78,7 @@ def test_damaged_snapshot(interrupted, ranks, stream):
     assert (folder / "stats").is_dir() and not (folder / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_lost_and_stray_files(interrupted, ranks):
     cfg, folder = interrupted("prune", 1)
     (folder / "model" / "layer-00007-0-of-9.safetensors").write_bytes(b"of a launch that never recorded it")
@@ -91,6 +95,7 @@ def test_lost_and_stray_files(interrupted, ranks):
     )
 
 
+@pytest.mark.slow
 def test_another_source_does_not_continue(interrupted, ranks, tmp_path):
     import shutil
     from dataclasses import replace
@@ -107,6 +112,7 @@ def test_another_source_does_not_continue(interrupted, ranks, tmp_path):
         prune(replace(cfg, model=replace(cfg.model, path=str(copy))), ranks)
 
 
+@pytest.mark.slow
 def test_one_launch_at_a_time(checkpoint, ranks, tmp_path):
     """While another process is at work in the folder; afterwards the run goes on."""
     cfg = request(str(checkpoint("mixtral")), tmp_path / "run")

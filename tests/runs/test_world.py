@@ -15,7 +15,7 @@ from helpers.launches import run_job, settings
 from helpers.paths import ROOT
 from helpers.tensors import load_tensors, same_tensors
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.ranks
 HETEROGENEOUS = {"experts__budget": "global", "experts__fraction": 0.7}
 
 

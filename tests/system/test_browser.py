@@ -14,7 +14,7 @@ from helpers.zoo import make_checkpoint
 from stun.pruning.job import prune
 from stun.report.write import write_reports
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.browser
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
     REASON = "chromium and chromedriver are not installed: apt-get install chromium chromium-driver"

@@ -27,7 +27,7 @@ def rows_of(tmp_path: Path) -> dict[str, str]:
     return {"task.path": str(tmp_path / "rows.jsonl"), "task.max_new_tokens": "8"}
 
 
-@pytest.mark.launch
+@pytest.mark.slow(10)
 def test_qwen3_on_one_gpu(tmp_path):
     """From preflight to the model card; GSM8K's form without its worked examples, which are longer than the model's context."""
     preflight, prune, both, report = commands("qwen3", page("qwen3-on-one-gpu"))
@@ -47,7 +47,8 @@ def test_qwen3_on_one_gpu(tmp_path):
     assert "perplexity" in (run_dir / "model" / "README.md").read_text()
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(20)
 def test_paper_comparison(tmp_path):
     """On the reference model it is the demo of the README, which its test runs; here it has another task."""
     reference, large = commands("paper", page("paper-comparison"))
@@ -73,6 +74,7 @@ def test_arctic_on_slurm():
         }
 
 
+@pytest.mark.slow
 def test_add_a_family():
     """The command picks that family's test, which the suite runs."""
     words = commands("family", page("add-a-family"))[0].split()

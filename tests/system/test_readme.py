@@ -15,7 +15,8 @@ from helpers.paths import HELDOUT, ROOT
 from helpers.tensors import load_tensors
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(70)
 def test_demo(tmp_path):
     (command,) = commands("demo")
     job = command.split(" && ")[-1]
@@ -48,7 +49,8 @@ def test_demo(tmp_path):
         assert line in output
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_prune_your_own_model(checkpoint, tmp_path):
     on_one_gpu, on_one_node, evaluate = commands("own")
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
@@ -64,7 +66,7 @@ def test_prune_your_own_model(checkpoint, tmp_path):
     assert 0 <= json.loads((tmp_path / "arctic" / "result.json").read_text())["average"] <= 1
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_evaluate_beside_the_dense_model(checkpoint, tmp_path):
     """The commands of the evaluation section, one after the other."""
     (both, text, harness), rows = commands("evaluate"), tmp_path / "rows.jsonl"
@@ -83,7 +85,7 @@ def test_evaluate_beside_the_dense_model(checkpoint, tmp_path):
     assert "stun_heldout, exact_match" in run(here(harness, {**model, **own}))
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_will_it_fit(checkpoint, tmp_path):
     """The command prints every line of the README's sample and writes nothing; it does not need the text."""
     (command,) = commands("preflight")
@@ -93,7 +95,8 @@ def test_will_it_fit(checkpoint, tmp_path):
     assert "16 ranks on 2 nodes, h100" in output and not (tmp_path / "run").exists()
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow
 def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
     """The two commands of the plan block, after a run that took statistics."""
     plan, take = commands("plan")[0].splitlines()
@@ -110,7 +113,7 @@ def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
     assert (tmp_path / "energy" / "manifest.json").is_file()
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_tracked_run(checkpoint, tmp_path):
     (command,) = commands("tracking")
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
@@ -119,7 +122,7 @@ def test_tracked_run(checkpoint, tmp_path):
     assert list((tmp_path / "run/tracking/tensorboard").glob("events*"))
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_benchmark(tmp_path):
     """The case of the methods prints a ratio for each."""
     small = {"calibration.samples": "8", "calibration.length": "32", "calibration.micro_batch": "2"}
@@ -132,7 +135,7 @@ def test_benchmark(tmp_path):
     assert "observe / plain" in output and [f.name for f in (tmp_path / "layer").iterdir()] == ["layer.json"]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_mixture_weights_and_protection_on_the_command_line(checkpoint, tmp_path):
     (command,) = commands("mixture")
     for name in ("text", "code"):
@@ -146,7 +149,7 @@ def test_mixture_weights_and_protection_on_the_command_line(checkpoint, tmp_path
     assert 3 in layers[0]["kept"] and 2 in layers[1]["kept"]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_train_another_model(tmp_path):
     """The command that made the second model of docs/selection.md, for two steps; the result can be pruned."""
     train, _ = commands("train", (ROOT / "docs" / "selection.md").read_text())[0].splitlines()

@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.slow
 SHOWN, HIDDEN = "\x1b[?25h", "\x1b[?25l"
 SMALL = {"calibration__samples": 16, "calibration__length": 32}
 

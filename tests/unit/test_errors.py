@@ -180,7 +180,7 @@ def test_non_finite_weights_stop_the_run(checkpoint, ranks, tmp_path):
     assert not (tmp_path / "run" / "model" / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_on_the_command_line(checkpoint, tmp_path):
     """Errors of the configuration and of the library, on one and on two ranks: one line, status 2, nothing written."""
     source = checkpoint("mixtral")

@@ -90,7 +90,7 @@ def test_report(observed, tmp_path, ranks):
     assert "0.4000" in report_table(found) and "not complete" in report_table(found)
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_one_run_after_the_other_on_the_same_ranks(checkpoint, tmp_path):
     source = checkpoint("mixtral")
     run_job("prune", ["-m", *settings(source, tmp_path / "sweep", experts__fraction="0.2,0.9")], 2)

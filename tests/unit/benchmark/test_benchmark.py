@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.configs import composed
+from helpers.launches import run_warm
+from helpers.pages import launched
 from helpers.paths import ROOT, TEXT
 from stun.benchmark.against_peers import AS_IT_COMES, Bench
 from stun.benchmark.cases import benchmark
@@ -34,6 +37,17 @@ def request(case: str, run_dir, *overrides: str):
     text = [f"calibration.path={TEXT}", f"calibration.samples={SAMPLES}", f"calibration.length={LENGTH}"]
     small = [model, *shape, f"shape.experts={E}", f"shape.top_k={K}", "shape.layers=1", *text, "calibration.micro_batch=2"]
     return OmegaConf.to_object(composed("benchmark", [f"case={case}", *small, f"run_dir={run_dir}", *overrides]))
+
+
+@pytest.fixture
+def warm(monkeypatch):
+    """Runs of jobs.prune need not import the package first (helpers.warm); `test_ranks` launches them as they are."""
+
+    def run_alone(command, *_):
+        start = time.perf_counter()
+        return run_warm(*launched(command), check=False), time.perf_counter() - start
+
+    monkeypatch.setattr("stun.benchmark.runs.run_alone", run_alone)
 
 
 def measured(case: str, run_dir, ranks, *overrides: str, **changes) -> dict:
@@ -87,8 +101,8 @@ def test_weights(tmp_path, ranks):
     assert all(abs(row["sparsity"] - 0.5) < 1e-3 and row["seconds"] > 0 for row in found["methods"].values())
 
 
-@pytest.mark.launch
-def test_growth(tmp_path, ranks):
+@pytest.mark.slow(10)
+def test_growth(tmp_path, ranks, warm):
     """Twice the layers, experts or tokens: FLOP and bytes grow as they must."""
     found = measured("growth", tmp_path / "run", ranks, "factors=[2]")
     runs = found["runs"]
@@ -111,7 +125,8 @@ def test_growth(tmp_path, ranks):
         assert row["peak_bytes"] > 0 and row["wall_seconds"] > row["seconds"]
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(20)
 def test_ranks(tmp_path, ranks):
     found = measured("ranks", tmp_path / "run", ranks, "worlds=[1,2]")
     one, two = found["runs"]["1"], found["runs"]["2"]
@@ -119,8 +134,8 @@ def test_ranks(tmp_path, ranks):
     assert one["speed_up"] == 1 and two["speed_up"] == one["seconds"] / two["seconds"]
 
 
-@pytest.mark.launch
-def test_depth(tmp_path, ranks):
+@pytest.mark.slow
+def test_depth(tmp_path, ranks, warm):
     found = measured("depth", tmp_path / "run", ranks, "depths=[2]")
     (row,) = found["runs"].values()
     assert list(found["runs"]) == ["2"] and list(row["streams"]) == ["observe", "prune"] and row["peak_bytes"] > 0
@@ -136,8 +151,8 @@ def program(file, script: str) -> str:
     return str(file)
 
 
-@pytest.mark.launch
-def test_peers(tmp_path, ranks):
+@pytest.mark.slow(25)
+def test_peers(tmp_path, ranks, warm):
     """All tools reach the target and keep as many experts; llm-compressor fails, having been asked for what STUN has reached."""
     python = program(tmp_path / "python", 'echo trying >&2; echo "ImportError: $5 $6 $7" >&2; echo "now gone" >&2; exit 1')
     found = measured("peers", tmp_path / "run", ranks, f"peers.llmcompressor={python}", "depths=[2]")
@@ -191,8 +206,8 @@ def test_a_peer_that_cannot_start_says_why(tmp_path):
     assert "Permission denied" in run_peer(str(tmp_path / "python"), "naive", tmp_path)["reason"]
 
 
-@pytest.mark.launch
-def test_a_run_that_fails_says_why(tmp_path, ranks):
+@pytest.mark.slow
+def test_a_run_that_fails_says_why(tmp_path, ranks, warm):
     """... and nothing of it stays."""
     with pytest.raises(StunError, match=r"jobs\.prune of .*made/source: .*experts\.fraction"):
         benchmark(request("depth", tmp_path / "run", "depths=[1]", "target=0.9", "experts.fraction=1"), ranks)

@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 from helpers.tensors import load_tensors
 from stun.planning.experts.clusters import clusters_of, complete_linkage
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.slow
 EXPERTS, TARGET, MICRO_BATCH = 8, 0.4, 2
 
 

@@ -57,7 +57,8 @@ def test_markdown():
     assert "| a | 1.5 |" in table
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(10)
 def test_study_runs_and_continues(tmp_path):
     """Every method at every sparsity and seed from one stream a seed; a second call computes nothing again."""
     source = make_checkpoint(tmp_path / "source", "mixtral")

@@ -15,6 +15,7 @@ from helpers.zoo import make_checkpoint
 from stun.config import StunError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [(8, 8), (8, 4), (20, 12)], ids=["square", "flat", "cut at the edges"])
 def test_fp8_is_dequantised(tmp_path, ranks, block):
     source = tmp_path / "source"

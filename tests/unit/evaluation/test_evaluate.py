@@ -126,7 +126,7 @@ def test_one_launch_at_a_time(checkpoint, ranks, rows, tmp_path):
     assert evaluate(asked, ranks) == result and not (tmp_path / "a.json.partial").exists()
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 @pytest.mark.parametrize("family", ["arctic", "jamba"])
 def test_one_and_two_ranks(checkpoint, ranks, rows, tmp_path, family):
     """The same numbers, to the last bit: scores beside the dense model, of rows or of text; completions."""
@@ -144,7 +144,8 @@ def test_one_and_two_ranks(checkpoint, ranks, rows, tmp_path, family):
     assert numbers(one) == numbers(two)
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(15)
 def test_killed_on_one_rank_it_goes_on_on_two(ranks, tmp_path):
     """Killed while it scores; the layers that were finished are not run again, and the numbers are those of a whole run."""
     rows = tmp_path / "rows.jsonl"
@@ -202,7 +203,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("changes, message", WRONG, ids=[message[:30] for _, message in WRONG])
+@pytest.mark.parametrize(
+    "changes, message",
+    [pytest.param(*case, id=case[1][:30], marks=[pytest.mark.slow] if "harness" in case[0] else []) for case in WRONG],
+)
 def test_bad_requests_are_refused(checkpoint, ranks, rows, tmp_path, changes, message):
     lines = rows.read_text().splitlines(keepends=True)
     text = tmp_path / "rows.jsonl"
@@ -289,6 +293,7 @@ def test_gsm8k(tmp_path):
     assert row.prompt.endswith("Question: How many?\nAnswer:") and extract(row.answer, TaskConfig(number=True)) == "1200"
 
 
+@pytest.mark.slow
 def test_the_harness_agrees(ranks, tmp_path):
     """Its exact match of a task on local rows is ours."""
     rows = tmp_path / "rows.jsonl"

@@ -68,6 +68,7 @@ def test_completions_are_transformers_own(checkpoint, ranks, family):
     check(checkpoint(family), ranks)
 
 
+@pytest.mark.slow
 def test_heterogeneous_checkpoint(tmp_path, ranks):
     source = steep(tmp_path / "source", "qwen3_next")
     folder, kept = pruned(source, tmp_path / "run", ranks, target=0.199, sparsify=SparsifyConfig(scope=[Scope.experts]))
@@ -92,6 +93,7 @@ class Memory:
         self.states[number] = copy.deepcopy(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_next"])
 def test_interrupted_generation_goes_on(checkpoint, ranks, family):
     """From the tokens saved at any step; micro-batches that are done are not run again."""

@@ -27,6 +27,7 @@ from stun.model.tensor_names import experts_of
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen3_next"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_generates_and_saves_again(tmp_path, ranks, family):
     source = steep(tmp_path / "source", family)
@@ -47,6 +48,7 @@ def test_loads_generates_and_saves_again(tmp_path, ranks, family):
     assert torch.equal(again(prompt).logits, model(prompt).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
 def test_computes_what_the_survivors_do(tmp_path, ranks, family):
     source = steep(tmp_path / "source", family)
@@ -61,6 +63,7 @@ def test_computes_what_the_survivors_do(tmp_path, ranks, family):
     torch.testing.assert_close(logits_of(load_stock(folder), tokens), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_as_a_source(tmp_path, ranks):
     """A heterogeneous checkpoint is observed and pruned like any other, and takes the stock form again where counts agree."""
     source = steep(tmp_path / "source", "qwen3_moe")
@@ -80,6 +83,7 @@ def test_as_a_source(tmp_path, ranks):
     load_stock(flat)
 
 
+@pytest.mark.slow
 def test_stock_transformers_refuse_it_by_name(tmp_path, ranks):
     folder, _ = pruned(steep(tmp_path / "source", "mixtral"), tmp_path / "run", ranks, target=0.199, sparsify=SparsifyConfig())
     script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})"

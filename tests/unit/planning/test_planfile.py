@@ -27,6 +27,7 @@ from stun.planning.from_statistics import plan_from_run
 from stun.pruning.job import prune
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "experts",
     [
@@ -133,7 +134,7 @@ def test_broken_statistics(observed, tmp_path):
         plan_from_run(config(source, tmp_path / "copy"), tmp_path / "plan.json")
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_plan_job(observed, tmp_path):
     """The command line: a plan, its counts and size, beside another plan; and a run that takes it."""
     source, run_dir = observed

@@ -107,6 +107,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_pruning_a_matrix_takes(way, dtype):
@@ -257,7 +258,7 @@ def test_units_fit(printed, expected):
     assert printed == expected
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_a_run_takes_the_least_time_at_least(tmp_path):
     """... or half of it, on a machine whose speed varies."""
     random_checkpoint(tmp_path / "model", SHAPES["timed"], REFERENCE / "model")
@@ -274,7 +275,7 @@ def test_a_run_takes_the_least_time_at_least(tmp_path):
         assert 0 < estimated < 2 * measured
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     source = checkpoint("arctic")
     own = settings(source, tmp_path / "run", calibration__path="not/there.jsonl")
@@ -322,7 +323,8 @@ def large(tmp_path_factory):
     return get
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_what_was_estimated(large, tmp_path, name):
     """Within 15 % of the measured peak, and without what a process holds from its start within 25 %."""

@@ -148,6 +148,7 @@ def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, way):
     assert lost.any() and not lost[: int(lost.sum())].all(), "columns follow the pooled norms, not their order"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["arctic", "qwen2_moe", "gpt_oss", "jamba"])
 def test_reconstruction_lowers_the_error_of_blocks(checkpoint, ranks, tmp_path, family):
     """Attention and experts of the first layer against the unpruned layer on the same inputs: at no place worse, in sum

@@ -69,7 +69,8 @@ def test_unreachable_by_any_split(tmp_path, ranks):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(10)
 def test_auto_on_the_command_line(checkpoint, tmp_path):
     source, how = checkpoint("mixtral"), {"experts__fraction": "auto", "calibration__samples": 17}
     for ranks in (1, 2):

@@ -58,6 +58,7 @@ def test_text_says_what_was_done_and_no_more(pruned):
     assert str(pruned.parent) not in text and "/tmp" not in text and "calibration.jsonl" in text
 
 
+@pytest.mark.slow
 def test_evaluation_comes_with_the_report(pruned):
     """... and leaves the rest as it was."""
     before = (pruned / "model" / "README.md").read_text()

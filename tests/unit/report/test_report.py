@@ -234,7 +234,7 @@ def test_result_time_and_size(measured, run):
     assert data.size(run) == files
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
 def test_the_same_on_two_ranks_and_from_shared_statistics(checkpoint, tmp_path, ranks):
     """Everything that is not time or memory; ranking reads no experts that leave, whose weights the first stream has seen."""
     source, ranked = checkpoint("mixtral"), ExpertsConfig(method=ExpertsMethod.rank)
@@ -278,6 +278,7 @@ def test_statistics_alone_are_measured_too(checkpoint, tmp_path, ranks):
         report(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_page_is_whole(measured):
     """Every section has its picture in both themes; nothing comes from elsewhere; what files say is text, never HTML."""
     _, folder = measured
@@ -294,6 +295,7 @@ def test_page_is_whole(measured):
     assert 'name="viewport"' in text and len(text) < 3e6
 
 
+@pytest.mark.slow
 def test_split_that_was_searched(checkpoint, tmp_path, ranks):
     cfg = config(checkpoint("mixtral"), tmp_path / "run", experts=ExpertsConfig(fraction="auto"))
     prune(replace(cfg, calibration=replace(CALIBRATION, samples=16)), ranks)
@@ -304,6 +306,7 @@ def test_split_that_was_searched(checkpoint, tmp_path, ranks):
     assert (tmp_path / "run" / "report" / "budget-dark.png").is_file()
 
 
+@pytest.mark.slow
 def test_routing_groups_and_a_given_plan(checkpoint, tmp_path, ranks):
     """Trees stay within the groups that routing is limited to; with a plan from outside there are no trees."""
     source = checkpoint("deepseek_v3")
@@ -336,6 +339,7 @@ def test_pareto_front():
             assert point.is_best is (not dominated)
 
 
+@pytest.mark.slow
 def test_comparison(measured, checkpoint, tmp_path, ranks):
     """Runs of a folder: a page each, one beside one another; a run without an evaluation is in the table alone."""
     for name, target in (("a=0.3", 0.3), ("b 0.5", 0.5)):
@@ -363,6 +367,7 @@ def test_runs_that_were_asked_something_else_are_not_compared():
     assert [(point.name, point.is_best) for point in fronts(runs)["bytes"]] == [("a", False), ("c", True)]
 
 
+@pytest.mark.slow
 def test_names_are_only_text(measured, tmp_path):
     """No formula, no markup, whatever a group or a run is called."""
     shutil.copytree(measured[1], tmp_path / "runs" / "[b]")
@@ -373,6 +378,7 @@ def test_names_are_only_text(measured, tmp_path):
     assert all(name.replace("_", " ") in printed for name in [*names, "runs/[/x]"])
 
 
+@pytest.mark.slow
 def test_statistics_and_model_that_are_elsewhere(measured, tmp_path):
     """A run whose model was moved has its report; other statistics where its own were are not shown as its own."""
     shutil.copytree(measured[1], tmp_path / "run")
@@ -433,6 +439,7 @@ def test_damaged_files_of_a_run(measured, tmp_path, name):
             report(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_runs_with_less_to_show(measured, tmp_path):
     """An evaluation of text alone; a run made before layers were measured, whose statistics are gone."""
     for name in ("text", "old"):

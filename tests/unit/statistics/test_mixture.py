@@ -104,7 +104,8 @@ def test_a_seed_shuffles_the_text(observed, tmp_path, ranks):
     assert len(digests) == 3
 
 
-@pytest.mark.launch
+@pytest.mark.ranks
+@pytest.mark.slow(10)
 def test_same_statistics_and_bytes_on_1_2_4_ranks(tmp_path):
     """... for a mixture whose parts do not divide into micro-batches, a score, co-activation, and reconstruction."""
     source = make_checkpoint(tmp_path / "source", "gpt_oss", dtype=torch.bfloat16)

@@ -56,6 +56,7 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
         assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["arctic", "gpt_oss", "qwen3_next", "jamba"])
 def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, family, dtype):

@@ -49,6 +49,7 @@ def resumed(checkpoint, ranks, tmp_path_factory):
     return folder, summary, log.getvalue()
 
 
+@pytest.mark.slow
 def test_wandb_offline_continues_one_run(resumed, checkpoint):
     folder, summary, log = resumed
     first, second = launches(folder)
@@ -72,6 +73,7 @@ def test_wandb_offline_continues_one_run(resumed, checkpoint):
     assert second.summary["nonzero"] == summary["nonzero"] and second.summary["kept"] == summary["kept"]
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_the_same(resumed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,6 +86,7 @@ def test_tensorboard_holds_the_same(resumed):
     assert [e.value for e in events.Scalars("summary/nonzero")][-1] == summary["nonzero"]
 
 
+@pytest.mark.slow
 def test_nothing_secret_or_of_the_host_is_kept(resumed):
     folder, _, log = resumed
     files = [file for file in folder.rglob("*") if file.is_file()]
@@ -98,6 +101,7 @@ def test_nothing_secret_or_of_the_host_is_kept(resumed):
     assert not {".git", "requirements.txt", "wandb-metadata.json", "output.log"} & {file.name for file in files}
 
 
+@pytest.mark.slow
 def test_evaluation_and_report_join_the_run(resumed, checkpoint, ranks, tmp_path, capsys):
     """After the run, by the jobs themselves."""
     import jobs.evaluate
@@ -126,6 +130,7 @@ def test_evaluation_and_report_join_the_run(resumed, checkpoint, ranks, tmp_path
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_tracking_continues_the_run(checkpoint, ranks, tmp_path):
     prune(tracked_request(checkpoint, tmp_path / "run", TrackingConfig()), ranks)
     assert not (tmp_path / "run" / "tracking").exists()
@@ -166,7 +171,7 @@ def test_what_cannot_be_tracked_is_refused(checkpoint, ranks, tmp_path, monkeypa
         track_report(tmp_path / "other", ranks)
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_online_needs_a_key_and_no_server(checkpoint, tmp_path, monkeypatch):
     """Without a key nothing starts; with a server that nobody answers for the run goes on, offline."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -187,7 +192,7 @@ def test_online_needs_a_key_and_no_server(checkpoint, tmp_path, monkeypatch):
     assert not [file for file in (tmp_path / "run").rglob("*") if file.is_file() and b"SecretSecret" in file.read_bytes()]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_nothing_is_imported_that_is_not_used(checkpoint, tmp_path):
     """Neither trackers that are off, nor what draws, nor what talks to other ranks."""
     import subprocess
