@@ -278,7 +278,7 @@ def test_a_run_takes_the_least_time_at_least(tmp_path):
 @pytest.mark.ranks
 def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     source = checkpoint("arctic")
-    own = settings(source, tmp_path / "run", calibration__path="not/there.jsonl")
+    own = settings(source, tmp_path / "run")
     replaced = dict(word.split("=", 1) for word in own)
     printed = run(here(commands("preflight")[0], {**replaced, "cluster.nodes": "8"}))
     assert "64 ranks on 8 nodes, h100" in printed and not (tmp_path / "run").exists()
