@@ -87,9 +87,10 @@ def test_evaluate_beside_the_dense_model(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_will_it_fit(checkpoint, tmp_path):
-    """The command prints every line of the README's sample and writes nothing; it does not need the text."""
+    """The command prints every line of the README's sample and writes nothing."""
     (command,) = commands("preflight")
-    output = run(here(command, {"model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "run")}))
+    small = {"calibration.path": str(HELDOUT), "calibration.samples": "8", "calibration.length": "32"}
+    output = run(here(command, {**small, "model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "run")}))
     sample = re.findall(r"^\[.*?\] (\w+)  ", README.partition("<!-- preflight -->")[2].partition("error:")[0], re.M)
     assert len(sample) == 7 and re.findall(r"^\[.*?\] (\w+)  ", output, re.M) == sample
     assert "16 ranks on 2 nodes, h100" in output and not (tmp_path / "run").exists()

@@ -119,7 +119,7 @@ def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
     for command, replaced in zip(commands("slurm")[0].splitlines(), (own, scored), strict=True):
         completed(cluster, start(cluster, run_dir, on_these_nodes(command, replaced)), run_dir)
     assert json.loads((run_dir / "manifest.json").read_text())["summary"]["ranks"] == 2
-    assert (run_dir / "code" / "stun" / "prune.py").is_file() and any((run_dir / "logs").rglob("*.log"))
+    assert (run_dir / "code" / "stun" / "pruning" / "job.py").is_file() and any((run_dir / "logs").rglob("*.log"))
     assert json.loads((run_dir / "result.json").read_text())["rows"] == 4
 
 
