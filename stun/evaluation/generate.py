@@ -54,7 +54,8 @@ class Decoding:
 
 
 class _Batch:
-    """Micro-batch in generation. Finished rows are removed once they are half of it."""
+    """Micro-batch in generation. Finished rows are removed once they are half of it. Seven parameters: all that it is
+    made of, each known to the caller alone."""
 
     def __init__(
         self, number: int, batch: MicroBatch, prompts: list[list[int]], saved: Saved | None, arch: Architecture, decoding, device
@@ -127,7 +128,8 @@ def generate(
 ) -> dict[int, list[int]]:
     """Generated tokens of this rank's prompts, by number of the prompt.
 
-    All ranks call this together. `saved(m)` returns what an earlier call passed to `save` for micro-batch m.
+    All ranks call this together. `saved(m)` returns what an earlier call passed to `save` for micro-batch m. Seven parameters:
+    where tokens are saved is not this module's concern.
     """
     batches = micro_batches([len(ids) for ids in prompts], capacity.batch)
     owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]

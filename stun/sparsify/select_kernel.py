@@ -77,7 +77,7 @@ def select(
     ONES: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """One row, held in registers: read once, searched, and its mask written once.
+    """One row, held in registers: read once, searched, and its mask written once. Kernels take pointers and sizes one by one.
 
     Why counts and no histograms: arithmetic, not memory, sets the pace, so what matters is instructions per key. Counting the
     keys below a threshold takes 1.75 per bfloat16 key, two sharing each subtraction. A histogram (`tl.histogram`, 8 bits, twice)

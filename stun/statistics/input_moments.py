@@ -115,7 +115,7 @@ class Sums(Observer):
 class Moments(Sums):
     """Sums of squares [D] of every matrix' inputs or, with `grams`, of outer products [D, D]. With `gated`, the experts' inputs
     are multiplied by their gate weights. Experts have one sum per part. `inputs` are the inputs of the dense matrices in
-    `remember`, by turn."""
+    `remember`, by turn. Four of the seven parameters are those of `Sums`."""
 
     def __init__(self, stream, layer, names, numbers, grams: bool, gated: bool, remember: Sequence[str] = ()):
         super().__init__(stream, layer, names, numbers)

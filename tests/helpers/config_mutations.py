@@ -1,4 +1,4 @@
-"""What config.json and the tokenizer's files may be turned into; see tests/mutations.py."""
+"""What config.json and the tokenizer's files may be turned into; see tests/helpers/mutations.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan, calibration text and the files of a run folder may be turned into; see tests/mutations.py."""
+"""What a plan, calibration text and the files of a run folder may be turned into; see tests/helpers/mutations.py."""
 
 from __future__ import annotations
 

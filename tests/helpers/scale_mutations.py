@@ -1,4 +1,4 @@
-"""What a block-scaled checkpoint may be turned into; see tests/mutations.py."""
+"""What a block-scaled checkpoint may be turned into; see tests/helpers/mutations.py."""
 
 from __future__ import annotations
 

@@ -149,6 +149,7 @@ def select_experts(
 
     Layer l loses `drops[l]` experts, or, with `one_threshold`, up to `most[l]` by the common threshold. Both are multiples of
     `groups`, and every group loses the same number. Raises StunError if too few experts are not protected.
+    Eight parameters: it is pure and knows no configuration.
     """
     wanted, limits = [count // groups for count in drops], [count // groups for count in most]
     sequences = _sequences(method, layers, wanted, limits, one_threshold, groups)
