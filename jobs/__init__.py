@@ -14,18 +14,39 @@ import stun  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
 import torch
 import transformers
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import stun.config
-from stun.config import StunError
+from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
+from stun.config import PruneConfig, StunError
+from stun.evaluation.config import EvaluateConfig
+from stun.planning.config import PlanConfig
+from stun.preflight.config import PreflightConfig
+from stun.report.config import ReportConfig
 from stun.run.sweep import stages
 from stun.runtime.ranks import Ranks
 from stun.stream.progress import close_view
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 Work = Callable[[object, Ranks], None]
+
+
+def register() -> None:
+    """Store the schemas under the names that the YAML files of `conf/` build on."""
+    schemas = (
+        PruneConfig,
+        PreflightConfig,
+        PlanConfig,
+        EvaluateConfig,
+        CompareConfig,
+        StudyConfig,
+        BenchmarkConfig,
+        ReportConfig,
+    )
+    for schema in schemas:
+        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
 
 
 def launch(name: str, work: Work, observe: Work | None = None) -> None:
@@ -35,7 +56,7 @@ def launch(name: str, work: Work, observe: Work | None = None) -> None:
     (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
     rank and the step. Both exit with status 2, other errors with 1, at once, so that the launcher ends the other ranks.
     """
-    stun.config.register()
+    register()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
     transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from jobs import launch
 from stun.benchmark.study import prune_and_evaluate
-from stun.config import EvaluateConfig, StunError
+from stun.config import StunError
+from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.files import write_json
 from stun.report.tables import results_table

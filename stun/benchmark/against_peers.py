@@ -20,21 +20,12 @@ import torch
 from safetensors.torch import save_file
 
 from stun.benchmark.checkpoints import forget, qwen3_moe, random_checkpoint, shapes_of
+from stun.benchmark.config import BenchmarkConfig, CheckpointShape
 from stun.benchmark.limits import wait_for
 from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import figures, run_prune
 from stun.checkpoint.reader import Checkpoint
-from stun.config import (
-    BenchmarkConfig,
-    CheckpointShape,
-    ExpertsConfig,
-    ExpertsMethod,
-    Precision,
-    PruneConfig,
-    Score,
-    SparsifyConfig,
-    StunError,
-)
+from stun.config import ExpertsConfig, ExpertsMethod, Precision, PruneConfig, Score, SparsifyConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype

@@ -10,10 +10,11 @@ import torch
 
 from stun.benchmark.against_peers import benchmark_peers, check_peers, prune_configs
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
+from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShape
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, method_configs
-from stun.config import BenchmarkCase, BenchmarkConfig, CheckpointShape, PruneConfig, StunError
+from stun.config import PruneConfig, StunError
 from stun.data import calibration_samples, load_tokenizer
 from stun.files import write_json
 from stun.planning.validation import validate

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
+from stun.benchmark.config import CheckpointShape
 from stun.checkpoint.writer import write_index, write_tensors
-from stun.config import CheckpointShape
 from stun.model.empty import without_weights
 
 SHARD = 10**9  # most bytes in one file, unless a single tensor is larger

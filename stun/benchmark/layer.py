@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from stun.benchmark.checkpoints import arctic, write_checkpoint
+from stun.benchmark.config import BenchmarkConfig, CheckpointShape
 from stun.benchmark.limits import Rates, measure_rates
 from stun.benchmark.phases import LayerPhases
 from stun.checkpoint.reader import Checkpoint
-from stun.config import BenchmarkConfig, CheckpointShape
 from stun.model.architecture import Architecture
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States, embed

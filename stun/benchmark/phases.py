@@ -14,8 +14,8 @@ write      from the device to the disk, synced
 from pathlib import Path
 
 from stun.benchmark.checkpoints import forget
+from stun.benchmark.config import BenchmarkConfig
 from stun.benchmark.limits import DeviceMeter
-from stun.config import BenchmarkConfig
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerQuota, layer_quotas, measure_layers
 from stun.planning.job import Job, plan_of_counts

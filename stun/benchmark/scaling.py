@@ -7,10 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from stun.benchmark.checkpoints import forget, random_checkpoint
+from stun.benchmark.config import BenchmarkConfig, CheckpointShape
 from stun.benchmark.limits import measure_rates
 from stun.benchmark.runs import computed_flop, digests, figures, run_prune
 from stun.checkpoint.reader import Checkpoint
-from stun.config import BenchmarkConfig, CheckpointShape
 from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype

@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from stun.config import CompareConfig, EvaluateConfig, ModelConfig, StudyConfig, StunError, with_overrides
+from stun.benchmark.config import CompareConfig, StudyConfig
+from stun.config import ModelConfig, StunError, with_overrides
+from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.files import load_json, write_json
 from stun.planning.from_statistics import plan_from_run

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from stun.config import BenchmarkCase
+from stun.benchmark.config import BenchmarkCase
 from stun.preflight.hardware import GIB
 from stun.runtime.console import printed
 from stun.runtime.units import count

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from stun.benchmark.checkpoints import random_checkpoint
+from stun.benchmark.config import BenchmarkConfig
 from stun.checkpoint.reader import Checkpoint
-from stun.config import BenchmarkConfig, PruneConfig, with_overrides
+from stun.config import PruneConfig, with_overrides
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stun.checkpoint.reader import Checkpoint
-from stun.config import EvaluateConfig, Precision, StunError
+from stun.config import Precision, StunError
 from stun.data import load_tokenizer
+from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stun.checkpoint.reader import Checkpoint
-from stun.config import HarnessConfig, StunError
+from stun.config import StunError
 from stun.data import load_tokenizer
+from stun.evaluation.config import HarnessConfig
 from stun.runtime.ranks import Ranks
 
 _SECONDS = 30.0  # between broadcasts to the waiting ranks, so that their collectives do not time out

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from stun.config import EvaluateConfig, StunError
+from stun.config import StunError
 from stun.data import calibration_samples
+from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.lm_eval import validate_harness
 from stun.evaluation.task import Row, encoded, task_rows, validate_task, with_answer
 from stun.files import load_json

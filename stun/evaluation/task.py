@@ -7,8 +7,9 @@ from decimal import Decimal
 
 from transformers import PreTrainedTokenizerBase
 
-from stun.config import StunError, TaskConfig
+from stun.config import StunError
 from stun.data import check_vocabulary, in_order, load_rows, token_ids
+from stun.evaluation.config import TaskConfig
 
 _QUESTION = "{question}"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")

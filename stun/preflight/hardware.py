@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from stun.config import ClusterConfig, PruneConfig, StunError
+from stun.config import PruneConfig, StunError
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
+from stun.preflight.config import ClusterConfig
 from stun.preflight.speeds import product_speed, read_speed, write_speed
 from stun.runtime.ranks import Ranks
 

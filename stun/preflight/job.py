@@ -5,9 +5,10 @@ Reads only headers, the configuration and a sample of the disk.
 
 from dataclasses import dataclass, replace
 
-from stun.config import ClusterConfig, StunError
+from stun.config import StunError
 from stun.planning.budget import model_bytes
 from stun.planning.job import Job
+from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
 from stun.preflight.time import Duration, durations

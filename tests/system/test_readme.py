@@ -169,7 +169,8 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_settings_in_the_readme_exist():
-    from stun.config import EvaluateConfig, PruneConfig
+    from stun.config import PruneConfig
+    from stun.evaluation.config import EvaluateConfig
 
     first, second = (table.partition("\n\n")[0] for table in README.split("| setting |")[1:])
     for table, whole, known in ((first, PruneConfig, "experts.lambda2"), (second, EvaluateConfig, "task.batch")):

@@ -20,11 +20,12 @@ from helpers.paths import ROOT, TEXT
 from stun.benchmark.against_peers import AS_IT_COMES, Bench
 from stun.benchmark.cases import benchmark
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe, write_checkpoint
+from stun.benchmark.config import BenchmarkCase, CheckpointShape
 from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import digests
 from stun.benchmark.table import benchmark_table
 from stun.checkpoint.reader import Checkpoint
-from stun.config import BenchmarkCase, CheckpointShape, StunError
+from stun.config import StunError
 
 D, I, E, K, V, LENGTH, SAMPLES = 128, 64, 8, 2, 512, 32, 6
 TOKENS = LENGTH * SAMPLES

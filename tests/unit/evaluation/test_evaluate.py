@@ -18,8 +18,9 @@ from helpers.harness import HARNESS_TASK
 from helpers.launches import environment, run_job
 from helpers.paths import HELDOUT, REFERENCE, ROOT, TEXT
 from helpers.stock import full
-from stun.config import CalibrationConfig, EvaluateConfig, HarnessConfig, ModelConfig, StunError, TaskConfig
+from stun.config import CalibrationConfig, ModelConfig, StunError
 from stun.data import load_tokenizer
+from stun.evaluation.config import EvaluateConfig, HarnessConfig, TaskConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.resume import Partial
 from stun.evaluation.task import completion, extract, task_rows

@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import jobs.preflight
-import stun.config
 from helpers.paths import ROOT, TEXT
 from stun.config import StunError
 from stun.planning.job import resolve
@@ -53,7 +52,7 @@ def folder(tmp_path):
 
 
 def composed(job: str, words: str, source, folder):
-    stun.config.register()
+    jobs.register()
     usual = [f"model.path={source}", f"calibration.path={TEXT}", "calibration.samples=8", "calibration.length=32"]
     usual += ["target=0.4", f"run_dir={folder}/run"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -20,11 +20,10 @@ from helpers.paths import REFERENCE, TEXT
 from helpers.tensors import load_tensors
 from helpers.zoo import FAMILIES, make_checkpoint
 from stun.benchmark.checkpoints import random_checkpoint
+from stun.benchmark.config import CheckpointShape
 from stun.checkpoint.reader import Checkpoint
 from stun.config import (
     CalibrationConfig,
-    CheckpointShape,
-    ClusterConfig,
     ExpertsConfig,
     ExpertsMethod,
     ModelConfig,
@@ -37,6 +36,7 @@ from stun.config import (
 from stun.model.architecture import Architecture
 from stun.planning.job import resolve_model
 from stun.preflight.activations import Allocations, trace_layers
+from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import GIB, GPUS, Launch, described
 from stun.preflight.job import SURE, check, estimate
 from stun.preflight.memory import Footprint, transient_costs

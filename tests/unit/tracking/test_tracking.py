@@ -16,8 +16,10 @@ from helpers.launches import run_job, settings
 from helpers.paths import TEXT
 from helpers.stops import stopped_after
 from helpers.wandb_files import launches
-from stun.config import EvaluateConfig, ModelConfig, ReportConfig, StunError, TaskConfig, TrackingConfig, Wandb
+from stun.config import ModelConfig, StunError, TrackingConfig, Wandb
+from stun.evaluation.config import EvaluateConfig, TaskConfig
 from stun.pruning.job import prune
+from stun.report.config import ReportConfig
 from stun.tracking.tracker import Background, check_tracking, track_report, tracked
 
 LAYERS = 3
