@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import stun  # isort: skip  (before torch: it sets how OpenMP's threads wait)
+import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
 import torch
 import transformers
