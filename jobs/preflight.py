@@ -7,7 +7,7 @@ from stun.preflight.job import preflight
 
 
 def work(cfg, ranks) -> None:
-    preflight(resolve(cfg, ranks), ranks, cfg.cluster)
+    preflight(resolve(cfg, ranks, runs_here=not cfg.cluster.nodes), ranks, cfg.cluster)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plans made from saved statistics alone, and how many of each calibration source's experts they keep."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stun.config import PruneConfig, StunError
@@ -34,7 +34,7 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     stats = Statistics(Path(cfg.run_dir) / STATISTICS)
     if not stats.complete:
         raise StunError(f"run_dir={cfg.run_dir}: holds no complete statistics; a run that removes experts takes them")
-    job = resolve_model(cfg, stats.sources)
+    job = resolve_model(replace(cfg, plan=""), stats.sources)
     arch = job.arch
     if stats.about["model"] != model_digest(arch.source):
         raise StunError(f"run_dir={cfg.run_dir}: its statistics belong to another model than {cfg.model.path}")

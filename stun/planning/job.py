@@ -77,18 +77,24 @@ class Job:
         return replace(self, cfg=cfg, plan=plan_of_counts(cfg, self.arch, self.sizes), fractions=())
 
 
-def resolve(cfg: PruneConfig, ranks: Ranks) -> Job:
-    """The configuration's job with its calibration tokens. All ranks call this together.
+def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
+    """The configuration's job with its calibration tokens, which runs on these ranks or only describes a run elsewhere. All ranks
+    call this together.
 
     Raises StunError, before anything is computed or written, if the request cannot be met.
     """
     job = resolve_model(cfg)
     ranks.on_first(lambda: check_tracking(cfg.tracking))
-    check_alike(job.arch, ranks)
+    if runs_here:
+        check_alike(job.arch, ranks)
     samples = ranks.on_first(lambda: _samples(job)) if cfg.target else None
     job = replace(job, samples=samples)
-    if cfg.statistics and samples:
-        ranks.on_first(lambda: job.statistics.check(statistics_identity(job, ranks)))
+    # A finished run needs its shared statistics no more.
+    if cfg.statistics and samples and not ranks.on_first(lambda: job.is_finished):
+        identity = statistics_identity(job, ranks)
+        # Other hardware may compute in another dtype.
+        wanted = {key: value for key, value in identity.items() if runs_here or key != "computed_in"}
+        ranks.on_first(lambda: job.statistics.check(wanted))
     return job
 
 
@@ -100,7 +106,8 @@ def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
     experts = replace(cfg.experts, fraction=0.0)
     dense = replace(cfg, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), plan="", statistics="", target=0.0)
     job = resolve(dense, ranks)
-    return replace(job, cfg=cfg, samples=ranks.on_first(lambda: _samples(job)))
+    own = replace(cfg, plan="", statistics="")  # collected here, whatever others there are
+    return replace(job, cfg=own, samples=ranks.on_first(lambda: _samples(job)))
 
 
 def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:

@@ -36,7 +36,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     ranks.meter = Meter()
     ranks.reset_peak_memory()
     job = resolve(cfg, ranks)
-    if not job.is_finished:
+    if not ranks.on_first(lambda: job.is_finished):
         preflight(job, ranks)
     with open_run(job, ranks) as run:
         if not run.summary:

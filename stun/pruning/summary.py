@@ -61,7 +61,7 @@ def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks)
 def save_observed(run: Run) -> None:
     """Write layers.json of a folder of statistics, if this launch or an earlier one has taken any."""
     entries = Ledger(run.folder / "progress", "observe").finished()
-    if entries:
+    if entries and not (run.folder / FILE).is_file():  # a launch that ended while it cleared has written it from all entries
         write_json(run.folder / FILE, {"observe": [observed_layer(layer) for layer in entries]})
 
 

@@ -22,7 +22,7 @@ from stun.config import StunError
 from stun.files import load_json, load_yaml, write_atomically, write_json
 from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
-from stun.run.ownership import MARK, own_folder, release, remove_written, run_id
+from stun.run.ownership import MARK, discard, own_folder, release, run_id
 
 MANIFEST = "manifest.json"  # written last of all
 STATISTICS, ABOUT = "stats", "about.json"  # folder of statistics, and the file in it that is written last
@@ -92,7 +92,7 @@ class Run:
             return None
         summary = load_json(manifest).get("summary")
         if not isinstance(summary, dict):
-            raise StunError(f"{manifest}: summary: must be an object; remove the file to finish the run again")
+            raise StunError(f"{manifest}: summary: must be an object; remove it and the folder `model` to run again")
         return summary
 
     def finish(self, summary: dict) -> None:
@@ -102,10 +102,9 @@ class Run:
 
     def clear(self) -> None:
         """Remove the files that only an unfinished run needs."""
-        for name, written in _TEMPORARY.items():
-            release(self.folder / name)
-            remove_written(self.folder / name, written)
+        is_gone = [discard(self.folder / name, written) for name, written in _TEMPORARY.items()]
         for folder in (self.model, self.stats):
             release(folder)
-        for name in (LOCK, MARK):
-            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / LOCK).unlink(missing_ok=True)
+        if all(is_gone):  # else the marks of folders that hold other files must go on meaning this run
+            release(self.folder)

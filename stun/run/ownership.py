@@ -30,7 +30,7 @@ def own_folder(folder: Path, name: str) -> None:
         raise StunError(f"{folder}: is a link; nothing is written or removed through a link. Put the folder itself there")
     try:
         folder.mkdir(exist_ok=True)
-        is_marked, is_empty = os.path.lexists(folder / MARK), not any(folder.iterdir())
+        is_marked, is_empty = os.path.lexists(folder / MARK), {file.name for file in folder.iterdir()} <= {f".{MARK}.tmp"}
     except OSError as error:
         raise StunError(f"{folder}: cannot be used: {error}") from error
     if is_empty:
@@ -42,7 +42,19 @@ def own_folder(folder: Path, name: str) -> None:
 def release(folder: Path) -> None:
     """Remove the mark, so that nothing in `folder` can be removed."""
     if not folder.is_symlink():
-        (folder / MARK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / MARK).unlink(missing_ok=True)
+
+
+def discard(folder: Path, names: str) -> bool:
+    """Remove the files of a marked folder that `remove_written` removes, then the mark and the folder if nothing else is in it.
+    Whether the folder is gone. The mark goes last: a launch that is killed in between can do it again."""
+    remove_written(folder, names)
+    if folder.is_dir() and not folder.is_symlink() and {file.name for file in folder.iterdir()} <= {MARK}:
+        release(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    return not os.path.lexists(folder)
 
 
 def remove_written(folder: Path, names: str) -> None:
@@ -54,15 +66,23 @@ def remove_written(folder: Path, names: str) -> None:
     for parent, _, files in os.walk(folder, topdown=False):
         for file in (Path(parent) / name for name in files):
             if pattern.fullmatch(file.relative_to(folder).as_posix()) and not file.is_symlink():
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a file that cannot be removed does no harm
+                    file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
             Path(parent).rmdir()
 
 
 def remove_run(folder: Path) -> None:
     """Remove a run folder that the calling job created. A link, or a folder without a run, is kept."""
-    if not folder.is_symlink() and (folder / "config.yaml").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink() or not (folder / "config.yaml").is_file():
+        return
+    # config.yaml goes last: a launch that is killed in between still knows the folder as a run.
+    for child in (child for child in folder.iterdir() if child.name != "config.yaml"):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child, ignore_errors=True)
+        else:
+            child.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _mark(folder: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from helpers.kill_runs import request
 from helpers.stops import stopped_after
 from helpers.tensors import same_tensors
 from stun.config import StunError
-from stun.pruning.job import prune
+from stun.pruning.job import prune, take_statistics
 from stun.report.write import write_reports
 from stun.run.ownership import MARK, own_folder, remove_written
 
@@ -111,3 +112,41 @@ def test_remove_written(tmp_path):
     (tmp_path / "link").symlink_to(own)
     remove_written(tmp_path / "link", ".*")
     assert (own / "a.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["hidden/observe-00000-0-of-1.safetensors", "progress/notes"])
+def test_a_launch_that_ended_while_it_cleared(checkpoint, tmp_path, ranks, name):
+    """Statistics have no manifest: every launch goes through the folders again."""
+    cfg, run = request(str(checkpoint("arctic")), tmp_path / "run"), tmp_path / "run"
+    take_statistics(cfg, ranks)
+    (run / name).parent.mkdir()
+    for mark in (run / MARK, run / name):
+        mark.with_name(MARK).write_text("a name\n")
+    (run / name).write_text("{}")
+    before = contents(run / "stats")
+    for _ in range(2):
+        take_statistics(cfg, ranks)
+    assert contents(run / "stats") == before and (run / name).exists() == (name == "progress/notes")
+
+
+def test_a_launch_that_ended_while_it_marked(tmp_path):
+    (tmp_path / f".{MARK}.tmp").touch()
+    own_folder(tmp_path, "run")
+    assert contents(tmp_path) == {MARK: b"run\n"}
+
+
+def test_statistics_of_another_run_are_left_alone(checkpoint, tmp_path, ranks):
+    """jobs.observe collects its own, whatever `statistics` says."""
+    cfg = request(str(checkpoint("arctic")), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    take_statistics(replace(cfg, statistics=str(tmp_path / "other")), ranks)
+    assert (tmp_path / "run" / "stats" / "about.json").is_file() and not list((tmp_path / "other").iterdir())
+
+
+def test_a_finished_run_needs_its_shared_statistics_no_more(checkpoint, tmp_path, ranks):
+    cfg = request(str(checkpoint("arctic")), tmp_path / "run")
+    take_statistics(replace(cfg, run_dir=str(tmp_path / "shared")), ranks)
+    shared = replace(cfg, statistics=str(tmp_path / "shared"))
+    summary = prune(shared, ranks)
+    shutil.rmtree(tmp_path / "shared")
+    assert prune(shared, ranks) == summary
