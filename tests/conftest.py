@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,39 @@ from helpers.zoo import make_checkpoint  # noqa: E402
 from stun.pruning.job import take_statistics  # noqa: E402
 from stun.runtime.ranks import Ranks  # noqa: E402
 
+# Files, and functions that need not stay with their file, and about how many seconds they take.
+LONG = {
+    "test_slurm.py": 260,
+    "test_memory_is_what_was_estimated": 100,
+    "test_demo": 60,
+    "test_families.py": 60,
+    "test_same_bytes_on_any_number_of_ranks": 60,
+    "test_every_launcher_and_repeat": 40,
+    "test_memory.py": 40,
+    "test_killed_at_any_instant": 35,
+    "test_hostile.py": 30,
+    "test_peers.py": 25,
+    "test_peers": 25,
+    "test_report.py": 25,
+    "test_masks.py": 20,
+    "test_ranks": 20,
+    "test_world.py": 20,
+    "test_paper_comparison": 20,
+    "test_readme.py": 20,
+    "test_terminal.py": 18,
+    "test_evaluate.py": 15,
+    "test_one_stream_serves_every_selection": 12,
+    "test_generate.py": 12,
+    "test_preflight.py": 12,
+    "test_tracking.py": 12,
+    "test_disk_full": 12,
+    "test_one_rank_is_killed": 12,
+    "test_heterogeneous.py": 10,
+    "test_study_runs_and_continues": 10,
+    "test_resume.py": 8,
+    "test_the_interpreted_kernel_sorts": 8,
+}
+
 
 def pytest_configure(config) -> None:
     """Tests that run side by side get cores of their own: threads of two jobs on one core wait for one another."""
@@ -27,21 +59,32 @@ def pytest_configure(config) -> None:
         torch.set_num_threads(len(own))
 
 
+def unit(nodeid: str) -> str:
+    """What one worker runs as a whole: a file's tests, which share fixtures, or those of a function in LONG."""
+    file, _, test = nodeid.partition("::")
+    name = test.partition("[")[0]
+    return name if name in LONG else Path(file).name
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """What starts several ranks, Slurm or a browser is slow. Tests stay with those of their file on one worker, but for those
-    that are `slow(seconds)`, which go to whichever is free; what takes longest begins first."""
-    seconds: dict[str, float] = defaultdict(float)
+    """What starts several ranks, Slurm or a browser is slow; what takes longest begins first."""
     for item in items:
         if any(item.get_closest_marker(name) for name in ("ranks", "slurm", "browser")):
             item.add_marker("slow")
-        told = sum(mark.args[0] for mark in item.iter_markers("slow") if mark.args)
-        unit = item.get_closest_marker("xdist_group")
-        if not unit:
-            unit = pytest.mark.xdist_group(item.name if told else item.path.stem).mark
-            item.add_marker(pytest.mark.xdist_group(unit.args[0]))
-        seconds[unit.args[0]] += told or (1 if item.get_closest_marker("slow") else 0.1)
-    items.sort(key=lambda item: -seconds[item.get_closest_marker("xdist_group").args[0]])
+    items.sort(key=lambda item: -LONG.get(unit(item.nodeid), 0))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Units to workers, in this order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    return Units(config, log)
 
 
 @pytest.fixture(scope="module")

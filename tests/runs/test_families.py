@@ -20,7 +20,7 @@ from stun.data import calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
-pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("families"), pytest.mark.slow(4)]
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")

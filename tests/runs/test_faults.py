@@ -28,7 +28,7 @@ def half_files(folder) -> list[str]:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(12)
+@pytest.mark.slow
 def test_disk_full(tmp_path):
     """Files may not grow beyond 60 KiB: the first shard of a layer does not fit, and the job says so."""
     source = make_checkpoint(tmp_path / "source", "mixtral")
@@ -95,7 +95,7 @@ def test_one_rank_fails_alone(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(12)
+@pytest.mark.slow
 def test_one_rank_is_killed(tmp_path):
     """The others end within seconds, not after a timeout of the collectives."""
     source = make_checkpoint(tmp_path / "source", "mixtral", num_hidden_layers=40)

@@ -62,7 +62,7 @@ def peak(folder, run_dir) -> int:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(40)
+@pytest.mark.slow
 def test_peak_does_not_grow_with_depth(tmp_path):
     """12 layers in one run need what three runs of 4 layers need.
 

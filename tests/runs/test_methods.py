@@ -16,7 +16,7 @@ from stun.model.architecture import Architecture
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow
 @pytest.mark.parametrize("family, worlds", [("arctic", (1, 2, 4)), ("gpt_oss", (1, 2)), ("deepseek_v3", (1, 2))])
 def test_same_bytes_on_any_number_of_ranks(checkpoint, tmp_path, family, worlds):
     source = checkpoint(family, dtype=torch.bfloat16 if family == "gpt_oss" else torch.float32)

@@ -20,7 +20,7 @@ LAYERS = 5
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(40)
+@pytest.mark.slow
 def test_killed_at_any_instant(tmp_path):
     """At each kind of instant of both streams, one rank of two or both; what goes on has one, two or four ranks."""
     source = make_checkpoint(tmp_path / "source", "arctic", num_hidden_layers=LAYERS)

@@ -97,7 +97,7 @@ def test_more_ranks_than_experts_bf16_tied_single_file(checkpoint, tmp_path):
     assert {len(layer["kept"]) for layer in json.loads((tmp_path / "1" / "plan.json").read_text())["layers"]} == {2}
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow
 def test_every_launcher_and_repeat(checkpoint, tmp_path):
     source = checkpoint("mixtral")
     script = [sys.executable, "-m"]

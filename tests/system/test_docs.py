@@ -27,7 +27,7 @@ def rows_of(tmp_path: Path) -> dict[str, str]:
     return {"task.path": str(tmp_path / "rows.jsonl"), "task.max_new_tokens": "8"}
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_qwen3_on_one_gpu(tmp_path):
     """From preflight to the model card; GSM8K's form without its worked examples, which are longer than the model's context."""
     preflight, prune, both, report = commands("qwen3", page("qwen3-on-one-gpu"))
@@ -48,7 +48,7 @@ def test_qwen3_on_one_gpu(tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(20)
+@pytest.mark.slow
 def test_paper_comparison(tmp_path):
     """On the reference model it is the demo of the README, which its test runs; here it has another task."""
     reference, large = commands("paper", page("paper-comparison"))

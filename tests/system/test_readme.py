@@ -16,7 +16,7 @@ from helpers.tensors import load_tensors
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(70)
+@pytest.mark.slow
 def test_demo(tmp_path):
     (command,) = commands("demo")
     job = command.split(" && ")[-1]

@@ -22,7 +22,7 @@ from helpers.slurm_cluster import Cluster, missing
 from helpers.tensors import same_tensors
 from helpers.zoo import make_checkpoint
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.slow(30)]  # on one cluster
+pytestmark = pytest.mark.slurm
 REASON = missing()
 if REASON and os.environ.get("REQUIRE_SLURM"):
     raise RuntimeError(REASON)

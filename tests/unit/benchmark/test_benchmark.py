@@ -102,7 +102,7 @@ def test_weights(tmp_path, ranks):
     assert all(abs(row["sparsity"] - 0.5) < 1e-3 and row["seconds"] > 0 for row in found["methods"].values())
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_growth(tmp_path, ranks, warm):
     """Twice the layers, experts or tokens: FLOP and bytes grow as they must."""
     found = measured("growth", tmp_path / "run", ranks, "factors=[2]")
@@ -127,7 +127,7 @@ def test_growth(tmp_path, ranks, warm):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(20)
+@pytest.mark.slow
 def test_ranks(tmp_path, ranks):
     found = measured("ranks", tmp_path / "run", ranks, "worlds=[1,2]")
     one, two = found["runs"]["1"], found["runs"]["2"]
@@ -152,7 +152,7 @@ def program(file, script: str) -> str:
     return str(file)
 
 
-@pytest.mark.slow(25)
+@pytest.mark.slow
 def test_peers(tmp_path, ranks, warm):
     """All tools reach the target and keep as many experts; llm-compressor fails, having been asked for what STUN has reached."""
     python = program(tmp_path / "python", 'echo trying >&2; echo "ImportError: $5 $6 $7" >&2; echo "now gone" >&2; exit 1')

@@ -58,7 +58,7 @@ def test_markdown():
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_study_runs_and_continues(tmp_path):
     """Every method at every sparsity and seed from one stream a seed; a second call computes nothing again."""
     source = make_checkpoint(tmp_path / "source", "mixtral")

@@ -146,7 +146,7 @@ def test_one_and_two_ranks(checkpoint, ranks, rows, tmp_path, family):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(15)
+@pytest.mark.slow
 def test_killed_on_one_rank_it_goes_on_on_two(ranks, tmp_path):
     """Killed while it scores; the layers that were finished are not run again, and the numbers are those of a whole run."""
     rows = tmp_path / "rows.jsonl"

@@ -25,7 +25,7 @@ from stun.pruning.job import prune
 from stun.statistics.store import Statistics
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow
 def test_one_stream_serves_every_selection(observed, tmp_path):
     source, run_dir = observed
     before = sorted((f.name, f.stat().st_mtime_ns) for f in (run_dir / "stats").iterdir())

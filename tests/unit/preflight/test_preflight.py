@@ -324,8 +324,7 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(18)
-@pytest.mark.xdist_group("memory of runs")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_what_was_estimated(large, tmp_path, name):
     """Within 15 % of the measured peak, and without what a process holds from its start within 25 %."""

@@ -70,7 +70,7 @@ def test_unreachable_by_any_split(tmp_path, ranks):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_auto_on_the_command_line(checkpoint, tmp_path):
     source, how = checkpoint("mixtral"), {"experts__fraction": "auto", "calibration__samples": 17}
     for ranks in (1, 2):

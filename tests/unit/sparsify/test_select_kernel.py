@@ -28,7 +28,7 @@ for case in sys.argv[1:]:
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow
 @needs_triton
 def test_the_interpreted_kernel_sorts():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -105,7 +105,7 @@ def test_a_seed_shuffles_the_text(observed, tmp_path, ranks):
 
 
 @pytest.mark.ranks
-@pytest.mark.slow(10)
+@pytest.mark.slow
 def test_same_statistics_and_bytes_on_1_2_4_ranks(tmp_path):
     """... for a mixture whose parts do not divide into micro-batches, a score, co-activation, and reconstruction."""
     source = make_checkpoint(tmp_path / "source", "gpt_oss", dtype=torch.bfloat16)
