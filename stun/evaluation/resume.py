@@ -13,7 +13,7 @@ from stun.config import StunError
 from stun.files import is_count, load_json, write_json
 from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
-from stun.run.ownership import remove_written
+from stun.run.ownership import refuse_link, remove_written
 
 _STREAM = r"score-\d+/(progress|hidden)/[\w-]+\.(json|safetensors)"
 _WRITTEN = rf"{LOCK}|\w+\.json|{_STREAM}|generate-\d+/tokens-\d+\.json|(.*/)?\..+\.tmp"
@@ -29,8 +29,7 @@ class Partial:
         """Create and lock the folder, or resume from it. Raises StunError if it holds another request (with the differences), or
         if another process uses it."""
         file = self.folder / "request.json"
-        if self.folder.is_symlink():
-            raise StunError(f"{self.folder}: is a link; nothing is written through one. Put the folder itself there")
+        refuse_link(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not file.is_file() and any(entry.name not in (LOCK, f".{file.name}.tmp") for entry in self.folder.iterdir()):

@@ -16,7 +16,7 @@ from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
-from stun.run.folder import ABOUT, MANIFEST, STATISTICS
+from stun.run.folder import MANIFEST, STATISTICS
 from stun.run.identity import observed
 from stun.runtime.ranks import Ranks
 from stun.statistics.store import Statistics
@@ -61,7 +61,7 @@ class Job:
     @property
     def streams(self) -> dict[str, bool]:
         """Streams over the layers still to run, and whether each of them runs the model's forward."""
-        is_taken = self.cfg.statistics or (Path(self.cfg.run_dir) / STATISTICS / ABOUT).is_file()
+        is_taken = self.cfg.statistics or self.statistics.complete
         first = {"observe": True} if self.reads_statistics and not is_taken else {}
         search = {"search": True} if self.fractions else {}
         return first | search | {"prune": bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
@@ -125,10 +125,11 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
         return Job(cfg, arch, sizes, read_plan(cfg.plan, arch, sizes, cfg, cfg.target), is_given=True)
     _check_loadable(cfg, arch)
     is_auto = cfg.experts.fraction == "auto"
-    fractions = reachable(cfg, arch, sizes) if is_auto else [cfg.experts.fraction]
-    job = Job(cfg, arch, sizes, Plan(0, 0, 0, 0, 0, [])).with_fraction(min(fractions))
+    fractions = reachable(cfg, arch, sizes) if is_auto else []
+    first = replace(cfg, experts=replace(cfg.experts, fraction=min(fractions))) if is_auto else cfg
+    job = Job(cfg, arch, sizes, plan_of_counts(first, arch, sizes), fractions=tuple(fractions))
     check_listed(cfg, arch, [0] * len(arch.layers) if is_auto else job.drops)
-    return replace(job, cfg=cfg, fractions=tuple(fractions) if is_auto else ())
+    return job
 
 
 def statistics_identity(job: Job, ranks: Ranks) -> dict:

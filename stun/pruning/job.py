@@ -125,11 +125,11 @@ def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
 
 def _draw(errors: dict[float, float], file: Path) -> None:
     """The report's chart of a search, on a white background."""
-    from stun.report import charts, theme  # with matplotlib, which no other run needs
+    from stun.report import charts, png, theme  # with matplotlib, which no other run needs
 
     figure = charts.budget(theme.LIGHT, {"fraction": list(errors), "error": list(errors.values())})
     figure.patch.set_alpha(1)
-    figure.savefig(file)
+    png.saved(figure, file)
 
 
 def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:

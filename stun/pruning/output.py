@@ -15,7 +15,7 @@ from stun.pruning.shards import hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
 from stun.run.ledger import Ledger
-from stun.run.ownership import MARK, own_folder, run_id
+from stun.run.ownership import MARK, own_part
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import embed
@@ -45,7 +45,7 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
     Removes unfinished files of an interrupted launch first. Writes the file unless that launch did, and puts the tensors into
     `outer` if so.
     """
-    own_folder(run.model, run_id(run.folder))
+    own_part(run.model)
     source, ledger = job.arch.source, Ledger(run.folder / "progress", "outside")
     known = [entry for entries in ledger.finished() for entry in entries]
     files = known + [entry for entries in finished for entry in entries]

@@ -22,7 +22,7 @@ from stun.config import StunError
 from stun.files import load_json, load_yaml, write_atomically, write_json
 from stun.run.identity import differences
 from stun.run.lock import LOCK, hold
-from stun.run.ownership import MARK, discard, own_folder, release, run_id
+from stun.run.ownership import MARK, discard, own_part, release
 
 MANIFEST = "manifest.json"  # written last of all
 STATISTICS, ABOUT = "stats", "about.json"  # folder of statistics, and the file in it that is written last
@@ -77,13 +77,12 @@ class Run:
     def _own_folders(self) -> None:
         """Raise StunError if a folder that this run writes to is a link or another's. Called before files in it are read,
         written or removed."""
-        name = run_id(self.folder)
         for part in _TEMPORARY:
-            own_folder(self.folder / part, name)
+            own_part(self.folder / part)
         is_complete = (self.stats / ABOUT).is_file()  # complete statistics are only read, and may be another run's
         later = [self.model] if is_complete else [self.model, self.stats]
         for folder in filter(os.path.lexists, later):
-            own_folder(folder, name)
+            own_part(folder)
 
     def read_summary(self) -> dict | None:
         """Summary of a complete run; None while it is not complete."""

@@ -21,13 +21,23 @@ def run_id(folder: Path) -> str:
     return _read(file)
 
 
+def own_part(folder: Path) -> None:
+    """Create `folder` for the run in the folder above it, or accept the one that this run created. Raises as `own_folder`."""
+    own_folder(folder, run_id(folder.parent))
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises StunError if `folder` is a link."""
+    if folder.is_symlink():
+        raise StunError(f"{folder}: is a link; nothing is written or removed through a link. Put the folder itself there")
+
+
 def own_folder(folder: Path, name: str) -> None:
     """Create `folder` for the run called `name`, or accept the one that this run created.
 
     Raises StunError, and changes nothing, if it is a link, a file, or not empty and without this run's mark.
     """
-    if folder.is_symlink():
-        raise StunError(f"{folder}: is a link; nothing is written or removed through a link. Put the folder itself there")
+    refuse_link(folder)
     try:
         folder.mkdir(exist_ok=True)
         is_marked, is_empty = os.path.lexists(folder / MARK), {file.name for file in folder.iterdir()} <= {f".{MARK}.tmp"}

@@ -13,7 +13,7 @@ from stun.config import StunError
 from stun.files import is_count, load_json, write_json
 from stun.run.folder import ABOUT
 from stun.run.identity import differences
-from stun.run.ownership import own_folder, run_id
+from stun.run.ownership import own_part
 
 _RETAKE = "collect the statistics again in another run_dir"
 
@@ -56,7 +56,7 @@ class Statistics:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
     def save(self, layer: int, statistics: dict[str, torch.Tensor]) -> None:
-        own_folder(self.folder, run_id(self.folder.parent))
+        own_part(self.folder)
         write_tensors(self._file(layer), statistics)
 
     def load(self, layer: int, experts: int | None = None) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ class Statistics:
 
     def finish(self, identity: dict) -> None:
         """Mark the statistics as complete; `identity` is what they depend on (`observed`)."""
-        own_folder(self.folder, run_id(self.folder.parent))
+        own_part(self.folder)
         files = {file.name: _digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
         write_json(self._about, {**identity, "files": files})
 

@@ -6,11 +6,11 @@ import json
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import jobs.preflight
-from helpers.paths import ROOT, TEXT
+from helpers import configs
+from helpers.paths import TEXT
 from stun.config import StunError
 from stun.planning.job import resolve
 from stun.pruning.job import prune, take_statistics
@@ -52,11 +52,9 @@ def folder(tmp_path):
 
 
 def composed(job: str, words: str, source, folder):
-    jobs.register()
     usual = [f"model.path={source}", f"calibration.path={TEXT}", "calibration.samples=8", "calibration.length=32"]
     usual += ["target=0.4", f"run_dir={folder}/run"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return OmegaConf.to_object(compose(job, [*usual, *words.format(tmp=folder).split()]))
+    return OmegaConf.to_object(configs.composed(job, [*usual, *words.format(tmp=folder).split()]))
 
 
 def refusal(call) -> str:
