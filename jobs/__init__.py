@@ -8,62 +8,56 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
 import torch
 import transformers
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
-from stun.config import PruneConfig, StunError
-from stun.evaluation.config import EvaluateConfig
-from stun.planning.config import PlanConfig
-from stun.preflight.config import PreflightConfig
-from stun.report.config import ReportConfig
+from stun.config import StunError
 from stun.run.sweep import stages
 from stun.runtime.ranks import Ranks
+from stun.settings.compose import CONF, check_overrides, composed, register
+from stun.settings.describe import help_text
 from stun.stream.progress import close_view
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 Work = Callable[[object, Ranks], None]
 
 
-def register() -> None:
-    """Store the schemas under the names that the YAML files of `conf/` build on."""
-    schemas = (
-        PruneConfig,
-        PreflightConfig,
-        PlanConfig,
-        EvaluateConfig,
-        CompareConfig,
-        StudyConfig,
-        BenchmarkConfig,
-        ReportConfig,
-    )
-    for schema in schemas:
-        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
-
-
-def launch(name: str, work: Work, observe: Work | None = None) -> None:
+def launch(name: str, work: Work, observe: Work | None = None, about: str = "") -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
     With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for the statistics they share
     (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
     rank and the step. Both exit with status 2, other errors with 1, at once, so that the launcher ends the other ranks.
     """
-    register()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
     transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
-    parts = [(work, arguments)]
-    if observe and {"-m", "--multirun"} & set(arguments):
+    flags, overrides = [a for a in arguments if a.startswith("-")], [a for a in arguments if not a.startswith("-")]
+    if {"-h", "--help"} & set(flags):
+        print(help_text(name, about))
+    elif flags:
+        _launch_by_hydra(name, [program, *arguments], work, observe)
+    else:
         with _ends_clearly():
+            work(composed(name, overrides), _ranks())
+
+
+def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | None) -> None:
+    """A sweep (`-m`), or another flag of Hydra's, such as `--cfg job`, `--config-name NAME` or one for a shell's completion."""
+    program, *arguments = argv
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    register()
+    parts = [(work, arguments)]
+    with _ends_clearly():
+        if is_sweep:
+            check_overrides(name, [word for word in arguments if not word.startswith("-")], is_sweep)
+        if is_sweep and observe:
             parts = list(zip((observe, work), stages(arguments), strict=True))
     for function, overrides in parts:
         sys.argv = [program, *overrides]

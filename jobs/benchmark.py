@@ -10,5 +10,9 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print(benchmark_table(result)))
 
 
+def main() -> None:
+    launch("benchmark", work, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("benchmark", work)
+    main()

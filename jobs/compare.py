@@ -32,5 +32,9 @@ def work(cfg, ranks) -> None:
     ranks.on_first(report)
 
 
+def main() -> None:
+    launch("compare", work, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("compare", work)
+    main()

@@ -4,5 +4,10 @@ calibration.path=... run_dir=runs/statistics"""
 from jobs import launch
 from stun.pruning.job import take_statistics
 
+
+def main() -> None:
+    launch("observe", take_statistics, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("observe", take_statistics)
+    main()

@@ -12,5 +12,9 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print(plan_table(plan_from_run(cfg, Path(cfg.output), cfg.compare))))
 
 
+def main() -> None:
+    launch("plan", work, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("plan", work)
+    main()

@@ -10,5 +10,9 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print("\n" + summary_table(summary, cfg.run_dir)))
 
 
+def main() -> None:
+    launch("prune", work, take_statistics, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("prune", work, take_statistics)
+    main()

@@ -15,5 +15,9 @@ def work(cfg, ranks) -> None:
         track_report(page.parent.parent, ranks)
 
 
+def main() -> None:
+    launch("report", work, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("report", work)
+    main()

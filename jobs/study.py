@@ -19,5 +19,9 @@ def work(cfg, ranks) -> None:
     ranks.on_first(report)
 
 
+def main() -> None:
+    launch("study", work, about=__doc__)
+
+
 if __name__ == "__main__":
-    launch("study", work)
+    main()

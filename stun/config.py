@@ -89,18 +89,22 @@ class Wandb(Enum):
 
 @dataclass
 class TrackingConfig:
-    """Trackers of a job's metrics; their files are in `tracking/` of the run folder. `project`: that of Weights & Biases."""
+    """Trackers of a job's metrics; their files are in `tracking/` of the run folder."""
 
     wandb: Wandb = Wandb.disabled
+    """Weights & Biases: off, files to be sent later by `wandb sync`, or sent at once."""
     project: str = "stun"
+    """Project there."""
     tensorboard: bool = False
+    """Event files for TensorBoard too."""
 
 
 @dataclass
 class ModelConfig:
-    """Model to prune. `path`: folder of a safetensors checkpoint in the hub's layout."""
+    """Model to work on."""
 
     path: str = MISSING
+    """Folder of a safetensors checkpoint in the hub's layout."""
 
 
 @dataclass
@@ -115,22 +119,25 @@ class SourceConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Calibration text.
-
-    `path` is a local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub; `field` holds either a string
-    or a list of chat messages. `mixture` names several such sources instead, each with its own path, field and split.
-    The text is packed into `samples` sequences of `length` tokens, and a micro-batch has `micro_batch` of them. With a `seed` the
-    rows are shuffled first. The result depends on the micro-batch (in the last bits) but not on the number of ranks.
-    """
+    """Calibration text, packed into sequences. The result depends on the micro-batch (in the last bits) but not on the number of
+    ranks."""
 
     path: str = ""
+    """Local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub."""
     mixture: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several sources by name in place of `path`, each with its own `path`, `field`, `split` and `weight`."""
     field: str = "text"
+    """Field that holds a text or a list of chat messages."""
     split: str = "train"
+    """Split of a dataset on the hub."""
     samples: int = 128
+    """Packed sequences."""
     length: int = 2048
+    """Tokens of a sequence."""
     micro_batch: int = 8
+    """Sequences that run at once."""
     seed: int | None = None
+    """Shuffles the rows first."""
 
     @property
     def sources(self) -> dict[str, SourceConfig]:
@@ -140,43 +147,46 @@ class CalibrationConfig:
 
 @dataclass
 class ProtectConfig:
-    """Experts that are kept whatever the method chooses.
-
-    `experts` lists them by layer and number, counted from 0: L3E10. `super_experts`: those with extreme outputs, of a norm above
-    a tenth of the largest of all layers and above all but 0.5 % of the experts (arXiv 2507.23279). `domain_share`: those that
-    serve at least this share of some calibration source's routed tokens in their layer, whatever that source weighs; 0: none.
-    """
+    """Experts that are kept whatever the method chooses."""
 
     experts: list[str] = field(default_factory=list)
+    """Experts by layer and number, counted from 0: `[L0E3,L1E2]`."""
     super_experts: bool = False
+    """Those with extreme outputs: of a norm above a tenth of the largest of all layers and above all but 0.5 % of the experts
+    (arXiv 2507.23279)."""
     domain_share: float = 0.0
+    """Those that serve at least this share of some calibration source's routed tokens in their layer, whatever that source
+    weighs; 0: none."""
 
 
 @dataclass
 class ExpertsConfig:
-    """Structured part: `fraction` of the removed parameters is removed as whole experts; `auto` searches for it.
-
-    `method` chooses the experts to remove. `score` ranks experts, chooses a cluster's representative and breaks ties. `seed` is
-    that of the random score. `source_weights` weighs the statistics of calibration sources (1 where a source is not named).
-
-    `lambda1` and `lambda2` weigh router-row distance and co-activation (STUN, section 4.1) in the similarity of two experts.
-    Co-activation is off by default: on the reference model, whose tokens use two experts each,
-    experts that serve the same tokens complement each other, and merging them costs far more than it saves. Layers with
-    `kappa` clusters or fewer are reconstructed: a cluster's mean replaces its representative. Every layer keeps at least
-    `keep_at_least` experts, and at least the model's top-k.
-    """
+    """Structured part: whole experts are removed."""
 
     method: ExpertsMethod = ExpertsMethod.stun
+    """How the experts to remove are chosen. stun: clusters by complete linkage, the paper's text; stun_official: the algorithm of
+    its code; rank: by score."""
     fraction: int | float | str = 0.5
+    """Share of the removed parameters that is removed as whole experts; 0 is weights alone, `auto` searches for it."""
     budget: Budget = Budget.uniform
+    """uniform: every layer keeps the same number; global: one threshold over all layers."""
     representative: Representative = Representative.nearest
+    """Expert kept of a cluster: `nearest` to its mean, or the best by `score`."""
     score: Score = Score.reap
+    """Score of an expert; index: none, ties go to the lower index, and no forward is needed."""
     seed: int = 0
+    """Seed of the random score."""
     source_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of calibration sources in the statistics; 1 where a source is not named."""
     lambda1: float = 1.0
+    """Weight of router-row distance in the similarity of two experts (STUN, section 4.1)."""
     lambda2: float = 0.0
+    """Weight of co-activation in that similarity. Off: on the reference model, whose tokens use two experts each, experts that
+    serve the same tokens complement each other, and merging them costs far more than it saves."""
     kappa: int = 3
+    """Layers with so many clusters or fewer keep their clusters' means instead of representatives."""
     keep_at_least: int = 1
+    """Fewest experts of a layer; never fewer than the model's top-k."""
     protect: ProtectConfig = field(default_factory=ProtectConfig)
 
     @property
@@ -188,25 +198,26 @@ class ExpertsConfig:
 
 @dataclass
 class SparsifyConfig:
-    """Unstructured part: `method` chooses the weights to remove in the matrices of `scope`.
-
-    `pattern`, such as 2:4, keeps two of every four neighbouring inputs; the rest of the target is removed as whole experts.
-    `ratios` spreads the removed weights over the layers: `uniform`, `owl` (fewer from layers with more outliers:
-    arXiv 2310.05175, with its threshold `outlier` and its bound `spread`), or a JSON file with a number per decoder layer, to
-    all of which the same amount is added to meet the target.
-
-    `reconstruct` refits the kept weights to the outputs of the dense layer. With it, SparseGPT or ALPS, every matrix of an
-    expert needs a Gram matrix. The experts are grouped so that a group's fit into `gram_gib`; the layer runs once per group.
-    """
+    """Unstructured part: single weights are removed."""
 
     method: SparsifyMethod = SparsifyMethod.wanda
+    """How the weights are chosen. moe_pruner: Wanda on inputs times their gate weights; sparsegpt and alps update the kept
+    weights too."""
     scope: list[Scope] = field(default_factory=lambda: list(Scope))
+    """Matrices whose weights may be removed. Never routers, norms, embeddings, head."""
     pattern: str = ""
+    """N:M, such as 2:4: N of M neighbouring inputs are kept. The rest of the target is removed as whole experts."""
     ratios: str = "uniform"
+    """Share of removed weights by layer: `uniform`; `owl`: fewer from layers with more outliers (arXiv 2310.05175); or a JSON
+    file with a number per decoder layer, to all of which the same amount is added to meet the target."""
     outlier: float = 5.0
+    """Multiple of the mean score above which `owl` counts an outlier."""
     spread: float = 0.08
+    """Largest deviation of a layer's ratio that `owl` allows."""
     reconstruct: bool = False
+    """After the mask, refit the kept weights to the outputs of the dense layer."""
     gram_gib: float = 16.0
+    """GiB of Gram matrices a rank holds for sparsegpt, alps and `reconstruct`; with less, the layer runs more often."""
 
     @property
     def reads_grams(self) -> bool:
@@ -230,21 +241,22 @@ class SparsifyConfig:
 
 @dataclass
 class PruneConfig:
-    """One pruning run. `target` is total sparsity over the decoder layers; the checkpoint goes to `run_dir`/model.
-
-    `plan` is a plan file (jobs.plan, or a plan.json) that says which experts are kept, in place of `experts`. `statistics` is
-    the folder of a run (jobs.observe) whose statistics this run uses instead of collecting its own.
-    """
+    """One pruning run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
     target: float = MISSING
+    """Total sparsity of the decoder layers: 1 - nonzero after / parameters before. Removed experts count in full."""
     run_dir: str = MISSING
+    """Folder of the run; the checkpoint goes to `model` in it."""
     plan: str = ""
+    """Plan file (`stun plan`, or a run's plan.json) that says which experts are kept, in place of `experts`."""
     statistics: str = ""
+    """Folder of a run (`stun observe`) whose statistics this run uses instead of collecting its own."""
     precision: Precision = Precision.auto
+    """Dtype that layers are computed in: the checkpoint's where the device multiplies it fast, or float32."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

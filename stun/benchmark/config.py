@@ -16,15 +16,18 @@ class CompareConfig(PruneConfig):
 
 @dataclass
 class StudyConfig(CompareConfig):
-    """Comparison of pruning methods. `methods` maps a name to overrides of the configuration. Each runs at every target, with the
-    calibration text shuffled by every seed. `measures` (odd, even, perplexity, seconds, GiB) are printed; the JSON file `scores`
-    gets all."""
+    """Comparison of pruning methods. Each runs at every target, with the calibration text shuffled by every seed."""
 
     methods: dict[str, list[str]] = field(default_factory=dict)
+    """Names of methods, each with overrides of the configuration."""
     targets: list[float] = field(default_factory=list)
+    """Total sparsities."""
     seeds: list[int] = field(default_factory=list)
+    """Seeds of the calibration text."""
     measures: list[str] = field(default_factory=lambda: ["odd", "even"])
+    """Measures to print: odd, even, perplexity, seconds, GiB."""
     scores: str = ""
+    """JSON file that gets all measures."""
 
 
 @dataclass
@@ -53,28 +56,31 @@ class BenchmarkCase(Enum):
 
 @dataclass
 class PeersConfig:
-    """Other tools. `llmcompressor`: Python interpreter that has llm-compressor (see stun/benchmark/peers); empty: not run."""
+    """Other tools."""
 
     llmcompressor: str = ""
+    """Python interpreter that has llm-compressor (see stun/benchmark/peers); empty: not run."""
 
 
 @dataclass
 class BenchmarkConfig(PruneConfig):
-    """Measure `case` on checkpoints of random weights of `shape`, which get the tokenizer of `model.path`; `layer` on one of
-    `gpu_shape` on a GPU, if that is given. Everything is written below the folder `run_dir`, where only CASE.json is kept.
-
-    `layer` adds the phases of one layer up to `depth` layers; `weights` times `methods`, which map a name to overrides of the
-    configuration; `growth` multiplies layers, experts and tokens by each of `factors`; `ranks` runs on each of `worlds` ranks;
-    `depth` on checkpoints of each of `depths` layers. `peers` runs STUN and other tools on the same tokens, and once more on
-    each of `depths` layers.
-    """
+    """Measurement of a case on checkpoints of random weights, which get the tokenizer of `model.path`. Everything is written
+    below the folder `run_dir`, where only CASE.json is kept."""
 
     case: BenchmarkCase = BenchmarkCase.layer
+    """layer: the phases of one layer; weights: the methods that remove weights; growth, ranks, depth: whole runs of growing size,
+    on several ranks, with more layers; peers: whole runs beside other tools."""
     shape: CheckpointShape = field(default_factory=CheckpointShape)
     gpu_shape: CheckpointShape | None = None
+    """Shape of the layer on a GPU."""
     depth: int = 35
+    """Layers that `layer` adds its phases up to."""
     methods: dict[str, list[str]] = field(default_factory=dict)
+    """Names of methods that `weights` times, each with overrides of the configuration."""
     factors: list[int] = field(default_factory=list)
+    """Factors by which `growth` multiplies layers, experts and tokens."""
     worlds: list[int] = field(default_factory=list)
+    """Numbers of ranks of `ranks`."""
     depths: list[int] = field(default_factory=list)
+    """Layers of the checkpoints of `depth` and `peers`."""
     peers: PeersConfig = field(default_factory=PeersConfig)

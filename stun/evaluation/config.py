@@ -9,52 +9,60 @@ from stun.config import CalibrationConfig, ModelConfig, TrackingConfig
 
 @dataclass
 class TaskConfig:
-    """Generative exact match on questions and answers: the text after the last `marker` must be the same in the greedy completion
-    and in the answer.
-
-    `path` is a local file or a dataset on the hub, with its `config` and `split`; `rows` of its rows, drawn with `seed`, are used
-    (0: all). `prompt` is the prompt, with {question} for the question. A completion ends at an end-of-text token, after
-    `max_new_tokens`, or before one of the texts in `stop`. With `number` both sides are read as numbers: 1,000 and
-    $1000. are the same. `group` names the field whose values are scored separately; rows without it count as one group. `batch`
-    rows run at once (0: as many as fit).
-    """
+    """Generative exact match on questions and answers: the text after the last marker must be the same in the greedy completion
+    and in the answer."""
 
     path: str = ""
+    """Local file, or a dataset on the hub. `task=gsm8k` is GSM8K with four worked examples before each question."""
     config: str = ""
+    """Configuration of a dataset on the hub."""
     split: str = "train"
+    """Split of a dataset on the hub."""
     rows: int = 0
+    """Rows to use, drawn with `seed`; 0: all."""
     seed: int = 0
+    """Seed of the draw."""
     question: str = "question"
+    """Field of a row with the question."""
     answer: str = "answer"
+    """Field of a row with the answer."""
     group: str = "task"
+    """Field whose values are scored apart, then averaged; rows without it count as one group."""
     prompt: str = "{question}"
+    """Prompt, with {question} for the question."""
     marker: str = "####"
+    """The result is what follows the last marker."""
     number: bool = False
+    """Reads both sides as numbers: 1,000 and $1000. are the same."""
     stop: list[str] = field(default_factory=list)
+    """Texts at which a completion ends."""
     max_new_tokens: int = 128
+    """Tokens after which a completion ends."""
     batch: int = 0
+    """Rows that run at once; 0: as many as fit into free memory, halved where a GPU runs out of it."""
 
 
 @dataclass
 class HarnessConfig:
-    """`tasks` of the lm-evaluation-harness by name; `include_path` is a folder with further task files."""
+    """Tasks of the lm-evaluation-harness, with the whole model on the first rank."""
 
     tasks: list[str] = field(default_factory=list)
+    """Tasks by name."""
     include_path: str = ""
+    """Folder with task files of your own."""
 
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation of the checkpoint at `model.path`, written to `output` as JSON.
-
-    Exact match is measured on `task`; perplexity on `text` or, if that is not given, on the questions and answers. `dense` is
-    the output of an evaluation of the dense model, with which the model is then compared token by token.
-    """
+    """Evaluation of a checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     text: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Text whose perplexity is measured; without it, that of the questions and answers."""
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     dense: str = ""
+    """Result of an evaluation of the dense model, with which the model is compared token by token."""
     output: str = MISSING
+    """JSON file of the result."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -9,7 +9,9 @@ from stun.config import PruneConfig
 
 @dataclass
 class PlanConfig(PruneConfig):
-    """Plan from the statistics in the run folder `run_dir`, written to `output`; `compare`: a plan file to compare it with."""
+    """Plan from the statistics in the run folder `run_dir`."""
 
     output: str = MISSING
+    """Plan file to write."""
     compare: str = ""
+    """Plan file to compare it with."""

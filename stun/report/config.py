@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 @dataclass
 class ReportConfig:
-    """Report of the run in `folder`, or of every run below it with a page that compares them."""
+    """Report of a run, or of every run below a folder with a page that compares them."""
 
     folder: str = MISSING
+    """Folder of a run, or of several."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hydra import compose, initialize_config_dir
 
-import jobs
 from helpers.paths import ROOT
+from stun.settings.compose import register
 
 
 def composed(job: str, overrides: list[str]):
-    jobs.register()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(job, overrides)

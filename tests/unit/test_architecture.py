@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 # A package may import those before it; config and files are modules.
 ORDER = (
     "config < files < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning < preflight"
-    " < evaluation < report < pruning < benchmark, reference"
+    " < evaluation < report < pruning < benchmark, reference < settings"
 )
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}
@@ -61,7 +61,10 @@ def test_only_their_owners_import_the_frameworks():
         assert "deepspeed" not in roots or name == "runtime/ranks.py"
         assert "torch.distributed" not in imports or name == "runtime/ranks.py"
         assert (
-            not roots & {"hydra", "omegaconf"} or name.endswith("config.py") or name in ("run/sweep.py", "reference/train.py")
+            not roots & {"hydra", "omegaconf"}
+            or name.endswith("config.py")
+            or name.startswith("settings/")
+            or name in ("run/sweep.py", "reference/train.py")
         ), name
         if name.startswith(PURE):
             assert roots - {"stun", "triton"} <= PURE_IMPORTS, name

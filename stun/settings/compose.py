@@ -1,0 +1,172 @@
+"""Composition of a job's configuration from its dataclass, the YAML files of `conf/` and overrides of the command line."""
+
+import os
+import re
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
+from stun.config import PruneConfig, StunError
+from stun.evaluation.config import EvaluateConfig
+from stun.planning.config import PlanConfig
+from stun.preflight.config import PreflightConfig
+from stun.report.config import ReportConfig
+
+PACKAGE = Path(__file__).resolve().parent.parent
+CONF = PACKAGE / "conf"  # in the repository a link to its folder conf/
+SCHEMAS = {
+    "prune": PruneConfig,
+    "preflight": PreflightConfig,
+    "observe": PruneConfig,
+    "plan": PlanConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "compare": CompareConfig,
+    "study": StudyConfig,
+    "benchmark": BenchmarkConfig,
+}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def register() -> None:
+    """Store the schemas, and the resolver of the embedded reference model's files, under the names that `conf/` uses."""
+    for schema in SCHEMAS.values():
+        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
+    OmegaConf.register_new_resolver("reference", reference_file, replace=True)
+
+
+def reference_file(name: str) -> str:
+    """Path of a file or folder of the embedded reference model, relative where it lies below the working folder."""
+    path = PACKAGE / "reference" / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def composed(job: str, overrides: list[str]) -> object:
+    """Configuration of a job, an object of its dataclass. Raises StunError for a setting that does not exist or a bad value."""
+    register()
+    check_overrides(job, overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_object(compose(job, overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise StunError(_explained(job, error)) from error
+
+
+def check_overrides(job: str, overrides: list[str], is_sweep: bool = False) -> None:
+    """Refuse overrides of settings that the job does not have, also where Hydra would add them. Raises StunError."""
+    for word in overrides:
+        override = parsed(word)
+        key = override.key_or_group
+        if key.startswith("hydra"):
+            continue
+        if override.is_sweep_override() and not is_sweep:
+            raise StunError(f"{word}: several values make a sweep: add -m, or quote a list as '{key}=[...]'")
+        if _is_group(key, override):
+            _check_choice(override)
+        else:
+            _check_key(job, override)
+
+
+def parsed(word: str) -> Override:
+    """One override of the command line. Raises StunError if it cannot be read."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise StunError(f"{word}: must be key=value, quoted where it has spaces or brackets; {reason}") from error
+
+
+def choices(group: str) -> list[str]:
+    """Names of the YAML files of a group of `conf/`, such as those of `experiment`."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _is_group(key: str, override: Override) -> bool:
+    """Whether the override chooses a YAML file: `model=reference`, and not a mapping of values."""
+    name = key.partition("@")[0]
+    return "." not in name and (CONF / name).is_dir() and not isinstance(override.value(), dict)
+
+
+def _check_choice(override: Override) -> None:
+    group = override.key_or_group.partition("@")[0]
+    values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    for value in values:
+        if value is not None and str(value) not in choices(group) and not override.is_delete():
+            own = f"; for one of your own: {group}.path={value}" if group in ("model", "calibration", "task") else ""
+            raise StunError(f"{group}={value}: must be one of {', '.join(choices(group))}{own}")
+
+
+def _check_key(job: str, override: Override) -> None:
+    """Raises StunError if the setting does not exist in the job's dataclass, or is deleted."""
+    key, known = override.key_or_group, setting_types(SCHEMAS[job])
+    parts = key.split(".")
+    sections = {".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)}
+    is_inside = any(
+        ".".join(parts[:depth]) in known and _is_mapping(known[".".join(parts[:depth])]) for depth in range(len(parts))
+    )
+    if key not in known and key not in sections and not is_inside:
+        near = [name for name in known if name.rpartition(".")[2] == parts[-1]] or get_close_matches(key, known, 1, 0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
+        raise StunError(f"{key}: no such setting; {hint}")
+    if override.is_delete() and not is_inside:
+        raise StunError(f"~{key}: a setting cannot be removed; give it a value")
+
+
+def setting_types(schema: type, prefix: str = "") -> dict[str, type]:
+    """Types of all settings of a dataclass by their full key; those of nested dataclasses in their place."""
+    types = {}
+    hints = get_type_hints(schema)
+    for name in (field.name for field in fields(schema)):
+        kind = nested(hints[name])
+        types |= setting_types(kind, f"{prefix}{name}.") if kind else {f"{prefix}{name}": hints[name]}
+    return types
+
+
+def nested(kind: type) -> type | None:
+    """The dataclass that a field of this type holds, also where it may be None; no mapping's."""
+    inside = () if _is_mapping(kind) else (kind, *getattr(kind, "__args__", ()))
+    return next((part for part in inside if is_dataclass(part)), None)
+
+
+def _is_mapping(kind: type) -> bool:
+    return getattr(kind, "__origin__", kind) is dict
+
+
+def allowed(kind: type) -> str:
+    """Values that a setting of this type takes, in words."""
+    origin, arguments = getattr(kind, "__origin__", kind), getattr(kind, "__args__", ())
+    if origin is list:
+        return f"a list of {'names' if arguments[0] is str else allowed(arguments[0])}"
+    if origin is dict:
+        return "a mapping"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(member.name for member in kind)
+    if arguments:
+        parts = [part for part in arguments if part is not type(None) and not (part is int and float in arguments)]
+        return " or ".join(map(allowed, parts))
+    return _KINDS.get(kind, str(kind))
+
+
+def _explained(job: str, error: Exception) -> str:
+    """One line for an error of Hydra or OmegaConf: the setting, what is wrong, what is allowed."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    found = re.search(r"full_key: (\S+)", text)
+    types = setting_types(SCHEMAS[job])
+    if not found or found[1].partition("[")[0] not in types:
+        return str(error).splitlines()[0]
+    key = found[1].partition("[")[0]
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return f"{key}: {reason}; must be {allowed(types[key])}"
