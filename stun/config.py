@@ -166,8 +166,13 @@ class ExpertsConfig:
     method: ExpertsMethod = ExpertsMethod.stun
     """How the experts to remove are chosen. stun: clusters by complete linkage, the paper's text; stun_official: the algorithm of
     its code; rank: by score."""
+    keep: int | None = None
+    """Experts that every layer keeps; on average, with the global budget. Without `target` no single weight is removed."""
+    drop: float | None = None
+    """The same as a share of each layer's experts to remove."""
     fraction: int | float | str = 0.5
-    """Share of the removed parameters that is removed as whole experts; 0 is weights alone, `auto` searches for it."""
+    """Share of the parameters removed for `target` that is removed as whole experts, if neither `keep` nor `drop` says it; 0 is
+    weights alone, `auto` searches for it."""
     budget: Budget = Budget.uniform
     """uniform: every layer keeps the same number; global: one threshold over all layers."""
     representative: Representative = Representative.nearest
@@ -188,6 +193,11 @@ class ExpertsConfig:
     keep_at_least: int = 1
     """Fewest experts of a layer; never fewer than the model's top-k."""
     protect: ProtectConfig = field(default_factory=ProtectConfig)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the number of experts to keep is given, and not found from the target."""
+        return self.keep is not None or self.drop is not None
 
     @property
     def reads_statistics(self) -> bool:
@@ -247,8 +257,11 @@ class PruneConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
-    target: float = MISSING
+    target: float | None = None
     """Total sparsity of the decoder layers: 1 - nonzero after / parameters before. Removed experts count in full."""
+    fit: str = ""
+    """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
+    removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""
     run_dir: str = MISSING
     """Folder of the run; the checkpoint goes to `model` in it."""
     plan: str = ""

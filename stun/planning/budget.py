@@ -44,7 +44,8 @@ def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
 
 
 def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
-    """Experts to remove per layer for `target` and `experts.fraction`, rounded to whole experts, the same in every routing group.
+    """Experts to remove per layer: all but `experts.keep`, or else for `target` and `experts.fraction`, rounded to whole experts,
+    the same in every routing group.
 
     With the global budget only the sum counts. Raises StunError if a layer would keep fewer than `floor_of` allows.
     """
@@ -52,6 +53,10 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     if not moe:
         raise StunError("model.path: no decoder layer of this checkpoint has experts")
     floor, groups, is_global = floor_of(cfg, arch), arch.groups, cfg.experts.budget is Budget["global"]
+    if cfg.experts.keep is not None:
+        _check_kept(cfg, arch, moe)
+        drops = [max(0, size.experts - cfg.experts.keep) for size in sizes]
+        return _spread(sum(drops), [max(0, size.experts - floor) for size in sizes], groups) if is_global else drops
     room = (sum if is_global else min)(max(0, size.experts - floor) for size in moe)
     count = groups * _groups_to_drop(cfg, sizes, groups * unit_of(cfg, sizes))
     if count > room:
@@ -68,6 +73,14 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     if is_global:
         return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
     return [count if size.experts else 0 for size in sizes]
+
+
+def _check_kept(cfg: PruneConfig, arch: Architecture, moe: list[LayerSize]) -> None:
+    """Raises StunError if layers cannot keep `experts.keep` experts."""
+    keep, least, most = cfg.experts.keep, floor_of(cfg, arch), min(size.experts for size in moe)
+    if not least <= keep <= most or keep % arch.groups:
+        step = f", a multiple of {arch.groups}, the routing groups" if arch.groups > 1 else ""
+        raise StunError(f"experts.keep={keep}: must be {least} to {most}{step} (top-k is {arch.top_k})")
 
 
 def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stun.checkpoint.reader import Checkpoint
-from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, PruneConfig, StunError
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import check_alike, compute_dtype
-from stun.planning.budget import LayerSize, check_pattern, experts_to_drop, make_budget, measure_layers, reachable
+from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
+from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
-from stun.planning.plan import LayerPlan, Plan
+from stun.planning.plan import Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
@@ -103,10 +104,9 @@ def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
 
     All ranks call this together. Raises StunError as `resolve` does.
     """
-    experts = replace(cfg.experts, fraction=0.0)
-    dense = replace(cfg, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), plan="", statistics="", target=0.0)
-    job = resolve(dense, ranks)
-    own = replace(cfg, plan="", statistics="")  # collected here, whatever others there are
+    experts = replace(cfg.experts, fraction=0.0, keep=None, drop=None)
+    own = replace(cfg, plan="", statistics="", fit="")  # collected here, whatever others there are
+    job = resolve(replace(own, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), target=0.0), ranks)
     return replace(job, cfg=own, samples=ranks.on_first(lambda: _samples(job)))
 
 
@@ -121,8 +121,10 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
     sizes = measure_layers(arch, cfg.sparsify.scope)
     check_ratios(cfg.sparsify, arch)
     check_pattern(cfg.sparsify, arch)
+    cfg = settle(cfg, arch, sizes)
     if cfg.plan:
-        return Job(cfg, arch, sizes, read_plan(cfg.plan, arch, sizes, cfg, cfg.target), is_given=True)
+        plan = read_plan(cfg.plan, arch, sizes, cfg, cfg.target)
+        return Job(replace(cfg, target=plan.target), arch, sizes, plan, is_given=True)
     _check_loadable(cfg, arch)
     is_auto = cfg.experts.fraction == "auto"
     fractions = reachable(cfg, arch, sizes) if is_auto else []
@@ -137,32 +139,13 @@ def statistics_identity(job: Job, ranks: Ranks) -> dict:
     return observed(job.cfg, job.arch.source, job.samples, compute_dtype(job.arch, ranks.device))
 
 
-def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Plan:
-    """A stand-in for the plan to be made: it removes as many experts, but not yet the right ones.
-
-    If representatives are chosen by their weights, all experts count as read. Raises StunError if the target cannot be met.
-    """
-    drops = experts_to_drop(cfg, sizes, arch)
-    reads_all = cfg.experts.method is not ExpertsMethod.rank and cfg.experts.representative is Representative.nearest
-    layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
-    plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
-    counts = {len(layer.clusters) for layer in layers if layer.experts}
-    heads = [(head.num_experts, head.num_experts - counts.copy().pop() if len(counts) == 1 else 0) for head in arch.mtp]
-    plan.layers, plan.mtp = layers, [_layer(experts, drop, True) for experts, drop in heads]
-    return plan
-
-
-def _layer(experts: int, drop: int, reads_all: bool) -> LayerPlan:
-    count = experts - drop
-    clusters = [[expert] for expert in range(count)]
-    for expert in range(count, experts) if reads_all else ():
-        clusters[(expert - count) * count // drop % count].append(expert)
-    return LayerPlan(experts, clusters, [] if reads_all and drop else list(range(count)), nearest=bool(reads_all and drop))
-
-
 def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
     """Raises StunError if layers may differ in experts and the checkpoint's form cannot hold that."""
-    if cfg.experts.budget is Budget["global"] and (cfg.experts.fraction or cfg.sparsify.pattern) and arch.cannot_differ:
+    if (
+        cfg.experts.budget is Budget["global"]
+        and (cfg.experts.fraction or cfg.experts.is_counted or cfg.sparsify.pattern)
+        and arch.cannot_differ
+    ):
         reason = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
         raise StunError(f"experts.budget=global: {reason}. Use experts.budget=uniform")
 

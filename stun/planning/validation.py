@@ -36,12 +36,28 @@ def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
     _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
 
 
+def _validate_request(cfg: PruneConfig) -> None:
+    """Refuse a request that does not say how much to remove, or says it twice."""
+    experts = cfg.experts
+    counted = {"experts.keep": experts.keep is not None, "experts.drop": experts.drop is not None, "fit": bool(cfg.fit)}
+    given = [key for key, is_given in counted.items() if is_given]
+    if cfg.target is None and not given and not cfg.plan:
+        ways = "target=0.5 (total sparsity), experts.keep=96 or experts.drop=0.25 (whole experts alone), or fit=24GiB"
+        raise StunError(f"target: how much shall be removed? Give {ways}")
+    _require(cfg.target is None or 0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
+    _require(len(given) < 2, " and ".join(given), "given", "one of them alone says how many experts are kept")
+    _require(not (cfg.fit and cfg.target is not None), "fit", cfg.fit, "keeps whole experts; leave target out")
+    _require(not given or experts.fraction != "auto", given[0] if given else "", "given", "experts.fraction=auto is for a target")
+    _require(not given or not cfg.plan, given[0] if given else "", "given", "the plan says which experts are kept")
+    _require(experts.drop is None or 0 < experts.drop < 1, "experts.drop", experts.drop, "a share of a layer's experts, 0 to 1")
+
+
 def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     """Refuse invalid values of target, experts and sparsify; `sources` are the names of the calibration sources."""
     experts = cfg.experts
-    _require(0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
+    _validate_request(cfg)
     share = experts.fraction
-    known = (share == "auto" and cfg.target > 0) or (isinstance(share, (int, float)) and 0 <= share <= 1)
+    known = (share == "auto" and bool(cfg.target)) or (isinstance(share, (int, float)) and 0 <= share <= 1)
     _require(known, "experts.fraction", share, "a share of the removed parameters, 0 to 1, or auto for a target above 0")
     _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
     for key in ("lambda1", "lambda2", "kappa"):

@@ -11,6 +11,7 @@ from stun.planning.job import Job
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
 from stun.preflight.memory import Footprint, Memory
+from stun.preflight.result import ZEROS, loads_line, method_line, result_line
 from stun.preflight.time import Duration, durations
 from stun.preflight.traffic import Disk, bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
@@ -28,6 +29,9 @@ class Estimate:
     layers: int
     experts: int
     tokens: int
+    result: str
+    loads: str
+    method: str
     read: dict[str, list[int]]
     written: int
     snapshots: int
@@ -69,6 +73,9 @@ def estimate(job: Job, launch: Launch) -> Estimate:
         layers=len(arch.layers),
         experts=sum(layout.num_experts for layout in arch.layers),
         tokens=samples * length,
+        result=result_line(job),
+        loads=loads_line(job),
+        method=method_line(job, footprint.passes + 1, footprint.gram_bytes),
         read=read,
         written=written,
         snapshots=snapshots,
@@ -92,6 +99,9 @@ def report(needs: Estimate) -> list[str]:
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {needs.tokens:,} calibration tokens",
+        "result": needs.result,
+        "loads": needs.loads,
+        "method": needs.method,
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(needs.most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
@@ -116,6 +126,8 @@ def check(job: Job, launch: Launch) -> tuple[list[str], str]:
     """Lines to print, with warnings for close cases, and the reason why the job cannot fit, empty if it can."""
     needs = estimate(job, launch)
     lines, refusals = report(needs), []
+    if job.plan.zeros:
+        lines.append(f"note: {ZEROS}")
     for name, needed, available in shortages(needs):
         share = 1.0 if name == "disk" else SURE
         text = f"{name}: about {size(needed)} needed, {size(available)} available"

@@ -268,6 +268,17 @@ class Footprint:
         local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
         return -(-local_experts // self.block(index)) if local_experts else 1
 
+    @cached_property
+    def passes(self) -> int:
+        """Forwards of a layer in which its weights are measured and refitted."""
+        blocks = max((self.blocks(index) for index in range(len(self.layers))), default=1)
+        return blocks * (2 if self.cfg.sparsify.reconstruct else 1)
+
+    @cached_property
+    def gram_bytes(self) -> int:
+        """Most bytes of Gram matrices that a rank holds."""
+        return max(self._grams(layout, index)[0] for index, layout in enumerate(self.arch.layers))
+
     def _expert_grams(self, index: int) -> int:
         return self._squared_inputs(self.arch.layers[index]) * self.block(index)
 

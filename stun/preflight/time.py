@@ -46,8 +46,7 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
         return whole
     measured = 0
     if job.streams["prune"]:
-        blocks = max((footprint.blocks(index) for index in range(layers)), default=1)
-        measured = blocks * (2 if cfg.sparsify.reconstruct else 1) * inputs
+        measured = footprint.passes * inputs
     if stream == "search":
         return len(job.fractions) * (measured + whole)
     return measured + (whole * (layers - 1) / layers if job.streams["prune"] else 0)  # the pruned last layer is not run

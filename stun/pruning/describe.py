@@ -1,7 +1,6 @@
 """Log lines about a job, printed before it starts."""
 
 from stun.config import Budget
-from stun.model import runtimes
 from stun.planning.job import Job
 
 
@@ -19,7 +18,7 @@ def describe(job: Job) -> str:
 
 
 def notices(job: Job) -> list[str]:
-    """Lines about unusual properties of the result; those about limited runtime support start with "warning:"."""
+    """Lines about unusual properties of the result."""
     arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
     lines = []
     if arch.source.is_fp8:
@@ -27,10 +26,4 @@ def notices(job: Job) -> list[str]:
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
         lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; none of their single weights is removed")
-    counts = {layout.num_experts - drop for layout, drop in zip(arch.layers, job.drops, strict=True) if layout.experts}
-    if not is_global and len(counts) == 1:
-        notice = runtimes.warning(max(layout.num_experts for layout in arch.layers), counts.pop())
-        lines += [f"warning: {notice}"] if notice else []
-    elif any(job.drops):
-        lines.append("warning: layers may keep different numbers of experts; only this package loads that")
     return lines

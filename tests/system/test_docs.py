@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 
 from helpers.configs import composed
-from helpers.pages import README, commands, here, overrides, run
+from helpers.pages import README, commands, here, job_and_overrides, page, run
 from helpers.paths import HELDOUT, REFERENCE, ROOT
+from stun.__main__ import DEMO
 
 MODEL = {"model.path": str(REFERENCE / "model")}
 TEXT = {"calibration.path": str(REFERENCE / "calibration.jsonl"), "calibration.samples": "16", "calibration.length": "64"}
-
-
-def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text()
 
 
 def rows_of(tmp_path: Path) -> dict[str, str]:
@@ -32,10 +29,11 @@ def test_qwen3_on_one_gpu(tmp_path):
     """From preflight to the model card; GSM8K's form without its worked examples, which are longer than the model's context."""
     preflight, prune, both, report = commands("qwen3", page("qwen3-on-one-gpu"))
     dense, pruned = both.splitlines()
-    own, run_dir = {**MODEL, **TEXT, "run_dir": str(tmp_path / "run")}, tmp_path / "run"
+    run_dir = tmp_path / "run"
+    own = {**MODEL, **TEXT, "run_dir": str(run_dir), "experts.keep": "24"}
     task = {**rows_of(tmp_path), "task.prompt": "'{question}'"}
     assert "disk" in run(here(preflight, own))
-    assert "sparsity" in run(here(prune, own))
+    assert "experts kept" in run(here(prune, own))
     run(here(dense, {**MODEL, **task, "output": str(tmp_path / "dense.json")}))
     evaluated = {
         "model.path": str(run_dir / "model"),
@@ -52,7 +50,7 @@ def test_qwen3_on_one_gpu(tmp_path):
 def test_paper_comparison(tmp_path):
     """On the reference model it is the demo of the README, which its test runs; here it has another task."""
     reference, large = commands("paper", page("paper-comparison"))
-    paper, demo = (composed("compare", overrides(command)) for command in (reference, commands("demo")[0]))
+    paper, demo = (composed("compare", words) for words in (job_and_overrides(reference)[1], DEMO))
     assert {key for key in paper if paper[key] != demo[key]} == {"run_dir", "precision"}
     own = {**TEXT, **rows_of(tmp_path), **MODEL, "task.prompt": "'{question}'", "run_dir": str(tmp_path / "b")}
     output = run(here(large, own))
@@ -65,7 +63,7 @@ def test_arctic_on_slurm():
     """Its commands are the README's, which tests run on a real Slurm; evaluation is given other models as well."""
     preflight, jobs, report = commands("arctic", page("arctic-on-slurm"))
     prune, dense, pruned = jobs.splitlines()
-    assert preflight == commands("preflight")[0] and report.split("folder=")[0] == commands("report")[0].split("folder=")[0]
+    assert preflight == commands("preflight", page("runs"))[0] and report.startswith("stun report folder=")
     known_prune, known_evaluate = commands("slurm")[0].splitlines()
     assert prune == known_prune
     for command in (dense, pruned):

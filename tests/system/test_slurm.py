@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from helpers.launches import run_job, settings
-from helpers.pages import commands, here
+from helpers.pages import commands, here, page
 from helpers.paths import HELDOUT, ROOT
 from helpers.slurm_cluster import Cluster, missing
 from helpers.tensors import same_tensors
@@ -185,13 +185,13 @@ def test_array_sweep(cluster, source, tmp_path):
     """The README's command: the statistics, an array of runs, a report."""
     root = tmp_path / "sweep"
     own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.1,0.3", calibration__samples=10))
-    job = start(cluster, root, on_these_nodes(commands("sweep")[0], own))
+    job = start(cluster, root, on_these_nodes(commands("sweep", page("runs"))[0], own))
     completed(cluster, job, root)
     report, fractions = root / "report.txt", ["0.1", "0.3"]
     until(lambda: report.is_file() and "experts kept" in report.read_text())
     check_sweep(root, fractions)
     assert all(f"experts.fraction={fraction}  " in report.read_text() for fraction in fractions)
-    assert here(commands("report")[0], {"folder": str(root)})[1:3] == ["-m", "jobs.report"]
+    assert here(commands("report", page("runs"))[0], {"folder": str(root)})[1:4] == ["-m", "stun", "report"]
 
 
 def check_sweep(root: Path, fractions: list[str]) -> None:
@@ -208,14 +208,14 @@ def test_submitit_multirun(cluster, source, tmp_path):
     tools.mkdir()
     (tools / "sacct").write_text(SACCT)
     (tools / "sacct").chmod(0o755)
-    words = shlex.split(commands("submitit")[0])
-    given = dict(word.split("=", 1) for word in words[4:])
+    words = shlex.split(commands("submitit", page("runs"))[0])
+    given = dict(word.split("=", 1) for word in words[3:])
     own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2,0.5", calibration__samples=10))
     own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2", "hydra.launcher.cpus_per_task": "1"}
-    command = [sys.executable, "-m", "jobs.prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
+    command = [sys.executable, "-m", "stun", "prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
     environment = {**cluster.environment, "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert words[:5] == ["python", "-m", "jobs.prune", "-m", "launcher=slurm"] and done.returncode == 0, done.stderr
+    assert words[:4] == ["stun", "prune", "-m", "launcher=slurm"] and done.returncode == 0, done.stderr
     check_sweep(root, ["0.2", "0.5"])
     for fraction in ("0.2", "0.5"):
         assert json.loads((root / f"experts.fraction={fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import stun.preflight.job
 from helpers.launches import launch_job, run_job, settings
-from helpers.pages import commands, here, run
+from helpers.pages import commands, here, page, run
 from helpers.paths import REFERENCE, TEXT
 from helpers.tensors import load_tensors
 from helpers.zoo import FAMILIES, make_checkpoint
@@ -280,7 +280,7 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     source = checkpoint("arctic")
     own = settings(source, tmp_path / "run")
     replaced = dict(word.split("=", 1) for word in own)
-    printed = run(here(commands("preflight")[0], {**replaced, "cluster.nodes": "8"}))
+    printed = run(here(commands("preflight", page("runs"))[0], {**replaced, "cluster.nodes": "8"}))
     assert "64 ranks on 8 nodes, h100" in printed and not (tmp_path / "run").exists()
     done = run_job("preflight", own, ranks=2)
     assert "2 ranks on 1 node, cpu" in done.stdout

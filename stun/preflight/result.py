@@ -1,0 +1,56 @@
+"""Result of a job in words, before it starts: experts a layer, bytes on disk and to serve, runtimes that load it, and the way."""
+
+from stun.config import Budget, ExpertsMethod
+from stun.model import runtimes
+from stun.planning.budget import model_bytes
+from stun.planning.counts import SERVED
+from stun.planning.job import Job
+from stun.runtime.units import count, size
+
+ZEROS = (
+    "zeros among the weights save no memory and no time in today's runtimes; fewer experts do (experts.drop, experts.keep, fit)"
+)
+
+
+def result_line(job: Job) -> str:
+    """Experts a layer and bytes, before and after."""
+    before, after = sum(info.nbytes for info in job.arch.source.tensors.values()), model_bytes(job.arch, job.plan)
+    zeros = f", then {job.plan.zeros / job.plan.parameters:.1%} of the layers' parameters set to zero" if job.plan.zeros else ""
+    return f"{_experts(job)}{zeros}; {size(before)} -> {size(after)} on disk, about {size(SERVED * after)} to serve"
+
+
+def method_line(job: Job, forwards: int, grams: int) -> str:
+    """How experts and weights are chosen, and what that costs: `forwards` a layer in the second stream, `grams` bytes of Gram
+    matrices a rank."""
+    experts, sparsify = job.cfg.experts, job.cfg.sparsify
+    way = f"by {experts.score.name}" if experts.method is ExpertsMethod.rank else f"by clusters ({experts.method.name})"
+    chosen = "given by the plan" if job.is_given else way if any(job.drops) else "all kept"
+    if not job.plan.zeros:
+        return f"experts {chosen}; no single weight is removed"
+    refit = " with refit" if sparsify.reconstruct else ""
+    cost = f"{count(forwards, 'forward')} a layer" + (f", {size(grams)} of Gram matrices a rank" if grams else "")
+    quick = "; experiment=quick: Wanda, one forward a layer and no Gram matrices" if grams else ""
+    return f"experts {chosen}; weights by {sparsify.method.name}{refit}: {cost}{quick}"
+
+
+def _experts(job: Job) -> str:
+    """`128 -> 96 experts a layer`; where layers may differ, their mean."""
+    layers = [(layer.num_experts, layer.num_experts - drop) for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
+    moe = [pair for pair in layers if pair[0]]
+    before, after = (sum(numbers) / len(moe) for numbers in zip(*moe, strict=True))
+    about = "" if after == int(after) and not _may_differ(job) else "on average "
+    return f"{before:g} -> {about}{after:.4g} experts a layer"
+
+
+def _may_differ(job: Job) -> bool:
+    is_global = not job.is_given and job.cfg.experts.budget is Budget["global"] and any(job.drops)
+    return is_global or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
+
+
+def loads_line(job: Job) -> str:
+    """Runtimes that load the result."""
+    kept = [layer.num_experts - drop for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
+    if _may_differ(job):
+        return "layers differ, so that transformers loads it after `import stun`, and vLLM does not"
+    loads = runtimes.runtimes(job.arch.model_type, kept)
+    return f"transformers: {loads['transformers']}; vLLM: {loads['vLLM']}"
