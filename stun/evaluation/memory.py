@@ -74,7 +74,9 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
     dtype = compute_dtype(arch, ranks.device)
     longest = max(prompts)
     traced = trace_layers(arch, 1, longest + new, ranks.device, ranks.world, use_cache=True)
-    row = max(traced.layers) + traced.caches + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
+    row = (
+        max(traced.layers) + traced.caches + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
+    )
     held_bytes, held_layers = 0, 0
     while held_layers < len(sizes) and held_bytes + sizes[held_layers][1] <= min(free / 2, free - 2 * row):
         held_bytes += sizes[held_layers][1]

@@ -34,11 +34,10 @@ def transient_costs(config: SparsifyConfig) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of one layer on a rank: `dense` as stored, `converted` to the compute dtype (0 if that is the stored one), `owned` of
+    """Bytes of one layer on a rank: `dense` as stored and, if that is another dtype, converted to the compute dtype; `owned` of
     the dense ones by this rank, which reads and writes them, `experts` it reads, `kept` of these, `joined` of fused tensors."""
 
     dense: int
-    converted: int
     owned: int
     experts: int
     kept: int
@@ -47,13 +46,6 @@ class Weights:
     @property
     def read(self) -> int:
         return self.owned + self.experts
-
-    @property
-    def written(self) -> int:
-        return self.owned + self.kept
-
-    def running(self, experts: int) -> int:
-        return self.dense + self.converted + experts
 
 
 @dataclass(frozen=True)
@@ -70,17 +62,11 @@ class Footprint:
 
     def __init__(self, job: Job, launch: Launch):
         self.job, self.launch = job, launch
-        self.arch, self.cfg, self.plan, self.streams, self.candidates = (
-            job.arch,
-            job.cfg,
-            job.plan,
-            job.streams,
-            len(job.fractions),
-        )
-        arch, plan = job.arch, job.plan
-        self.dtype = compute_dtype(arch, launch.device)
-        self.layers = [self._weights(*pair) for pair in zip(arch.layers, plan.layers, strict=True)]
-        self.heads = [self._weights(*pair) for pair in zip(arch.mtp, plan.mtp, strict=True)]
+        self.arch, self.cfg, self.plan = job.arch, job.cfg, job.plan
+        self.streams, self.candidates = job.streams, len(job.fractions)
+        self.dtype = compute_dtype(job.arch, launch.device)
+        self.layers = [self._weights(*pair) for pair in zip(job.arch.layers, job.plan.layers, strict=True)]
+        self.heads = [self._weights(*pair) for pair in zip(job.arch.mtp, job.plan.mtp, strict=True)]
         self.is_gpu = launch.device.type == "cuda"
 
     @cached_property
@@ -101,12 +87,16 @@ class Footprint:
         arch, world = self.arch, self.launch.world
         infos = {name: arch.info(name) for name in layout.copied}
         dense = sum(infos[name].nbytes for name in layout.dense)
-        converted = sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
+        dense += sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
         owned = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
-        expert, kept = sum(info.nbytes for info in expert_infos(arch, layout)), -(-len(plan.clusters) // world)
+        expert, kept = self._expert(layout), -(-len(plan.clusters) // world)
         parts = [arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]
         joined = max((sum(parts[rank::world]) for rank in range(min(world, len(parts)))), default=0) * len(plan.clusters)
-        return Weights(dense, converted, owned, expert * -(-len(plan.needed) // world), expert * kept, joined)
+        return Weights(dense, owned, expert * -(-len(plan.needed) // world), expert * kept, joined)
+
+    def _expert(self, layout: LayerLayout) -> int:
+        """Bytes of one expert."""
+        return sum(info.nbytes for info in expert_infos(self.arch, layout))
 
     def peak(self) -> Memory:
         """Peak over all phases, including the bytes that the process holds from the start."""
@@ -148,30 +138,26 @@ class Footprint:
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
     def _being_written(self, index: int) -> tuple[int, int]:
-        """Bytes of the layer before until it is written: (on its device, copies to write on the host)."""
+        """Bytes of the layer before until it is written: (on its GPU, copies to write on the host)."""
         if index == 0:
             return 0, 0
         before = self.layers[index - 1]
-        written = before.owned + (before.joined or before.kept)
-        return (before.written, written) if self.is_gpu else (written, 0)
+        return before.owned + before.kept if self.is_gpu else 0, before.owned + (before.joined or before.kept)
 
-    def _read_ahead(self, index: int) -> int:
-        following = [*self.layers, *self.heads][index + 1 : index + 2]
-        return following[0].read if following else 0
-
-    def _read_ahead_dense(self, index: int) -> int:
+    def _dense_read_ahead(self, index: int) -> int:
+        """Bytes on the host while a dense layer runs."""
         following = self.layers[index + 1 : index + 2]
-        return following[0].owned + self._all_experts(index + 1) if following else 0
+        return self._read_ahead(index, following[0].owned + self._all_experts(index + 1) if following else 0)
 
     def _all_experts(self, index: int) -> int:
         layout = self.arch.layers[index]
-        expert = sum(info.nbytes for info in expert_infos(self.arch, layout))
-        return expert * -(-layout.num_experts // self.launch.world)
+        return self._expert(layout) * -(-layout.num_experts // self.launch.world)
 
-    def _host_read_ahead(self, index: int, ahead: int) -> int:
-        """Bytes on the host of a GPU: the layer that is moved to the GPU, the next one, and the states that are being written."""
+    def _read_ahead(self, index: int, ahead: int) -> int:
+        """Bytes on the host: the next layer, `ahead`; with a GPU also the layer that is moved there, and the states being
+        written."""
         pinned = 2 * BUFFERS * BUFFER  # one set for the thread that computes, one for the thread that writes
-        return ahead + self.layers[index].read + self.states + pinned if self.is_gpu else 0
+        return ahead + (self.layers[index].read + self.states + pinned if self.is_gpu else 0)
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert per worker, converted to the compute dtype."""
@@ -183,33 +169,30 @@ class Footprint:
 
     def _stream(self, index: int, name: str) -> Memory:
         """A layer of the dense model under observation."""
-        layout, weights, ahead = self.arch.layers[index], self.layers[index], self._read_ahead_dense(index)
-        running = weights.running(self._all_experts(index)) + self._cast(layout)
-        device = self._held(index) + running + self.activations.layers[index]
+        layout, beside = self.arch.layers[index], self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
-            device = max(device, self._held(index) + running + self._largest(layout, [OUTLIERS]))
-        return self._memory(f"{name} layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
+            beside = max(beside, self._largest(layout, [OUTLIERS]))
+        device = self._held(index) + self.layers[index].dense + self._all_experts(index) + self._cast(layout) + beside
+        return self._memory(f"{name} layer {index}", device, self._dense_read_ahead(index))
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
-        weights, held = self.layers[index], self.states * (self.candidates * min(index, 1) + 1)
-        layout = self.arch.layers[index]
-        copy = weights.running(self._all_experts(index))
+        layout, held = self.arch.layers[index], self.states * (self.candidates * min(index, 1) + 1)
+        copy = self.layers[index].dense + self._all_experts(index)
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
-        ahead = self._read_ahead_dense(index)
-        return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
+        return self._memory(f"search layer {index}", device, self._dense_read_ahead(index))
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
         layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
-        kept, held, is_run = weights.running(weights.kept), self._held(index), self.streams["prune"]
+        kept, held, is_run = weights.dense + weights.kept, self._held(index), self.streams["prune"]
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
         clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
         device = {
-            "choose": weights.running(weights.experts) + (3 * self._cast(layout) if plan.nearest else 0) + idle,
+            "choose": weights.dense + weights.experts + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
             "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run,
@@ -218,10 +201,9 @@ class Footprint:
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
-        ahead, (unwritten, copies) = self._read_ahead(index), self._being_written(index)
-        host = copies + self._host_read_ahead(index, ahead)
-        beside = unwritten + (0 if self.is_gpu else ahead)
-        return [self._memory(f"prune layer {index}: {name}", size + beside, host) for name, size in device.items()]
+        following, (unwritten, copies) = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
+        host = copies + self._read_ahead(index, sum(layer.read for layer in following))
+        return [self._memory(f"prune layer {index}: {name}", size + unwritten, host) for name, size in device.items()]
 
     def _matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""
@@ -254,10 +236,11 @@ class Footprint:
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
         config, gram_bytes = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
-        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
         if not config.reads_grams or not gram_bytes:
-            return local_experts
-        return min(local_experts, max(1, int(config.gram_gib * GIB / (gram_bytes * (2 if config.reconstruct else 1)))))
+            return self._local_experts(index)
+        return min(
+            self._local_experts(index), max(1, int(config.gram_gib * GIB / (gram_bytes * (2 if config.reconstruct else 1))))
+        )
 
     def _at_once(self, index: int) -> int:
         """Experts that are measured at the same time, each with its own sums of a micro-batch."""
@@ -265,8 +248,10 @@ class Footprint:
 
     def blocks(self, index: int) -> int:
         """Number of forwards in which a layer is measured."""
-        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
-        return -(-local_experts // self.block(index)) if local_experts else 1
+        return -(-self._local_experts(index) // max(1, self.block(index))) or 1
+
+    def _local_experts(self, index: int) -> int:
+        return -(-len(self.plan.layers[index].clusters) // self.launch.world)
 
     def _expert_grams(self, index: int) -> int:
         return self._squared_inputs(self.arch.layers[index]) * self.block(index)
