@@ -186,8 +186,6 @@ def describe(capacity: Capacity, arch: Architecture, read: float) -> str:
     layers = len(arch.layers)
     if not capacity.step_bytes:
         return f"{capacity.batch} at once, all {layers} layers are held in memory"
-    held = (
-        f"{capacity.held_layers} of {layers} layers are held in memory" if capacity.held_layers else "no layer is held in memory"
-    )
+    held = f"{capacity.held_layers} of {layers} layers are held in memory"
     step = f"{size(capacity.step_bytes)} are read for every token, about {duration(capacity.step_bytes / read)}"
     return f"{capacity.turns} times {capacity.batch} at once on a rank; {held}: {step}"
