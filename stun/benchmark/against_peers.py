@@ -74,18 +74,12 @@ def check_peers(cfg: BenchmarkConfig) -> None:
 def benchmark_peers(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Rows by task and tool, each with its ratios to STUN's; Wanda again for each number of layers in `cfg.depths`. Raises
     StunError if STUN fails. If another tool fails, its row has the reason."""
-    tasks, configs = {}, prune_configs(cfg)
-    bench = Bench(cfg, cfg.shape, folder, ranks)
-    for task, precision in _FORWARDS.items():
-        ranks.log(f"peers: {task}")
-        tasks[task] = bench.forward(precision)
-    for task, config in configs.items():
-        ranks.log(f"peers: {task}")
-        tasks[task] = bench.prune(config)
+    configs, bench = prune_configs(cfg), Bench(cfg, cfg.shape, folder, ranks)
+    tasks = {task: bench.forward(task, precision) for task, precision in _FORWARDS.items()}
+    tasks |= {task: bench.prune(task, config) for task, config in configs.items()}
     for layers in cfg.depths:
         task = f"wanda, {count(layers, 'layer')}"
-        ranks.log(f"peers: {task}")
-        tasks[task] = Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(configs["wanda"])
+        tasks[task] = Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(task, configs["wanda"])
     return {"shape": asdict(cfg.shape), "tokens": bench.samples.tokens_ST.numel(), "tasks": tasks}
 
 
@@ -100,14 +94,16 @@ class Bench:
         self.samples = calibration_samples(cfg.calibration, load_tokenizer(self.model), shape.vocabulary)
         save_file({"tokens": self.samples.tokens_ST}, self.tokens)
 
-    def forward(self, precision: Precision) -> dict[str, dict]:
+    def forward(self, task: str, precision: Precision) -> dict[str, dict]:
         """Rows of STUN's layer stream and of transformers."""
+        self.ranks.log(f"peers: {task}")
         stun = stream_forward(self.model, precision, self.samples, self.cfg.calibration.micro_batch, self.ranks)
         self.ranks.return_memory()
         return _beside(stun, transformers=self._peer(sys.executable, "forward", self.cfg.calibration.micro_batch, precision.name))
 
-    def prune(self, config: PruneConfig) -> dict[str, dict]:
+    def prune(self, task: str, config: PruneConfig) -> dict[str, dict]:
         """Rows of jobs.prune, llm-compressor (with the shares of zeros and experts that STUN removed) and the script."""
+        self.ranks.log(f"peers: {task}")
         run, micro_batch = self.folder / "run", config.calibration.micro_batch
         summary = run_prune(config, self.model, run)
         shutil.rmtree(run)

@@ -114,7 +114,8 @@ class LayerPhases:
         expert_powers(layer, self.ranks.workers)  # the first stream's
         before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
         enter("select")
-        self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + _file_bytes(statistics.folder))
+        statistics_bytes = sum(file.stat().st_size for file in statistics.folder.iterdir())
+        self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + statistics_bytes)
         kept = keep_representatives(stream, layer, layer_plan)
         enter("records")
         powers.experts_removed(is_changed=layer_plan.mean or len(kept) < layer_plan.experts)
@@ -160,7 +161,3 @@ def _bytes_to_mask(layer: Layer, quota: LayerQuota) -> int:
     dense = sum(layer.dense[name].nbytes for name, count in quota.dense.items() if count)
     experts = zip(layer.kept, quota.experts, strict=True)
     return dense + sum(layer.experts[expert][part].nbytes for expert, counts in experts for part, n in counts.items() if n)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())

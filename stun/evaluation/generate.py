@@ -112,9 +112,6 @@ class _Batch:
         else:
             self.cache = None
 
-    def state(self) -> Saved:
-        return {"tokens": self.tokens, "done": self.done}
-
 
 @torch.no_grad()
 def generate(
@@ -162,7 +159,7 @@ def _complete(
         _step(unfinished, stream, rounds, ranks)
         for batch in unfinished:
             if not batch.places or capacity.step_bytes or time.monotonic() - batch.saved > _SAVE:
-                save(batch.number, batch.state())
+                save(batch.number, {"tokens": batch.tokens, "done": batch.done})
                 batch.saved = time.monotonic()
         if time.monotonic() - logged > _SAVE:
             logged = time.monotonic()

@@ -35,12 +35,15 @@ def transient_costs(config: SparsifyConfig) -> list[tuple[int, int]]:
 @dataclass(frozen=True)
 class Weights:
     """Bytes of one layer on a rank: `dense` as stored and, if that is another dtype, converted to the compute dtype; `owned` of
-    the dense ones by this rank, which reads and writes them, `experts` it reads, `kept` of these, `joined` of fused tensors."""
+    the dense ones by this rank, which reads and writes them, `all_experts` of it, `experts` it reads to prune them, `kept` of
+    these, `local` in number, `joined` of fused tensors."""
 
     dense: int
     owned: int
+    all_experts: int
     experts: int
     kept: int
+    local: int
     joined: int
 
     @property
@@ -64,10 +67,10 @@ class Footprint:
         self.job, self.launch = job, launch
         self.arch, self.cfg, self.plan = job.arch, job.cfg, job.plan
         self.streams, self.candidates = job.streams, len(job.fractions)
-        self.dtype = compute_dtype(job.arch, launch.device)
+        self.dtype, self.is_gpu = compute_dtype(job.arch, launch.device), launch.device.type == "cuda"
+        self.token = job.arch.config.hidden_size * self.dtype.itemsize  # bytes of its hidden state
         self.layers = [self._weights(*pair) for pair in zip(job.arch.layers, job.plan.layers, strict=True)]
         self.heads = [self._weights(*pair) for pair in zip(job.arch.mtp, job.plan.mtp, strict=True)]
-        self.is_gpu = launch.device.type == "cuda"
 
     @cached_property
     def activations(self) -> Activations:
@@ -80,7 +83,7 @@ class Footprint:
         cfg = self.cfg.calibration
         batches = -(-cfg.samples // cfg.micro_batch)
         samples = min(cfg.samples, -(-batches // self.launch.world) * cfg.micro_batch)
-        return samples * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize
+        return samples * cfg.length * self.token
 
     def _weights(self, layout: LayerLayout, plan: LayerPlan) -> Weights:
         """Bytes of a layer on the rank with most of it."""
@@ -88,21 +91,22 @@ class Footprint:
         infos = {name: arch.info(name) for name in layout.copied}
         dense = sum(infos[name].nbytes for name in layout.dense)
         dense += sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
-        owned = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
-        expert, kept = self._expert(layout), -(-len(plan.clusters) // world)
-        parts = [arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]
-        joined = max((sum(parts[rank::world]) for rank in range(min(world, len(parts)))), default=0) * len(plan.clusters)
-        return Weights(dense, owned, expert * -(-len(plan.needed) // world), expert * kept, joined)
+        owned = self._most_dealt([info.nbytes for info in infos.values()])
+        joined = self._most_dealt([arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]) * len(plan.clusters)
+        expert = sum(info.nbytes for info in expert_infos(arch, layout))
+        whole, needed, local = (-(-count // world) for count in (layout.num_experts, len(plan.needed), len(plan.clusters)))
+        return Weights(dense, owned, expert * whole, expert * needed, expert * local, local, joined)
 
-    def _expert(self, layout: LayerLayout) -> int:
-        """Bytes of one expert."""
-        return sum(info.nbytes for info in expert_infos(self.arch, layout))
+    def _most_dealt(self, sizes: list[int]) -> int:
+        """Bytes on the rank with most of them, if they are dealt to the ranks in turn."""
+        world = self.launch.world
+        return max(sum(sizes[rank::world]) for rank in range(world))
 
     def peak(self) -> Memory:
         """Peak over all phases, including the bytes that the process holds from the start."""
         phases = [self._embedding(), self._outer_weights()]
         if "observe" in self.streams:
-            phases += [self._stream(i, "observe") for i in range(len(self.layers))]
+            phases += [self._observe(i) for i in range(len(self.layers))]
         if self.candidates:
             phases += [self._search(i) for i in range(len(self.layers))]
         phases += [phase for i in range(len(self.layers)) for phase in self._prune(i)]
@@ -134,7 +138,7 @@ class Footprint:
         if not self.streams["prune"] and "observe" not in self.streams:
             return 0
         cfg = self.cfg.calibration
-        last = min(self.states, cfg.micro_batch * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize)
+        last = min(self.states, cfg.micro_batch * cfg.length * self.token)
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
     def _being_written(self, index: int) -> tuple[int, int]:
@@ -146,12 +150,7 @@ class Footprint:
 
     def _dense_read_ahead(self, index: int) -> int:
         """Bytes on the host while a dense layer runs."""
-        following = self.layers[index + 1 : index + 2]
-        return self._read_ahead(index, following[0].owned + self._all_experts(index + 1) if following else 0)
-
-    def _all_experts(self, index: int) -> int:
-        layout = self.arch.layers[index]
-        return self._expert(layout) * -(-layout.num_experts // self.launch.world)
+        return self._read_ahead(index, sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]))
 
     def _read_ahead(self, index: int, ahead: int) -> int:
         """Bytes on the host: the next layer, `ahead`; with a GPU also the layer that is moved there, and the states being
@@ -161,24 +160,23 @@ class Footprint:
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert per worker, converted to the compute dtype."""
-        infos = [info for info in expert_infos(self.arch, layout) if info.dtype is not self.dtype]
-        parts: dict[tuple, int] = {}
-        for part in layout.experts[0] if infos else ():
-            parts[part] = sum(info.numel for info in self.arch.piece(layout, 0, part)) * self.dtype.itemsize
-        return max(parts.values(), default=0) * min(workers_on(self.launch.device), layout.num_experts)
+        if all(info.dtype is self.dtype for info in expert_infos(self.arch, layout)):
+            return 0
+        largest = max(sum(info.numel for info in self.arch.piece(layout, 0, part)) for part in layout.experts[0])
+        return largest * self.dtype.itemsize * min(workers_on(self.launch.device), layout.num_experts)
 
-    def _stream(self, index: int, name: str) -> Memory:
+    def _observe(self, index: int) -> Memory:
         """A layer of the dense model under observation."""
-        layout, beside = self.arch.layers[index], self.activations.layers[index]
+        layout, weights, beside = self.arch.layers[index], self.layers[index], self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
             beside = max(beside, self._largest(layout, [OUTLIERS]))
-        device = self._held(index) + self.layers[index].dense + self._all_experts(index) + self._cast(layout) + beside
-        return self._memory(f"{name} layer {index}", device, self._dense_read_ahead(index))
+        device = self._held(index) + weights.dense + weights.all_experts + self._cast(layout) + beside
+        return self._memory(f"observe layer {index}", device, self._dense_read_ahead(index))
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
         layout, held = self.arch.layers[index], self.states * (self.candidates * min(index, 1) + 1)
-        copy = self.layers[index].dense + self._all_experts(index)
+        copy = self.layers[index].dense + self.layers[index].all_experts
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
         return self._memory(f"search layer {index}", device, self._dense_read_ahead(index))
@@ -235,12 +233,9 @@ class Footprint:
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
-        config, gram_bytes = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
-        if not config.reads_grams or not gram_bytes:
-            return self._local_experts(index)
-        return min(
-            self._local_experts(index), max(1, int(config.gram_gib * GIB / (gram_bytes * (2 if config.reconstruct else 1))))
-        )
+        config, local = self.cfg.sparsify, self.layers[index].local
+        gram_bytes = self._squared_inputs(self.arch.layers[index]) * (2 if config.reconstruct else 1)
+        return min(local, max(1, int(config.gram_gib * GIB / gram_bytes))) if config.reads_grams and gram_bytes else local
 
     def _at_once(self, index: int) -> int:
         """Experts that are measured at the same time, each with its own sums of a micro-batch."""
@@ -248,25 +243,19 @@ class Footprint:
 
     def blocks(self, index: int) -> int:
         """Number of forwards in which a layer is measured."""
-        return -(-self._local_experts(index) // max(1, self.block(index))) or 1
-
-    def _local_experts(self, index: int) -> int:
-        return -(-len(self.plan.layers[index].clusters) // self.launch.world)
+        return -(-self.layers[index].local // max(1, self.block(index))) or 1
 
     def _expert_grams(self, index: int) -> int:
         return self._squared_inputs(self.arch.layers[index]) * self.block(index)
 
     def _grams(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Bytes of a rank's Gram matrices, and of one micro-batch's parts before they are added."""
-        world = self.launch.world
         if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
         expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
-        owned = [0] * world
-        for name, nbytes in dense.items():
-            owned[layout.copied.index(name) % world] += nbytes
+        owned = self._most_dealt([dense.get(name, 0) for name in layout.copied])
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
-        return self._expert_grams(index) + max(owned), shared + expert_bytes * self._at_once(index)
+        return self._expert_grams(index) + owned, shared + expert_bytes * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Dense matrices that close a block: bytes with their inputs in all micro-batches, and bytes of their Gram matrices."""

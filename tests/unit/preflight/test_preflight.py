@@ -49,7 +49,7 @@ from stun.sparsify.select import smallest_per_row
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
 RANK = ExpertsConfig(method=ExpertsMethod.rank)
 CPU = Launch("cpu", 1, 1, 0, 64 * GIB, flops=1e12, read=1e9, write=1e9, base=GIB // 2)
-GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, flops=GPUS["h100"].tflops * 1e12)
+GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, flops=GPUS["h100"][1] * 1e12)
 
 
 def asked(source, run_dir, **changes) -> PruneConfig:
