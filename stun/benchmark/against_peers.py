@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from stun.benchmark.checkpoints import forget, qwen3_moe, random_checkpoint, shapes_of
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
-from stun.benchmark.limits import wait_for
 from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import figures, run_prune
 from stun.checkpoint.reader import Checkpoint
@@ -29,12 +28,14 @@ from stun.config import ExpertsConfig, ExpertsMethod, Precision, PruneConfig, Sc
 from stun.data import Samples, calibration_samples, load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
+from stun.preflight.speeds import wait_for
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
 AS_IT_COMES = "llm-compressor, all experts"  # its default: every expert sees every token
 _DROPPED = 0.25  # share of the experts removed by tasks that remove experts
-_FORWARDS = {"forward": (Precision.auto, "auto"), "forward, float32": (Precision.float32, "float32")}
+_FORWARDS = {"forward": Precision.auto, "forward, float32": Precision.float32}
 
 
 def prune_configs(cfg: BenchmarkConfig) -> dict[str, PruneConfig]:
@@ -73,18 +74,12 @@ def check_peers(cfg: BenchmarkConfig) -> None:
 def benchmark_peers(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Rows by task and tool, each with its ratios to STUN's; Wanda again for each number of layers in `cfg.depths`. Raises
     StunError if STUN fails. If another tool fails, its row has the reason."""
-    tasks, configs = {}, prune_configs(cfg)
-    bench = Bench(cfg, cfg.shape, folder, ranks)
-    for task, (precision, dtype) in _FORWARDS.items():
-        ranks.log(f"peers: {task}")
-        tasks[task] = bench.forward(precision, dtype)
-    for task, config in configs.items():
-        ranks.log(f"peers: {task}")
-        tasks[task] = bench.prune(config)
+    configs, bench = prune_configs(cfg), Bench(cfg, cfg.shape, folder, ranks)
+    tasks = {task: bench.forward(task, precision) for task, precision in _FORWARDS.items()}
+    tasks |= {task: bench.prune(task, config) for task, config in configs.items()}
     for layers in cfg.depths:
-        task = f"wanda, {layers} layer{'s' if layers > 1 else ''}"
-        ranks.log(f"peers: {task}")
-        tasks[task] = Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(configs["wanda"])
+        task = f"wanda, {count(layers, 'layer')}"
+        tasks[task] = Bench(cfg, replace(cfg.shape, layers=layers), folder, ranks).prune(task, configs["wanda"])
     return {"shape": asdict(cfg.shape), "tokens": bench.samples.tokens_ST.numel(), "tasks": tasks}
 
 
@@ -99,17 +94,18 @@ class Bench:
         self.samples = calibration_samples(cfg.calibration, load_tokenizer(self.model), shape.vocabulary)
         save_file({"tokens": self.samples.tokens_ST}, self.tokens)
 
-    def forward(self, precision: Precision, dtype: str) -> dict[str, dict]:
-        """Rows of STUN's layer stream and of transformers in `dtype`."""
+    def forward(self, task: str, precision: Precision) -> dict[str, dict]:
+        """Rows of STUN's layer stream and of transformers."""
+        self.ranks.log(f"peers: {task}")
         stun = stream_forward(self.model, precision, self.samples, self.cfg.calibration.micro_batch, self.ranks)
         self.ranks.return_memory()
-        return _beside(stun, transformers=self._peer(sys.executable, "forward", self.cfg.calibration.micro_batch, dtype))
+        return _beside(stun, transformers=self._peer(sys.executable, "forward", self.cfg.calibration.micro_batch, precision.name))
 
-    def prune(self, config: PruneConfig) -> dict[str, dict]:
+    def prune(self, task: str, config: PruneConfig) -> dict[str, dict]:
         """Rows of jobs.prune, llm-compressor (with the shares of zeros and experts that STUN removed) and the script."""
-        forget(self.model)
+        self.ranks.log(f"peers: {task}")
         run, micro_batch = self.folder / "run", config.calibration.micro_batch
-        summary = run_prune(replace(config, model=replace(config.model, path=str(self.model)), run_dir=str(run)))
+        summary = run_prune(config, self.model, run)
         shutil.rmtree(run)
         dtype = _computes_in(Architecture(Checkpoint.open(str(self.model)), config.precision), self.ranks)
         stun = {**figures(summary), "dtype": dtype, "sparsity": summary["sparsity"], "experts": summary["kept"]}

@@ -30,21 +30,20 @@ _CASES = {
     BenchmarkCase.depth: benchmark_depth,
     BenchmarkCase.peers: benchmark_peers,
 }
-_MADE = "made"  # temporary folder of a case below run_dir
 
 
 def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     """Result of `cfg.case`, also written to `cfg.run_dir`/CASE.json. All ranks call this together. Raises StunError, before
     anything is written, if the case cannot run."""
-    folder = Path(cfg.run_dir)
+    made = Path(cfg.run_dir) / "made"  # everything but the result
     ranks.on_first(lambda: _check(cfg, ranks))
-    ranks.on_first(lambda: (folder / _MADE).mkdir(parents=True))
+    ranks.on_first(lambda: made.mkdir(parents=True))
     try:
-        result = {"case": cfg.case.name, **machine(ranks), **_CASES[cfg.case](cfg, folder / _MADE, ranks)}
+        result = {"case": cfg.case.name, **machine(ranks), **_CASES[cfg.case](cfg, made, ranks)}
     finally:
         if ranks.is_first:
-            shutil.rmtree(folder / _MADE)
-    ranks.on_first(lambda: write_json(folder / f"{cfg.case.name}.json", result))
+            shutil.rmtree(made)
+    ranks.on_first(lambda: write_json(made.parent / f"{cfg.case.name}.json", result))
     return result
 
 
@@ -112,8 +111,7 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
 
 def _check_list(cfg: BenchmarkConfig) -> None:
     """Check the numbers of a case that runs once for each; `peers` may have none."""
-    depths = dict.fromkeys((BenchmarkCase.depth, BenchmarkCase.peers), "depths")
-    name = {BenchmarkCase.growth: "factors", BenchmarkCase.ranks: "worlds", **depths}.get(cfg.case)
+    name = {"growth": "factors", "ranks": "worlds", "depth": "depths", "peers": "depths"}.get(cfg.case.name)
     if name and min(getattr(cfg, name), default=1 if cfg.case is BenchmarkCase.peers else 0) < 1:
         raise StunError(f"{name}={getattr(cfg, name)}: whole numbers above 0 are needed")
 

@@ -8,7 +8,7 @@ import torch
 
 from stun.benchmark.checkpoints import arctic, write_checkpoint
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
-from stun.benchmark.limits import Rates, measure_rates
+from stun.benchmark.limits import measure_rates
 from stun.benchmark.phases import LayerPhases
 from stun.checkpoint.reader import Checkpoint
 from stun.model.architecture import Architecture
@@ -39,7 +39,7 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
         "shape": asdict(shape),
         "tokens": phases.tokens,
         "dtype": str(phases.stream.dtype).removeprefix("torch."),
-        "rates": asdict(rates),
+        "rates": rates,
         "peak_bytes": phases.peak,
         "phases": rows,
         **_totals(phases.seconds, cfg.depth),
@@ -66,12 +66,12 @@ def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ra
     return states
 
 
-def _beside(seconds: float, work: tuple[str, int] | None, rates: Rates) -> dict:
+def _beside(seconds: float, work: tuple[str, int] | None, rates: dict[str, float]) -> dict:
     """Seconds of a phase beside the least seconds for its `work`: (name of the limiting rate, bytes or FLOP)."""
     if work is None:
         return {"seconds": seconds}
     rate, amount = work
-    limit, unit = amount / getattr(rates, rate), "flop" if rate == "flops" else "bytes"
+    limit, unit = amount / rates[rate], "flop" if rate == "flops" else "bytes"
     return {"seconds": seconds, unit: amount, "rate": rate, "limit": limit, "ratio": seconds / limit}
 
 

@@ -13,20 +13,23 @@ write      from the device to the disk, synced
 
 from pathlib import Path
 
+import torch
+
 from stun.benchmark.checkpoints import forget
 from stun.benchmark.config import BenchmarkConfig
-from stun.benchmark.limits import DeviceMeter
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerQuota, layer_quotas, measure_layers
 from stun.planning.job import Job, plan_of_counts
 from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
+from stun.preflight.speeds import wait_for
 from stun.preflight.time import forward_flop
 from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors, write_shard
 from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
 from stun.runtime.ranks import Ranks
+from stun.runtime.timers import Meter
 from stun.statistics.observe import Watcher
 from stun.statistics.store import Statistics
 from stun.stream.expert_parallel import Layer
@@ -34,6 +37,18 @@ from stun.stream.layer_stream import LayerStream, States, even_owners
 
 _STREAM = "layer"
 _FORWARDS = ("plain", "observe", "measure", "propagate")
+
+
+class _DeviceMeter(Meter):
+    """Meter that waits for the device at the end of every phase."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        super().__init__()
+
+    def enter(self, phase: str) -> None:
+        wait_for(self.device)
+        super().enter(phase)
 
 
 class LayerPhases:
@@ -55,7 +70,7 @@ class LayerPhases:
 
     def run(self) -> None:
         """Run all phases in the order of the two streams."""
-        self.meter = self.ranks.meter = DeviceMeter(self.ranks.device)
+        self.meter = self.ranks.meter = _DeviceMeter(self.ranks.device)
         self.ranks.reset_peak_memory()
         forget(self.arch.source.folder)
         before = self.arch.source.bytes_read
@@ -99,7 +114,8 @@ class LayerPhases:
         expert_powers(layer, self.ranks.workers)  # the first stream's
         before, powers = _expert_bytes(layer), WeightPowers(stream, layer)
         enter("select")
-        self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + _file_bytes(statistics.folder))
+        statistics_bytes = sum(file.stat().st_size for file in statistics.folder.iterdir())
+        self.work["select"] = ("copy", _bytes_to_choose(layer, layer_plan) + statistics_bytes)
         kept = keep_representatives(stream, layer, layer_plan)
         enter("records")
         powers.experts_removed(is_changed=layer_plan.mean or len(kept) < layer_plan.experts)
@@ -145,7 +161,3 @@ def _bytes_to_mask(layer: Layer, quota: LayerQuota) -> int:
     dense = sum(layer.dense[name].nbytes for name, count in quota.dense.items() if count)
     experts = zip(layer.kept, quota.experts, strict=True)
     return dense + sum(layer.experts[expert][part].nbytes for expert, counts in experts for part, n in counts.items() if n)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())

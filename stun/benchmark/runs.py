@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from stun.checkpoint.headers import read_header
+from stun.benchmark.checkpoints import forget
 from stun.config import PruneConfig, StunError
 from stun.files import load_json
 from stun.model.architecture import Architecture
@@ -18,7 +20,6 @@ from stun.preflight.time import forward_flop
 from stun.run.identity import plain
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_CHUNK = 2**24
 
 
 def run_alone(command: list[str], folder: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
@@ -30,11 +31,12 @@ def run_alone(command: list[str], folder: Path | None = None, **variables: str) 
     return done, time.perf_counter() - start
 
 
-def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
-    """Run jobs.prune with this configuration under torchrun on `ranks` ranks or, for 0, in a plain process; returns its summary
-    with `wall_seconds` of the process. Raises StunError if it fails."""
-    config = Path(f"{cfg.run_dir}.yaml").absolute()
-    config.parent.mkdir(parents=True, exist_ok=True)
+def run_prune(cfg: PruneConfig, model: Path, run: Path, ranks: int = 0) -> dict:
+    """Run jobs.prune of the checkpoint `model`, dropped from the system's cache before, in the folder `run`, under torchrun on
+    `ranks` ranks or, for 0, in a plain process; returns its summary with `wall_seconds` of the process. Raises StunError if it
+    fails."""
+    cfg, config = replace(cfg, model=replace(cfg.model, path=str(model)), run_dir=str(run)), Path(f"{run}.yaml").absolute()
+    forget(model)
     settings = {field.name: plain(getattr(cfg, field.name)) for field in fields(PruneConfig)}
     config.write_text(yaml.safe_dump({"defaults": ["prune", "_self_"], **settings}))
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -42,8 +44,8 @@ def run_prune(cfg: PruneConfig, ranks: int = 0) -> dict:
     done, seconds = run_alone([sys.executable, *(torchrun if ranks else ()), *job])
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
-        raise StunError(f"jobs.prune of {cfg.model.path}: {' '.join(errors).removeprefix('error: ')}")
-    return load_json(Path(cfg.run_dir) / "manifest.json")["summary"] | {"wall_seconds": seconds}
+        raise StunError(f"jobs.prune of {model}: {' '.join(errors).removeprefix('error: ')}")
+    return load_json(run / "manifest.json")["summary"] | {"wall_seconds": seconds}
 
 
 def figures(summary: dict) -> dict:
@@ -63,13 +65,8 @@ def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a checkpoint (dtype, shape and bytes), by name."""
     by_name = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            for name, info in read_header(file).items():
-                digest, remaining = hashlib.sha256(f"{info.dtype} {info.shape} ".encode()), info.nbytes
-                handle.seek(info.start)
-                while remaining:
-                    content = handle.read(min(remaining, _CHUNK))
-                    digest.update(content)
-                    remaining -= len(content)
-                by_name[name] = digest.hexdigest()
+        for name, tensor in load_file(file).items():
+            digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            by_name[name] = digest.hexdigest()
     return by_name

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stun.benchmark.checkpoints import forget, random_checkpoint
+from stun.benchmark.checkpoints import random_checkpoint
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
 from stun.benchmark.limits import measure_rates
 from stun.benchmark.runs import computed_flop, digests, figures, run_prune
@@ -34,19 +34,17 @@ def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:
 def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Rows of all runs, each beside the longest of reading its bytes, computing its forwards and writing its model, and beside
     the first run. A run starts without its source in the system's cache, but its second stream may be served from there."""
-    model, rows, rates = folder / "source", {}, None
+    model, rows, rates = folder / "source", {}, {}
     for name, (shape, samples) in sizes(cfg).items():
         ranks.log(f"growth: {name}")
         random_checkpoint(model, shape, Path(cfg.model.path))
         arch = Architecture(Checkpoint.open(model), cfg.precision)
         rates = rates or measure_rates(arch.source, folder, ranks, compute_dtype(arch, ranks.device))
-        config = _run_config(cfg, model, folder / "run", samples)
-        forget(model)
-        summary = run_prune(config)
-        tokens = samples * config.calibration.length
+        summary = run_prune(replace(cfg, calibration=replace(cfg.calibration, samples=samples)), model, folder / "run")
+        tokens = samples * cfg.calibration.length
         read, written = sum(summary["bytes_read"]), summary["bytes_written"]
-        flop = computed_flop(summary, arch, tokens, config.calibration.length)
-        limits = {"read": read / rates.read, "compute": flop / rates.flops, "write": written / rates.write}
+        flop = computed_flop(summary, arch, tokens, cfg.calibration.length)
+        limits = {"read": read / rates["read"], "compute": flop / rates["flops"], "write": written / rates["write"]}
         limit = max(limits.values())
         rows[name] = {
             "shape": asdict(shape),
@@ -57,7 +55,7 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
             "cost": summary["seconds"] / (rows["base"] if rows else summary)["seconds"],
         }
         _clear(folder)
-    return {"rates": asdict(rates), "runs": rows}
+    return {"rates": rates, "runs": rows}
 
 
 def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
@@ -66,8 +64,7 @@ def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     random_checkpoint(model, cfg.shape, Path(cfg.model.path))
     for world in cfg.worlds:
         ranks.log(f"ranks: {world}")
-        forget(model)
-        summary = run_prune(_run_config(cfg, model, folder / "run"), world)
+        summary = run_prune(cfg, model, folder / "run", world)
         written.append(digests(folder / "run" / "model"))
         rows[str(world)] = {
             **figures(summary),
@@ -85,8 +82,7 @@ def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     for layers in cfg.depths:
         ranks.log(f"depth: {layers} layers")
         random_checkpoint(model, replace(cfg.shape, layers=layers), Path(cfg.model.path))
-        forget(model)
-        summary = run_prune(_run_config(cfg, model, folder / "run"))
+        summary = run_prune(cfg, model, folder / "run")
         measured = load_json(folder / "run" / FILE)
         streams = {name: _overlap(measured[name], phases) for name, phases in summary["phases"].items() if name in measured}
         rows[str(layers)] = {**figures(summary), "streams": streams}
@@ -100,12 +96,6 @@ def _overlap(layers: list[dict], phases: dict[str, float]) -> dict:
     sums = {phase: sum(layer["seconds"][phase] for layer in layers) for phase in PHASES}
     total = sum(phases.values())
     return {**sums, "total": total, "ratio": total / max(sums.values())}
-
-
-def _run_config(cfg: BenchmarkConfig, model: Path, run: Path, samples: int = 0) -> BenchmarkConfig:
-    """Configuration of one run on the checkpoint `model`."""
-    calibration = replace(cfg.calibration, samples=samples or cfg.calibration.samples)
-    return replace(cfg, model=replace(cfg.model, path=str(model)), calibration=calibration, run_dir=str(run))
 
 
 def _clear(folder: Path) -> None:

@@ -4,7 +4,6 @@ The task's rows are split into two halves, so that a choice made on one half can
 """
 
 import itertools
-from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +12,7 @@ from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.config import ModelConfig, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
+from stun.evaluation.task import scores
 from stun.files import load_json, write_json
 from stun.planning.from_statistics import plan_from_run
 from stun.planning.job import resolve_model
@@ -105,10 +105,7 @@ def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dic
 def _measures(result: dict) -> dict[str, float]:
     """Exact match on the even and on the odd rows, averaged over groups; perplexity; of a pruned model also sparsity, and
     the time and memory of pruning."""
-    groups: tuple[dict, dict] = defaultdict(list), defaultdict(list)
-    for row, (group, is_right) in enumerate(zip(result["groups"], result["right"], strict=True)):
-        groups[row % 2][group].append(is_right)
-    even, odd = (mean(mean(hits) for hits in half.values()) for half in groups)
+    even, odd = (scores(result["right"][half::2], result["groups"][half::2])["average"] for half in (0, 1))
     measures = {"odd": odd, "even": even, "perplexity": result["perplexity"]}
     if "prune" in result:
         pruned = result["prune"]

@@ -2,7 +2,6 @@
 
 from rich.table import Table
 
-from stun.benchmark.config import BenchmarkCase
 from stun.preflight.hardware import GIB
 from stun.runtime.console import printed
 from stun.runtime.units import count
@@ -10,16 +9,8 @@ from stun.runtime.units import count
 
 def benchmark_table(result: dict) -> str:
     """Table of a case's result, below a line on its hardware."""
-    tables = {
-        BenchmarkCase.layer: _layer,
-        BenchmarkCase.weights: _weights,
-        BenchmarkCase.growth: _growth,
-        BenchmarkCase.ranks: _ranks,
-        BenchmarkCase.depth: _depth,
-        BenchmarkCase.peers: _peers,
-    }
-    ranks = count(result["ranks"], "rank")
-    return f"{result['device']}, {ranks}\n{tables[BenchmarkCase[result['case']]](result)}"
+    tables = {"layer": _layer, "weights": _weights, "growth": _growth, "ranks": _ranks, "depth": _depth, "peers": _peers}
+    return f"{result['device']}, {count(result['ranks'], 'rank')}\n{tables[result['case']](result)}"
 
 
 def _table(*titles: str) -> Table:
@@ -82,8 +73,9 @@ def _ranks(result: dict) -> str:
     """A line per number of ranks: seconds, speed-up, memory of a rank; then whether all tensors are identical."""
     table = _table("", "seconds", "speed-up", "peak a rank, GiB")
     for world, row in result["runs"].items():
-        name = f"{world} rank{'s' if int(world) > 1 else ''}"
-        table.add_row(name, f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['peak_bytes'] / GIB:.2f}")
+        table.add_row(
+            count(int(world), "rank"), f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['peak_bytes'] / GIB:.2f}"
+        )
     return f"{printed(table)}tensors written: {'identical' if result['identical'] else 'NOT identical'}\n"
 
 
@@ -94,8 +86,7 @@ def _depth(result: dict) -> str:
     table = _table("", "peak, GiB", "seconds", *(f"{stream} / largest phase" for stream in streams))
     for layers, row in result["runs"].items():
         overlaps = (f"{row['streams'][stream]['ratio']:.2f}" for stream in streams)
-        name = f"{layers} layer{'s' if int(layers) > 1 else ''}"
-        table.add_row(name, f"{row['peak_bytes'] / GIB:.2f}", f"{row['seconds']:.2f}", *overlaps)
+        table.add_row(count(int(layers), "layer"), f"{row['peak_bytes'] / GIB:.2f}", f"{row['seconds']:.2f}", *overlaps)
     return printed(table)
 
 

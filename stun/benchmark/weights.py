@@ -1,15 +1,14 @@
 """Cost of each method of removing single weights, beside reading and writing the same bytes."""
 
-import os
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
-from stun.benchmark.checkpoints import random_checkpoint
+from stun.benchmark.checkpoints import bytes_of, qwen3_moe, random_checkpoint
 from stun.benchmark.config import BenchmarkConfig
 from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig, with_overrides
+from stun.preflight.speeds import read_speed, write_speed
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
@@ -19,19 +18,6 @@ def method_configs(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:
     return {m: with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), o) for m, o in cfg.methods.items()}
 
 
-def disk_seconds(folder: Path, scratch: Path) -> float:
-    """Seconds to read all weights of a checkpoint and to write as many bytes to disk."""
-    start = time.perf_counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        content = file.read_bytes()
-        with open(scratch, "wb") as copy:
-            copy.write(content)
-            copy.flush()
-            os.fsync(copy.fileno())
-    scratch.unlink()
-    return time.perf_counter() - start
-
-
 def benchmark_weights(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and seconds to read and write its bytes.
 
@@ -39,11 +25,10 @@ def benchmark_weights(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """
     model = folder / "source"
     ranks.on_first(lambda: random_checkpoint(model, cfg.shape, Path(cfg.model.path)))
-    disk = ranks.on_first(lambda: disk_seconds(model, folder / "scratch"))
-    rows = {}
+    nbytes, rows = bytes_of(qwen3_moe(cfg.shape)), {}
+    disk = ranks.on_first(lambda: nbytes / read_speed(Checkpoint.open(model)) + nbytes / write_speed(folder))
     for method, config in method_configs(cfg, model).items():
         summary = prune(replace(config, run_dir=str(folder / "run")), ranks)
         rows[method] = {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sparsity": summary["sparsity"]}
         ranks.on_first(lambda: shutil.rmtree(folder / "run"))
-    nbytes = sum(info.nbytes for info in Checkpoint.open(str(model)).tensors.values())
     return {"bytes": nbytes, "disk_seconds": disk, "methods": rows}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,5 @@ def micro_batches(lengths: list[int], size: int) -> list[MicroBatch]:
 
 def padded(sequences: list[list[int]], pad: int, on_left: bool = False) -> torch.Tensor:
     """Token ids [B, T], filled up with `pad` on the right or left."""
-    longest = max(map(len, sequences))
-    fill = [[pad] * (longest - len(ids)) for ids in sequences]
-    return torch.tensor([f + ids if on_left else ids + f for f, ids in zip(fill, sequences, strict=True)])
+    rows = [torch.tensor(ids) for ids in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left" if on_left else "right")

@@ -112,9 +112,6 @@ class _Batch:
         else:
             self.cache = None
 
-    def state(self) -> Saved:
-        return {"tokens": self.tokens, "done": self.done}
-
 
 @torch.no_grad()
 def generate(
@@ -162,7 +159,7 @@ def _complete(
         _step(unfinished, stream, rounds, ranks)
         for batch in unfinished:
             if not batch.places or capacity.step_bytes or time.monotonic() - batch.saved > _SAVE:
-                save(batch.number, batch.state())
+                save(batch.number, {"tokens": batch.tokens, "done": batch.done})
                 batch.saved = time.monotonic()
         if time.monotonic() - logged > _SAVE:
             logged = time.monotonic()
@@ -186,8 +183,6 @@ def describe(capacity: Capacity, arch: Architecture, read: float) -> str:
     layers = len(arch.layers)
     if not capacity.step_bytes:
         return f"{capacity.batch} at once, all {layers} layers are held in memory"
-    held = (
-        f"{capacity.held_layers} of {layers} layers are held in memory" if capacity.held_layers else "no layer is held in memory"
-    )
+    held = f"{capacity.held_layers} of {layers} layers are held in memory"
     step = f"{size(capacity.step_bytes)} are read for every token, about {duration(capacity.step_bytes / read)}"
     return f"{capacity.turns} times {capacity.batch} at once on a rank; {held}: {step}"

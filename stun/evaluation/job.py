@@ -15,7 +15,7 @@ from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch
 from stun.evaluation.perplexity import score
-from stun.evaluation.request import Inputs, dense_result, finished_result, read_inputs, validate_evaluation
+from stun.evaluation.request import Inputs, finished_result, read_inputs, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
@@ -38,13 +38,13 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
     tokenizer = load_tokenizer(arch.source.folder)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
-    reference = ranks.on_first(lambda: dense_result(cfg, inputs)) if cfg.dense else None
     finished = ranks.on_first(lambda: finished_result(cfg.output, inputs.request))
     partial = Partial(cfg.output)
     if finished:
         ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
         ranks.log(f"{cfg.output} is complete already")
         return finished
+    reference = inputs.dense
     dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
     ranks.on_first(lambda: partial.open(inputs.request))
     result: dict = {"model": cfg.model.path}
@@ -86,7 +86,7 @@ def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Arch
 
 
 def _scored(arch: Architecture, dense: Architecture | None, inputs: Inputs, batch: int, partial: Partial, ranks: Ranks) -> dict:
-    finished = ranks.on_first(lambda: partial.known("scores"))
+    finished = ranks.on_first(lambda: partial.load("scores"))
     if finished:
         return finished
     lengths = [len(ids) for ids in inputs.sequences]
@@ -95,11 +95,10 @@ def _scored(arch: Architecture, dense: Architecture | None, inputs: Inputs, batc
 
     def run(size: int) -> dict:
         ranks.log(f"score {sum(lengths):,} tokens in {len(lengths)} sequences, {size} at once")
-        result = score(arch, dense, inputs.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
-        return result.to_json()
+        return score(arch, dense, inputs.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
 
     entries = _fitting("score", chosen, batch > 0, run, partial, ranks)
-    ranks.on_first(lambda: partial.enter("scores", entries))
+    ranks.on_first(lambda: partial.save("scores", entries))
     return entries
 
 
@@ -112,23 +111,21 @@ def _answered(
     ranks.doing = "generate before the first token"
     chosen = generation_capacity(arch, lengths, task.max_new_tokens, task.batch, ranks).batch
 
-    def run(size: int) -> dict[int, list[int]]:
+    def run(size: int) -> dict:
         capacity = generation_capacity(arch, lengths, task.max_new_tokens, size, ranks)
         nodes = max(1, ranks.world // ranks.local_world)
         read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
         ranks.log(f"generate for {len(lengths)} rows: {describe(capacity, arch, read)}")
         files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
-        return generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save) | {-1: size}
+        return {"tokens": generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save), "batch": size}
 
-    completions = _fitting("generate", chosen, task.batch > 0, run, partial, ranks)
-    size = completions.pop(-1)
-    right = {}
-    for number, tokens in completions.items():
+    result, right = _fitting("generate", chosen, task.batch > 0, run, partial, ranks), {}
+    for number, tokens in result["tokens"].items():
         text = completion(tokenizer.decode(tokens, skip_special_tokens=True), task)
         right[number] = extract(text, task) == extract(inputs.rows[number].answer, task)
     hit_by_row = {number: hit for part in ranks.gather_objects(right) for number, hit in part.items()}
     hits = [hit_by_row[number] for number in range(len(inputs.rows))]
-    return {"rows": len(hits), **scores(hits, [row.group for row in inputs.rows]), "batch": size}
+    return {"rows": len(hits), **scores(hits, [row.group for row in inputs.rows]), "batch": result["batch"]}
 
 
 def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict], partial: Partial, ranks: Ranks) -> dict:

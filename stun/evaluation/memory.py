@@ -6,7 +6,7 @@ from stun.config import StunError
 from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
-from stun.preflight.activations import trace_row
+from stun.preflight.activations import trace_layers
 from stun.preflight.hardware import free_memory
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
@@ -53,7 +53,7 @@ def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested
     free = _free_bytes(arch, ranks) / models - states / models
     if free < 0:
         raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; use fewer")
-    peak, _ = trace_row(arch, max(lengths), ranks.device, ranks.world)
+    peak = max(trace_layers(arch, 1, max(lengths), ranks.device, ranks.world, use_cache=True).layers)
     return _batch(requested, free / 2, peak + 2 * width * max(lengths), len(lengths), f"{max(lengths)} tokens")
 
 
@@ -73,12 +73,14 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
     free, sizes = _free_bytes(arch, ranks), [_layer_bytes(arch, layout, ranks) for layout in arch.layers]
     dtype = compute_dtype(arch, ranks.device)
     longest = max(prompts)
-    peak, cached = trace_row(arch, longest + new, ranks.device, ranks.world)
-    row = peak + cached + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
+    traced = trace_layers(arch, 1, longest + new, ranks.device, ranks.world, use_cache=True)
+    row = (
+        max(traced.layers) + traced.caches + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
+    )
     held_bytes, held_layers = 0, 0
     while held_layers < len(sizes) and held_bytes + sizes[held_layers][1] <= min(free / 2, free - 2 * row):
         held_bytes += sizes[held_layers][1]
         held_layers += 1
     batch = _batch(requested, (free - held_bytes) / 2, row, len(prompts), f"{longest + new} tokens")
-    turns = 1 if held_layers == len(sizes) else max(1, int((free - held_bytes) / 2 / max(1, batch * cached)))
+    turns = 1 if held_layers == len(sizes) else max(1, int((free - held_bytes) / 2 / max(1, batch * traced.caches)))
     return Capacity(batch, turns, held_layers, sum(whole for _, _, whole in sizes[held_layers:]))

@@ -9,7 +9,6 @@ Shapes: B sequences, T tokens of the longest, N predicted tokens, D hidden, V vo
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,33 +27,14 @@ from stun.stream.progress import Progress
 _LOGITS = 2**26  # logits computed at once
 
 
-@dataclass(frozen=True)
-class Scores:
-    """`nll`: mean negative log-likelihood in nats over `tokens` predicted tokens. Beside a dense model also `kl`, the mean of
-    KL(dense || model) in nats per token; `top1`, the share of tokens with the same most likely token; `layer_error`,
-    ||H' - H||^2 / ||H||^2 of the hidden states after each layer."""
-
-    nll: float
-    tokens: int
-    kl: float | None = None
-    top1: float | None = None
-    layer_error: list[float] | None = None
-
-    def to_json(self) -> dict:
-        """Entries of result.json."""
-        entries = {"perplexity": math.exp(self.nll), "tokens": self.tokens}
-        if self.kl is None:
-            return entries
-        agreement = {"kl": self.kl, "top1": self.top1, "tokens": self.tokens}
-        return {**entries, "agreement": agreement, "layer_error": self.layer_error}
-
-
 def score(
     arch: Architecture, dense: Architecture | None, sequences: list[list[int]], size: int, ranks: Ranks, folder: Path
-) -> Scores:
-    """Scores of the model over `sequences`, `size` of them at once. A dense model is streamed in lock-step.
+) -> dict:
+    """Scores of the model over `sequences`, `size` of them at once: `perplexity` over the predicted `tokens`.
 
-    Resumes an interrupted call with the same arguments from `folder`.
+    A dense model is streamed in lock-step. Beside it also `agreement`, with `kl`, the mean of KL(dense || model) in nats per
+    token, and `top1`, the share of tokens with the same most likely token, and `layer_error`, ||H' - H||^2 / ||H||^2 of the
+    hidden states after each layer. Resumes an interrupted call with the same arguments from `folder`.
     """
     batches = micro_batches([len(ids) for ids in sequences], size)
     tokens = [padded([sequences[row] for row in batch.rows], 0) for batch in batches]
@@ -143,12 +123,14 @@ def _sums_of(models: list[Architecture], hidden: list[torch.Tensor], target_N: t
     return [math.fsum(values) for values in sums[: 1 if len(models) == 1 else 3]]
 
 
-def _scores(totals: list[float], finished: list[list[dict]]) -> Scores:
+def _scores(totals: list[float], finished: list[list[dict]]) -> dict:
     tokens, nll, *agreement = totals
+    scores = {"perplexity": math.exp(nll / tokens), "tokens": int(tokens)}
     if not agreement:
-        return Scores(nll / tokens, int(tokens))
+        return scores
+    kl, top1 = (total / tokens for total in agreement)
     layer_error = []
     for entries in finished:
         error, norm = (math.fsum(values) for values in zip(*(pair for entry in entries for pair in entry["error"]), strict=True))
         layer_error.append(error / norm if norm else 0.0)
-    return Scores(nll / tokens, int(tokens), agreement[0] / tokens, agreement[1] / tokens, layer_error)
+    return {**scores, "agreement": {"kl": kl, "top1": top1, "tokens": int(tokens)}, "layer_error": layer_error}

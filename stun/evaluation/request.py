@@ -21,11 +21,13 @@ SAME = ("task", "rows", "sequences")  # keys of the request that must be equal f
 
 @dataclass(frozen=True)
 class Inputs:
-    """Rows of the task, their prompts and the sequences to score as token ids; `request` identifies these and the model."""
+    """Rows of the task, their prompts and the sequences to score as token ids, and the dense model's result, if there is one;
+    `request` identifies these and the model."""
 
     rows: list[Row]
     prompts: list[list[int]]
     sequences: list[list[int]]
+    dense: dict | None
     request: dict
 
 
@@ -55,6 +57,7 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
         raise StunError(
             f"task.path={cfg.task.path}: every question with its answer is a single token; there is nothing to predict"
         )
+    dense = _dense_result(cfg.dense) if cfg.dense else None
     task = {key: value for key, value in asdict(cfg.task).items() if key not in ("path", "batch")} if rows else None
     digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None  # noqa: E731
     request = {
@@ -62,28 +65,22 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
         "task": task,
         "rows": digest([[ids, row.answer, row.group] for ids, row in zip(prompts, rows, strict=True)]),
         "sequences": digest(sequences),
-        "dense": _request(cfg.dense)["model"] if cfg.dense else None,
+        "dense": dense["request"]["model"] if dense else None,
         "harness": asdict(cfg.harness) if cfg.harness.tasks else None,
     }
-    return Inputs(rows, prompts, sequences, request)
-
-
-def _request(file: str) -> dict:
-    """Request of the dense model's evaluation. Raises StunError if the file is not the output of an evaluation."""
-    request = load_json(Path(file)).get("request")
-    if not isinstance(request, dict) or not isinstance(request.get("model"), str):
-        raise StunError(f"dense={file}: is not the output of an evaluation")
-    return request
-
-
-def dense_result(cfg: EvaluateConfig, inputs: Inputs) -> dict:
-    """Result of the dense model. Raises StunError if it is not a result, or of another task or text."""
-    result, dense_request = load_json(Path(cfg.dense)), _request(cfg.dense)
-    if not isinstance(result.get("model"), str) or "perplexity" not in result:
-        raise StunError(f"dense={cfg.dense}: is not the output of an evaluation")
-    changes = differences(*({key: side.get(key) for key in SAME} for side in (dense_request, inputs.request)))
+    changes = differences(*({key: side.get(key) for key in SAME} for side in (dense["request"], request))) if dense else []
     if changes:
         raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(changes)})")
+    return Inputs(rows, prompts, sequences, dense, request)
+
+
+def _dense_result(file: str) -> dict:
+    """Result of the dense model's evaluation. Raises StunError if the file is not the output of an evaluation."""
+    result = load_json(Path(file))
+    request = result.get("request")
+    texts = (result.get("model"), request.get("model") if isinstance(request, dict) else None)
+    if not all(isinstance(text, str) for text in texts) or "perplexity" not in result:
+        raise StunError(f"dense={file}: is not the output of an evaluation")
     return result
 
 

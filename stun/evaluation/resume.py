@@ -43,24 +43,23 @@ class Partial:
                 raise StunError(
                     f"{self.folder}: holds another evaluation ({'; '.join(changes)}); remove it, or choose another output"
                 )
-            return
-        write_json(file, request)
+        else:
+            self.save("request", request)
 
     def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
         """Rows at once in a phase: as in an earlier launch, else `chosen`. A size set by the user is an upper limit."""
-        known = self._batches().get(phase, chosen)
+        known = self._sizes().get(phase, chosen)
         size = min(known, chosen) if is_asked else known
         self.set_batch(phase, size)
         return size
 
     def set_batch(self, phase: str, size: int) -> None:
-        write_json(self.folder / "batch.json", {**self._batches(), phase: size})
+        self.save("batch", {**self._sizes(), phase: size})
 
-    def _batches(self) -> dict[str, int]:
-        file = self.folder / "batch.json"
-        sizes = load_json(file) if file.is_file() else {}
+    def _sizes(self) -> dict[str, int]:
+        sizes = self.load("batch")
         if not all(is_count(size) and size for size in sizes.values()):
-            raise StunError(f"{file}: must give numbers of rows; remove {self.folder}")
+            raise StunError(f"{self.folder}/batch.json: must give numbers of rows; remove {self.folder}")
         return sizes
 
     def phase(self, name: str, size: int) -> Path:
@@ -70,12 +69,12 @@ class Partial:
             (folder / part).mkdir(parents=True, exist_ok=True)
         return folder
 
-    def known(self, name: str) -> dict | None:
-        """Content that an earlier launch entered under `name`."""
+    def load(self, name: str) -> dict:
+        """Content that was saved under `name`, empty if there is none."""
         file = self.folder / f"{name}.json"
-        return load_json(file) if file.is_file() else None
+        return load_json(file) if file.is_file() else {}
 
-    def enter(self, name: str, content: dict) -> None:
+    def save(self, name: str, content: dict) -> None:
         write_json(self.folder / f"{name}.json", content)
 
     def remove(self) -> None:

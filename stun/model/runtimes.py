@@ -1,6 +1,6 @@
 """Runtimes that load a pruned checkpoint, judged by its expert counts and vLLM's documented limits; none is started."""
 
-# Expert counts that vLLM's fused router kernels are compiled for; for others it takes its general kernels, as read in its version 0.33.
+# Expert counts that vLLM's fused router kernels are compiled for (version 0.33); for others it takes its general kernels.
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
 

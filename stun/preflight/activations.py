@@ -110,48 +110,29 @@ def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, 
 @dataclass(frozen=True)
 class Activations:
     """Peak bytes of one micro-batch beside weights and hidden states, in each of `layers`. `arguments` (masks, rotary embeddings)
-    are held for the whole stream."""
+    are held for the whole stream, `caches` (of all layers) until the next token."""
 
     layers: list[int]
     arguments: int
+    caches: int
 
 
-def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int) -> Activations:
-    """Activations of B x T tokens on one of `world` ranks. Equal layers are traced once."""
-    arguments_by_layer, traced = _arguments(arch, batch, length, compute_dtype(arch, device)), {}
+def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int, **options) -> Activations:
+    """Activations of B x T tokens on one of `world` ranks; with `use_cache=True` caches too. Equal layers are traced once."""
+    arguments_by_layer, traced, traces = _arguments(arch, batch, length, compute_dtype(arch, device), **options), {}, []
     storage_bytes = {id(entry): entry.nbytes() for entry in _storages(arguments_by_layer)}
-
-    def allocations(index: int) -> Allocations:
-        layer = arch.decoder.layers[index]
+    for index, (layer, arguments) in enumerate(zip(arch.decoder.layers, arguments_by_layer, strict=True)):
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
-        arguments = tuple((name, getattr(value, "shape", None)) for name, value in arguments_by_layer[index].items())
-        kind = (shapes, arguments)
+        kind = (shapes, tuple((name, getattr(value, "shape", None)) for name, value in arguments.items()))
         if kind not in traced:
-            traced[kind] = _trace(arch, index, arguments_by_layer[index], (batch, length), device, world)
-        return traced[kind]
-
-    traces = [allocations(index) for index in range(len(arch.layers))]
-    return Activations([entry.peak for entry in traces], sum(storage_bytes.values()))
-
-
-def trace_row(arch: Architecture, length: int, device: torch.device, world: int) -> tuple[int, int]:
-    """Bytes of one sequence of T tokens on one of `world` ranks: (peak while it runs through a layer, caches of all layers).
-    Equal layers are traced once."""
-    arguments_by_layer, traced = _arguments(arch, 1, length, compute_dtype(arch, device), use_cache=True), {}
-    for index, arguments in enumerate(arguments_by_layer):
-        shapes = tuple((name, tuple(weight.shape)) for name, weight in arch.decoder.layers[index].named_parameters())
-        traced.setdefault(shapes, []).append((index, arguments))
-    peak = cached = 0
-    for layers in traced.values():
-        index, arguments = layers[0]
-        peak = max(peak, _trace(arch, index, arguments, (1, length), device, world).peak)
-        cache = next(value for value in arguments.values() if isinstance(value, Cache))
-        cached += len(layers) * sum(storage.nbytes() for storage in _storages([*vars(cache.layers[index]).values()]))
-    return peak, cached
+            traced[kind] = _trace(arch, index, arguments, (batch, length), device, world)
+        traces.append(traced[kind])
+    return Activations([peak for peak, _ in traces], sum(storage_bytes.values()), sum(cached for _, cached in traces))
 
 
 @torch.no_grad()
-def _trace(arch: Architecture, index: int, arguments: dict, tokens: tuple[int, int], device, world: int) -> Allocations:
+def _trace(arch: Architecture, index: int, arguments: dict, tokens: tuple[int, int], device, world: int) -> tuple[int, int]:
+    """Peak bytes of a layer's run, and bytes of its cache."""
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
     layer = arch.build_layer(index, experts).to("meta", dtype)
     experts_module = experts_of(layer)
@@ -162,4 +143,5 @@ def _trace(arch: Architecture, index: int, arguments: dict, tokens: tuple[int, i
     hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
     with _Fused(device.type == "cuda"), Allocations() as allocations:
         layer(hidden_BTD, **on_meta)
-    return allocations
+    held = [vars(cache.layers[index]) for cache in caches.values()]
+    return allocations.peak, sum(storage.nbytes() for storage in _storages(held))

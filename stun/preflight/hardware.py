@@ -21,20 +21,13 @@ _WRITTEN = 2**26  # bytes written to measure the disk of the run folder
 _ROWS, _WIDTH = 256, 1024  # of the product that measures a CPU
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Data sheet of a GPU: `memory` in bytes, `tflops` in dense bfloat16."""
-
-    memory: int
-    tflops: float
-
-
+# Data sheets of GPUs: memory in bytes, TFLOP/s in dense bfloat16.
 GPUS = {
-    "a100-40": Gpu(40 * 10**9, 312),
-    "a100": Gpu(80 * 10**9, 312),
-    "h100": Gpu(80 * 10**9, 989),
-    "h200": Gpu(141 * 10**9, 989),
-    "b200": Gpu(180 * 10**9, 2250),
+    "a100-40": (40 * 10**9, 312),
+    "a100": (80 * 10**9, 312),
+    "h100": (80 * 10**9, 989),
+    "h200": (141 * 10**9, 989),
+    "b200": (180 * 10**9, 2250),
 }
 
 
@@ -71,9 +64,9 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
         raise StunError("cluster.read_gib_s and cluster.write_gib_s must be 0 or more")
     if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0:
         raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
-    gpu, read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
-    place = (cluster.nodes, cluster.gpus, gpu.memory, int(cluster.host_gib * GIB))
-    return Launch(cluster.gpu, *place, gpu.tflops * 1e12, read, cluster.write_gib_s * GIB or read, base)
+    (memory, tflops), read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
+    place = (cluster.nodes, cluster.gpus, memory, int(cluster.host_gib * GIB))
+    return Launch(cluster.gpu, *place, tflops * 1e12, read, cluster.write_gib_s * GIB or read, base)
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
@@ -87,8 +80,8 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
         return Launch("cpu", *place, 0, host, flops, *disk, base)
     properties = torch.cuda.get_device_properties(ranks.device)
     alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in properties.name.lower()] or [GPUS["a100"]]
-    sheet = min(alike, key=lambda gpu: abs(gpu.memory - properties.total_memory))
-    return Launch(properties.name, *place, properties.total_memory, host, sheet.tflops * 1e12, *disk, base)
+    _, tflops = min(alike, key=lambda gpu: abs(gpu[0] - properties.total_memory))
+    return Launch(properties.name, *place, properties.total_memory, host, tflops * 1e12, *disk, base)
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:

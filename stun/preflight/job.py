@@ -3,97 +3,58 @@
 Reads only headers, the configuration and a sample of the disk.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from stun.config import StunError
 from stun.planning.budget import model_bytes
 from stun.planning.job import Job
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
-from stun.preflight.memory import Footprint, Memory
+from stun.preflight.memory import Footprint
 from stun.preflight.result import ZEROS, loads_line, method_line, result_line
-from stun.preflight.time import Duration, durations
-from stun.preflight.traffic import Disk, bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
+from stun.preflight.time import durations
+from stun.preflight.traffic import bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 
 SURE = 0.85  # refuse if less than this share of the estimate is available: estimates of memory are within 15 %
 
 
-@dataclass(frozen=True)
 class Estimate:
     """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
-    over the whole run, `free` on disk. `durations` are by stream."""
+    over the whole run, `memory` of a rank, `host` of a node, `statistics`, `disk` beside the files that a run left, `free` on
+    disk. `durations` are seconds by stream."""
 
-    launch: Launch
-    layers: int
-    experts: int
-    tokens: int
-    result: str
-    loads: str
-    method: str
-    read: dict[str, list[int]]
-    written: int
-    snapshots: int
-    memory: Memory
-    disk: Disk
-    free: int
-    durations: dict[str, Duration]
-
-    @property
-    def seconds(self) -> float:
-        """Least seconds of all streams."""
-        return sum(stream.seconds for stream in self.durations.values())
-
-    @property
-    def most_read(self) -> int:
-        """Bytes read in all streams by the rank that reads most."""
-        return max(sum(ranks) for ranks in zip(*self.read.values(), strict=True))
-
-    @property
-    def host_needed(self) -> int:
-        """Bytes that the ranks of a node need together."""
-        return self.memory.host * self.launch.per_node
-
-
-def estimate(job: Job, launch: Launch) -> Estimate:
-    """Needs of `job` on `launch`."""
-    cfg, arch, streams = job.cfg, job.arch, job.streams
-    samples, length = cfg.calibration.samples, cfg.calibration.length
-    footprint = Footprint(job, launch)
-    states = samples * length * arch.config.hidden_size * footprint.dtype.itemsize
-    recorded = sum(runs for name, runs in streams.items() if name != "search")
-    written = model_bytes(arch, job.plan)
-    statistics = statistics_bytes(arch, len(cfg.calibration.sources), cfg.sparsify.counts_outliers) if "observe" in streams else 0
-    disk = Disk(written, states * snapshots_on_disk(len(arch.layers), recorded), statistics, existing_bytes(cfg.run_dir))
-    read = bytes_read(arch, job.plan, launch.world, streams)
-    snapshots = states * (len(arch.layers) - 1) * recorded
-    return Estimate(
-        launch,
-        layers=len(arch.layers),
-        experts=sum(layout.num_experts for layout in arch.layers),
-        tokens=samples * length,
-        result=result_line(job),
-        loads=loads_line(job),
-        method=method_line(job, footprint.passes + 1, footprint.gram_bytes),
-        read=read,
-        written=written,
-        snapshots=snapshots,
-        memory=footprint.peak(),
-        disk=disk,
-        free=disk_free(cfg.run_dir),
-        durations=durations(footprint, read, written, snapshots),
-    )
+    def __init__(self, job: Job, launch: Launch):
+        cfg, arch, streams, footprint = job.cfg, job.arch, job.streams, Footprint(job, launch)
+        self.launch, self.layers, self.experts = launch, len(arch.layers), sum(layout.num_experts for layout in arch.layers)
+        self.tokens = cfg.calibration.samples * cfg.calibration.length
+        self.result, self.loads = result_line(job), loads_line(job)
+        self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
+        states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
+        recorded = sum(runs for name, runs in streams.items() if name != "search")
+        self.read = bytes_read(arch, job.plan, launch.world, streams)
+        self.written, self.snapshots = model_bytes(arch, job.plan), states * (self.layers - 1) * recorded
+        self.memory = footprint.peak()
+        self.host = self.memory.host * launch.per_node
+        sources, outliers = len(cfg.calibration.sources), cfg.sparsify.counts_outliers
+        self.statistics = statistics_bytes(arch, sources, outliers) if "observe" in streams else 0
+        whole = self.written + states * snapshots_on_disk(self.layers, recorded) + self.statistics
+        self.disk, self.free = max(0, whole - existing_bytes(cfg.run_dir)), disk_free(cfg.run_dir)
+        self.durations = durations(footprint, self.read, self.written, self.snapshots)
 
 
 def report(needs: Estimate) -> list[str]:
     """Lines to print."""
     launch, read = needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
     streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
+    most_read = max(sum(ranks) for ranks in zip(*needs.read.values(), strict=True))
     gpu = f"{size(needs.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
-    host = f"{size(needs.host_needed)} of {size(launch.host_memory)} of a node"
+    host = f"{size(needs.host)} of {size(launch.host_memory)} of a node"
     rank = f"{size(needs.memory.host)} a rank, {size(launch.base)} at its start"
-    times = ", ".join(f"{name} {duration(stream.seconds)} to {stream.bound}" for name, stream in needs.durations.items())
+    least = {name: max(seconds.values()) for name, seconds in needs.durations.items()}
+    bound = {name: max(seconds, key=seconds.__getitem__) for name, seconds in needs.durations.items()}
+    times = ", ".join(f"{name} {duration(seconds)} to {bound[name]}" for name, seconds in least.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
     lines = {
@@ -102,44 +63,34 @@ def report(needs: Estimate) -> list[str]:
         "result": needs.result,
         "loads": needs.loads,
         "method": needs.method,
-        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(needs.most_read)} a rank",
+        "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
-        "disk": f"{size(needs.disk.needed)} needed, {size(needs.free)} free",
-        "time": f"at least {duration(needs.seconds)} ({times})",
+        "disk": f"{size(needs.disk)} needed, {size(needs.free)} free",
+        "time": f"at least {duration(sum(least.values()))} ({times})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items()]
 
 
-def shortages(needs: Estimate) -> list[tuple[str, float, float]]:
-    """(name, bytes needed, bytes available) for every resource with too little."""
-    launch = needs.launch
-    rows = [
-        ("disk", needs.disk.needed, needs.free),
-        ("host memory of a node", needs.host_needed, launch.host_memory),
-        ("GPU memory of a rank", needs.memory.gpu, launch.gpu_memory),
-    ]
-    return [row for row in rows if row[1] > row[2]]
-
-
 def check(job: Job, launch: Launch) -> tuple[list[str], str]:
     """Lines to print, with warnings for close cases, and the reason why the job cannot fit, empty if it can."""
-    needs = estimate(job, launch)
-    lines, refusals = report(needs), []
-    if job.plan.zeros:
-        lines.append(f"note: {ZEROS}")
-    for name, needed, available in shortages(needs):
-        share = 1.0 if name == "disk" else SURE
+    needs = Estimate(job, launch)
+    lines, refusals, hints = report(needs), [], []
+    lines += [f"note: {ZEROS}"] if job.plan.zeros else []
+    for name, share, needed, available in (
+        ("disk", 1.0, needs.disk, needs.free),
+        ("host memory of a node", SURE, needs.host, launch.host_memory),
+        ("GPU memory of a rank", SURE, needs.memory.gpu, launch.gpu_memory),
+    ):
         text = f"{name}: about {size(needed)} needed, {size(available)} available"
         if share * needed > available:
             refusals.append(text)
-        else:
+            hints += [f"run_dir={job.cfg.run_dir} is on that disk"] if name == "disk" else []
+        elif needed > available:
             lines.append(f"warning: {text}")
     if not refusals:
         return lines, ""
-    hints = [f"run_dir={job.cfg.run_dir} is on that disk" for text in refusals if text.startswith("disk")]
-    advice = "; ".join(hints + _advice(job, launch))
-    return lines, f"does not fit: {'; '.join(refusals)}. {advice}"
+    return lines, f"does not fit: {'; '.join(refusals)}. {'; '.join(hints + _advice(job, launch))}"
 
 
 def _fits(job: Job, launch: Launch) -> bool:
@@ -151,29 +102,27 @@ def _advice(job: Job, launch: Launch) -> list[str]:
     """For each setting, the first value with which the memory suffices."""
     if _fits(job, launch):
         return []
-    advice, unit = [], "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
-    for power in range(13):
-        world = 2**power
+
+    def spread(world: int) -> Launch:
         per_node = min(world, launch.per_node) if launch.gpu_memory else 1
-        if _fits(job, replace(launch, nodes=world // per_node, per_node=per_node)):
-            advice.append(f"{world} {unit} would do")
-            break
+        return replace(launch, nodes=world // per_node, per_node=per_node)
+
+    def fits(**changes) -> bool:
+        return _fits(replace(job, cfg=replace(job.cfg, **changes)), launch)
+
     calibration, sparsify = job.cfg.calibration, job.cfg.sparsify
-    for fewer in (2**power for power in range(calibration.micro_batch.bit_length() - 1, -1, -1)):
-        if fewer < calibration.micro_batch and _fits(_with(job, calibration=replace(calibration, micro_batch=fewer)), launch):
-            advice.append(f"calibration.micro_batch={fewer} would do")
-            break
-    for part in (2, 4, 8, 16, 32) if sparsify.reads_grams else ():
-        if _fits(_with(job, sparsify=replace(sparsify, gram_gib=sparsify.gram_gib / part)), launch):
-            advice.append(f"sparsify.gram_gib={sparsify.gram_gib / part:g} would do")
-            break
+    batches = [2**power for power in reversed(range((calibration.micro_batch - 1).bit_length()))]
+    grams = [sparsify.gram_gib / part for part in (2, 4, 8, 16, 32)] if sparsify.reads_grams else []
+    unit = "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
+    found = {
+        f"{{}} {unit}": next((n for n in (2**power for power in range(13)) if _fits(job, spread(n))), 0),
+        "calibration.micro_batch={}": next((n for n in batches if fits(calibration=replace(calibration, micro_batch=n))), 0),
+        "sparsify.gram_gib={:g}": next((gib for gib in grams if fits(sparsify=replace(sparsify, gram_gib=gib))), 0),
+    }
+    advice = [f"{text.format(value)} would do" for text, value in found.items() if value]
     return advice or [
         "no number of ranks, calibration.micro_batch or sparsify.gram_gib alone would do; lower calibration.samples"
     ]
-
-
-def _with(job: Job, **changes) -> Job:
-    return replace(job, cfg=replace(job.cfg, **changes))
 
 
 def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> None:

@@ -34,26 +34,21 @@ def transient_costs(config: SparsifyConfig) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of one layer on a rank: `dense` as stored, `converted` to the compute dtype (0 if that is the stored one), `owned` of
-    the dense ones by this rank, which reads and writes them, `experts` it reads, `kept` of these, `joined` of fused tensors."""
+    """Bytes of one layer on a rank: `dense` as stored and, if that is another dtype, converted to the compute dtype; `owned` of
+    the dense ones by this rank, which reads and writes them, `all_experts` of it, `experts` it reads to prune them, `kept` of
+    these, `local` in number, `joined` of fused tensors."""
 
     dense: int
-    converted: int
     owned: int
+    all_experts: int
     experts: int
     kept: int
+    local: int
     joined: int
 
     @property
     def read(self) -> int:
         return self.owned + self.experts
-
-    @property
-    def written(self) -> int:
-        return self.owned + self.kept
-
-    def running(self, experts: int) -> int:
-        return self.dense + self.converted + experts
 
 
 @dataclass(frozen=True)
@@ -70,18 +65,12 @@ class Footprint:
 
     def __init__(self, job: Job, launch: Launch):
         self.job, self.launch = job, launch
-        self.arch, self.cfg, self.plan, self.streams, self.candidates = (
-            job.arch,
-            job.cfg,
-            job.plan,
-            job.streams,
-            len(job.fractions),
-        )
-        arch, plan = job.arch, job.plan
-        self.dtype = compute_dtype(arch, launch.device)
-        self.layers = [self._weights(*pair) for pair in zip(arch.layers, plan.layers, strict=True)]
-        self.heads = [self._weights(*pair) for pair in zip(arch.mtp, plan.mtp, strict=True)]
-        self.is_gpu = launch.device.type == "cuda"
+        self.arch, self.cfg, self.plan = job.arch, job.cfg, job.plan
+        self.streams, self.candidates = job.streams, len(job.fractions)
+        self.dtype, self.is_gpu = compute_dtype(job.arch, launch.device), launch.device.type == "cuda"
+        self.token = job.arch.config.hidden_size * self.dtype.itemsize  # bytes of its hidden state
+        self.layers = [self._weights(*pair) for pair in zip(job.arch.layers, job.plan.layers, strict=True)]
+        self.heads = [self._weights(*pair) for pair in zip(job.arch.mtp, job.plan.mtp, strict=True)]
 
     @cached_property
     def activations(self) -> Activations:
@@ -94,25 +83,30 @@ class Footprint:
         cfg = self.cfg.calibration
         batches = -(-cfg.samples // cfg.micro_batch)
         samples = min(cfg.samples, -(-batches // self.launch.world) * cfg.micro_batch)
-        return samples * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize
+        return samples * cfg.length * self.token
 
     def _weights(self, layout: LayerLayout, plan: LayerPlan) -> Weights:
         """Bytes of a layer on the rank with most of it."""
         arch, world = self.arch, self.launch.world
         infos = {name: arch.info(name) for name in layout.copied}
         dense = sum(infos[name].nbytes for name in layout.dense)
-        converted = sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
-        owned = max(sum(info.nbytes for info in list(infos.values())[rank::world]) for rank in range(min(world, len(infos))))
-        expert, kept = sum(info.nbytes for info in expert_infos(arch, layout)), -(-len(plan.clusters) // world)
-        parts = [arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]
-        joined = max((sum(parts[rank::world]) for rank in range(min(world, len(parts)))), default=0) * len(plan.clusters)
-        return Weights(dense, converted, owned, expert * -(-len(plan.needed) // world), expert * kept, joined)
+        dense += sum(infos[n].numel * self.dtype.itemsize for n in layout.dense if infos[n].dtype is not self.dtype)
+        owned = self._most_dealt([info.nbytes for info in infos.values()])
+        joined = self._most_dealt([arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]) * len(plan.clusters)
+        expert = sum(info.nbytes for info in expert_infos(arch, layout))
+        whole, needed, local = (-(-count // world) for count in (layout.num_experts, len(plan.needed), len(plan.clusters)))
+        return Weights(dense, owned, expert * whole, expert * needed, expert * local, local, joined)
+
+    def _most_dealt(self, sizes: list[int]) -> int:
+        """Bytes on the rank with most of them, if they are dealt to the ranks in turn."""
+        world = self.launch.world
+        return max(sum(sizes[rank::world]) for rank in range(world))
 
     def peak(self) -> Memory:
         """Peak over all phases, including the bytes that the process holds from the start."""
         phases = [self._embedding(), self._outer_weights()]
         if "observe" in self.streams:
-            phases += [self._stream(i, "observe") for i in range(len(self.layers))]
+            phases += [self._observe(i) for i in range(len(self.layers))]
         if self.candidates:
             phases += [self._search(i) for i in range(len(self.layers))]
         phases += [phase for i in range(len(self.layers)) for phase in self._prune(i)]
@@ -144,72 +138,59 @@ class Footprint:
         if not self.streams["prune"] and "observe" not in self.streams:
             return 0
         cfg = self.cfg.calibration
-        last = min(self.states, cfg.micro_batch * cfg.length * self.arch.config.hidden_size * self.dtype.itemsize)
+        last = min(self.states, cfg.micro_batch * cfg.length * self.token)
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
     def _being_written(self, index: int) -> tuple[int, int]:
-        """Bytes of the layer before until it is written: (on its device, copies to write on the host)."""
+        """Bytes of the layer before until it is written: (on its GPU, copies to write on the host)."""
         if index == 0:
             return 0, 0
         before = self.layers[index - 1]
-        written = before.owned + (before.joined or before.kept)
-        return (before.written, written) if self.is_gpu else (written, 0)
+        return before.owned + before.kept if self.is_gpu else 0, before.owned + (before.joined or before.kept)
 
-    def _read_ahead(self, index: int) -> int:
-        following = [*self.layers, *self.heads][index + 1 : index + 2]
-        return following[0].read if following else 0
+    def _dense_read_ahead(self, index: int) -> int:
+        """Bytes on the host while a dense layer runs."""
+        return self._read_ahead(index, sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]))
 
-    def _read_ahead_dense(self, index: int) -> int:
-        following = self.layers[index + 1 : index + 2]
-        return following[0].owned + self._all_experts(index + 1) if following else 0
-
-    def _all_experts(self, index: int) -> int:
-        layout = self.arch.layers[index]
-        expert = sum(info.nbytes for info in expert_infos(self.arch, layout))
-        return expert * -(-layout.num_experts // self.launch.world)
-
-    def _host_read_ahead(self, index: int, ahead: int) -> int:
-        """Bytes on the host of a GPU: the layer that is moved to the GPU, the next one, and the states that are being written."""
+    def _read_ahead(self, index: int, ahead: int) -> int:
+        """Bytes on the host: the next layer, `ahead`; with a GPU also the layer that is moved there, and the states being
+        written."""
         pinned = 2 * BUFFERS * BUFFER  # one set for the thread that computes, one for the thread that writes
-        return ahead + self.layers[index].read + self.states + pinned if self.is_gpu else 0
+        return ahead + (self.layers[index].read + self.states + pinned if self.is_gpu else 0)
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert per worker, converted to the compute dtype."""
-        infos = [info for info in expert_infos(self.arch, layout) if info.dtype is not self.dtype]
-        parts: dict[tuple, int] = {}
-        for part in layout.experts[0] if infos else ():
-            parts[part] = sum(info.numel for info in self.arch.piece(layout, 0, part)) * self.dtype.itemsize
-        return max(parts.values(), default=0) * min(workers_on(self.launch.device), layout.num_experts)
+        if all(info.dtype is self.dtype for info in expert_infos(self.arch, layout)):
+            return 0
+        largest = max(sum(info.numel for info in self.arch.piece(layout, 0, part)) for part in layout.experts[0])
+        return largest * self.dtype.itemsize * min(workers_on(self.launch.device), layout.num_experts)
 
-    def _stream(self, index: int, name: str) -> Memory:
+    def _observe(self, index: int) -> Memory:
         """A layer of the dense model under observation."""
-        layout, weights, ahead = self.arch.layers[index], self.layers[index], self._read_ahead_dense(index)
-        running = weights.running(self._all_experts(index)) + self._cast(layout)
-        device = self._held(index) + running + self.activations.layers[index]
+        layout, weights, beside = self.arch.layers[index], self.layers[index], self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
-            device = max(device, self._held(index) + running + self._largest(layout, [OUTLIERS]))
-        return self._memory(f"{name} layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
+            beside = max(beside, self._largest(layout, [OUTLIERS]))
+        device = self._held(index) + weights.dense + weights.all_experts + self._cast(layout) + beside
+        return self._memory(f"observe layer {index}", device, self._dense_read_ahead(index))
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
-        weights, held = self.layers[index], self.states * (self.candidates * min(index, 1) + 1)
-        layout = self.arch.layers[index]
-        copy = weights.running(self._all_experts(index))
+        layout, held = self.arch.layers[index], self.states * (self.candidates * min(index, 1) + 1)
+        copy = self.layers[index].dense + self.layers[index].all_experts
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
-        ahead = self._read_ahead_dense(index)
-        return self._memory(f"search layer {index}", device + (0 if self.is_gpu else ahead), self._host_read_ahead(index, ahead))
+        return self._memory(f"search layer {index}", device, self._dense_read_ahead(index))
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
         layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
-        kept, held, is_run = weights.running(weights.kept), self._held(index), self.streams["prune"]
+        kept, held, is_run = weights.dense + weights.kept, self._held(index), self.streams["prune"]
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
         clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
         device = {
-            "choose": weights.running(weights.experts) + (3 * self._cast(layout) if plan.nearest else 0) + idle,
+            "choose": weights.dense + weights.experts + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
             "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run,
@@ -218,10 +199,9 @@ class Footprint:
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
-        ahead, (unwritten, copies) = self._read_ahead(index), self._being_written(index)
-        host = copies + self._host_read_ahead(index, ahead)
-        beside = unwritten + (0 if self.is_gpu else ahead)
-        return [self._memory(f"prune layer {index}: {name}", size + beside, host) for name, size in device.items()]
+        following, (unwritten, copies) = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
+        host = copies + self._read_ahead(index, sum(layer.read for layer in following))
+        return [self._memory(f"prune layer {index}: {name}", size + unwritten, host) for name, size in device.items()]
 
     def _matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""
@@ -253,11 +233,9 @@ class Footprint:
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
-        config, gram_bytes = self.cfg.sparsify, self._squared_inputs(self.arch.layers[index])
-        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
-        if not config.reads_grams or not gram_bytes:
-            return local_experts
-        return min(local_experts, max(1, int(config.gram_gib * GIB / (gram_bytes * (2 if config.reconstruct else 1)))))
+        config, local = self.cfg.sparsify, self.layers[index].local
+        gram_bytes = self._squared_inputs(self.arch.layers[index]) * (2 if config.reconstruct else 1)
+        return min(local, max(1, int(config.gram_gib * GIB / gram_bytes))) if config.reads_grams and gram_bytes else local
 
     def _at_once(self, index: int) -> int:
         """Experts that are measured at the same time, each with its own sums of a micro-batch."""
@@ -265,8 +243,7 @@ class Footprint:
 
     def blocks(self, index: int) -> int:
         """Number of forwards in which a layer is measured."""
-        local_experts = -(-len(self.plan.layers[index].clusters) // self.launch.world)
-        return -(-local_experts // self.block(index)) if local_experts else 1
+        return -(-self.layers[index].local // max(1, self.block(index))) or 1
 
     @cached_property
     def passes(self) -> int:
@@ -284,15 +261,12 @@ class Footprint:
 
     def _grams(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Bytes of a rank's Gram matrices, and of one micro-batch's parts before they are added."""
-        world = self.launch.world
         if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
         expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
-        owned = [0] * world
-        for name, nbytes in dense.items():
-            owned[layout.copied.index(name) % world] += nbytes
+        owned = self._most_dealt([dense.get(name, 0) for name in layout.copied])
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
-        return self._expert_grams(index) + max(owned), shared + expert_bytes * self._at_once(index)
+        return self._expert_grams(index) + owned, shared + expert_bytes * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Dense matrices that close a block: bytes with their inputs in all micro-batches, and bytes of their Gram matrices."""

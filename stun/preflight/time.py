@@ -1,39 +1,21 @@
 """Least time of a run: bytes over the rate of the disk, operations over the peak of the device."""
 
-from dataclasses import dataclass
-
 from stun.model.architecture import Architecture, expert_infos
 from stun.preflight.memory import Footprint
 
 
-@dataclass(frozen=True)
-class Duration:
-    """Least seconds in which a stream reads, computes and writes, all three at the same time."""
-
-    read: float
-    compute: float
-    write: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.read, self.compute, self.write)
-
-    @property
-    def bound(self) -> str:
-        """Longest of the three."""
-        return max(("read", "compute", "write"), key=lambda name: getattr(self, name))
-
-
-def durations(footprint: Footprint, read: dict[str, list[int]], written: int, snapshots: int) -> dict[str, Duration]:
-    """Durations by stream. `read` is bytes by stream and rank, `written` bytes of the model, written by the last stream, and
-    `snapshots` bytes of hidden states, spread over the streams that run the model."""
+def durations(footprint: Footprint, read: dict[str, list[int]], written: int, snapshots: int) -> dict[str, dict[str, float]]:
+    """Least seconds to `read`, `compute` and `write`, by stream, which does all three at the same time. `read` is bytes by stream
+    and rank, `written` bytes of the model, written by the last stream, and `snapshots` bytes of hidden states, spread over the
+    streams that run the model."""
     job, launch, by_stream = footprint.job, footprint.launch, {}
     saving = [name for name, runs in job.streams.items() if runs and name != "search"]
     for name, ranks in read.items():
         node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
         out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
         compute = stream_flop(footprint, name) / launch.world / launch.flops
-        by_stream[name] = Duration(node_bytes / launch.read, compute, out_bytes / launch.nodes / launch.write)
+        write = out_bytes / launch.nodes / launch.write
+        by_stream[name] = {"read": node_bytes / launch.read, "compute": compute, "write": write}
     return by_stream
 
 
@@ -56,15 +38,10 @@ def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bo
     """FLOP of all decoder layers on `tokens` in samples of `length`: two per active parameter of a token, and two per product of
     its attention scores and of their sum over the values, with half of the sample before it on average. Without outputs, experts
     end before their last matrix."""
-    scores = length * arch.config.hidden_size * len(arch.layers)
-    return 2 * (active_parameters(arch, gives_outputs) + scores) * tokens
-
-
-def active_parameters(arch: Architecture, gives_outputs: bool = True) -> int:
-    """Parameters of the decoder layers' matrices that are used for one token."""
-    total = 0
+    active = 0
     for layout in arch.layers:
-        total += sum(arch.info(name).numel for name in layout.dense if len(arch.info(name).shape) == 2)
+        active += sum(arch.info(name).numel for name in layout.dense if len(arch.info(name).shape) == 2)
         last = arch.piece(layout, 0, "down_proj") if layout.experts and not gives_outputs else ()
-        total += arch.top_k * (sum(info.numel for info in expert_infos(arch, layout)) - sum(info.numel for info in last))
-    return total
+        active += arch.top_k * (sum(info.numel for info in expert_infos(arch, layout)) - sum(info.numel for info in last))
+    scores = length * arch.config.hidden_size * len(arch.layers)
+    return 2 * (active + scores) * tokens

@@ -1,6 +1,5 @@
 """Bytes that a run reads, writes and has on disk, from headers and the configuration alone."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from stun.model.architecture import Architecture, expert_infos, stored_bytes
@@ -11,15 +10,14 @@ from stun.sparsify.ratios import BINS
 from stun.stream.layer_stream import even_owners
 
 
-def _layer_read(arch: Architecture, layout: LayerLayout, owners: list[int | None], world: int) -> list[int]:
-    """Bytes of a layer that each rank reads."""
-    read, expert = [0] * world, sum(map(stored_bytes, expert_infos(arch, layout)))
+def _add_layer(read: list[int], arch: Architecture, layout: LayerLayout, owners: list[int | None]) -> None:
+    """Add the bytes of a layer to those that each rank reads."""
+    expert = sum(map(stored_bytes, expert_infos(arch, layout)))
     for place, name in enumerate(layout.copied):
-        read[place % world] += stored_bytes(arch.info(name))
+        read[place % len(read)] += stored_bytes(arch.info(name))
     for owner in owners:
         if owner is not None:
             read[owner] += expert
-    return read
 
 
 def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bool]) -> dict[str, list[int]]:
@@ -31,12 +29,9 @@ def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bo
         total = [0] * world
         for layout, layer in zip(layouts, plans, strict=True):
             owners = cluster_owners(layer, world) if is_last else even_owners(layout, world) if layout.experts else []
-            total = [a + b for a, b in zip(total, _layer_read(arch, layout, owners, world), strict=True)]
-        embedding = stored_bytes(arch.info(arch.embedding))
-        if is_last:
-            total[0] += sum(stored_bytes(arch.info(name)) for name in arch.outer)
-        else:
-            total[0] += embedding * (2 if stream == "search" else 1)
+            _add_layer(total, arch, layout, owners)
+        outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
+        total[0] += sum(stored_bytes(arch.info(name)) for name in outer)
         by_stream[stream] = total
     return by_stream
 
@@ -49,20 +44,6 @@ def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
         total += 8 * (experts**2 * (1 + sources) + experts * (10 * sources + 3))
         total += counted * (4 * BINS + 8) if outliers else 0
     return total
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Peak bytes of a run on disk: model, hidden states and statistics; `existing` of these are in its folder already."""
-
-    model: int
-    hidden: int
-    statistics: int
-    existing: int
-
-    @property
-    def needed(self) -> int:
-        return max(0, self.model + self.hidden + self.statistics - self.existing)
 
 
 def snapshots_on_disk(layers: int, streams: int) -> int:

@@ -5,12 +5,13 @@ convention of GSM8K (Cobbe et al., 2021). Lists are written with spaces so that 
 """
 
 import random
-from collections.abc import Callable, Iterator
+import string
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lucy", "Max", "Ella", "Leo", "Nora"]
 ITEMS = ["apples", "books", "coins", "cards", "pens", "eggs", "shells", "stamps"]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Task = Callable[[random.Random], tuple[str, str]]  # makes a question and its answer
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,18 @@ def _modulo(rng: random.Random) -> tuple[str, str]:
     return f"What is {a} mod {b}?", _worked(f"{q} * {b} = {q * b}", f"{a} - {q * b} = {a % b}", result=a % b)
 
 
-def _letters(rng: random.Random, low: int, high: int, alphabet: str = LETTERS) -> list[str]:
+def _letters(rng: random.Random, low: int, high: int, alphabet: str = string.ascii_lowercase) -> list[str]:
     return [rng.choice(alphabet) for _ in range(rng.randint(low, high))]
 
 
-def _reversing(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng, 4, 8)
-    return f"Reverse: {' '.join(letters)}", _worked(result=" ".join(reversed(letters)))
+def _of_letters(request: str, most: int, solve: Callable[[list[str]], Iterable[str]]) -> Task:
+    """Task whose answer is `solve` of four to `most` letters."""
 
+    def make(rng: random.Random) -> tuple[str, str]:
+        letters = _letters(rng, 4, most)
+        return f"{request}: {' '.join(letters)}", _worked(result=" ".join(solve(letters)))
 
-def _sorting(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng, 4, 7)
-    return f"Sort: {' '.join(letters)}", _worked(result=" ".join(sorted(letters)))
+    return make
 
 
 def _counting(rng: random.Random) -> tuple[str, str]:
@@ -109,27 +110,22 @@ def _counting(rng: random.Random) -> tuple[str, str]:
     return f"Count {wanted}: {' '.join(letters)}", _worked(*tally, result=len(tally))
 
 
-def _upper_casing(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng, 4, 8)
-    return f"Upper case: {' '.join(letters)}", _worked(result=" ".join(letters).upper())
-
-
 def _maximum(rng: random.Random) -> tuple[str, str]:
     numbers = [rng.randint(10, 99) for _ in range(rng.randint(3, 6))]
     running = [str(max(numbers[: i + 1])) for i in range(len(numbers))]
     return f"Maximum: {' '.join(map(str, numbers))}", _worked(" ".join(running), result=max(numbers))
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+TASKS: dict[str, Task] = {
     "word_problem": _word_problem,
     "addition": _addition,
     "subtraction": _subtraction,
     "multiplication": _multiplication,
     "modulo": _modulo,
-    "reversing": _reversing,
-    "sorting": _sorting,
+    "reversing": _of_letters("Reverse", 8, reversed),
+    "sorting": _of_letters("Sort", 7, sorted),
     "counting": _counting,
-    "upper_casing": _upper_casing,
+    "upper_casing": _of_letters("Upper case", 8, lambda letters: map(str.upper, letters)),
     "maximum": _maximum,
 }
 

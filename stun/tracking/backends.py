@@ -3,21 +3,10 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from stun.config import StunError, TrackingConfig
 
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # limits for W&B to reach its server, and to send what is pending
-
-
-class Tracker(Protocol):
-    """Backend of one run; the constructor starts it with the configuration as plain values."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Add the metrics of one layer."""
-
-    def finish(self, summary: dict, files: list[Path], exit_code: int) -> None:
-        """Add the summary, pictures and report pages, and end the run."""
 
 
 class WandbTracker:
@@ -53,10 +42,12 @@ class WandbTracker:
             self.run = start("offline")
             say(f"warning: W&B cannot be reached ({line(error)}); offline instead: wandb sync {folder}/wandb/offline-run-*")
 
-    def log(self, metrics, step) -> None:
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Add the metrics of one layer."""
         self.run.log(metrics, step=step)
 
-    def finish(self, summary, files, exit_code) -> None:
+    def finish(self, summary: dict, files: list[Path], exit_code: int) -> None:
+        """Add the summary, pictures and report pages, and end the run."""
         import wandb
 
         self.run.summary.update(summary)
@@ -80,12 +71,14 @@ class TensorboardTracker:
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         self.writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
-    def log(self, metrics, step) -> None:
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Add the metrics of one layer."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def finish(self, summary, files, exit_code) -> None:
+    def finish(self, summary: dict, files: list[Path], exit_code: int) -> None:
+        """Add the summary and pictures, and end the run."""
         from matplotlib.image import imread
 
         for name, value in _numbers(summary):
@@ -95,6 +88,9 @@ class TensorboardTracker:
                 self.writer.add_image(f"figures/{file.stem}", imread(file), dataformats="HWC")
         self.writer.add_scalar("exit_code", exit_code)
         self.writer.close()
+
+
+Tracker = WandbTracker | TensorboardTracker
 
 
 def check_key() -> None:

@@ -30,17 +30,15 @@ def batched_copies(model: PreTrainedModel, tokens: int) -> int:
 def trial(model: PreTrainedModel, tokens_BT: torch.Tensor) -> dict[str, float]:
     """Seconds of one micro-batch by implementation; batched_mm only if its copies are smaller than the model."""
     model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    seconds = {}
+    phases = Phases()
     for name in IMPLEMENTATIONS:
         if name == "batched_mm" and batched_copies(model, tokens_BT.numel()) > model_bytes:
             continue
         model.set_experts_implementation(name)
         model.base_model(input_ids=tokens_BT, use_cache=False)
-        phases = Phases()
         with phases.phase(name):
             model.base_model(input_ids=tokens_BT, use_cache=False)
-        seconds |= phases.seconds
-    return seconds
+    return phases.seconds
 
 
 @torch.no_grad()
