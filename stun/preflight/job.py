@@ -1,6 +1,6 @@
 """Estimate of a run before it starts (tokens, bytes, memory, disk space, least time), and whether the launch has that much.
 
-Reads only headers, the configuration and a sample of the disk.
+Reads headers, the configuration and a sample of the disk; the calibration text was read when the job was resolved.
 """
 
 from dataclasses import dataclass, replace
@@ -22,12 +22,14 @@ SURE = 0.85  # refuse if less than this share of the estimate is available: esti
 @dataclass(frozen=True)
 class Estimate:
     """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
-    over the whole run, `free` on disk. `durations` are by stream."""
+    over the whole run, `free` on disk. `durations` are by stream. `text` says how many tokens the calibration text has; empty if
+    it was not read."""
 
     launch: Launch
     layers: int
     experts: int
     tokens: int
+    text: str
     read: dict[str, list[int]]
     written: int
     snapshots: int
@@ -69,6 +71,7 @@ def estimate(job: Job, launch: Launch) -> Estimate:
         layers=len(arch.layers),
         experts=sum(layout.num_experts for layout in arch.layers),
         tokens=samples * length,
+        text=job.samples.available if job.samples else "",
         read=read,
         written=written,
         snapshots=snapshots,
@@ -89,9 +92,10 @@ def report(needs: Estimate) -> list[str]:
     times = ", ".join(f"{name} {duration(stream.seconds)} to {stream.bound}" for name, stream in needs.durations.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
+    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {needs.text} in the text" if needs.text else "")
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {needs.tokens:,} calibration tokens",
+        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {tokens}",
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(needs.most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
