@@ -123,7 +123,8 @@ class CalibrationConfig:
     ranks."""
 
     path: str = ""
-    """Local .jsonl, .json, .parquet or .txt file, or the name of a dataset on the hub."""
+    """Local .jsonl, .json, .csv, .tsv or .txt file (also .gz or .zst), .parquet file, folder of files of one type, or the name of
+    a dataset on the hub."""
     mixture: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sources by name in place of `path`, each with its own `path`, `field`, `split` and `weight`."""
     field: str = "text"

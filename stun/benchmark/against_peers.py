@@ -25,7 +25,8 @@ from stun.benchmark.peer_runs import run_peer
 from stun.benchmark.runs import figures, run_prune
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, ExpertsMethod, Precision, PruneConfig, Score, SparsifyConfig, StunError
-from stun.data import Samples, calibration_samples, load_tokenizer
+from stun.data.samples import Samples, calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
 from stun.preflight.speeds import wait_for

@@ -15,7 +15,8 @@ from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, method_configs
 from stun.config import PruneConfig, StunError
-from stun.data import calibration_samples, load_tokenizer
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.files import write_json
 from stun.planning.validation import validate
 from stun.preflight.hardware import GIB, disk_free

@@ -21,7 +21,7 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
     if text is not None and not isinstance(text, dict):
         raise StunError(f"{file}: text_config: must be an object, is {str(text)[:80]}")
     most = max([_ALWAYS, *(size for info in tensors.values() for size in info.shape)])
-    for name, value in _entries(config):
+    for name, value in entries(config):
         where = f"{file}: {name}={str(value)[:80]}"
         if _COUNT.search(name) and (isinstance(value, (bool, float)) or (type(value) is int and value < 0)):
             raise StunError(f"{where}: a whole number, 0 or more, is needed")
@@ -37,13 +37,13 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
         raise StunError(f"{file}: num_hidden_layers={layers}: at most {len(tensors)}, the number of tensors, is possible")
 
 
-def _entries(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+def entries(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """(name, value) of all plain values at any depth; entries of a list have the list's name."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            yield from _entries(entry, key or name)
+            yield from entries(entry, key or name)
     elif isinstance(value, list):
         for entry in value:
-            yield from _entries(entry, name)
+            yield from entries(entry, name)
     else:
         yield name, value

@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,13 @@ import torch
 
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import TensorInfo, read_header
+from stun.checkpoint.other_forms import other_form, quantised, quantised_by
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -53,20 +54,20 @@ def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
-def _quantisation(folder: Path, config: dict) -> tuple[int, int] | None:
-    """Block size [rows, columns] of an fp8 checkpoint, None if weights are not quantised. Raises StunError otherwise."""
+def _quantisation(folder: Path, config: dict, names: Iterable[str]) -> tuple[int, int] | None:
+    """Block size [rows, columns] of an fp8 checkpoint, None if weights are not quantised; `names` are those of all tensors.
+    Raises StunError if they are quantised in another way."""
     settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     if not settings:
+        if method := quantised_by(names):
+            raise StunError(f"{folder}: {quantised(method)}")
         return None
     if not isinstance(settings, dict):
         raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {settings!r}")
     method, block = settings.get("quant_method"), settings.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return block[0], block[1]
-    raise StunError(
-        f"{folder / 'config.json'}: weights are quantised ({method}), and single quantised weights cannot be scored. Only fp8 "
-        "with weight_block_size is dequantised here; convert others to bf16 first, or use the bf16 release"
-    )
+    raise StunError(f"{folder / 'config.json'}: {quantised(str(method or quantised_by(names) or 'by an unnamed method'))}")
 
 
 def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict[str, TensorInfo]:
@@ -89,6 +90,21 @@ def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict
             info = replace(info, dtype=torch.bfloat16, nbytes=2 * info.nbytes, scale=scale, block=block)
         plain[name] = info
     return plain
+
+
+def _check_form(folder: Path) -> None:
+    """Raise StunError unless `folder` has the files of a safetensors checkpoint, all of them its own."""
+    has_weights = (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    if not has_weights and (form := other_form(folder)):
+        raise StunError(f"model.path={folder}: {form}")
+    if not folder.is_dir():
+        reason = "a file; give the folder that it is in" if folder.is_file() else "not a folder; download the checkpoint first"
+        raise StunError(f"model.path={folder}: {reason}")
+    if not (folder / "config.json").is_file():
+        raise StunError(f"{folder}: has no config.json")
+    check_folder(folder)
+    if not has_weights:
+        raise StunError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
 
 
 class Checkpoint:
@@ -121,20 +137,11 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """Open and check the folder at `path`. Raises StunError if it is not a complete safetensors checkpoint."""
         folder = Path(path)
-        if not folder.is_dir():
-            raise StunError(f"model.path={path}: not a folder; download the checkpoint first")
-        if not (folder / "config.json").is_file():
-            raise StunError(f"{folder}: has no config.json")
-        check_folder(folder)
-        if (folder / INDEX).is_file():
-            tensors = _indexed_tensors(folder)
-        elif (folder / SINGLE).is_file():
-            tensors = read_header(folder / SINGLE)
-        else:
-            raise StunError(_no_weights(folder))
+        _check_form(folder)
+        tensors = _indexed_tensors(folder) if (folder / INDEX).is_file() else read_header(folder / SINGLE)
         config = load_json(folder / "config.json")
         check_config(folder / "config.json", config, tensors)
-        block = _quantisation(folder, config)
+        block = _quantisation(folder, config, tensors)
         return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
     def read(self, *names: str, row: int | None = None) -> torch.Tensor:
@@ -195,13 +202,3 @@ def _mapped(nbytes: int) -> torch.Tensor:
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-
-
-def _no_weights(folder: Path) -> str:
-    pickled = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLED)
-    if pickled:
-        return (
-            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when loaded and are refused. If you trust "
-            "them, convert them once: AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new)"
-        )
-    return f"{folder}: holds neither {INDEX} nor {SINGLE}"

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stun.checkpoint.reader import _PICKLED, INDEX
+from stun.checkpoint.other_forms import PICKLED
+from stun.checkpoint.reader import INDEX
 from stun.files import TEMPLATES, write_atomically, write_json
 
 
@@ -33,7 +34,7 @@ def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
 
 def extras(source: Path) -> list[str]:
     """Paths in `source` of all files but weights and config.json: tokenizer, chat templates, custom code, licence."""
-    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *_PICKLED)
+    weights = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", *PICKLED)
     files = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
     is_weights = {file: file.suffix in weights or file.name.endswith(".index.json") for file in files}
     kept = (f for f in files if f.is_file() and not is_weights[f] and not f.name.startswith(".") and f.name != "config.json")

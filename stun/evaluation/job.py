@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Precision, StunError
-from stun.data import load_tokenizer
+from stun.data.tokenizer import check_size, load_tokenizer
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
@@ -37,7 +37,10 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     validate_evaluation(cfg)
     arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
     tokenizer = load_tokenizer(arch.source.folder)
+    check_size(tokenizer, arch.config.vocab_size)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
+    for note in inputs.notes:
+        ranks.log(note)
     finished = ranks.on_first(lambda: finished_result(cfg.output, inputs.request))
     partial = Partial(cfg.output)
     if finished:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
-from stun.data import load_tokenizer
+from stun.data.tokenizer import load_tokenizer
 from stun.evaluation.config import HarnessConfig
 from stun.runtime.ranks import Ranks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from stun.config import StunError
-from stun.data import calibration_samples
+from stun.data.samples import calibration_samples
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.lm_eval import validate_harness
 from stun.evaluation.task import Row, encoded, task_rows, validate_task, with_answer
@@ -22,13 +22,14 @@ SAME = ("task", "rows", "sequences")  # keys of the request that must be equal f
 @dataclass(frozen=True)
 class Inputs:
     """Rows of the task, their prompts and the sequences to score as token ids, and the dense model's result, if there is one;
-    `request` identifies these and the model."""
+    `request` identifies these and the model. `notes` are lines for the log."""
 
     rows: list[Row]
     prompts: list[list[int]]
     sequences: list[list[int]]
     dense: dict | None
     request: dict
+    notes: list[str]
 
 
 def validate_evaluation(cfg: EvaluateConfig) -> None:
@@ -46,13 +47,14 @@ def validate_evaluation(cfg: EvaluateConfig) -> None:
 
 def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     """Rows, prompts and sequences of an evaluation. Raises StunError if they cannot be used."""
-    vocab, rows, prompts, sequences = arch.config.vocab_size, [], [], []
+    vocab, rows, prompts, sequences, notes = arch.config.vocab_size, [], [], [], []
     if cfg.task.path:
         rows, key = task_rows(cfg.task), f"task.path={cfg.task.path}"
         prompts = encoded([row.prompt for row in rows], tokenizer, vocab, key)
         sequences = encoded([with_answer(row) for row in rows], tokenizer, vocab, key)
     if cfg.text.path or cfg.text.mixture:
-        sequences = calibration_samples(cfg.text, tokenizer, vocab, "text").tokens_ST.tolist()
+        samples = calibration_samples(cfg.text, tokenizer, vocab, "text")
+        sequences, notes = samples.tokens_ST.tolist(), samples.notes
     if sequences and max(map(len, sequences)) < 2:
         raise StunError(
             f"task.path={cfg.task.path}: every question with its answer is a single token; there is nothing to predict"
@@ -71,7 +73,7 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
     changes = differences(*({key: side.get(key) for key in SAME} for side in (dense["request"], request))) if dense else []
     if changes:
         raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(changes)})")
-    return Inputs(rows, prompts, sequences, dense, request)
+    return Inputs(rows, prompts, sequences, dense, request, notes)
 
 
 def _dense_result(file: str) -> dict:

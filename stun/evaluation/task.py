@@ -8,7 +8,8 @@ from decimal import Decimal
 from transformers import PreTrainedTokenizerBase
 
 from stun.config import StunError
-from stun.data import check_vocabulary, in_order, load_rows, token_ids
+from stun.data.rows import check_field, in_order, load_rows
+from stun.data.tokenizer import check_vocabulary, check_yield, token_ids
 from stun.evaluation.config import TaskConfig
 
 _QUESTION = "{question}"
@@ -37,7 +38,10 @@ def validate_task(cfg: TaskConfig) -> None:
 
 def task_rows(cfg: TaskConfig) -> list[Row]:
     """Rows to ask, in the order of their file. Raises StunError if one has no question or no readable answer."""
-    rows = list(in_order(load_rows(cfg.path, "task.path", cfg.split, cfg.config), cfg.path, "task.path"))
+    data = load_rows(cfg.path, "task.path", cfg.split, cfg.config)
+    for key in ("question", "answer"):
+        check_field(data, f"task.{key}", getattr(cfg, key), cfg.path)
+    rows = list(in_order(data, cfg.path, "task.path"))
     if not rows:
         raise StunError(f"task.path={cfg.path}: has no rows")
     if cfg.rows > len(rows):
@@ -48,8 +52,11 @@ def task_rows(cfg: TaskConfig) -> list[Row]:
 
 def _row(number: int, row: dict, cfg: TaskConfig) -> Row:
     where = f"task.path={cfg.path}: row {number}"
-    if not all(isinstance(row.get(key), str) for key in (cfg.question, cfg.answer)):
-        raise StunError(f"{where} needs the text fields {cfg.question!r} and {cfg.answer!r}")
+    for field in (cfg.question, cfg.answer):
+        if row[field] is None:
+            raise StunError(f"{where}: no value in field {field!r}; remove rows without a question or an answer")
+        if not isinstance(row[field], str):
+            raise StunError(f"{where}: field {field!r} is {type(row[field]).__name__}; a text is needed")
     if extract(row[cfg.answer], cfg) is None:
         kind = "number after " if cfg.number and cfg.marker in row[cfg.answer] else ""
         raise StunError(f"{where}: no {kind}{cfg.marker!r} in its answer; see task.marker")
@@ -82,6 +89,7 @@ def with_answer(row: Row) -> str:
 def encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, key: str) -> list[list[int]]:
     """Token ids of texts. Raises StunError if a text has no tokens, or if the tokenizer does not fit the model."""
     tokens = token_ids(texts, key, tokenizer)
+    check_yield(texts, tokens, tokenizer)
     for number, ids in enumerate(tokens):
         if not ids:
             raise StunError(f"{key}: row {number}: an empty text")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from stun.checkpoint.config_check import entries
 from stun.config import StunError
 
 HETEROGENEOUS = "stun_"  # prefix of the model type where layers keep different numbers of experts
@@ -59,6 +60,12 @@ def family_of(folder: Path, config: dict) -> tuple[str, Family]:
     name = str(model_type).removeprefix(HETEROGENEOUS)
     if name in REFUSED:
         raise StunError(f"{folder}: model_type {model_type!r} is not supported: {REFUSED[name]}")
+    has_experts = any("expert" in key or "moe" in key for key, value in entries(config) if value)
+    if isinstance(model_type, str) and name not in FAMILIES and not has_experts:
+        raise StunError(
+            f"{folder}: model_type {model_type!r} is dense, its config.json names no experts; STUN prunes Mixture-of-Experts "
+            "models. For dense ones use llm-compressor (SparseGPTModifier, WandaPruningModifier)"
+        )
     if name not in FAMILIES:
         raise StunError(f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
     return name, FAMILIES[name]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, PruneConfig, StunError
-from stun.data import Samples, calibration_samples, load_tokenizer
+from stun.data.samples import Samples, calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
@@ -88,7 +89,7 @@ def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
     ranks.on_first(lambda: check_tracking(cfg.tracking))
     if runs_here:
         check_alike(job.arch, ranks)
-    samples = ranks.on_first(lambda: _samples(job)) if cfg.target else None
+    samples = _samples(job, ranks) if job.cfg.target else None
     job = replace(job, samples=samples)
     # A finished run needs its shared statistics no more.
     if cfg.statistics and samples and not ranks.on_first(lambda: job.is_finished):
@@ -107,7 +108,7 @@ def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
     experts = replace(cfg.experts, fraction=0.0, keep=None, drop=None)
     own = replace(cfg, plan="", statistics="", fit="")  # collected here, whatever others there are
     job = resolve(replace(own, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), target=0.0), ranks)
-    return replace(job, cfg=own, samples=ranks.on_first(lambda: _samples(job)))
+    return replace(job, cfg=own, samples=_samples(job, ranks))
 
 
 def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
@@ -150,8 +151,16 @@ def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
         raise StunError(f"experts.budget=global: {reason}. Use experts.budget=uniform")
 
 
-def _samples(job: Job) -> Samples:
-    """Calibration tokens. Raises StunError if the text is missing, too short, or too short to hold samples out."""
+def _samples(job: Job, ranks: Ranks) -> Samples:
+    """Calibration tokens, with a line in the log for rows that were skipped. Raises StunError if the text is missing, too short,
+    or too short to hold samples out."""
+    samples = ranks.on_first(lambda: _read_samples(job))
+    for note in samples.notes:
+        ranks.log(note)
+    return samples
+
+
+def _read_samples(job: Job) -> Samples:
     arch = job.arch
     samples = calibration_samples(job.cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
     for name, count in samples.sources.items() if job.fractions else ():

@@ -1,6 +1,6 @@
 """Estimate of a run before it starts (tokens, bytes, memory, disk space, least time), and whether the launch has that much.
 
-Reads only headers, the configuration and a sample of the disk.
+Reads headers, the configuration and a sample of the disk; the calibration text was read when the job was resolved.
 """
 
 from dataclasses import replace
@@ -23,12 +23,13 @@ SURE = 0.85  # refuse if less than this share of the estimate is available: esti
 class Estimate:
     """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
     over the whole run, `memory` of a rank, `host` of a node, `statistics`, `disk` beside the files that a run left, `free` on
-    disk. `durations` are seconds by stream."""
+    disk. `durations` are seconds by stream. `text` says how many tokens the calibration text has; empty if it was not read."""
 
     def __init__(self, job: Job, launch: Launch):
         cfg, arch, streams, footprint = job.cfg, job.arch, job.streams, Footprint(job, launch)
         self.launch, self.layers, self.experts = launch, len(arch.layers), sum(layout.num_experts for layout in arch.layers)
         self.tokens = cfg.calibration.samples * cfg.calibration.length
+        self.text = job.samples.available if job.samples else ""
         self.result, self.loads = result_line(job), loads_line(job)
         self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
@@ -57,9 +58,10 @@ def report(needs: Estimate) -> list[str]:
     times = ", ".join(f"{name} {duration(seconds)} to {bound[name]}" for name, seconds in least.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
+    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {needs.text} in the text" if needs.text else "")
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {needs.tokens:,} calibration tokens",
+        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {tokens}",
         "result": needs.result,
         "loads": needs.loads,
         "method": needs.method,

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from stun.config import Representative, SparsifyConfig, StunError
-from stun.data import Samples
+from stun.data.samples import Samples
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import HELD_OUT, Job
 from stun.planning.make import make_plan

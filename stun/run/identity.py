@@ -10,7 +10,7 @@ import torch
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig
-from stun.data import Samples
+from stun.data.samples import Samples
 
 
 def plain(value: object) -> object:

@@ -8,7 +8,8 @@ import torch
 
 from helpers.paths import TEXT
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig
-from stun.data import calibration_samples, load_tokenizer
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
 
 ARCTIC_SEQUENTIAL = {"moe_layer_frequency": 2, "parallel_attn_mlp_res": False, "num_experts_per_tok": 1}
 

@@ -25,7 +25,8 @@ from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
 from stun.checkpoint.reader import Checkpoint
 from stun.config import CalibrationConfig, SparsifyConfig, StunError
-from stun.data import calibration_samples, load_tokenizer
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.planning.from_statistics import plan_from_run
 from stun.pruning.job import prune

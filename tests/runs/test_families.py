@@ -16,7 +16,8 @@ from helpers.stock import check_statistics, forbid, load_stock, logits_of
 from helpers.tensors import same_tensors
 from helpers.zoo import FAMILIES, make_checkpoint
 from stun.checkpoint.reader import Checkpoint
-from stun.data import calibration_samples, load_tokenizer
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 

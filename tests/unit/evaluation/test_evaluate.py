@@ -19,7 +19,7 @@ from helpers.launches import environment, run_job
 from helpers.paths import HELDOUT, REFERENCE, ROOT, TEXT
 from helpers.stock import full
 from stun.config import CalibrationConfig, ModelConfig, StunError
-from stun.data import load_tokenizer
+from stun.data.tokenizer import load_tokenizer
 from stun.evaluation.config import EvaluateConfig, HarnessConfig, TaskConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.resume import Partial
@@ -71,6 +71,17 @@ def test_result_and_what_is_there_already(checkpoint, ranks, rows, tmp_path, cap
 
     text = evaluate(asking(model, None, tmp_path / "text.json", text=PACKED), ranks)
     assert text["tokens"] == 4 * 23 and not text.keys() & {"rows", "right", "groups", "exact_match", "average", "dense"}
+
+
+def test_rows_of_text_without_a_value_are_skipped(checkpoint, ranks, tmp_path, capsys):
+    """The log says so, and the result is that of the other rows."""
+    (tmp_path / "holes.jsonl").write_text('{"text": null}\n' + TEXT.read_text())
+    results = []
+    for name, path in (("whole", TEXT), ("holes", tmp_path / "holes.jsonl")):
+        asked = asking(checkpoint("mixtral"), None, tmp_path / f"{name}.json", text=replace(PACKED, path=str(path)))
+        results.append(numbers(evaluate(asked, ranks)))
+    assert results[0] == results[1]
+    assert f"text.path={tmp_path}/holes.jsonl: 1 of the 2 rows read have no value" in capsys.readouterr().out
 
 
 def test_interrupted_evaluation_goes_on(checkpoint, ranks, rows, tmp_path, monkeypatch):
@@ -193,7 +204,11 @@ WRONG = [
     ({"task": TaskConfig(path="ROWS", prompt="Q:")}, "must contain {question}"),
     ({"task": TaskConfig(path="ROWS", marker="####", number=True)}, "row 1: no number after '####'"),
     ({"task": TaskConfig(path="ROWS", marker="@@")}, "row 0: no '@@' in its answer"),
-    ({"task": TaskConfig(path="ROWS", answer="reply")}, "row 0 needs the text fields 'question' and 'reply'"),
+    ({"task": TaskConfig(path="ROWS", answer="reply")}, "task.answer=reply: .* has the fields .*answer"),
+    ({"task": TaskConfig(path="HOLES")}, "row 1: no value in field 'answer'; remove rows without"),
+    ({"task": TaskConfig(path="NUMBERS")}, "row 0: field 'answer' is int; a text is needed"),
+    ({"text": replace(PACKED, path="/no/text.csv.gz")}, "text.path=/no/text.csv.gz: no such file"),
+    ({"task": TaskConfig(path="/no/rows.tsv")}, "task.path=/no/rows.tsv: no such file"),
     ({"task": TaskConfig(path="ROWS", stop=[""])}, "must not be empty"),
     ({"text": replace(PACKED, length=1)}, "text.length=1: 2 or more"),
     ({"text": replace(PACKED, samples=10**6)}, "text.length=24 need"),
@@ -213,7 +228,10 @@ def test_bad_requests_are_refused(checkpoint, ranks, rows, tmp_path, changes, me
     text = tmp_path / "rows.jsonl"
     text.write_text(lines[0] + json.dumps({"question": "q", "answer": "#### none"}) + "\n" + "".join(lines[2:]))
     task = changes.get("task")
-    own = {**changes, **({"task": replace(task, path=str(text))} if task and task.path == "ROWS" else {})}
+    (tmp_path / "holes.jsonl").write_text(lines[0] + '{"question": "q", "answer": null}\n')
+    (tmp_path / "numbers.jsonl").write_text('{"question": "q", "answer": 7}\n')
+    files = {"ROWS": text, "HOLES": tmp_path / "holes.jsonl", "NUMBERS": tmp_path / "numbers.jsonl"}
+    own = {**changes, **({"task": replace(task, path=str(files[task.path]))} if task and task.path in files else {})}
     own |= {"output": str(tmp_path)} if changes.get("output") else {}
     asked = replace(asking(checkpoint("mixtral"), rows, tmp_path / "result.json"), **own)
     with pytest.raises(StunError, match=message):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from helpers.uneven import pruned, steep
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Scope, SparsifyConfig
-from stun.data import load_tokenizer
+from stun.data.tokenizer import load_tokenizer
 from stun.evaluation.batches import micro_batches, padded
 from stun.evaluation.generate import Decoding, generate
 from stun.evaluation.memory import Capacity, generation_capacity

@@ -20,7 +20,8 @@ from helpers.zoo import FAMILIES as ZOO
 from helpers.zoo import SHAPE
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, ExpertsConfig, Scope, SparsifyConfig
-from stun.data import calibration_samples, load_tokenizer
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 

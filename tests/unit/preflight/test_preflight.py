@@ -34,11 +34,11 @@ from stun.config import (
     StunError,
 )
 from stun.model.architecture import Architecture
-from stun.planning.job import resolve_model
+from stun.planning.job import resolve, resolve_model
 from stun.preflight.activations import Allocations, trace_layers
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import GIB, GPUS, Launch, described
-from stun.preflight.job import SURE, Estimate, check
+from stun.preflight.job import SURE, Estimate, check, report
 from stun.preflight.memory import Footprint, transient_costs
 from stun.preflight.traffic import existing_bytes
 from stun.pruning.job import prune
@@ -55,6 +55,15 @@ GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1
 def asked(source, run_dir, **changes) -> PruneConfig:
     base = PruneConfig(ModelConfig(str(source)), CALIBRATION, RANK, target=0.4, run_dir=str(run_dir))
     return replace(base, **changes)
+
+
+def test_the_calibration_text_is_counted(checkpoint, ranks, tmp_path):
+    """The tokens that are taken, and those that there are: estimated from the rows read, or counted where all are."""
+    (tmp_path / "text.jsonl").write_text((json.dumps({"text": "The quick brown fox jumps over the lazy dog."}) + "\n") * 100)
+    for samples, says in ((8, "320 calibration tokens of about 4,500 in the text"), (112, "4,480 calibration tokens of 4,500 ")):
+        calibration = replace(CALIBRATION, path=str(tmp_path / "text.jsonl"), samples=samples)
+        job = resolve(asked(checkpoint("mixtral"), tmp_path / "run", calibration=calibration), ranks)
+        assert says in report(Estimate(job, CPU))[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""Rows of local files, folders and hub datasets, read by `datasets`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stun.config import StunError
+from stun.files import parse_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# File type: the module of `datasets` that reads it, with its settings.
+_TEXTS: dict[str, tuple[str, dict]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".txt": ("text", {}),
+}
+_PACKED = (".gz", ".zst")
+_TYPES = _TEXTS | {kind + packed: how for kind, how in _TEXTS.items() for packed in _PACKED} | {".parquet": ("parquet", {})}
+_KNOWN = f"known: {', '.join(_TEXTS)}, each also as {' or '.join(_PACKED)}, and .parquet"
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # beside the files of a dataset
+
+
+def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Dataset:
+    """Rows of a local file, of a folder of such files, or of a hub dataset (`config` names one of its configurations). Errors
+    name the setting `key`. Raises StunError."""
+    file, where = Path(path), f"{key}={path}"
+    kind = "" if file.is_dir() else _type(file)
+    if file.is_dir():
+        _check_folder(file, where)
+    elif file.is_file() or kind or path.startswith(("/", ".", "~")):
+        _check_file(file, where)
+    # Imported here: it takes seconds and 100 MiB, and only the first rank reads.
+    from datasets import load_dataset
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs, it raises too
+    try:
+        if kind:
+            module, settings = _TYPES[kind]
+            return load_dataset(module, data_files=str(file), split="train", **settings)
+        return load_dataset(path, config or None, split=split)
+    except Exception as error:  # datasets raises many kinds, all of them about this path
+        raise StunError(f"{where}: datasets cannot load it: {_broken_line(file)}{_reason(error)}") from error
+
+
+def _type(file: Path) -> str:
+    """Key of `_TYPES` that a file's name ends with, in whatever case; empty if there is none."""
+    return next((kind for kind in _TYPES if file.name.lower().endswith(kind)), "")
+
+
+def _check_file(file: Path, where: str) -> None:
+    if file.is_file() and not _type(file):
+        raise StunError(f"{where}: unknown file type; {_KNOWN}")
+    if not file.is_file():
+        raise StunError(f"{where}: no such file")
+    if not file.stat().st_size:
+        raise StunError(f"{where}: the file is empty")
+    _check_zstandard([_type(file)], where)
+
+
+def _check_folder(folder: Path, where: str) -> None:
+    """Raise StunError unless the files in a folder are of one type: `datasets` reads only the most frequent one, silently."""
+    if (folder / "state.json").is_file():
+        call = "datasets.load_from_disk(folder).to_parquet('text.parquet')"
+        raise StunError(f"{where}: was written by save_to_disk; write it as a file once: {call}")
+    files = (file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    # As they are written: beside .jsonl, `datasets` passes over .JSONL.
+    kinds = {file.name[-len(_type(file)) :] for file in files if _type(file) and file.name not in _ABOUT_DATA}
+    plain = sorted({kind.removesuffix(".gz").removesuffix(".zst") for kind in kinds})
+    if not plain:
+        raise StunError(f"{where}: a folder without files that can be read; {_KNOWN}")
+    if len(plain) > 1:
+        raise StunError(f"{where}: a folder with files of several types ({', '.join(plain)}); give a file, or one type alone")
+    _check_zstandard(kinds, where)
+
+
+def _check_zstandard(kinds: Iterable[str], where: str) -> None:
+    if any(kind.lower().endswith(".zst") for kind in kinds) and find_spec("zstandard") is None:
+        raise StunError(f"{where}: a package is missing that reads .zst: pip install zstandard")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters, or the error's type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _reason(error: Exception) -> str:
+    """What `datasets` says, without the words that say nothing."""
+    if isinstance(error, StopIteration):
+        return "it has no rows"
+    says = one_line(error).removeprefix("An error occurred while generating the dataset").strip()
+    return says or one_line(error.__cause__ or error)
+
+
+def in_order(entries: Iterable, path: str, key: str) -> Iterator:
+    """Entries of a data set, decoded one by one. Raises StunError if one is not UTF-8."""
+    try:
+        yield from entries
+    except UnicodeDecodeError as error:
+        raise StunError(f"{key}={path}: {_broken_line(Path(path))}{error}") from error
+
+
+def _broken_line(file: Path) -> str:
+    """First line of a .jsonl file that is not a JSON object, or whose field changes its type; empty if there is none."""
+    kinds: dict[str, type] = {}
+    if not file.is_file() or _type(file) != ".jsonl":
+        return ""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            content = parse_json(line, f"line {number}") if line.strip() else {}
+        except StunError as error:
+            return f"{error}; "
+        if not isinstance(content, dict):
+            return f"line {number} is not a JSON object; "
+        for name, value in content.items():
+            if value is not None and kinds.setdefault(name, type(value)) is not type(value):
+                return f"line {number}: field {name!r} is {type(value).__name__}, above it {kinds[name].__name__}; "
+    return ""
+
+
+def check_field(rows: Dataset, key: str, name: str, path: str, advice: str = "") -> None:
+    """Raise StunError, with `advice`, if the rows have no field of the name that the setting `key` gives."""
+    if name not in rows.column_names:
+        fields = ", ".join(field if field.isprintable() else repr(field) for field in rows.column_names)
+        raise StunError(f"{key}={name}: {path} has the fields {fields[:300]}{advice}")
