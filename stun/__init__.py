@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from stun.model import arctic as _arctic
 from stun.model import heterogeneous as _heterogeneous
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _arctic.register()
 _heterogeneous.register()

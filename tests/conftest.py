@@ -19,7 +19,7 @@ from stun.runtime.ranks import Ranks  # noqa: E402
 LONG = {
     "test_slurm.py": 260,
     "test_memory_is_what_was_estimated": 100,
-    "test_demo": 60,
+    "test_wheel.py": 80,
     "test_families.py": 60,
     "test_same_bytes_on_any_number_of_ranks": 60,
     "test_every_launcher_and_repeat": 40,
