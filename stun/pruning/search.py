@@ -34,7 +34,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
     quotas = {f: layer_quotas(job.sizes, plan) for f, plan in plans.items()}
     size, read = cfg.calibration.micro_batch, arch.source.read
     states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
-    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     pruned = {fraction: (states, held) for fraction in plans}
     for layer in stream:

@@ -145,32 +145,25 @@ class Ranks:
             self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
         return tensor
 
-    def move(self, tensor: torch.Tensor | None, like: torch.Tensor, source: int, target: int) -> None:
-        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype)."""
-        if self.rank == source == target:
-            like.copy_(tensor)
-        elif self.rank == source:
-            self._comm.send(tensor.contiguous().view(torch.uint8), target)
-        elif self.rank == target:
-            received = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-            self._comm.recv(received.view(torch.uint8), source)
-            like.copy_(received)
-
     def moved(
         self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
     ) -> torch.Tensor | None:
         """`tensor` of rank `source` on rank `target`, None elsewhere."""
         if self.rank == source == target:
             return tensor
-        like = torch.empty(shape if self.rank == target else 0, dtype=dtype, device=self.device)
-        self.move(tensor, like, source, target)
-        return like if self.rank == target else None
+        if self.rank == source:
+            self._comm.send(tensor.contiguous().view(torch.uint8), target)
+        if self.rank != target:
+            return None
+        received = torch.empty(shape, dtype=dtype, device=self.device)
+        self._comm.recv(received.view(torch.uint8), source)
+        return received
 
-    def broadcast_object(self, value: object, source: int = 0) -> object:
-        """Small Python object of rank `source`, on every rank."""
+    def broadcast_object(self, value: object) -> object:
+        """Small Python object of the first rank, on every rank."""
         box = [value]
         if self.world > 1:
-            self._comm.broadcast_object_list(box, source, device=self.device)
+            self._comm.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
     def on_first(self, function: Callable[[], T]) -> T:
