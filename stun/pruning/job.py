@@ -23,7 +23,7 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 from stun.runtime.units import count
-from stun.statistics.observe import Watched, observe
+from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
 
@@ -103,8 +103,8 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
     if not ranks.on_first(lambda: stats.complete):
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, job.samples.batches(size), arch.source.read)
-        watched = Watched(job.samples.source_of_batch(size), cfg.sparsify.counts_outliers)
-        observe(arch, states, ranks, stats.save, watched, Recorder(run.folder, "observe", ranks, len(arch.layers)))
+        recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)
+        observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers)
         ranks.on_first(lambda: stats.finish(statistics_identity(job, ranks)))
 
 
