@@ -1,6 +1,7 @@
 """Reading of untrusted JSON and YAML; atomic writing of files."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -37,6 +38,15 @@ def read_bytes(file: Path, where: str = "") -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise StunError(f"{where}: cannot be read: {error}") from error
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file. Raises StunError."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise StunError(f"{file}: cannot be read: {error}") from error
 
 
 def read_json(file: Path, where: str = "") -> object:
