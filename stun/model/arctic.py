@@ -13,6 +13,7 @@ The hybrid form feeds its experts the hidden states from BEFORE attention, so bo
 """
 
 import copy
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -108,27 +109,18 @@ class ArcticSparseMoeBlock(nn.Module):
         return self.experts(flat, top_k_index, top_k_weights).view_as(hidden_states)
 
 
-class ArcticDenseBlock(nn.Module):
-    """Feed-forward of a layer without experts, under the checkpoint's name for it (`block_sparse_moe.mlp`)."""
-
-    def __init__(self, config: ArcticConfig):
-        super().__init__()
-        self.mlp = ArcticMLP(config, config.intermediate_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.mlp(hidden_states)
-
-
 class ArcticDecoderLayer(GradientCheckpointingLayer):
     """Decoder layer in one of the two forms that the module's docstring gives."""
 
     def __init__(self, config: ArcticConfig, layer_idx: int):
         super().__init__()
-        self.hidden_size = config.hidden_size
         is_moe = config.experts_of_layer(layer_idx) > 0
         self.is_hybrid = is_moe and config.parallel_attn_mlp_res
         self.self_attn = MixtralAttention(config, layer_idx)
-        self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx) if is_moe else ArcticDenseBlock(config)
+        if is_moe:
+            self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx)
+        else:  # under the checkpoint's name for it, `block_sparse_moe.mlp`
+            self.block_sparse_moe = nn.Sequential(OrderedDict(mlp=ArcticMLP(config, config.intermediate_size)))
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.is_hybrid:
