@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from torch.utils._pytree import tree_map
 
 from stun.config import Representative, SparsifyConfig, StunError
 from stun.data import Samples
@@ -81,14 +82,8 @@ def _through(
     """Prune a copy of the layer; returns the pruning and held-out states after it, from `both` before it."""
     states, held = both
     # A copy: the dense layer serves the next candidate too.
-    copy = Layer(
-        layer.layout,
-        {name: tensor.clone() for name, tensor in layer.dense.items()},
-        {e: {part: t.clone() for part, t in layer.experts[e].items()} for e in kept if e in layer.experts},
-        {},
-        list(layer.kept),
-        list(layer.owner),
-    )
+    experts = {expert: parts for expert, parts in layer.experts.items() if expert in kept}
+    copy = replace(layer, dense=tree_map(torch.clone, layer.dense), experts=tree_map(torch.clone, experts), unused={})
     stream.keep(copy, kept)
     stream.build(copy)
     mask_layer(stream, copy, states, quota, config)
