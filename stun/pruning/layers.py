@@ -1,10 +1,7 @@
 """Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,30 +23,6 @@ from stun.stream.layer_stream import LayerStream, States
 from stun.stream.progress import Progress
 
 
-@dataclass
-class PruneResult:
-    """Result of the second stream: experts kept by layer, non-zero weights of the decoder layers as written, experts without
-    tokens, the entries of the layers' files in their order, and the same entries by layer."""
-
-    kept: list[list[int]]
-    nonzero: int
-    unseen: int
-    files: list[dict]
-    layers: list[list[dict]]
-
-    @classmethod
-    def of(cls, finished: list[list[dict]], decoder_layers: int) -> PruneResult:
-        """From the entries of all layers, of which only the first `decoder_layers` are counted."""
-        decoder = finished[:decoder_layers]
-        return cls(
-            [entries[0]["kept"] for entries in finished],
-            sum(count for entries in decoder for entry in entries for count in entry["nonzero"].values()),
-            sum(entries[0]["unseen"] for entries in decoder),
-            [entry for entries in finished for entry in entries],
-            finished,
-        )
-
-
 def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Recorder) -> None:
     """Raises StunError if the finished layers are not those of the plan."""
     folder = recorder.ledger.folder
@@ -69,8 +42,9 @@ def prune_layers(
     ranks: Ranks,
     recorder: Recorder,
     write: Callable[[str, dict[str, torch.Tensor]], dict],
-) -> PruneResult:
+) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
+    Returns the ledger entries of every layer, by rank.
 
     `write(name, tensors)` writes a file of this rank and returns its entry for the `recorder`, which knows the finished layers.
     `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
@@ -107,7 +81,7 @@ def prune_layers(
         recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
     progress.close()
-    return PruneResult.of(recorder.finished(), len(arch.layers))
+    return recorder.finished()
 
 
 def _prune_layer(
