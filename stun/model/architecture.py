@@ -121,13 +121,9 @@ class Architecture:
             layer = type(self.decoder.layers[index])(config, index)
         return layer.eval()
 
-    def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put the tensors outside the experts into a layer: parameters in `dtype`, or in float32 where the model demands it;
+    def install(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors into a module by their names in it: parameters in `dtype`, or in float32 where the model demands it;
         buffers in their stored dtype."""
-        self._put(layer, {inside: dense[name] for name, inside in layout.dense.items()}, dtype)
-
-    def _put(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put tensors into a module by their names in it, with the dtypes of `install`."""
         exceptions = self.model._get_dtype_plan(dtype)
         for inside, tensor in tensors.items():
             path, _, leaf = inside.rpartition(".")
@@ -147,7 +143,7 @@ class Architecture:
 
     def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Put tensors outside the layers, by source name, into the model as `install` does; a tied head shares the embedding."""
-        self._put(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
+        self.install(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
         head = self.model.get_output_embeddings()
         if head.weight.is_meta and self.config.tie_word_embeddings:
             head.weight = self.decoder.get_input_embeddings().weight

@@ -53,7 +53,8 @@ class _Masking:
         tokens, dense, norms = self._experts(blocks, reconstruction)
         ranks.meter.enter("mask")
         mine = [name for name in self.names if owners[name] == ranks.rank]
-        ranks.workers.map(lambda name: self._dense(name, dense[name]["inputs"] if self.config.reads_inputs else None), mine)
+        moments = {name: dense[name]["inputs"] if self.config.reads_inputs else None for name in mine}
+        ranks.workers.map(lambda name: self._matrix(layer.dense[name], moments[name], self.quota.dense[name], name), mine)
         for name in self.names:
             ranks.broadcast(layer.dense[name], owners[name])
         unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
@@ -113,10 +114,6 @@ class _Masking:
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 self._matrix(weight_OD, sums.get(part), count, f"layer {layer.layout.index} expert {expert} {part}")
-
-    def _dense(self, name: str, moment: torch.Tensor | None) -> None:
-        """Prune one dense matrix by its inputs' moment."""
-        self._matrix(self.layer.dense[name], moment, self.quota.dense[name], name)
 
     def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, name: str) -> None:
         """Prune one matrix, named `name` in errors, and count the scores of every STRIDE-th row."""

@@ -94,12 +94,8 @@ class Ranks:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
-        if not failed:
-            self.end()
-
-    def end(self) -> None:
         """Close the process group after success; after a failure this could wait for ranks that have ended."""
-        if self._comm and self._comm.is_initialized():
+        if not failed and self._comm and self._comm.is_initialized():
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:
@@ -115,25 +111,22 @@ class Ranks:
         """Peak bytes since the last lap or reset; starts the next lap."""
         lap = self._lap()
         self._peak = max(self._peak, lap)
-        self._start_lap()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
         return lap
 
     def reset_peak_memory(self) -> None:
         """Restart `peak_memory`."""
+        self.lap_memory()
         self._peak = 0
-        self._start_lap()
 
     def _lap(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-    def _start_lap(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
 
     def return_memory(self) -> None:
         """Return freed memory, which the C allocator keeps for reuse, to the system."""

@@ -102,17 +102,13 @@ class Exchange:
         needs_gates = any(observer.reads_gates for observer in self.observers)
         gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if needs_gates else None
         for observer in self.observers if len(index_TK) else ():
-            observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
+            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
         if served_ND is None:
             return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
         back_ND = self.ranks.exchange(served_ND, receive, send)
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
         return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
-
-    def _micro_batch(self, rank: int) -> int:
-        """Number of the micro-batch that `rank` runs in this round."""
-        return self.turn * self.ranks.world + rank
 
     def _serve(
         self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
