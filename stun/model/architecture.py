@@ -58,7 +58,7 @@ class Architecture:
         if EXPERTS_IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
             self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         self.decoder = self.model.base_model
-        names = NameMap(source, self.model, self._grown)
+        names = NameMap(source, self.model, self.build_layer)
         self.layers, self.mtp, self.outer = names.layers, names.mtp, names.outer
         modules = [module for layer in self.decoder.layers if experts_of(layer) for module in layer.modules()]
         self.top_k: int = max((m.top_k for m in modules if hasattr(m, "top_k")), default=0)
@@ -107,10 +107,6 @@ class Architecture:
                 needed = f"equal groups of at least {floor} (top-k {self.top_k} from {chosen} of them)"
                 raise StunError(f"{self.source.folder}: {count} experts in n_group={groups} groups; routing needs {needed}")
         return groups, floor
-
-    def _grown(self, index: int) -> nn.Module:
-        """Decoder layer `index` with one more expert: tensors with an entry per expert differ in shape."""
-        return self.build_layer(index, experts_of(self.decoder.layers[index])[1].num_experts + 1)
 
     def build_layer(self, index: int, num_experts: int) -> nn.Module:
         """Decoder layer `index` with `num_experts` experts, on the meta device."""

@@ -32,8 +32,8 @@ class NameMap:
     """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
     every other source name to its parameter ('' where the model has none). Raises StunError where a tensor does not fit."""
 
-    def __init__(self, source: Checkpoint, model: PreTrainedModel, grown: Callable[[int], nn.Module]):
-        """`grown(i)` builds decoder layer i with one more expert."""
+    def __init__(self, source: Checkpoint, model: PreTrainedModel, build: Callable[[int, int], nn.Module]):
+        """`build(i, n)` builds decoder layer i with n experts."""
         self.source, self.decoder = source, model.base_model
         self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
         self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
@@ -46,7 +46,8 @@ class NameMap:
             if experts is not None:
                 pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{path}", {}), f"layer {layout.index}"
                 self._place_experts(layout, pieces, experts, experts.num_experts, f"{source.folder}: {where}")
-            self._describe(layout, layer, grown(layout.index).state_dict() if experts is not None else {})
+            grown = {} if experts is None else build(layout.index, experts.num_experts + 1).state_dict()
+            self._describe(layout, layer, grown)
         for block, pieces in sorted(blocks.items()):
             self._place_head(block, pieces)
         self._check_outside(model)
