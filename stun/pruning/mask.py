@@ -14,22 +14,16 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
 
-@dataclass
-class Masked:
-    """Result of pruning a layer's weights: the number of experts without tokens, and this rank's scores."""
-
-    unseen: int
-    saliency: Saliency
-
-
-def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig) -> Masked:
-    """Remove the quota's weights in place.
+def mask_layer(
+    stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig
+) -> tuple[int, Saliency]:
+    """Remove the quota's weights in place. Returns the number of experts without tokens, and this rank's scores.
 
     `states` may be None if the method reads no inputs. All ranks call this together.
     """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
-        return Masked(0, Saliency())
+        return 0, Saliency()
     return _Masking(stream, layer, states, quota, config, names).run()
 
 
@@ -45,7 +39,7 @@ class _Masking:
     names: list[str]
     saliency: Saliency = field(default_factory=Saliency)
 
-    def run(self) -> Masked:
+    def run(self) -> tuple[int, Saliency]:
         """See `mask_layer`."""
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
@@ -61,7 +55,7 @@ class _Masking:
         if reconstruction:
             ranks.meter.enter("refit")
             reconstruction.refit(self.states)
-        return Masked(unseen, self.saliency)
+        return unseen, self.saliency
 
     def _blocks(self) -> list[list[int]]:
         """This rank's experts that lose weights, in blocks whose Gram matrices fit `gram_gib`; the last ones may be empty.
