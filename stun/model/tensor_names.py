@@ -106,19 +106,16 @@ class NameMap:
             numbered = f", numbered {min(numbers)} to {max(numbers)}" if numbers else ""
             raise StunError(f"{where} holds {len(numbers)} experts{numbered}; config.json says {count}")
         for part in layout.fused:
-            self._check(self._whole(pieces[part][None], where), (count, *wanted[part]))
+            name, *others = (name for _, name in pieces[part][None])
+            if others:
+                raise StunError(f"{where}: {name} and {others[0]} are the same tensor of the model; remove one")
+            self._check(name, (count, *wanted[part]))
         layout.experts = [{} for _ in range(count)]
         for part, shape in wanted.items():
             for number, expert in enumerate(layout.experts):
                 is_fused = part in layout.fused
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
-
-    def _whole(self, tensors: list[tuple[int, str]], where: str) -> str:
-        """The one tensor that holds a part of all experts."""
-        if len(tensors) > 1:
-            raise StunError(f"{where}: {tensors[0][1]} and {tensors[1][1]} are the same tensor of the model; remove one")
-        return tensors[0][1]
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
         """Tensors whose rows, in order, make up one part of an expert."""

@@ -34,15 +34,12 @@ def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None
         homes = [expert // size for layer, expert in listed if layer == layout.index]
         movable = min(max(0, size - homes.count(group) - alone) for group in range(arch.groups))
         rooms.append(min(arch.groups * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
+    needs = [(f"layer {number}: ", *need) for number, need in enumerate(zip(rooms, drops, strict=True))]
     if cfg.experts.budget is Budget["global"]:
-        if listed and sum(rooms) < sum(drops):
-            where = f"{sum(drops)} experts are to be removed"
-            raise StunError(f"{where}, but experts.protect.experts allows {sum(rooms)}; list fewer")
-        return
-    for layout, room, drop in zip(arch.layers, rooms, drops, strict=True):
+        needs = [("", sum(rooms), sum(drops))]
+    for where, room, drop in needs:
         if listed and room < drop:
-            where = f"layer {layout.index}: {drop} experts are to be removed"
-            raise StunError(f"{where}, but experts.protect.experts allows {room}; list fewer")
+            raise StunError(f"{where}{drop} experts are to be removed, but experts.protect.experts allows {room}; list fewer")
 
 
 def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:
