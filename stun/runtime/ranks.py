@@ -94,8 +94,12 @@ class Ranks:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_) -> None:
+        if not failed:
+            self.end()
+
+    def end(self) -> None:
         """Close the process group after success; after a failure this could wait for ranks that have ended."""
-        if not failed and self._comm and self._comm.is_initialized():
+        if self._comm and self._comm.is_initialized():
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:
