@@ -1,10 +1,13 @@
 """Reading of untrusted JSON and YAML; atomic writing of files."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 from safetensors import SafetensorError
@@ -27,16 +30,30 @@ def parse_json(content: bytes | str, where: str) -> object:
         raise StunError(f"{where}: cannot be read as JSON: {error}") from error
 
 
-def read_bytes(file: Path, where: str = "") -> bytes:
-    """Content of a regular file; errors name it `where`. Raises StunError."""
+@contextlib.contextmanager
+def opened(file: Path, where: str = "") -> Iterator[BinaryIO]:
+    """A regular file, open for reading; errors name it `where`. Raises StunError."""
     where = where or str(file)
     try:
         # Pipes and devices are not opened, since they may never end.
         if not file.is_file():
             raise StunError(f"{where}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
-        return file.read_bytes()
+        with file.open("rb") as handle:
+            yield handle
     except OSError as error:
         raise StunError(f"{where}: cannot be read: {error}") from error
+
+
+def read_bytes(file: Path, where: str = "") -> bytes:
+    """Content of a regular file; errors name it `where`. Raises StunError."""
+    with opened(file, where) as handle:
+        return handle.read()
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file. Raises StunError."""
+    with opened(file) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_json(file: Path, where: str = "") -> object:
@@ -57,9 +74,10 @@ def is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_file_name(name: object, suffix: str = ".safetensors") -> bool:
-    """Whether a JSON value is a plain file name (no folders) with this suffix."""
-    return isinstance(name, str) and name.endswith(suffix) and name.isprintable() and Path(name).name == name and len(name) < 200
+def is_file_name(name: object) -> bool:
+    """Whether a JSON value is the plain name (no folders) of a safetensors file."""
+    is_text = isinstance(name, str) and name.isprintable() and len(name) < 200
+    return is_text and name.endswith(".safetensors") and Path(name).name == name
 
 
 def check_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stun.config import StunError
-from stun.files import is_count, parse_json
+from stun.files import is_count, opened, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -71,16 +71,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _content(file: Path) -> tuple[dict, int, int]:
     """The header's JSON object, the byte at which the tensors begin, and the file's size."""
-    try:
-        if not file.is_file():
-            raise StunError(f"{file}: cannot be read: {'not a regular file' if file.exists() else 'no such file'}")
-        with file.open("rb") as handle:
-            size, length = file.stat().st_size, int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
-            content = parse_json(handle.read(length), f"{file}: header")
-    except OSError as error:
-        raise StunError(f"{file}: cannot be read: {error}") from error
+    with opened(file) as handle:
+        size, length = file.stat().st_size, int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
+        content = parse_json(handle.read(length), f"{file}: header")
     if not isinstance(content, dict):
         raise StunError(f"{file}: header: must be a JSON object")
     return content, 8 + length, size

@@ -58,7 +58,7 @@ class Architecture:
         if EXPERTS_IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
             self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         self.decoder = self.model.base_model
-        names = NameMap(source, self.model, self._grown)
+        names = NameMap(source, self.model, self.build_layer)
         self.layers, self.mtp, self.outer = names.layers, names.mtp, names.outer
         modules = [module for layer in self.decoder.layers if experts_of(layer) for module in layer.modules()]
         self.top_k: int = max((m.top_k for m in modules if hasattr(m, "top_k")), default=0)
@@ -108,10 +108,6 @@ class Architecture:
                 raise StunError(f"{self.source.folder}: {count} experts in n_group={groups} groups; routing needs {needed}")
         return groups, floor
 
-    def _grown(self, index: int) -> nn.Module:
-        """Decoder layer `index` with one more expert: tensors with an entry per expert differ in shape."""
-        return self.build_layer(index, experts_of(self.decoder.layers[index])[1].num_experts + 1)
-
     def build_layer(self, index: int, num_experts: int) -> nn.Module:
         """Decoder layer `index` with `num_experts` experts, on the meta device."""
         config = copy.deepcopy(self.config)
@@ -121,13 +117,9 @@ class Architecture:
             layer = type(self.decoder.layers[index])(config, index)
         return layer.eval()
 
-    def install(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put the tensors outside the experts into a layer: parameters in `dtype`, or in float32 where the model demands it;
+    def install(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Put tensors into a module by their names in it: parameters in `dtype`, or in float32 where the model demands it;
         buffers in their stored dtype."""
-        self._put(layer, {inside: dense[name] for name, inside in layout.dense.items()}, dtype)
-
-    def _put(self, root: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put tensors into a module by their names in it, with the dtypes of `install`."""
         exceptions = self.model._get_dtype_plan(dtype)
         for inside, tensor in tensors.items():
             path, _, leaf = inside.rpartition(".")
@@ -147,7 +139,7 @@ class Architecture:
 
     def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Put tensors outside the layers, by source name, into the model as `install` does; a tied head shares the embedding."""
-        self._put(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
+        self.install(self.model, {self.outer[name]: tensor for name, tensor in tensors.items()}, dtype)
         head = self.model.get_output_embeddings()
         if head.weight.is_meta and self.config.tie_word_embeddings:
             head.weight = self.decoder.get_input_embeddings().weight

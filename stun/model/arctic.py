@@ -12,14 +12,18 @@ With h = x + attention(input_layernorm(x)), a layer computes
 The hybrid form feeds its experts the hidden states from BEFORE attention, so both branches can run at once.
 """
 
+import copy
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
     MixtralExperts,
@@ -33,48 +37,24 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.utils.output_capturing import OutputRecorder
 
 
-class ArcticConfig(PreTrainedConfig):
-    """Configuration of a Snowflake Arctic model; field names and defaults are those of the released `config.json`.
+@strict
+class ArcticConfig(MixtralConfig):
+    """Configuration of a Snowflake Arctic model; field names and defaults are those of the released `config.json`, which are
+    Mixtral's but for those below.
 
     `num_local_experts` is one count for all layers, or a list with one count per decoder layer, as in the models that the
     STUN authors saved.
     """
 
     model_type = "arctic"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    default_theta = 1000000.0
-    attribute_map = {"num_experts": "num_local_experts"}
+    base_model_tp_plan = base_model_ep_plan = None  # Mixtral's name modules that Arctic lacks
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
     max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    sliding_window: int | None = None
-    attention_dropout: float | int = 0.0
     num_experts_per_tok: int = 1
     num_local_experts: int | list[int] = 8
-    router_aux_loss_coef: float = 0.001
-    output_router_logits: bool = False
     moe_layer_frequency: int = 2
     parallel_attn_mlp_res: bool = False
-    rope_parameters: dict | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        super().__post_init__(**kwargs)
 
     def experts_of_layer(self, layer_idx: int) -> int:
         """Number of experts of decoder layer `layer_idx`; 0 where the layer has a dense MLP."""
@@ -98,10 +78,6 @@ class ArcticMLP(nn.Module):
         return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
-class ArcticExperts(MixtralExperts):
-    """The experts of one layer, fused: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]."""
-
-
 class ArcticTopKRouter(MixtralTopKRouter):
     """Top-k of a float32 softmax; the k weights are renormalised only if k > 1."""
 
@@ -115,24 +91,15 @@ class ArcticTopKRouter(MixtralTopKRouter):
         return router_logits, router_scores, router_indices
 
 
-def _layer_config(config: ArcticConfig, layer_idx: int) -> ArcticConfig:
-    """Configuration of one layer: `num_local_experts` is that layer's count."""
-    if isinstance(config.num_local_experts, int):
-        return config
-    layer_config = type(config)(**{**config.to_dict(), "num_local_experts": config.experts_of_layer(layer_idx)})
-    layer_config._attn_implementation = config._attn_implementation
-    layer_config._experts_implementation = config._experts_implementation
-    return layer_config
-
-
 class ArcticSparseMoeBlock(nn.Module):
     """Router and experts: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: ArcticConfig, layer_idx: int):
         super().__init__()
-        layer_config = _layer_config(config, layer_idx)
+        layer_config = copy.copy(config)
+        layer_config.num_local_experts = config.experts_of_layer(layer_idx)
         self.gate = ArcticTopKRouter(layer_config)
-        self.experts = ArcticExperts(layer_config)
+        self.experts = MixtralExperts(layer_config)
         # The choice of the experts implementation must follow later changes of the model's configuration.
         self.experts.config = config
 
@@ -142,27 +109,18 @@ class ArcticSparseMoeBlock(nn.Module):
         return self.experts(flat, top_k_index, top_k_weights).view_as(hidden_states)
 
 
-class ArcticDenseBlock(nn.Module):
-    """Feed-forward of a layer without experts, under the checkpoint's name for it (`block_sparse_moe.mlp`)."""
-
-    def __init__(self, config: ArcticConfig):
-        super().__init__()
-        self.mlp = ArcticMLP(config, config.intermediate_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.mlp(hidden_states)
-
-
 class ArcticDecoderLayer(GradientCheckpointingLayer):
     """Decoder layer in one of the two forms that the module's docstring gives."""
 
     def __init__(self, config: ArcticConfig, layer_idx: int):
         super().__init__()
-        self.hidden_size = config.hidden_size
         is_moe = config.experts_of_layer(layer_idx) > 0
         self.is_hybrid = is_moe and config.parallel_attn_mlp_res
         self.self_attn = MixtralAttention(config, layer_idx)
-        self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx) if is_moe else ArcticDenseBlock(config)
+        if is_moe:
+            self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx)
+        else:  # under the checkpoint's name for it, `block_sparse_moe.mlp`
+            self.block_sparse_moe = nn.Sequential(OrderedDict(mlp=ArcticMLP(config, config.intermediate_size)))
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.is_hybrid:

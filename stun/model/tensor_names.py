@@ -32,8 +32,8 @@ class NameMap:
     """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
     every other source name to its parameter ('' where the model has none). Raises StunError where a tensor does not fit."""
 
-    def __init__(self, source: Checkpoint, model: PreTrainedModel, grown: Callable[[int], nn.Module]):
-        """`grown(i)` builds decoder layer i with one more expert."""
+    def __init__(self, source: Checkpoint, model: PreTrainedModel, build: Callable[[int, int], nn.Module]):
+        """`build(i, n)` builds decoder layer i with n experts."""
         self.source, self.decoder = source, model.base_model
         self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
         self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
@@ -46,7 +46,8 @@ class NameMap:
             if experts is not None:
                 pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{path}", {}), f"layer {layout.index}"
                 self._place_experts(layout, pieces, experts, experts.num_experts, f"{source.folder}: {where}")
-            self._describe(layout, layer, grown(layout.index).state_dict() if experts is not None else {})
+            grown = {} if experts is None else build(layout.index, experts.num_experts + 1).state_dict()
+            self._describe(layout, layer, grown)
         for block, pieces in sorted(blocks.items()):
             self._place_head(block, pieces)
         self._check_outside(model)
@@ -105,19 +106,16 @@ class NameMap:
             numbered = f", numbered {min(numbers)} to {max(numbers)}" if numbers else ""
             raise StunError(f"{where} holds {len(numbers)} experts{numbered}; config.json says {count}")
         for part in layout.fused:
-            self._check(self._whole(pieces[part][None], where), (count, *wanted[part]))
+            name, *others = (name for _, name in pieces[part][None])
+            if others:
+                raise StunError(f"{where}: {name} and {others[0]} are the same tensor of the model; remove one")
+            self._check(name, (count, *wanted[part]))
         layout.experts = [{} for _ in range(count)]
         for part, shape in wanted.items():
             for number, expert in enumerate(layout.experts):
                 is_fused = part in layout.fused
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
-
-    def _whole(self, tensors: list[tuple[int, str]], where: str) -> str:
-        """The one tensor that holds a part of all experts."""
-        if len(tensors) > 1:
-            raise StunError(f"{where}: {tensors[0][1]} and {tensors[1][1]} are the same tensor of the model; remove one")
-        return tensors[0][1]
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
         """Tensors whose rows, in order, make up one part of an expert."""

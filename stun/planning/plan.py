@@ -108,13 +108,6 @@ def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
     return plan
 
 
-def nearest_member(cluster: list[int], squared_distance: list[float]) -> int:
-    """The member nearest the cluster's mean; ties go to the first, as do pairs, whose members are equally near."""
-    if len(cluster) < 3:
-        return cluster[0]
-    return cluster[squared_distance.index(min(squared_distance))]
-
-
 def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
     """Rank that owns each expert in the second stream: one rank per cluster, clusters spread evenly.
 

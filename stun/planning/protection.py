@@ -1,7 +1,6 @@
 """Protected experts, which are always kept: those listed, and those that the statistics single out."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,23 +34,12 @@ def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None
         homes = [expert // size for layer, expert in listed if layer == layout.index]
         movable = min(max(0, size - homes.count(group) - alone) for group in range(arch.groups))
         rooms.append(min(arch.groups * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
+    needs = [(f"layer {number}: ", *need) for number, need in enumerate(zip(rooms, drops, strict=True))]
     if cfg.experts.budget is Budget["global"]:
-        if listed and sum(rooms) < sum(drops):
-            where = f"{sum(drops)} experts are to be removed"
-            raise StunError(f"{where}, but experts.protect.experts allows {sum(rooms)}; list fewer")
-        return
-    for layout, room, drop in zip(arch.layers, rooms, drops, strict=True):
+        needs = [("", sum(rooms), sum(drops))]
+    for where, room, drop in needs:
         if listed and room < drop:
-            where = f"layer {layout.index}: {drop} experts are to be removed"
-            raise StunError(f"{where}, but experts.protect.experts allows {room}; list fewer")
-
-
-@dataclass(frozen=True)
-class _Usage:
-    """Usage of a layer's experts: largest output norm [E], and the share of each source's tokens that each serves [S, E]."""
-
-    peak_E: np.ndarray
-    share_SE: np.ndarray
+            raise StunError(f"{where}{drop} experts are to be removed, but experts.protect.experts allows {room}; list fewer")
 
 
 def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:
@@ -61,18 +49,19 @@ def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stat
         protected[layer].add(expert)
     if rule.super_experts or rule.domain_share:
         usage = {index: _usage(stats.load(index, arch.layers[index].num_experts), arch.top_k) for index in moe}
-        peaks = np.concatenate([usage[index].peak_E for index in moe])
+        peaks = np.concatenate([peak_E for peak_E, _ in usage.values()])
         # Super experts, arXiv 2507.23279: above a tenth of the largest peak, and in the top 0.5 % of all.
         extreme = max(peaks.max() / 10, np.quantile(peaks, 0.995))
-        for index, used in usage.items():
+        for index, (peak_E, share_SE) in usage.items():
             if rule.super_experts:
-                protected[index] |= set(np.flatnonzero(used.peak_E > extreme).tolist())
+                protected[index] |= set(np.flatnonzero(peak_E > extreme).tolist())
             if rule.domain_share:
-                protected[index] |= set(np.flatnonzero((used.share_SE >= rule.domain_share).any(0)).tolist())
+                protected[index] |= set(np.flatnonzero((share_SE >= rule.domain_share).any(0)).tolist())
     return protected
 
 
-def _usage(layer: dict[str, torch.Tensor], top_k: int) -> _Usage:
+def _usage(layer: dict[str, torch.Tensor], top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest output norm of each expert [E], and the share of each source's tokens that each serves [S, E]."""
     served_SE = layer["coactivation"].diagonal(dim1=1, dim2=2).double()
     share_SE = served_SE / (served_SE.sum(1, keepdim=True) / top_k).clamp(min=1)
-    return _Usage(layer["peak"].amax(0).numpy(), share_SE.numpy())
+    return layer["peak"].amax(0).numpy(), share_SE.numpy()

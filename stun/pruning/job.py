@@ -12,8 +12,7 @@ from stun.planning.make import complete_plan
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
 from stun.pruning.describe import describe, notices
-from stun.pruning.layers import PruneResult
-from stun.pruning.output import prune_and_write
+from stun.pruning.output import Written, prune_and_write
 from stun.pruning.search import search_fraction
 from stun.pruning.summary import save_layers, save_observed, summarise
 from stun.report.model_card import write_card
@@ -23,7 +22,7 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 from stun.runtime.units import count
-from stun.statistics.observe import Watched, observe
+from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
 
@@ -42,8 +41,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
         if not run.summary:
             job = observe_and_split(job, run, ranks)
             plan = ranks.on_first(lambda: _plan(job, run))
-            result = prune_and_write(job, plan, run, ranks)
-            run.summary = finish(job, plan, result, run, ranks)
+            written = prune_and_write(job, plan, run, ranks)
+            run.summary = finish(job, plan, written, run, ranks)
         return run.summary
 
 
@@ -103,8 +102,8 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
     if not ranks.on_first(lambda: stats.complete):
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, job.samples.batches(size), arch.source.read)
-        watched = Watched(job.samples.source_of_batch(size), cfg.sparsify.counts_outliers)
-        observe(arch, states, ranks, stats.save, watched, Recorder(run.folder, "observe", ranks, len(arch.layers)))
+        recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)
+        observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers)
         ranks.on_first(lambda: stats.finish(statistics_identity(job, ranks)))
 
 
@@ -148,15 +147,15 @@ def _plan(job: Job, run: Run) -> Plan:
     return plan
 
 
-def finish(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks) -> dict:
+def finish(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> dict:
     """Write the run's last files, the manifest at the end; returns the summary."""
-    summary = summarise(job, plan, result, run, ranks) | {"seconds": time.perf_counter() - ranks.meter.began}
+    summary = summarise(job, plan, written, run, ranks) | {"seconds": time.perf_counter() - ranks.meter.began}
 
     def write() -> None:
-        for layer, kept in zip([*plan.layers, *plan.mtp], result.kept, strict=True):
+        for layer, kept in zip([*plan.layers, *plan.mtp], written.kept, strict=True):
             layer.kept = kept
         write_json(run.folder / "plan.json", plan.to_json())
-        layers = save_layers(job, result, run)
+        layers = save_layers(job, written, run)
         config = load_yaml(run.folder / "config.yaml")["config"]
         write_card(run.folder, summary, config, layers, {})
         run.finish(summary)

@@ -1,10 +1,7 @@
 """Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,7 +10,7 @@ from stun.config import SparsifyConfig, StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, cluster_owners
-from stun.pruning.mask import Masked, mask_layer
+from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
@@ -24,30 +21,6 @@ from stun.sparsify.saliency import Saliency
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 from stun.stream.progress import Progress
-
-
-@dataclass
-class PruneResult:
-    """Result of the second stream: experts kept by layer, non-zero weights of the decoder layers as written, experts without
-    tokens, the entries of the layers' files in their order, and the same entries by layer."""
-
-    kept: list[list[int]]
-    nonzero: int
-    unseen: int
-    files: list[dict]
-    layers: list[list[dict]]
-
-    @classmethod
-    def of(cls, finished: list[list[dict]], decoder_layers: int) -> PruneResult:
-        """From the entries of all layers, of which only the first `decoder_layers` are counted."""
-        decoder = finished[:decoder_layers]
-        return cls(
-            [entries[0]["kept"] for entries in finished],
-            sum(count for entries in decoder for entry in entries for count in entry["nonzero"].values()),
-            sum(entries[0]["unseen"] for entries in decoder),
-            [entry for entries in finished for entry in entries],
-            finished,
-        )
 
 
 def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Recorder) -> None:
@@ -69,8 +42,9 @@ def prune_layers(
     ranks: Ranks,
     recorder: Recorder,
     write: Callable[[str, dict[str, torch.Tensor]], dict],
-) -> PruneResult:
+) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
+    Returns the ledger entries of every layer, by rank.
 
     `write(name, tensors)` writes a file of this rank and returns its entry for the `recorder`, which knows the finished layers.
     `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
@@ -86,50 +60,42 @@ def prune_layers(
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
-        kept, masked, powers, states = _prune_layer(stream, layer, plans[index], quotas[index], states, job.cfg.sparsify)
-        powers.weights_removed()
+        entry, states = _prune_layer(stream, layer, plans[index], quotas[index], states, job.cfg.sparsify)
         tensors = own_tensors(stream, layer)
         nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
         layer.seconds["compute"] = time.perf_counter() - start
-        entry = {
-            "kept": kept,
-            "unseen": masked.unseen,
-            "seconds": dict(layer.seconds),
-            "peak_bytes": ranks.lap_memory(),
-            "nonzero": nonzero,
-            "powers": powers.stages,
-            "saliency": masked.saliency.to_json(),
-        }
+        entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        _show(progress, stream, layer, f"experts {plans[index].experts}->{len(kept)}", sum(nonzero.values()))
+        _show(progress, stream, layer, f"experts {plans[index].experts}->{len(layer.kept)}", sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
     progress.close()
-    return PruneResult.of(recorder.finished(), len(arch.layers))
+    return recorder.finished()
 
 
 def _prune_layer(
     stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None, config: SparsifyConfig
-) -> tuple[list[int], Masked, WeightPowers, States | None]:
-    """Remove experts and then weights in place, and run the layer. Returns the experts kept, the result of weight pruning, the
-    sums of powers for kurtosis, and the states after the layer."""
+) -> tuple[dict, States | None]:
+    """Remove experts and then weights in place, and run the layer. Returns measurements for the ledger's entry, and the states
+    after the layer."""
     meter = stream.ranks.meter
     meter.enter("choose")
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
-    masked = Masked(0, Saliency())
+    unseen, saliency = 0, Saliency()
     if not layer.layout.is_mtp:
         if states is not None:
             stream.build(layer)
-        masked = mask_layer(stream, layer, states, quota, config)
+        unseen, saliency = mask_layer(stream, layer, states, quota, config)
         if states is not None and layer.layout.index + 1 < len(stream.arch.layers):  # nothing reads the last one's output
             meter.enter("propagate")
             stream.build(layer)
             states = stream.run(layer, states)
-    return kept, masked, powers, states
+    powers.weights_removed()
+    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json()}, states
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

@@ -14,22 +14,16 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
 
-@dataclass
-class Masked:
-    """Result of pruning a layer's weights: the number of experts without tokens, and this rank's scores."""
-
-    unseen: int
-    saliency: Saliency
-
-
-def mask_layer(stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig) -> Masked:
-    """Remove the quota's weights in place.
+def mask_layer(
+    stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig
+) -> tuple[int, Saliency]:
+    """Remove the quota's weights in place. Returns the number of experts without tokens, and this rank's scores.
 
     `states` may be None if the method reads no inputs. All ranks call this together.
     """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
-        return Masked(0, Saliency())
+        return 0, Saliency()
     return _Masking(stream, layer, states, quota, config, names).run()
 
 
@@ -45,7 +39,7 @@ class _Masking:
     names: list[str]
     saliency: Saliency = field(default_factory=Saliency)
 
-    def run(self) -> Masked:
+    def run(self) -> tuple[int, Saliency]:
         """See `mask_layer`."""
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
@@ -53,14 +47,15 @@ class _Masking:
         tokens, dense, norms = self._experts(blocks, reconstruction)
         ranks.meter.enter("mask")
         mine = [name for name in self.names if owners[name] == ranks.rank]
-        ranks.workers.map(lambda name: self._dense(name, dense[name]["inputs"] if self.config.reads_inputs else None), mine)
+        moments = {name: dense[name]["inputs"] if self.config.reads_inputs else None for name in mine}
+        ranks.workers.map(lambda name: self._matrix(layer.dense[name], moments[name], self.quota.dense[name], name), mine)
         for name in self.names:
             ranks.broadcast(layer.dense[name], owners[name])
         unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
             reconstruction.refit(self.states)
-        return Masked(unseen, self.saliency)
+        return unseen, self.saliency
 
     def _blocks(self) -> list[list[int]]:
         """This rank's experts that lose weights, in blocks whose Gram matrices fit `gram_gib`; the last ones may be empty.
@@ -113,10 +108,6 @@ class _Masking:
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 self._matrix(weight_OD, sums.get(part), count, f"layer {layer.layout.index} expert {expert} {part}")
-
-    def _dense(self, name: str, moment: torch.Tensor | None) -> None:
-        """Prune one dense matrix by its inputs' moment."""
-        self._matrix(self.layer.dense[name], moment, self.quota.dense[name], name)
 
     def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, name: str) -> None:
         """Prune one matrix, named `name` in errors, and count the scores of every STRIDE-th row."""

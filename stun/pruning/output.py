@@ -1,6 +1,7 @@
 """Files of the pruned checkpoint: shards of the layers, the tensors outside them, config.json, and at last the index."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from stun.checkpoint.writer import copy_extras, extras, write_index
 from stun.files import TEMPLATES, write_json
 from stun.planning.job import Job
 from stun.planning.plan import Plan
-from stun.pruning.layers import PruneResult, prune_layers
+from stun.pruning.layers import prune_layers
 from stun.pruning.shards import hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
@@ -21,7 +22,24 @@ from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import embed
 
 
-def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> PruneResult:
+@dataclass(frozen=True)
+class Written:
+    """Ledger entries of the checkpoint's files: that of the tensors outside the layers, and every layer's by rank."""
+
+    outside: dict
+    layers: list[list[dict]]
+
+    @property
+    def files(self) -> list[dict]:
+        return [self.outside, *(entry for entries in self.layers for entry in entries)]
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Experts kept of every layer."""
+        return [entries[0]["kept"] for entries in self.layers]
+
+
+def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
     recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model)
@@ -33,10 +51,9 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> PruneResult
         batches = job.samples.batches(cfg.calibration.micro_batch)
         states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
     outer.clear()
-    result = prune_layers(job, plan, states, ranks, recorder, write)
-    result.files.insert(0, outside)
-    ranks.on_first(lambda: _write_around(job, result, run))
-    return result
+    written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
+    ranks.on_first(lambda: _write_around(job, written, run))
+    return written
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
@@ -62,13 +79,13 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
     return known[0]
 
 
-def _write_around(job: Job, result: PruneResult, run: Run) -> None:
+def _write_around(job: Job, written: Written, run: Run) -> None:
     """Give all files their final names and write the rest; the index last, so that an unfinished checkpoint has none."""
-    arch, names = job.arch, hub_names(result.files)
+    arch, names = job.arch, hub_names(written.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
     copy_extras(arch.source.folder, run.model, skip=(CARD,))
     keep_source_card(arch.source.folder, run.model)
-    write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in result.kept[: len(arch.layers)]]))
-    shards = {names[entry["file"]]: entry["tensors"] for entry in result.files if entry["file"]}
+    write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in written.kept[: len(arch.layers)]]))
+    shards = {names[entry["file"]]: entry["tensors"] for entry in written.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())))

@@ -7,7 +7,10 @@ Gram matrix of z and the sum of x z^T. Experts are weighed with their gate weigh
 the inputs that the pruned layer gives them.
 """
 
+from dataclasses import replace
+
 import torch
+from torch.utils._pytree import tree_map
 
 from stun.model.tensor_names import experts_of
 from stun.sparsify.refit import refit
@@ -29,9 +32,8 @@ class Reconstruction:
         self.inputs: dict[str, list[torch.Tensor]] = {}
         self.owners = stream.writer_of(layer.layout)
         self.dense = {name: layer.dense[name].clone() for name in self.names if self.owners[name] == stream.ranks.rank}
-        mine = [layer.kept[number] for block in blocks for number in block]
-        experts = {e: {part: weight.clone() for part, weight in layer.experts[e].items()} for e in mine}
-        self.before = Layer(layer.layout, {}, experts, {}, layer.kept, layer.owner)
+        experts = {layer.kept[number]: layer.experts[layer.kept[number]] for block in blocks for number in block}
+        self.before = replace(layer, dense={}, experts=tree_map(torch.clone, experts), unused={}, module=None)
 
     def refit(self, states: States) -> None:
         """Run the pruned layer once for each block of experts, and refit the matrices that end attention, MLPs and experts."""

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from stun.planning.plan import LayerPlan, nearest_member
+from stun.planning.plan import LayerPlan
 from stun.runtime.ranks import Ranks
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
@@ -17,8 +17,7 @@ def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
     mine = []
     for cluster in plan.clusters:
         if cluster[0] in layer.experts:
-            squared = squared_distance_to_mean([layer.experts[e] for e in cluster]) if len(cluster) > 2 else []
-            mine.append(nearest_member(cluster, squared))
+            mine.append(nearest_member(cluster, layer.experts))
     return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
 
 
@@ -31,15 +30,20 @@ def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> 
     return kept
 
 
-def squared_distance_to_mean(members: list[dict[str, torch.Tensor]]) -> list[float]:
-    """Squared distance of each member's parameters (all parts concatenated) to the members' mean."""
+def nearest_member(cluster: list[int], experts: dict[int, dict[str, torch.Tensor]]) -> int:
+    """The member whose parameters (all parts concatenated) are nearest the cluster's mean; ties go to the first, as do pairs,
+    whose members are equally near."""
+    if len(cluster) < 3:
+        return cluster[0]
+    members = [experts[expert] for expert in cluster]
     # Summed by row and then exactly: one long sum would depend on the number of threads.
     rows: list[list[float]] = [[] for _ in members]
     for part in sorted(members[0]):
         mean_OD = sum(member[part].float() for member in members) / len(members)
         for sums, member in zip(rows, members, strict=True):
             sums += torch.atleast_2d(member[part].float() - mean_OD).square().sum(1).tolist()
-    return [math.fsum(sums) for sums in rows]
+    squared = [math.fsum(sums) for sums in rows]
+    return cluster[squared.index(min(squared))]
 
 
 def _reconstruct(layer: Layer, plan: LayerPlan, kept: list[int]) -> None:

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+from torch.utils._pytree import tree_map
 
 from stun.config import Representative, SparsifyConfig, StunError
 from stun.data.samples import Samples
@@ -34,7 +35,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
     quotas = {f: layer_quotas(job.sizes, plan) for f, plan in plans.items()}
     size, read = cfg.calibration.micro_batch, arch.source.read
     states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
-    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     pruned = {fraction: (states, held) for fraction in plans}
     for layer in stream:
@@ -81,14 +82,8 @@ def _through(
     """Prune a copy of the layer; returns the pruning and held-out states after it, from `both` before it."""
     states, held = both
     # A copy: the dense layer serves the next candidate too.
-    copy = Layer(
-        layer.layout,
-        {name: tensor.clone() for name, tensor in layer.dense.items()},
-        {e: {part: t.clone() for part, t in layer.experts[e].items()} for e in kept if e in layer.experts},
-        {},
-        list(layer.kept),
-        list(layer.owner),
-    )
+    experts = {expert: parts for expert, parts in layer.experts.items() if expert in kept}
+    copy = replace(layer, dense=tree_map(torch.clone, layer.dense), experts=tree_map(torch.clone, experts), unused={})
     stream.keep(copy, kept)
     stream.build(copy)
     mask_layer(stream, copy, states, quota, config)

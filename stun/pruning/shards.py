@@ -41,7 +41,9 @@ def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.
     joined_E = torch.empty(shape, dtype=piece.dtype)
     for number, expert in enumerate(layer.kept):
         weight = layer.experts[expert][part] if expert in layer.experts else None
-        ranks.move(weight, joined_E[number] if ranks.rank == writer else joined_E, layer.owner[number], writer)
+        moved = ranks.moved(weight, piece.shape, piece.dtype, layer.owner[number], writer)
+        if moved is not None:
+            joined_E[number] = moved
     return joined_E
 
 

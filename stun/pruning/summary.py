@@ -10,7 +10,7 @@ from stun.files import load_json, write_json
 from stun.model import runtimes
 from stun.planning.job import Job
 from stun.planning.plan import Plan
-from stun.pruning.layers import PruneResult
+from stun.pruning.output import Written
 from stun.run.folder import Run
 from stun.run.layer_metrics import parameters_by_kind
 from stun.run.layer_records import FILE, observed_layer, pruned_layer, read_observed
@@ -28,27 +28,29 @@ def command_line(arguments: list[str]) -> str:
     return shlex.join([*start, *(_SECRET.sub("***", _SECRET_KEY.sub(r"\1***", word)) for word in rest)])
 
 
-def summarise(job: Job, plan: Plan, result: PruneResult, run: Run, ranks: Ranks) -> dict:
+def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> dict:
     """Content of manifest.json, except the seconds the run took. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    kept = [len(experts) for experts in result.kept[: len(plan.layers)]]
+    kept = [len(experts) for experts in written.kept[: len(plan.layers)]]
+    entries = [entry for layer in written.layers[: len(plan.layers)] for entry in layer]
+    nonzero = sum(count for entry in entries for count in entry["nonzero"].values())
     return {
         "target": plan.target,
-        "sparsity": 1 - result.nonzero / plan.parameters,
+        "sparsity": 1 - nonzero / plan.parameters,
         "parameters": plan.parameters,
-        "nonzero": result.nonzero,
+        "nonzero": nonzero,
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
         "loads_in": runtimes.runtimes(arch.model_type, kept),
-        "experts_without_tokens": result.unseen,
+        "experts_without_tokens": sum(layer[0]["unseen"] for layer in written.layers[: len(plan.layers)]),
         "ratio": plan.ratio,
         "ranks": ranks.world,
         "peak_bytes": max(ranks.gather_objects(ranks.peak_memory())),
         "bytes_read": ranks.gather_objects(arch.source.bytes_read),
         "read_bytes_per_second": ranks.gather_objects(ranks.meter.bytes_read / max(ranks.meter.read_seconds, 1e-9)),
         "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
-        "bytes_written": sum(size for entry in result.files for size in entry["tensors"].values()),
+        "bytes_written": sum(size for entry in written.files for size in entry["tensors"].values()),
         "model_type": arch.model_type,
         "source": cfg.model.path,
         "source_bytes": arch.source.file_bytes,
@@ -65,7 +67,7 @@ def save_observed(run: Run) -> None:
         write_json(run.folder / FILE, {"observe": [observed_layer(layer) for layer in entries]})
 
 
-def save_layers(job: Job, result: PruneResult, run: Run) -> dict:
+def save_layers(job: Job, written: Written, run: Run) -> dict:
     """Write layers.json of a run that prunes; returns its content."""
     cfg, arch = job.cfg, job.arch
     observed = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
@@ -75,7 +77,7 @@ def save_layers(job: Job, result: PruneResult, run: Run) -> dict:
     scope, layouts = [kind.name for kind in cfg.sparsify.scope], [*arch.layers, *arch.mtp]
     layers = [
         pruned_layer(entries, parameters_by_kind(arch, layout), scope, powers)
-        for entries, layout, powers in zip(result.layers, layouts, [*dense, *(None for _ in arch.mtp)], strict=True)
+        for entries, layout, powers in zip(written.layers, layouts, [*dense, *(None for _ in arch.mtp)], strict=True)
     ]
     parts = {"observe": observed, "prune": layers[: len(arch.layers)], "mtp": layers[len(arch.layers) :]}
     write_json(run.folder / FILE, parts)

@@ -34,10 +34,6 @@ _BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
 _OUTPUT = {".out", ".err", ".log"}  # output of a Slurm job
 
 
-def _is_foreign(file: Path) -> bool:
-    return file.name not in _BESIDE and file.suffix not in _OUTPUT
-
-
 class Run:
     """An open run folder."""
 
@@ -62,7 +58,7 @@ class Run:
                 raise StunError(f"run_dir={run_dir}: holds {kind}; choose another folder")
             if changes := differences(existing, identity):
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(changes)}); choose another folder")
-        elif run.folder.is_dir() and any(map(_is_foreign, run.folder.iterdir())):
+        elif run.folder.is_dir() and any(f.name not in _BESIDE and f.suffix not in _OUTPUT for f in run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
         try:
             run.folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-_BLOCK = {"cpu": 1 << 17}  # weights converted to float64 per block; on a CPU, as many as fit in a core's cache
-_LARGE_BLOCK = 1 << 20
+_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20  # weights converted to float64 per block, on a CPU (as many as a cache holds) and a GPU
 
 
 def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, apply: Callable = map) -> dict:
@@ -28,7 +27,7 @@ def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, ap
 def _sums(weight_OD: torch.Tensor) -> list[float]:
     """Sums of the first four powers: over the entries of each row, then over the rows."""
     sums_4O = torch.empty(4, len(weight_OD), dtype=torch.float64, device=weight_OD.device)
-    size = max(1, _BLOCK.get(weight_OD.device.type, _LARGE_BLOCK) // weight_OD.shape[1])
+    size = max(1, (_BLOCK if weight_OD.device.type == "cpu" else _LARGE_BLOCK) // weight_OD.shape[1])
     # Row sums go into one tensor: small tensors that outlive a block would fragment the memory it frees.
     for block_oD, sums_4o in zip(weight_OD.split(size), sums_4O.split(size, 1), strict=True):
         # The order of a sum depends on the strides, so every block is made contiguous.

@@ -69,7 +69,7 @@ def pruned_layer(entries: list[dict], parameters: dict[str, int], scope: list[st
     nonzero = sum((Counter(entry["nonzero"]) for entry in entries), Counter())
     kinds = {k: {"parameters": count, "nonzero": nonzero[k]} for k, count in parameters.items() if count}
     sums = {stage: _by_kind(entries, stage) for stage in STAGES}
-    if "experts" in kinds and dense_experts and not sums["dense"].get("experts"):
+    if "experts" in kinds and dense_experts and not sums["dense"]["experts"]:
         sums["dense"]["experts"] = [dense_experts]
     saliency = {
         name: sum((Counter(entry["saliency"].get(name, {})) for entry in entries), Counter()) for name in ("all", "removed")
@@ -82,19 +82,16 @@ def pruned_layer(entries: list[dict], parameters: dict[str, int], scope: list[st
 
 def _by_kind(entries: list[dict], stage: str) -> dict[str, list[dict]]:
     """Kind -> power sums of the ranks at a stage."""
-    sums: dict[str, list[dict]] = {}
-    for entry in entries:
-        for kind, powers in entry["powers"].get(stage, {}).items():
-            sums.setdefault(kind, []).append(powers)
-    return sums
+    stages = [entry["powers"].get(stage, {}) for entry in entries]
+    return {kind: [powers[kind] for powers in stages if kind in powers] for kind in KINDS}
 
 
 def _kurtoses(sums: dict[str, dict[str, list[dict]]], kinds: list[str], scope: list[str]) -> dict[str, dict[str, float | None]]:
-    values = {kind: {stage: kurtosis(sums[stage].get(kind, [])) for stage in STAGES} for kind in kinds}
+    values = {kind: {stage: kurtosis(sums[stage][kind]) for stage in STAGES} for kind in kinds}
     inside = [kind for kind in kinds if kind in scope]
     values["scope"] = {}
     for stage in STAGES:
-        is_whole = inside and all(sums[stage].get(kind) for kind in inside)
+        is_whole = inside and all(sums[stage][kind] for kind in inside)
         values["scope"][stage] = kurtosis([part for kind in inside for part in sums[stage][kind]]) if is_whole else None
     return values
 

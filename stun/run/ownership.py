@@ -13,17 +13,12 @@ from stun.files import write_atomically
 MARK = ".stun"  # file that names the run to which its folder belongs
 
 
-def run_id(folder: Path) -> str:
-    """Random name of the run in `folder`, set at its first launch. Raises StunError if it cannot be read or written."""
-    file = folder / MARK
-    if not os.path.lexists(file):
-        _mark(folder, uuid.uuid4().hex)
-    return _read(file)
-
-
 def own_part(folder: Path) -> None:
     """Create `folder` for the run in the folder above it, or accept the one that this run created. Raises as `own_folder`."""
-    own_folder(folder, run_id(folder.parent))
+    run = folder.parent / MARK  # holds the run's random name, set at its first launch
+    if not os.path.lexists(run):
+        _mark(folder.parent, uuid.uuid4().hex)
+    own_folder(folder, _read(run))
 
 
 def refuse_link(folder: Path) -> None:

@@ -1,17 +1,17 @@
 """Snapshots of hidden states, from which a stream resumes: one file with a checksum per layer and rank."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from stun.checkpoint.headers import read_header
+from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
+from stun.files import digest
 from stun.run.ledger import REPEAT, part_name
-from stun.runtime.device_copies import to_host
+from stun.runtime.device_copies import to_device, to_host
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States
 
@@ -35,7 +35,7 @@ class Snapshots:
         file = self._file(layer, rank, world)
         write_tensors(file, tensors)
         self.nbytes += file.stat().st_size
-        return {"file": file.name, "sha256": _digest(file), "micro_batches": sorted(map(int, tensors))}
+        return {"file": file.name, "sha256": digest(file), "micro_batches": sorted(map(int, tensors))}
 
     def drop(self, layer: int) -> None:
         """Remove this rank's snapshot that no rank can need once `layer` is recorded."""
@@ -54,7 +54,7 @@ class Snapshots:
             raise StunError(f"{self.folder}: the snapshots of {self.stream} do not hold all micro-batches; {REPEAT}")
         for entry in {home[number]["file"]: home[number] for number in mine}.values():
             file = self.folder / entry["file"]
-            if not file.is_file() or _digest(file) != entry["sha256"]:
+            if not file.is_file() or digest(file) != entry["sha256"]:
                 raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {REPEAT}")
         files = [(self.folder / home[number]["file"], str(number)) for number in mine]
         hidden = [self._read(*where, before) for where, before in zip(files, states.hidden, strict=True)]
@@ -64,13 +64,4 @@ class Snapshots:
         info = read_header(file).get(name)
         if info is None or info.shape != like.shape or info.dtype is not like.dtype:
             raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
-        try:
-            with safe_open(file, framework="pt", device=str(self.ranks.device)) as handle:
-                return handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise StunError(f"{file}: {name}: cannot be read: {error}") from error
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        return to_device(Checkpoint(self.folder, {}, {name: info}).read(name), self.ranks.device)

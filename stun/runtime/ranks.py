@@ -115,25 +115,22 @@ class Ranks:
         """Peak bytes since the last lap or reset; starts the next lap."""
         lap = self._lap()
         self._peak = max(self._peak, lap)
-        self._start_lap()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
         return lap
 
     def reset_peak_memory(self) -> None:
         """Restart `peak_memory`."""
+        self.lap_memory()
         self._peak = 0
-        self._start_lap()
 
     def _lap(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-
-    def _start_lap(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
 
     def return_memory(self) -> None:
         """Return freed memory, which the C allocator keeps for reuse, to the system."""
@@ -145,32 +142,25 @@ class Ranks:
             self._comm.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, source)
         return tensor
 
-    def move(self, tensor: torch.Tensor | None, like: torch.Tensor, source: int, target: int) -> None:
-        """Copy `tensor` of rank `source` into `like` of rank `target` (same shape and dtype)."""
-        if self.rank == source == target:
-            like.copy_(tensor)
-        elif self.rank == source:
-            self._comm.send(tensor.contiguous().view(torch.uint8), target)
-        elif self.rank == target:
-            received = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-            self._comm.recv(received.view(torch.uint8), source)
-            like.copy_(received)
-
     def moved(
         self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, source: int, target: int
     ) -> torch.Tensor | None:
         """`tensor` of rank `source` on rank `target`, None elsewhere."""
         if self.rank == source == target:
             return tensor
-        like = torch.empty(shape if self.rank == target else 0, dtype=dtype, device=self.device)
-        self.move(tensor, like, source, target)
-        return like if self.rank == target else None
+        if self.rank == source:
+            self._comm.send(tensor.contiguous().view(torch.uint8), target)
+        if self.rank != target:
+            return None
+        received = torch.empty(shape, dtype=dtype, device=self.device)
+        self._comm.recv(received.view(torch.uint8), source)
+        return received
 
-    def broadcast_object(self, value: object, source: int = 0) -> object:
-        """Small Python object of rank `source`, on every rank."""
+    def broadcast_object(self, value: object) -> object:
+        """Small Python object of the first rank, on every rank."""
         box = [value]
         if self.world > 1:
-            self._comm.broadcast_object_list(box, source, device=self.device)
+            self._comm.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
     def on_first(self, function: Callable[[], T]) -> T:

@@ -31,7 +31,3 @@ class Meter:
         """End the stream."""
         self.enter("")
         self.stream = ""
-
-    def read(self, nbytes: int, seconds: float) -> None:
-        self.bytes_read += nbytes
-        self.read_seconds += seconds

@@ -37,7 +37,8 @@ class Saliency:
 
     def to_json(self) -> dict[str, dict[str, int]]:
         """`all` scores and those of the `removed` weights."""
-        return {name: _by_bin(counts) for name, counts in (("all", self.counts.sum(0)), ("removed", self.counts[1]))}
+        histograms = {"all": self.counts.sum(0).tolist(), "removed": self.counts[1].tolist()}
+        return {name: {str(b + LOWEST): n for b, n in enumerate(counts) if n} for name, counts in histograms.items()}
 
 
 def bins(scores_OD: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,3 @@ def bins(scores_OD: torch.Tensor) -> torch.Tensor:
     for edge in _QUARTERS:
         bin_OD.add_(fraction_OD >= edge)
     return bin_OD.clamp_(LOWEST, HIGHEST)
-
-
-def _by_bin(counts: torch.Tensor) -> dict[str, int]:
-    return {str(place + LOWEST): count for place, count in enumerate(counts.tolist()) if count}

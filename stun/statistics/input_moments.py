@@ -7,6 +7,7 @@ micro-batches in that order, and the owner of a dense matrix receives their part
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -71,24 +72,20 @@ class Sums(Observer):
     @contextmanager
     def _watching(self, states: States) -> Iterator[None]:
         self._states = states
-        hooks = [self._linear(name).register_forward_pre_hook(self._hook(name)) for name in self.names]
+        paths = {name: self.layer.layout.dense[name].rpartition(".")[0] for name in self.names}
+        modules = {name: self.layer.module.get_submodule(path) for name, path in paths.items()}
+        hooks = [module.register_forward_pre_hook(partial(self._runs, name)) for name, module in modules.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _linear(self, name: str) -> nn.Module:
-        """The linear module whose weight is `name`."""
-        return self.layer.module.get_submodule(self.layer.layout.dense[name].rpartition(".")[0])
-
-    def _hook(self, name: str):
-        def hook(module, arguments) -> None:
-            if name in self._turn:
-                raise StunError(f"{name}: ran more than once in a micro-batch; its inputs are not known")
-            self._turn[name] = self.of_dense(name, self._now, arguments[0])
-
-        return hook
+    def _runs(self, name: str, module: nn.Module, arguments: tuple) -> None:
+        """Hook of the linear module whose weight is `name`."""
+        if name in self._turn:
+            raise StunError(f"{name}: ran more than once in a micro-batch; its inputs are not known")
+        self._turn[name] = self.of_dense(name, self._now, arguments[0])
 
     def round_starts(self, turn: int) -> None:
         self._now = turn

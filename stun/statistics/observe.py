@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
@@ -16,15 +15,6 @@ from stun.statistics.router import router_distance
 from stun.stream.expert_parallel import Layer, Observer
 from stun.stream.layer_stream import LayerStream, States, even_owners
 from stun.stream.progress import Progress
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Options of the first stream. `sources`: calibration source of every micro-batch (empty: one for all); `outliers`: whether
-    outliers among the scores are counted."""
-
-    sources: list[int] = field(default_factory=list)
-    outliers: bool = False
 
 
 class Watcher(Observer):
@@ -74,46 +64,43 @@ class Watcher(Observer):
 def observe(
     arch: Architecture,
     states: States,
-    ranks: Ranks,
+    recorder: Recorder,
     save: Callable[[int, dict[str, torch.Tensor]], None],
-    watched: Watched = Watched(),
-    recorder: Recorder | None = None,
+    sources: list[int],
+    outliers: bool = False,
 ) -> None:
     """Run the dense model layer by layer and call `save(layer, statistics)` on the first rank: for every layer with experts, or
-    for every layer if outliers are counted.
+    for every layer if `outliers` among the scores are counted. An interrupted stream is resumed.
 
-    stun.statistics.store describes the statistics. With a `recorder` an interrupted stream is resumed.
+    `sources` has the calibration source of every micro-batch. stun.statistics.store describes the statistics.
     """
-    finished = recorder.finished() if recorder else []
-    states = recorder.restore(finished, states) if recorder else states
-    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    ranks, finished = recorder.ranks, recorder.finished()
+    states = recorder.restore(finished, states)
+    owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners, len(finished))
     progress = Progress("observe", len(arch.layers), ranks, len(finished), step=0)
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
         ranks.meter.enter("observe")
-        watcher = Watcher(layer.layout.num_experts, watched.sources or [0] * states.total, ranks)
+        watchers = [Watcher(layer.layout.num_experts, sources, ranks)] if layer.kept else []
         stream.build(layer)
         start = time.perf_counter()
-        watchers = (watcher,) if layer.kept else ()
-        if watched.outliers:
+        if outliers:
             counter = OutlierCounter(stream, layer)
             states = counter.run(states, *watchers)
         else:
             states = stream.run(layer, states, *watchers)
-        totals = (watcher.totals(layer) if layer.kept else {}) | (counter.totals() if watched.outliers else {})
-        powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}} if recorder else {}
+        totals = {name: tensor for watcher in watchers for name, tensor in watcher.totals(layer).items()}
+        totals |= counter.totals() if outliers else {}
+        powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}}
         layer.seconds["compute"] = time.perf_counter() - start
         if ranks.is_first and totals:
             save(layer.layout.index, {name: tensor.cpu().contiguous() for name, tensor in totals.items()})
         entry = {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "powers": powers}
         ranks.meter.enter("write wait")
-        if recorder:
-            layer.seconds["write"] = recorder.wait()
+        layer.seconds["write"] = recorder.wait()
         # Before the record, so that every layer on disk has its line in the log.
         progress.layer(layer, f"experts {len(layer.kept)}", experts=len(layer.kept))
-        if recorder:
-            recorder.layer(layer.layout.index, states, entry)
-    if recorder:
-        recorder.close()
+        recorder.layer(layer.layout.index, states, entry)
+    recorder.close()
     progress.close()

@@ -1,5 +1,7 @@
 """Histograms of weight scores in the dense model, per matrix, for OWL's sparsity ratios."""
 
+from collections.abc import Iterator
+
 import torch
 
 from stun.sparsify.ratios import BINS, score_histogram
@@ -7,6 +9,8 @@ from stun.sparsify.scores import require_finite, wanda_scores
 from stun.statistics.input_moments import Moments, pooled
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
+
+Scored = tuple[int, torch.Tensor, torch.Tensor, str]  # row of the histograms, matrix, its inputs' mean squares, name in errors
 
 
 class OutlierCounter(Moments):
@@ -19,51 +23,41 @@ class OutlierCounter(Moments):
     def __init__(self, stream: LayerStream, layer: Layer):
         numbers = [number for number, owner in enumerate(layer.owner) if owner == stream.ranks.rank]
         super().__init__(stream, layer, sorted(layer.layout.linears), numbers, grams=False, gated=False)
-        self.ranks = stream.ranks
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Histograms and sums by name, as in stun.statistics.store.Statistics. All ranks call this together."""
-        return self._dense() | (self._experts() if self.layer.kept else {})
+        ranks, dense, rows = self.stream.ranks, len(self.names), len(self.names) + len(self.layer.kept)
+        counts_NB = torch.zeros(rows, BINS, dtype=torch.int64, device=ranks.device)
+        sums_N = torch.zeros(rows, dtype=torch.float64, device=ranks.device)
+        for row, weight_OD, squares_D, name in [*self._dense(), *(self._experts() if self.layer.kept else ())]:
+            scores_OD = wanda_scores(weight_OD, squares_D)
+            require_finite(scores_OD, f"{name}: score")
+            matrix_counts_B, matrix_sum = score_histogram(scores_OD)
+            counts_NB[row] += matrix_counts_B
+            sums_N[row] += matrix_sum
+        # Exact, since only one rank has non-zero values in a row.
+        counts_NB, sums_N = ranks.sum_integers(counts_NB).to(torch.int32), ranks.all_gather(sums_N).sum(0)
+        totals = {f"outliers of {name}": counts_NB[row].clone() for row, name in enumerate(self.names)}
+        totals |= {f"sum of {name}": sums_N[row].clone() for row, name in enumerate(self.names)}
+        return totals | ({"outliers": counts_NB[dense:], "outlier_sums": sums_N[dense:]} if self.layer.kept else {})
 
-    def _dense(self) -> dict[str, torch.Tensor]:
+    def _dense(self) -> Iterator[Scored]:
+        """This rank's dense matrices."""
+        ranks = self.stream.ranks
         rows = sum(len(hidden.flatten(0, -2)) for hidden in self._states.hidden)
-        tokens = int(self.ranks.sum_integers(torch.tensor([rows], device=self.ranks.device)))
-        counts_NB, sums_N = self._empty(len(self.names))
-        for number, name in enumerate(self.names):
-            if self.owners[name] == self.ranks.rank:
-                norms_D = self.dense[name]["inputs"] / tokens
-                self._count(counts_NB[number], sums_N[number], self.layer.dense[name], norms_D, name)
-        counts_NB, sums_N = self._together(counts_NB, sums_N)
-        totals = {f"outliers of {name}": counts_NB[number].clone() for number, name in enumerate(self.names)}
-        return totals | {f"sum of {name}": sums_N[number].clone() for number, name in enumerate(self.names)}
+        tokens = int(ranks.sum_integers(torch.tensor([rows], device=ranks.device)))
+        for row, name in enumerate(self.names):
+            if self.owners[name] == ranks.rank:
+                yield row, self.layer.dense[name], self.dense[name]["inputs"] / tokens, name
 
-    def _experts(self) -> dict[str, torch.Tensor]:
-        layer, tokens_E = self.layer, self.ranks.sum_integers(self.tokens.to(self.ranks.device)).tolist()
-        all_experts = pooled(self.experts, self.ranks) if 0 in tokens_E else {}
-        counts_EB, sums_E = self._empty(len(layer.kept))
+    def _experts(self) -> Iterator[Scored]:
+        """The matrices of this rank's experts."""
+        layer, ranks = self.layer, self.stream.ranks
+        tokens_E = ranks.sum_integers(self.tokens.to(ranks.device)).tolist()
+        all_experts = pooled(self.experts, ranks) if 0 in tokens_E else {}
         for number in self.numbers:
             sums, expert = self.experts[number] if tokens_E[number] else all_experts, layer.kept[number]
             for part, squares_D in sums.items():
-                norms_D, weight_OD = squares_D / (tokens_E[number] or sum(tokens_E)), layer.experts[expert][part]
+                weight_OD = layer.layout.oriented(layer.experts[expert][part])
                 name = f"layer {layer.layout.index} expert {expert} {part}"
-                self._count(counts_EB[number], sums_E[number], layer.layout.oriented(weight_OD), norms_D, name)
-        counts_EB, sums_E = self._together(counts_EB, sums_E)
-        return {"outliers": counts_EB, "outlier_sums": sums_E}
-
-    def _empty(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros for histograms [rows, BINS] and sums [rows]."""
-        device = self.ranks.device
-        return torch.zeros(rows, BINS, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.float64, device=device)
-
-    @staticmethod
-    def _count(counts_B: torch.Tensor, sum_: torch.Tensor, weight_OD, squares_D: torch.Tensor, name: str) -> None:
-        """Add the scores of one matrix. Raises StunError if one is not finite."""
-        scores_OD = wanda_scores(weight_OD, squares_D)
-        require_finite(scores_OD, f"{name}: score")
-        matrix_counts_B, matrix_sum = score_histogram(scores_OD)
-        counts_B += matrix_counts_B
-        sum_ += matrix_sum
-
-    def _together(self, counts_NB: torch.Tensor, sums_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts and sums of all ranks; exact, since only one rank has non-zero values in a row."""
-        return self.ranks.sum_integers(counts_NB).to(torch.int32), self.ranks.all_gather(sums_N).sum(0)
+                yield len(self.names) + number, weight_OD, squares_D / (tokens_E[number] or sum(tokens_E)), name

@@ -1,16 +1,14 @@
 """Statistics of the first stream on disk: written layer by layer, checked when they are read."""
 
-import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from stun.checkpoint.headers import read_header
+from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
-from stun.files import is_count, load_json, write_json
+from stun.files import digest, is_count, load_json, write_json
 from stun.run.folder import ABOUT
 from stun.run.identity import differences
 from stun.run.ownership import own_part
@@ -62,14 +60,11 @@ class Statistics:
     def load(self, layer: int, experts: int | None = None) -> dict[str, torch.Tensor]:
         """Statistics of a layer. Raises StunError if its file was changed or has another number of `experts`."""
         file = self._file(layer)
-        try:
-            about, infos = self.about if self.complete else {}, read_header(file)
-            if about and about["files"].get(file.name) != _digest(file):
-                raise StunError(f"{file}: is damaged: {self._about.name} has another digest; {_RETAKE}")
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise StunError(f"{file}: cannot be read: {error}") from error
-        if about and (experts is not None or "router_distance" in infos):
+        about, source = self.about if self.complete else {}, Checkpoint(self.folder, {}, read_header(file))
+        if about and about["files"].get(file.name) != digest(file):
+            raise StunError(f"{file}: is damaged: {self._about.name} has another digest; {_RETAKE}")
+        tensors = {name: source.read(name) for name in source.tensors}
+        if about and (experts is not None or "router_distance" in tensors):
             _check_statistics(file, tensors, len(about["sources"]), experts)
         return tensors
 
@@ -83,7 +78,7 @@ class Statistics:
     def finish(self, identity: dict) -> None:
         """Mark the statistics as complete; `identity` is what they depend on (`observed`)."""
         own_part(self.folder)
-        files = {file.name: _digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
+        files = {file.name: digest(file) for file in sorted(self.folder.glob("layer-*.safetensors"))}
         write_json(self._about, {**identity, "files": files})
 
     def check(self, wanted: dict) -> None:
@@ -93,10 +88,6 @@ class Statistics:
         changes = differences({name: self.about.get(name) for name in wanted}, wanted)
         if changes:
             raise StunError(f"{self.folder}: its statistics were collected on other inputs ({'; '.join(changes)})")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _check_statistics(file: Path, tensors: dict[str, torch.Tensor], sources: int, experts: int | None) -> None:

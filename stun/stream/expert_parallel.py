@@ -102,7 +102,7 @@ class Exchange:
         needs_gates = any(observer.reads_gates for observer in self.observers)
         gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if needs_gates else None
         for observer in self.observers if len(index_TK) else ():
-            observer.routed(self._micro_batch(self.ranks.rank), index_TK, weights_TK)
+            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
         if served_ND is None:
             return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
@@ -110,39 +110,28 @@ class Exchange:
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
         return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
 
-    def _micro_batch(self, rank: int) -> int:
-        """Number of the micro-batch that `rank` runs in this round."""
-        return self.turn * self.ranks.world + rank
-
     def _serve(
         self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
     ) -> torch.Tensor | None:
         """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are
         not computed."""
         output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
-        ends_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re).tolist()
+        ends_eR = counts_Re.flatten().cumsum(0).view_as(counts_Re).T.tolist()
 
         def serve(place: int) -> None:
-            for rank, count in enumerate(counts_Re[:, place].tolist()):
+            number = self.mine[place]
+            for end, count in zip(ends_eR[place], counts_Re[:, place].tolist(), strict=True):
                 if count:
-                    start = ends_Re[rank][place] - count
-                    rows = slice(start, start + count)
-                    gate_n = None if gates_N is None else gates_N[rows]
-                    output_mD = self._serve_expert(module, self.mine[place], stretched(rows_ND, start, count), count, gate_n)
+                    rows = slice(end - count, end)
+                    input_mD = stretched(rows_ND, end - count, count)
+                    inner_mI, gate_n = self.inner(module, number, input_mD), None if gates_N is None else gates_N[rows]
+                    for observer in self.observers:
+                        observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
                     if output_ND is not None:
-                        output_ND[rows] = output_mD[:count]
+                        output_ND[rows] = self.project(number, "down_proj", inner_mI)[:count]
 
         self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND
-
-    def _serve_expert(
-        self, module: nn.Module, number: int, input_mD: torch.Tensor, count: int, gate_n: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Outputs for rows of which the first `count` are the expert's, the others padding; None if they are not computed."""
-        inner_mI = self.inner(module, number, input_mD)
-        for observer in self.observers:
-            observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
-        return self.project(number, "down_proj", inner_mI) if self.gives_outputs else None
 
     def _combine(self, back_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Weighted sum in float32 of each token's outputs, the rows `place_TK` of `back_ND`, block by block: [T, D]."""

@@ -89,7 +89,8 @@ class LayerStream:
             if self.owners[index][number] == self.ranks.rank
         }
         seconds = time.perf_counter() - start
-        self.ranks.meter.read(self.arch.source.bytes_read - before, seconds)
+        self.ranks.meter.bytes_read += self.arch.source.bytes_read - before
+        self.ranks.meter.read_seconds += seconds
         return tensors, experts, seconds
 
     def _spread(
@@ -126,7 +127,8 @@ class LayerStream:
     def build(self, layer: Layer) -> None:
         """Build `layer.module` from the layer's current tensors."""
         layer.module = self.arch.build_layer(layer.layout.index, len(layer.kept))
-        self.arch.install(layer.module, layer.layout, layer.dense, self.dtype)
+        tensors = {inside: layer.dense[name] for name, inside in layer.layout.dense.items()}
+        self.arch.install(layer.module, tensors, self.dtype)
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange = Exchange(layer, self.ranks, self.dtype)

@@ -11,16 +11,26 @@ from transformers import AutoModelForCausalLM
 from helpers.family_runs import CALIBRATION
 from helpers.naive import captured, compare_statistics, naive_statistics
 from stun.model.tensor_names import experts_of
+from stun.run.recorder import Recorder
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 
 
-def check_statistics(arch, model, tokens, ranks, family):
+def observed(arch, batches, ranks, folder) -> dict[int, dict]:
+    """Statistics of every layer with experts, by an unbroken first stream in `folder`."""
+    for part in ("progress", "hidden"):
+        (folder / part).mkdir(parents=True)
+    collected: dict[int, dict] = {}
+    states, recorder = embed(arch, ranks, batches, arch.source.read), Recorder(folder, "observe", ranks, len(arch.layers))
+    observe(arch, states, recorder, collected.__setitem__, [0] * states.total)
+    return collected
+
+
+def check_statistics(arch, model, tokens, ranks, folder, family):
     """Co-activation and output norms of every expert equal a loop over tokens and their experts."""
     experts = {i: found[1] for i, layer in enumerate(model.base_model.layers) if (found := experts_of(layer))}
     seen = captured(model, experts, tokens)
-    collected: dict[int, dict] = {}
-    observe(arch, embed(arch, ranks, tokens.split(CALIBRATION.micro_batch), arch.source.read), ranks, collected.__setitem__)
+    collected = observed(arch, tokens.split(CALIBRATION.micro_batch), ranks, folder)
     assert collected.keys() == seen.keys() and seen
     for index, statistics in collected.items():
         expected = naive_statistics(experts[index], seen[index])

@@ -42,7 +42,7 @@ def test_family(two_ranks, ranks, tmp_path, family):
     tokens = calibration_samples(CALIBRATION, load_tokenizer(source), 260).tokens_ST
     arch = Architecture(Checkpoint.open(source))
     check_logits(arch, model, tokens, ranks)
-    check_statistics(arch, model, tokens, ranks, family)
+    check_statistics(arch, model, tokens, ranks, tmp_path / "observed", family)
     for name in RUNS:
         run(name, source, tmp_path / name, ranks)
         same_tensors(tmp_path / name / "model", runs / name / "model")
@@ -58,7 +58,7 @@ def test_family(two_ranks, ranks, tmp_path, family):
 def check_logits(arch, model, tokens, ranks):
     """The stream's last hidden states, given to the full model's own norm and head, are its own logits."""
     states = embed(arch, ranks, tokens.split(CALIBRATION.micro_batch), arch.source.read)
-    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) for x in arch.layers])
     for layer in stream:
         stream.build(layer)
         states = stream.run(layer, states)

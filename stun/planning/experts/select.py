@@ -164,13 +164,11 @@ def select_experts(
 def _check_room(layers: list[list[Step]], wanted: list[int], most: list[int], one_threshold: bool, groups: int) -> None:
     """Raises StunError if more experts are to be removed than the protected ones allow."""
     free = [min(len(steps), limit) for steps, limit in zip(layers, most, strict=True)]
-    if one_threshold and sum(free) < sum(wanted):
-        total, allowed = groups * sum(wanted), groups * sum(free)
-        raise StunError(f"{total} experts are to be removed, but the protected ones allow only {allowed}; protect fewer")
-    for number, (count, room) in enumerate(zip(wanted, free, strict=True)):
-        if not one_threshold and room < count:
-            where = f"{groups * count} experts are to be removed from layer {number} of those with experts"
-            raise StunError(f"{where}, but the protected ones allow only {groups * room}; protect fewer")
+    needs = [(f" from layer {n} of those with experts", *need) for n, need in enumerate(zip(free, wanted, strict=True))]
+    for where, room, count in [("", sum(free), sum(wanted))] if one_threshold else needs:
+        if room < count:
+            asked = f"{groups * count} experts are to be removed{where}"
+            raise StunError(f"{asked}, but the protected ones allow only {groups * room}; protect fewer")
 
 
 def _layer_plan(evidence: Evidence, steps: list[Step], representative: Representative, kappa: int) -> LayerPlan:

@@ -74,7 +74,7 @@ def test_as_a_source(tmp_path, ranks):
     arch = Architecture(Checkpoint.open(folder))
     tokens = calibration_samples(CALIBRATION, load_tokenizer(folder), 260).tokens_ST
     assert [layout.num_experts for layout in arch.layers] == [len(k) for k in kept]
-    check_statistics(arch, load_stock(folder), tokens, ranks, "heterogeneous qwen3_moe")
+    check_statistics(arch, load_stock(folder), tokens, ranks, tmp_path / "observed", "heterogeneous qwen3_moe")
     level = sum(len(k) for k in kept) - 4 * len([k for k in kept if k])
     flat, kept = pruned(folder, tmp_path / "two", ranks, target=target_of(folder, level), experts=experts)
     assert {len(k) for k in kept if k} == {4}

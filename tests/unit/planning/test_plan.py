@@ -19,7 +19,8 @@ from stun.planning.experts.clusters import clusters_of, complete_linkage, offici
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import PRESETS, aimer_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
-from stun.planning.plan import LayerPlan, nearest_member, read_layers
+from stun.planning.plan import LayerPlan, read_layers
+from stun.pruning.representatives import nearest_member
 from stun.statistics.router import router_distance
 
 FIXTURE = FIXTURES / "stun_official"
@@ -254,9 +255,10 @@ def test_protecting_too_many_is_an_error():
 
 def test_a_pair_is_decided_by_worth_then_by_index():
     """... never by the rounding of two equal distances to their mean."""
-    assert nearest_member([4, 9], [0.1 + 1e-9, 0.1]) == 4
-    assert nearest_member([7, 1, 5], [2.0, 3.0, 1.0]) == 5
-    assert nearest_member([7, 1, 5], [1.0, 3.0, 1.0]) == 7
+    experts = {e: {"part": torch.tensor(value)} for e, value in {7: [1.0, 1.0], 1: [-2.0, 0.0], 5: [1.0, -1.0]}.items()}
+    assert nearest_member([7, 5], experts) == 7 and nearest_member([5, 7], experts) == 5
+    assert nearest_member([1, 7, 5], experts) == 7 and nearest_member([1, 5, 7], experts) == 5
+    assert nearest_member([1, 7, 5], experts | {5: {"part": torch.tensor([0.5, 0.0])}}) == 5
     close = Evidence(np.zeros((3, 3)), torch.tensor([1.0, 2.0, 2.0]))
     assert close.by_worth([0, 1, 2]) == [1, 2, 0]
 

@@ -13,13 +13,14 @@ from helpers.naive import (
     naive_statistics,
     tokens_of,
 )
+from helpers.stock import observed
 from helpers.tensors import load_tensors
 from stun.checkpoint.reader import Checkpoint
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 from stun.runtime.threads import Workers
 from stun.statistics.input_moments import Moments
-from stun.statistics.observe import Watcher, observe
+from stun.statistics.observe import Watcher
 from stun.statistics.router import router_distance
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
@@ -27,7 +28,7 @@ CASES = [("arctic", {}), ("arctic", ARCTIC_SEQUENTIAL), ("mixtral", {}), ("qwen3
 
 
 @pytest.mark.parametrize("family, changes", CASES, ids=["arctic", "arctic-sequential", "mixtral", "qwen3_moe"])
-def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
+def test_hidden_states_and_statistics(checkpoint, ranks, tmp_path, family, changes):
     folder = checkpoint(family, **changes)
     tokens = tokens_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
@@ -37,15 +38,14 @@ def test_hidden_states_and_statistics(checkpoint, ranks, family, changes):
 
     arch = Architecture(Checkpoint.open(folder))
     states = embed(arch, ranks, tokens.split(2), arch.source.read)
-    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) if x.experts else [] for x in arch.layers])
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(x, 1) for x in arch.layers])
     for layer in stream:
         stream.build(layer)
         states = stream.run(layer, states)
         for mine, (_, full) in zip(states.hidden, seen[f"layer{layer.layout.index}"], strict=True):
             torch.testing.assert_close(mine, full, atol=2e-5, rtol=1e-5)
 
-    collected: dict[int, dict] = {}
-    observe(arch, embed(arch, ranks, tokens.split(2), arch.source.read), ranks, lambda i, s: collected.update({i: s}))
+    collected = observed(arch, tokens.split(2), ranks, tmp_path)
     assert collected.keys() == {int(name.removeprefix("experts")) for name in experts}
     for index, statistics in collected.items():
         module = experts[f"experts{index}"]
