@@ -61,6 +61,7 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
         _observe(job, run, ranks)
     ranks.on_first(lambda: save_observed(run))
     ranks.on_first(run.clear)
+    ranks.doing = ""
     ranks.log(f"wrote {run.stats}")
 
 
@@ -81,6 +82,7 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks) as tracking:
         yield run
         tracking.summary = run.summary
+    ranks.doing = ""
     ranks.log(f"wrote {run.model} | sparsity {run.summary['sparsity']:.5f} | {run.summary['seconds']:.1f}s")
 
 

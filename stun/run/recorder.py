@@ -10,6 +10,7 @@ from stun.run.snapshots import Snapshots
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 from stun.stream.layer_stream import States
+from stun.stream.progress import on_disk
 
 
 class Recorder:
@@ -50,6 +51,7 @@ class Recorder:
             if "seconds" in entry:
                 fields["seconds"] = {**entry["seconds"], "write": time.perf_counter() - began}
             self.ledger.record(index, self.ranks.rank, self.ranks.world, fields)
+            on_disk(self.ledger.stream, index + 1)
             self.snapshots.drop(index)
 
         self.wait()

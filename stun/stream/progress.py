@@ -14,6 +14,7 @@ from stun.runtime.ranks import Ranks
 from stun.stream.expert_parallel import Layer
 
 _view: Live | None = None  # the live view on the screen
+_current: "Progress | None" = None  # of the stream at work
 
 
 def close_view() -> None:
@@ -24,17 +25,37 @@ def close_view() -> None:
         _view = None
 
 
+def on_disk(stream: str, layers: int) -> None:
+    """Note that `layers` layers of `stream` are on disk, from which another launch continues."""
+    if _current and _current.name == stream:
+        _current.saved = layers
+
+
+def reached() -> str:
+    """Place of the stream at work: `after layer 2 of 4 (prune)`, the last one on disk; empty between streams."""
+    if not _current:
+        return ""
+    place = f"after layer {_current.saved}" if _current.saved else f"in layer {min(_current.done + 1, _current.layers)}"
+    return f"{place} of {_current.layers} ({_current.name})"
+
+
 class Progress:
     """Progress of one stream. A layer's line gives the work done, seconds (reading, computing, waiting for writing), memory and
-    remaining time. With `step`, the first layer's tracking step, the numbers go to `ranks.track` too."""
+    remaining time. An earlier launch has finished `first` layers. With `step`, the first layer's tracking step, the numbers go to
+    `ranks.track` too."""
 
     def __init__(self, name: str, layers: int, ranks: Ranks, first: int = 0, step: int | None = None):
         self.name, self.layers, self.ranks, self.first, self.step = name, layers, ranks, first, step
-        self.done, self.eta, self.started = first, None, time.perf_counter()
+        global _current
+        self.done, self.saved, self.eta, self.started = first, first, None, time.perf_counter()
         self.latest = self.started  # end of the last finished layer
         ranks.meter.begin(name)
         self.at_start = (ranks.meter.bytes_read, ranks.meter.read_seconds, ranks.meter.tokens)
         close_view()
+        _current = self
+        if first:
+            place = f"at layer {first + 1}" if first < layers else f"after layer {layers}"
+            ranks.log(f"continuing {place} of {layers} ({name})")
         if ranks.is_first and sys.stdout.isatty():
             self._draw()
 
@@ -53,6 +74,8 @@ class Progress:
 
     def close(self) -> None:
         """End the stream and its view."""
+        global _current
+        _current, self.ranks.doing = None, f"{self.name} after the last layer"
         self.ranks.meter.end()
         close_view()
 
