@@ -1,16 +1,23 @@
 """Sweep on the command line: `jobs.prune -m experts.fraction=0.1,0.2 run_dir=runs/sweep` makes one run folder per setting, named
-by the swept values. Runs whose first streams are the same share their statistics."""
+by the swept values: runs/sweep/experts.fraction-0.1. Runs whose first streams are the same share their statistics."""
 
+import hashlib
+import json
+import re
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from stun.config import StunError
+from stun.config import PruneConfig, StunError
 
 # Keys and groups of the configuration that the first stream depends on.
 _OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.")
+_GROUPS = {"experiment", "launcher", *(field.name for field in fields(PruneConfig) if is_dataclass(field.type))}
 
 
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -27,13 +34,11 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and collects its statistics itself")
     observed = [o for o in swept if f"{o.key_or_group}.".startswith(_OBSERVED)]
-    unnamed = ["run_dir", "statistics", *sorted({o.key_or_group for o in overrides} - {o.key_or_group for o in swept})]
     root = str(roots[-1]).replace("'", "\\'")
-    statistics = f"'{root}/statistics{'/' if observed else ''}{','.join(map(_named, observed))}'"
+    statistics = f"'{root}/statistics{'/' if observed else ''}{_named(observed)}'"
     common = [*flags, f"hydra.sweep.dir='{root}'"]
     observe = [o.input_line if o in observed else _values(o)[0] for o in overrides]
-    settings = [*common, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
-    runs = [*settings, f"run_dir='{root}/${{hydra:job.override_dirname}}'", *(o.input_line for o in overrides)]
+    runs = [*common, f"statistics={statistics}", f"run_dir='{root}/{_named(swept)}'", *(o.input_line for o in overrides)]
     return [*common, *observe, f"run_dir={statistics}"], runs
 
 
@@ -55,7 +60,21 @@ def _values(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
-def _named(swept: Override) -> str:
-    """`key=value` of one run, with an interpolation that Hydra resolves."""
-    key = swept.key_or_group
-    return f"{key}=${{{key}}}" if "." in key or key == "precision" else f"{key}=${{hydra:runtime.choices.{key}}}"
+def _named(swept: list[Override]) -> str:
+    """Name of a run's folder, `key-value` of every swept setting, with interpolations that Hydra resolves."""
+    keys = sorted(override.key_or_group for override in swept)
+    values = {key: f"${{hydra:runtime.choices.{key}}}" if key in _GROUPS else f"${{{key}}}" for key in keys}
+    return "+".join(f"${{folder_name:{key},{value}}}" for key, value in values.items())
+
+
+def folder_name(key: str, value: object) -> str:
+    """`key-value` in letters, digits, `.`, `_` and `-`, which shells and Hydra take unquoted. Where the value has other
+    characters, a digest of it keeps the name unique."""
+    if OmegaConf.is_config(value):
+        value = json.dumps(OmegaConf.to_container(value, enum_to_str=True))
+    text = value.name if isinstance(value, Enum) else str(value).lower() if isinstance(value, bool) else str(value)
+    plain = re.sub(r"[^\w.-]+", "-", text, flags=re.A).strip("-")[:60]
+    return f"{key}-{plain}" if plain == text else f"{key}-{plain}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
