@@ -23,6 +23,7 @@ from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
 from stun.run.identity import model_digest
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
 
@@ -94,7 +95,7 @@ def _scored(arch: Architecture, dense: Architecture | None, inputs: Inputs, batc
     chosen = scoring_batch(arch, 2 if dense else 1, lengths, batch, ranks)
 
     def run(size: int) -> dict:
-        ranks.log(f"score {sum(lengths):,} tokens in {len(lengths)} sequences, {size} at once")
+        ranks.log(f"score {count(sum(lengths), 'token')} in {count(len(lengths), 'sequence')}, {size} at once")
         result = score(arch, dense, inputs.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
         return result.to_json()
 
@@ -116,7 +117,7 @@ def _answered(
         capacity = generation_capacity(arch, lengths, task.max_new_tokens, size, ranks)
         nodes = max(1, ranks.world // ranks.local_world)
         read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
-        ranks.log(f"generate for {len(lengths)} rows: {describe(capacity, arch, read)}")
+        ranks.log(f"generate for {count(len(lengths), 'row')}: {describe(capacity, arch, read)}")
         files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
         return generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save) | {-1: size}
 
@@ -145,7 +146,7 @@ def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict]
             # The remaining ranks wait in a collective and cannot be told to start again.
             if ranks.world > 1:
                 raise StunError(
-                    f"out of GPU memory with {2 * size} rows at once; the same command goes on with {size}"
+                    f"out of GPU memory with {count(2 * size, 'row')} at once; the same command goes on with {size}"
                 ) from error
         torch.cuda.empty_cache()
-        ranks.log(f"{phase}: out of GPU memory; {size} rows at once")
+        ranks.log(f"{phase}: out of GPU memory; {count(size, 'row')} at once")

@@ -3,6 +3,7 @@
 from stun.config import Budget
 from stun.model import runtimes
 from stun.planning.job import Job
+from stun.runtime.units import count
 
 
 def describe(job: Job) -> str:
@@ -12,7 +13,7 @@ def describe(job: Job) -> str:
     planned = (plan.dropped + plan.zeros) / plan.parameters
     reached = "" if abs(planned - plan.target) < 5e-5 else f" ({planned:.4f} with the pattern)"
     return (
-        f"{arch.config.model_type}, {len(arch.layers)} layers, {plan.parameters / 1e6:.1f}M parameters in them | target "
+        f"{arch.config.model_type}, {count(len(arch.layers), 'layer')}, {plan.parameters / 1e6:.1f}M parameters in them | target "
         f"{plan.target:g}{reached}: {sum(job.drops)} of {experts} experts are removed, then {plan.ratio:.3f} of the weights in "
         "scope"
     )
@@ -26,7 +27,8 @@ def notices(job: Job) -> list[str]:
         lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
-        lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; none of their single weights is removed")
+        heads = count(len(arch.mtp), "multi-token-prediction head")
+        lines.append(f"{heads}: {keep} are kept; no single weights are removed")
     counts = {layout.num_experts - drop for layout, drop in zip(arch.layers, job.drops, strict=True) if layout.experts}
     if not is_global and len(counts) == 1:
         notice = runtimes.warning(max(layout.num_experts for layout in arch.layers), counts.pop())

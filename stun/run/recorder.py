@@ -8,7 +8,7 @@ from pathlib import Path
 from stun.run.ledger import Ledger
 from stun.run.snapshots import Snapshots
 from stun.runtime.ranks import Ranks
-from stun.runtime.units import size
+from stun.runtime.units import duration, size
 from stun.stream.layer_stream import States
 from stun.stream.progress import on_disk
 
@@ -70,5 +70,5 @@ class Recorder:
         self._pool.shutdown()
         self.ranks.gather_objects(None)
         if self.snapshots.nbytes:
-            saved = f"{size(self.snapshots.nbytes)} a rank in {self.seconds:.1f}s, in parallel with the computation"
+            saved = f"{size(self.snapshots.nbytes)} a rank in {duration(self.seconds)}, in parallel with the computation"
             self.ranks.log(f"{self.snapshots.stream}: hidden states saved for a restart: {saved}")

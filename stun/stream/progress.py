@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import size
 from stun.stream.expert_parallel import Layer
 
 _view: Live | None = None  # the live view on the screen
@@ -64,12 +65,12 @@ class Progress:
         self.done, self.latest = layer.layout.index + 1, time.perf_counter()
         self.eta = (self.latest - self.started) / (self.done - self.first) * (self.layers - self.done)
         seconds = " ".join(f"{name} {value:.1f}s" for name, value in layer.seconds.items())
-        peak = self.ranks.peak_memory() / 2**30
-        line = f"{self.name} {self.done:02d}/{self.layers} | {text} | {seconds} | peak {peak:.2f}GiB | eta {self.eta:.0f}s"
+        peak = self.ranks.peak_memory()
+        line = f"{self.name} {self.done:02d}/{self.layers} | {text} | {seconds} | peak {size(peak)} | eta {_clock(self.eta)}"
         self.ranks.log(line)
         if self.step is not None:
             times = {f"{name}_seconds": value for name, value in layer.seconds.items()}
-            metrics = {f"{self.name}/{name}": value for name, value in {**numbers, **times, "peak_gib": peak}.items()}
+            metrics = {f"{self.name}/{name}": value for name, value in {**numbers, **times, "peak_gib": peak / 2**30}.items()}
             self.ranks.track(metrics, self.step + layer.layout.index)
 
     def close(self) -> None:
@@ -92,13 +93,13 @@ class Progress:
         """Bar with the layer and its phase; below it speeds, memory and times."""
         meter, now = self.ranks.meter, time.perf_counter()
         nbytes, seconds, tokens = self.at_start
-        read = (meter.bytes_read - nbytes) / 2**30 / max(meter.read_seconds - seconds, 1e-9)
+        read = (meter.bytes_read - nbytes) / max(meter.read_seconds - seconds, 1e-9)
         ran = (meter.tokens - tokens) / max(now - self.started, 1e-9)
         eta = "?" if self.eta is None else _clock(max(0.0, self.eta - (now - self.latest)))
         numbers = [
-            f"{read:.2f} GiB/s read",
+            f"{size(read)}/s read",
             f"{ran:,.0f} tokens/s{' a rank' if self.ranks.world > 1 else ''}",
-            f"peak {self.ranks.peak_memory() / 2**30:.2f} GiB",
+            f"peak {size(self.ranks.peak_memory())}",
             f"elapsed {_clock(now - self.started)}",
             f"eta {eta}",
         ]
