@@ -5,6 +5,10 @@ from stun.model import runtimes
 from stun.planning.job import Job
 from stun.runtime.units import count
 
+_HIGH = 0.9  # target above which a run begins with a warning
+# From docs/weights.md: the highest sparsity, and the exact match there (odd rows) dense, by the best method, and by Wanda.
+_MEASURED, _DENSE, _BEST, _WANDA = 0.7, 0.975, 0.976, 0.798
+
 
 def describe(job: Job) -> str:
     """One line: the model, the target, and the experts and share of weights removed to meet it."""
@@ -23,6 +27,10 @@ def notices(job: Job) -> list[str]:
     """Lines about unusual properties of the result; those about limited runtime support start with "warning:"."""
     arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
     lines = []
+    if job.plan.target > _HIGH:
+        kept = f"{_BEST} by experiment=best and {_WANDA} by Wanda, of {_DENSE}"
+        unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/weights.md)"
+        lines.append(f"warning: target={job.plan.target:g}: {unknown}")
     if arch.source.is_fp8:
         lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
