@@ -15,7 +15,7 @@ from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch
 from stun.evaluation.perplexity import score
-from stun.evaluation.request import Inputs, dense_result, finished_result, read_inputs, validate_evaluation
+from stun.evaluation.request import Inputs, dense_result, earlier_result, read_inputs, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
@@ -26,13 +26,14 @@ from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
+_ANSWERS = ("rows", "exact_match", "average", "right", "groups", "batch")  # what completions give
 
 
 def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     """Evaluation result, written to `cfg.output` as JSON. A finished result in that file is returned as it is.
 
-    All ranks call this together. An interrupted evaluation is resumed. Raises StunError, before any work starts, if the request
-    is not valid.
+    All ranks call this together. An interrupted evaluation is resumed, and a result made without the dense model is completed.
+    Raises StunError, before any work starts, if the request is not valid.
     """
     started = time.perf_counter()
     validate_evaluation(cfg)
@@ -40,23 +41,24 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     tokenizer = load_tokenizer(arch.source.folder)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
     reference = ranks.on_first(lambda: dense_result(cfg, inputs)) if cfg.dense else None
-    finished = ranks.on_first(lambda: finished_result(cfg.output, inputs.request))
+    earlier = ranks.on_first(lambda: earlier_result(cfg.output, inputs.request)) or {}
     partial = Partial(cfg.output)
-    if finished:
+    if earlier.get("request") == inputs.request:
         ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
         ranks.log(f"{cfg.output} is complete already")
-        return finished
+        return earlier
     dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
     ranks.on_first(lambda: partial.open(inputs.request))
     result: dict = {"model": cfg.model.path}
     if inputs.sequences:
         result |= _scored(arch, dense, inputs, cfg.task.batch, partial, ranks)
     if inputs.rows:
-        result |= _answered(arch, tokenizer, inputs, cfg, partial, ranks)
+        known = {key: earlier[key] for key in _ANSWERS if key in earlier}
+        result |= known or _answered(arch, tokenizer, inputs, cfg, partial, ranks)
     if reference:
         result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
     if cfg.harness.tasks:
-        result["harness"] = run_harness(cfg.model.path, cfg.harness, ranks)
+        result["harness"] = earlier.get("harness") or run_harness(cfg.model.path, cfg.harness, ranks)
     result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": inputs.request}
     ranks.on_first(lambda: write_json(Path(cfg.output), result))
     ranks.on_first(partial.remove)
