@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
 from stun.config import PruneConfig, StunError
-from stun.evaluation.config import EvaluateConfig
+from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig
 from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
@@ -50,6 +50,7 @@ def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     schemas = (
         PruneConfig,
+        PruneAndEvaluateConfig,
         PreflightConfig,
         PlanConfig,
         EvaluateConfig,
@@ -65,7 +66,7 @@ def register() -> None:
 def launch(name: str, work: Work, observe: Work | None = None) -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
-    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for the statistics they share
+    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for what they share
     (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
     rank and the step. Both exit with status 2, other errors with 1, so that the launcher ends the other ranks. Ctrl-C and SIGTERM
     print one line on the first rank and exit with 130 and 143.

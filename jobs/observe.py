@@ -2,7 +2,7 @@
 calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
-from stun.pruning.job import take_statistics
+from stun.pruning.evaluated import prepare_sweep
 
 if __name__ == "__main__":
-    launch("observe", take_statistics)
+    launch("observe", prepare_sweep)

@@ -1,10 +1,10 @@
-"""Settings of jobs.evaluate."""
+"""Settings of jobs.evaluate, and of the evaluation in jobs.prune."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from stun.config import CalibrationConfig, ModelConfig, TrackingConfig
+from stun.config import CalibrationConfig, ModelConfig, PruneConfig, TrackingConfig
 
 
 @dataclass
@@ -58,3 +58,12 @@ class EvaluateConfig:
     dense: str = ""
     output: str = MISSING
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PruneAndEvaluateConfig(PruneConfig):
+    """Pruning run whose checkpoint is evaluated on `task`, if one is given, into `run_dir`/result.json. `dense` is the file with
+    the dense model's result, which is made once if it does not exist; by default it is in `run_dir`, of a sweep in its folder."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    dense: str = ""

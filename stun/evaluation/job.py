@@ -21,9 +21,10 @@ from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
-from stun.run.identity import model_digest
+from stun.run.identity import model_digest, plain
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
+from stun.tracking.tracker import check_tracking, tracked
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
 _ANSWERS = ("rows", "exact_match", "average", "right", "groups", "batch")  # what completions give
@@ -36,10 +37,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     Raises StunError, before any work starts, if the request is not valid.
     """
     started = time.perf_counter()
-    validate_evaluation(cfg)
-    arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
-    tokenizer = load_tokenizer(arch.source.folder)
-    inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
+    arch, tokenizer, inputs = _opened(cfg, ranks)
     reference = ranks.on_first(lambda: dense_result(cfg, inputs)) if cfg.dense else None
     earlier = ranks.on_first(lambda: earlier_result(cfg.output, inputs.request)) or {}
     partial = Partial(cfg.output)
@@ -64,6 +62,28 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     ranks.on_first(partial.remove)
     ranks.doing = ""
     return result
+
+
+def evaluate_tracked(cfg: EvaluateConfig, ranks: Ranks) -> dict:
+    """The same, in the trackers of the folder of `cfg.output` too."""
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
+    with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
+        result = evaluate(cfg, ranks)
+        tracking.summary = {"evaluate": {name: value for name, value in result.items() if not isinstance(value, list)}}
+    return result
+
+
+def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
+    """Raise the StunError of `evaluate`, if any, except those about the dense model. All ranks call this together."""
+    inputs = _opened(cfg, ranks)[-1]
+    ranks.on_first(lambda: earlier_result(cfg.output, inputs.request) and None)
+
+
+def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrainedTokenizerBase, Inputs]:
+    validate_evaluation(cfg)
+    arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
+    tokenizer = load_tokenizer(arch.source.folder)
+    return arch, tokenizer, ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
 
 
 def _precision(ranks: Ranks) -> Precision:

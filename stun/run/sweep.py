@@ -1,5 +1,6 @@
 """Sweep on the command line: `jobs.prune -m experts.fraction=0.1,0.2 run_dir=runs/sweep` makes one run folder per setting, named
-by the swept values: runs/sweep/experts.fraction-0.1. Runs whose first streams are the same share their statistics."""
+by the swept values: runs/sweep/experts.fraction-0.1. Runs whose first streams are the same share their statistics, and those
+evaluated on the same task the dense model's result."""
 
 import hashlib
 import json
@@ -17,11 +18,12 @@ from stun.config import PruneConfig, StunError
 
 # Keys and groups of the configuration that the first stream depends on.
 _OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.")
-_GROUPS = {"experiment", "launcher", *(field.name for field in fields(PruneConfig) if is_dataclass(field.type))}
+_EVALUATED = ("model.", "experiment.", "task.")  # those that the dense model's result depends on
+_GROUPS = {"experiment", "launcher", "task", *(field.name for field in fields(PruneConfig) if is_dataclass(field.type))}
 
 
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Command lines of the two multiruns of a sweep: its statistics (jobs.observe), and its runs.
+    """Command lines of the two multiruns of a sweep: what its runs share (jobs.observe), and these.
 
     Raises StunError if the command line cannot be read, has no `run_dir`, or has no setting with several values.
     """
@@ -33,13 +35,20 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     swept = [o for o in overrides if o.is_sweep_override()]
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and collects its statistics itself")
-    observed = [o for o in swept if f"{o.key_or_group}.".startswith(_OBSERVED)]
+    is_evaluated, has_dense = (any(_under((key,), overrides)) for key in ("task.", "dense."))
+    observed, evaluated = _under(_OBSERVED, swept), _under(_EVALUATED, swept) if is_evaluated else []
     root = str(roots[-1]).replace("'", "\\'")
     statistics = f"'{root}/statistics{'/' if observed else ''}{_named(observed)}'"
-    common = [*flags, f"hydra.sweep.dir='{root}'"]
-    observe = [o.input_line if o in observed else _values(o)[0] for o in overrides]
+    dense = f"dense='{root}/dense{'-' if evaluated else ''}{_named(evaluated)}.json'"
+    common = [*flags, f"hydra.sweep.dir='{root}'", *([dense] if is_evaluated and not has_dense else [])]
+    observe = [o.input_line if o in observed or o in evaluated else _values(o)[0] for o in overrides]
     runs = [*common, f"statistics={statistics}", f"run_dir='{root}/{_named(swept)}'", *(o.input_line for o in overrides)]
     return [*common, *observe, f"run_dir={statistics}"], runs
+
+
+def _under(keys: tuple[str, ...], overrides: list[Override]) -> list[Override]:
+    """The overrides of these keys and groups, and of what is below them."""
+    return [override for override in overrides if f"{override.key_or_group}.".startswith(keys)]
 
 
 def _parsed(word: str) -> Override:

@@ -203,17 +203,20 @@ def test_a_failure_is_one(cluster, tmp_path):
 
 
 def test_array_sweep(cluster, source, tmp_path):
-    """The README's command: the statistics, an array of runs, a report."""
-    root = tmp_path / "a sweep=1 %a"
-    own = dict(
-        word.split("=", 1) for word in arguments(source, f"'{root}'", experts__fraction="0.1,0.3", calibration__samples=10)
-    )
+    """The README's command with a task: the statistics and the dense model's result, an array of runs, a report."""
+    root, rows = tmp_path / "a sweep=1 %a", tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:2]))
+    small = {"calibration__samples": 10, "task__path": rows, "task__max_new_tokens": 2}
+    own = dict(word.split("=", 1) for word in arguments(source, f"'{root}'", experts__fraction="0.1,0.3", **small))
     job = start(cluster, root, on_these_nodes(commands("sweep")[0], own))
     completed(cluster, job, root)
     report, fractions = root / "report.txt", ["0.1", "0.3"]
     until(lambda: report.is_file() and "experts kept" in report.read_text())
     check_sweep(root, fractions)
-    assert all(f"experts.fraction-{fraction}  " in report.read_text() for fraction in fractions)
+    results = [json.loads((root / f"experts.fraction-{fraction}" / "result.json").read_text()) for fraction in fractions]
+    for fraction, result in zip(fractions, results, strict=True):
+        assert re.search(rf"^experts.fraction-{fraction} .* {result['perplexity']:.3f}$", report.read_text(), re.M)
+    assert all("agreement" in result for result in results) and (root / "dense.json").is_file()
     assert here(commands("report")[0], {"folder": str(root)})[1:3] == ["-m", "jobs.report"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -9,10 +11,13 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from helpers.configs import composed
 from helpers.launches import run_job, settings
+from helpers.paths import HELDOUT
 from helpers.selections import CALIBRATION, config
 from helpers.tensors import same_tensors
 from stun.config import Precision, StunError
+from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune
 from stun.report.runs import runs_in
 from stun.report.tables import report_table
@@ -36,6 +41,17 @@ def test_what_the_first_stream_sees_is_observed_for_every_value():
     assert (
         stages(["precision=auto,float32", "run_dir=s"])[0][-1] == "run_dir='s/statistics/${folder_name:precision,${precision}}'"
     )
+
+
+def test_the_dense_model_is_evaluated_with_the_statistics():
+    """Once for every value that its result depends on; a file that is given is used."""
+    observe, rest = stages(["experts.fraction=0.1,0.2", "task=reference", "run_dir=s"])
+    assert "dense='s/dense.json'" in observe and "dense='s/dense.json'" in rest and "task=reference" in observe
+    for part in stages(["target=0.1,0.2", "task.rows=3,4", "run_dir=s"]):
+        assert {"dense='s/dense-${folder_name:task.rows,${task.rows}}.json'", "task.rows=3,4"} <= set(part)
+    given = stages(["target=0.1,0.2", "task=reference", "dense=d.json", "run_dir=s"])
+    assert all([word for word in part if "dense" in word] == ["dense=d.json"] for part in given)
+    assert not any("dense" in word for part in stages(["target=0.1,0.2", "run_dir=s"]) for word in part)
 
 
 def test_every_combination_is_a_run():
@@ -105,6 +121,44 @@ def test_report(observed, tmp_path, ranks):
     found = runs_in(tmp_path)
     assert list(found) == ["a=1", "b", "c"] and found["b"] == "not complete" and "summary: must be" in found["c"]
     assert "0.4000" in report_table(found) and "not complete" in report_table(found)
+
+
+@pytest.mark.slow
+def test_every_run_is_evaluated_and_the_dense_model_once(checkpoint, tmp_path):
+    """On the command line; repeated, it evaluates the run alone whose result is not there."""
+    rows, root = tmp_path / "rows.jsonl", tmp_path / "sweep"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
+    task = {"task__path": rows, "task__max_new_tokens": 2}
+    words = ["-m", *settings(checkpoint("mixtral"), root, experts__fraction="0.2,0.9", calibration__samples=2, **task)]
+    said, results = run_job("prune", words).stdout, [root / f"experts.fraction-{share}" / "result.json" for share in (0.2, 0.9)]
+    assert said.count("] score ") - said.count("] score 0") == 3 and said.count("KL from dense") == 2
+    dense, *pruned = (json.loads(file.read_text()) for file in (root / "dense.json", *results))
+    assert all(result["dense"]["average"] == dense["average"] and result["agreement"]["kl"] > 0 for result in pruned)
+    table = run_job("report", [f"folder={root}"]).stdout
+    for share, result in zip((0.2, 0.9), pruned, strict=True):
+        assert re.search(rf"^experts.fraction-{share} .* {result['perplexity']:.3f}$", table, re.M)
+    results[1].unlink()
+    again = run_job("prune", words).stdout
+    assert (
+        again.count("] score ") - again.count("] score 0") == 1
+        and json.loads(results[1].read_text())["right"] == pruned[1]["right"]
+    )
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["dense=d.json"], "task.path: a file or dataset"),
+        (["task.rows=3"], "task.path: a file or dataset"),
+        (["task.path=/no/rows.jsonl"], "task.path=/no/rows.jsonl: no such file"),
+        (["task=reference", "task.rows=5000"], "task.rows=5000: "),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_work(checkpoint, tmp_path, ranks, words, says):
+    cfg = OmegaConf.to_object(composed("prune", [*settings(checkpoint("mixtral"), tmp_path / "run"), *words]))
+    with pytest.raises(StunError, match=says):
+        prune_then_evaluate(cfg, ranks)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.ranks
