@@ -1,9 +1,17 @@
 """Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library."""
 
+import signal
+import sys
+
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports below take seconds, in which Ctrl-C would end `python -m jobs.prune` in a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import atexit
 import errno
 import os
-import sys
+import re
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,20 +27,26 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stun.config import StunError
 from stun.run.sweep import stages
-from stun.runtime.ranks import Ranks
+from stun.runtime.interrupts import interruptible
+from stun.runtime.ranks import Ranks, is_lost
 from stun.settings.compose import CONF, check_overrides, composed, register
 from stun.settings.describe import help_text
-from stun.stream.progress import close_view
+from stun.stream.progress import close_view, reached
 
 Work = Callable[[object, Ranks], None]
+# Seconds in which the launcher ends a rank, once another has failed: after errors that all ranks raise, and after other ones.
+ALIKE, OWN = 10.0, 2.0
+_DETAIL = re.compile(r"\s*(full_key|reference_type|object_type|To append to your config|Config search path|provider=|$)")
+_gives_way = False  # whether the launcher is expected to end this rank
 
 
 def launch(name: str, work: Work, observe: Work | None = None, about: str = "") -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
-    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for the statistics they share
+    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for what they share
     (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
-    rank and the step. Both exit with status 2, other errors with 1, at once, so that the launcher ends the other ranks.
+    rank and the step. Both exit with status 2, other errors with 1, so that the launcher ends the other ranks. Ctrl-C and SIGTERM
+    print one line on the first rank and exit with 130 and 143.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
     transformers.utils.logging.disable_progress_bar()
@@ -50,6 +64,7 @@ def launch(name: str, work: Work, observe: Work | None = None, about: str = "") 
 
 def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | None) -> None:
     """A sweep (`-m`), or another flag of Hydra's, such as `--cfg job`, `--config-name NAME` or one for a shell's completion."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are printed like others
     program, *arguments = argv
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
     register()
@@ -61,7 +76,8 @@ def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | Non
             parts = list(zip((observe, work), stages(arguments), strict=True))
     for function, overrides in parts:
         sys.argv = [program, *overrides]
-        _main(name, function)()
+        with _ends_clearly():
+            _main(name, function)()
 
 
 def _main(name: str, work: Work) -> Callable[[], None]:
@@ -83,24 +99,56 @@ def _ranks() -> Ranks:
 
 @contextmanager
 def _ends_clearly() -> Iterator[None]:
-    """End the process with one line on stderr if the work inside raises."""
-    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    try:
+    """End the process with one line on stderr if the work inside raises or is interrupted."""
+    with interruptible(_interrupted):
         try:
-            yield
-        finally:
-            close_view()  # before anything else is printed
-    except (StunError, OmegaConfBaseException, HydraException) as error:
-        is_local = _doing() and not getattr(error, "is_shared", False)
-        if is_first or is_local:
-            print(f"error: {_where() if is_local else ''}{error}", file=sys.stderr, flush=True)
-        _exit(2)
-    except Exception as error:
-        if _is_out_of_memory(error):
-            advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
-            _fail(f"{_where()}out of memory ({advice}): {error}")
-        traceback.print_exc()
-        _fail(f"{_where()}{error}")
+            try:
+                yield
+            finally:
+                close_view()  # before anything else is printed
+        except (StunError, OmegaConfBaseException, HydraException) as error:
+            is_alike = not _doing() or getattr(error, "is_shared", False)
+            _give_way(ALIKE if is_alike else OWN)
+            _fail(f"{'' if is_alike and _is_first() else _where()}{_line(error)}", 2)
+        except Exception as error:
+            if is_lost(error):
+                time.sleep(ALIKE)  # the rank that ended first says why, or the launcher does
+            _give_way(OWN)
+            if _is_out_of_memory(error):
+                advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
+                _fail(f"{_where()}out of memory ({advice}): {error}", 1)
+            traceback.print_exc()
+            _fail(f"{_where()}{error}", 1)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _give_way(seconds: float) -> None:
+    """Wait, except on the first rank, whose launcher ends this one if it has failed too: what both raise is printed once."""
+    global _gives_way
+    if not _is_first():
+        _gives_way = True
+        time.sleep(seconds)
+
+
+def _interrupted(number: int) -> None:
+    """End the process after a signal, in one line on the first rank."""
+    if _gives_way:
+        os._exit(0)  # torchrun lists no rank that ends with 0
+    close_view()
+    if _is_first():
+        place = reached() or (f"({_doing()})" if _doing() else "before the first layer")
+        print(f"interrupted {place}; the same command continues", file=sys.stderr, flush=True)
+    _exit(128 + number)
+
+
+def _line(error: Exception) -> str:
+    """Message on one line. Hydra gives the reason in the error behind its own."""
+    errors = [error, error.__cause__] if isinstance(error, HydraException) and error.__cause__ else [error]
+    shown = [[line.strip() for line in str(each).splitlines() if not _DETAIL.match(line)] for each in errors]
+    return ": ".join(" ".join(lines).rstrip(".") for lines in shown)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -118,9 +166,9 @@ def _where() -> str:
     return f"rank {_ranks().rank}, {_doing() or 'before the first layer'}: " if _ranks.cache_info().currsize else ""
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    _exit(1)
+    _exit(status)
 
 
 def _exit(status: int) -> None:

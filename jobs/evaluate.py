@@ -1,19 +1,12 @@
 """Evaluate a checkpoint: torchrun --nproc-per-node 2 -m jobs.evaluate model.path=... task.path=rows.jsonl output=result.json"""
 
-from pathlib import Path
-
 from jobs import launch
-from stun.evaluation.job import evaluate
+from stun.evaluation.job import evaluate_tracked
 from stun.report.tables import results_table
-from stun.run.identity import plain
-from stun.tracking.tracker import check_tracking, tracked
 
 
 def work(cfg, ranks) -> None:
-    ranks.on_first(lambda: check_tracking(cfg.tracking))
-    with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
-        result = evaluate(cfg, ranks)
-        tracking.summary = {"evaluate": {name: value for name, value in result.items() if not isinstance(value, list)}}
+    result = evaluate_tracked(cfg, ranks)
     ranks.on_first(lambda: print(results_table({cfg.model.path: result})))
 
 

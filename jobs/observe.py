@@ -2,11 +2,11 @@
 calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
-from stun.pruning.job import take_statistics
+from stun.pruning.evaluated import prepare_sweep
 
 
 def main() -> None:
-    launch("observe", take_statistics, about=__doc__)
+    launch("observe", prepare_sweep, about=__doc__)
 
 
 if __name__ == "__main__":

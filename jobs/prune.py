@@ -1,17 +1,20 @@
-"""Prune a checkpoint: torchrun --nproc-per-node 8 -m jobs.prune model.path=... calibration.path=... target=0.4 run_dir=runs/x"""
+"""Prune a checkpoint: torchrun --nproc-per-node 8 -m jobs.prune model.path=... calibration.path=... target=0.4 run_dir=runs/x
+[task.path=rows.jsonl]"""
 
 from jobs import launch
-from stun.pruning.job import prune, take_statistics
-from stun.report.tables import summary_table
+from stun.pruning.evaluated import prepare_sweep, prune_then_evaluate
+from stun.report.tables import results_table, summary_table
 
 
 def work(cfg, ranks) -> None:
-    summary = prune(cfg, ranks)
+    summary, results = prune_then_evaluate(cfg, ranks)
+    if results:
+        ranks.on_first(lambda: print("\n" + results_table(results), end=""))
     ranks.on_first(lambda: print("\n" + summary_table(summary, cfg.run_dir)))
 
 
 def main() -> None:
-    launch("prune", work, take_statistics, about=__doc__)
+    launch("prune", work, prepare_sweep, about=__doc__)
 
 
 if __name__ == "__main__":

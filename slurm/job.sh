@@ -1,27 +1,35 @@
-# What the sbatch files here share. They run in the repository, with the environment that holds the package active; ranks per node:
-# one per GPU, or RANKS_PER_NODE.
+# What the sbatch files here share. They run where they are submitted, with the environment that holds the package active, and have
+# found the `repository`; ranks per node: one per GPU, or RANKS_PER_NODE.
 set -euo pipefail
 me=$SLURM_JOB_ID
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then me=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
-# value_of KEY ARGUMENTS: what the argument KEY=... says. Call it in an assignment of its own, so that its error ends the job.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# value_of KEY ARGUMENTS: the path that the argument KEY=... says, without the quotes that Hydra wants around other characters than
+# a plain path's. Call it in an assignment of its own, so that its error ends the job.
 value_of() {
     local argument found="" key=$1
     for argument in "${@:2}"; do
         case $argument in "$key"=*) found=${argument#*=} ;; esac
     done
-    if [ -z "$found" ]; then
-        echo "error: $key=... is needed" >&2
-        exit 2
-    fi
     case $found in
-        *[\'\"\$,=~]*)
-            echo "error: $key=$found: a path without quotes, \$, comma, = and ~ is needed here" >&2
-            exit 2
-            ;;
+        "") refuse "$key=... is needed" ;;
+        \'*\') found=${found:1:-1} found=${found//\\\'/\'} ;;
+        \"*\") found=${found:1:-1} found=${found//\\\"/\"} ;;
+        *[]\'\"[,={}\(\)~]*) refuse "$key=$found: Hydra needs quotes around such a path, inside those of the shell: \"$key='...'\"" ;;
     esac
+    case $found in *[\$:\\]*) refuse "$key=$found: a path without \$, colon and backslash is needed here" ;; esac
     printf %s "$found"
 }
+
+# hydra_quoted TEXT: as Hydra reads any text.
+hydra_quoted() { printf "'%s'" "${1//\'/\\\'}"; }
+
+same() { diff -rq -x __pycache__ "$repository/$1" "$2/$1" >/dev/null; }
 
 # snapshot FOLDER: a copy of the code and configuration, made at the first start, from which everything below then runs.
 snapshot() {
@@ -31,11 +39,11 @@ snapshot() {
     if [ ! -d "$folder/code" ]; then
         local new
         new=$(mktemp -d -p "$folder/logs" .code.XXXX)
-        cp -r --parents jobs stun conf slurm pyproject.toml "$new/"
+        (cd "$repository" && cp -r --parents jobs stun conf slurm pyproject.toml "$new/")
         chmod 755 "$new"
         mv -T "$new" "$folder/code" 2>/dev/null || rm -rf "$new"
-    elif ! diff -rq -x __pycache__ jobs "$folder/code/jobs" >/dev/null || ! diff -rq -x __pycache__ stun "$folder/code/stun" >/dev/null; then
-        echo "note: runs the code in $folder/code, which is not the code here any more"
+    elif ! same jobs "$folder/code" || ! same stun "$folder/code"; then
+        echo "note: runs the code in $folder/code, which is not that in $repository any more"
     fi
     export PYTHONSAFEPATH=1 PYTHONPATH=$folder/code
 }

@@ -19,9 +19,10 @@ from stun.data.samples import calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.files import write_json
 from stun.planning.validation import validate
-from stun.preflight.hardware import GIB, disk_free
+from stun.preflight.hardware import disk_free
 from stun.preflight.speeds import SAMPLE
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import size
 
 _CASES = {
     BenchmarkCase.layer: benchmark_layer,
@@ -107,7 +108,7 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     largest = max(bytes_of(family(shape)) for shape in shapes)
     needed, free = 2 * largest + SAMPLE, disk_free(cfg.run_dir)  # source and pruned checkpoint; each run checks for more
     if needed > free:
-        raise StunError(f"run_dir={cfg.run_dir}: about {needed / GIB:.1f} GiB of disk are needed, {free / GIB:.1f} GiB are free")
+        raise StunError(f"run_dir={cfg.run_dir}: about {size(needed)} of disk are needed, {size(free)} are free")
 
 
 def _check_list(cfg: BenchmarkConfig) -> None:

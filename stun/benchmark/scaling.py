@@ -16,6 +16,7 @@ from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
 from stun.run.layer_records import FILE, PHASES
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count
 
 
 def sizes(cfg: BenchmarkConfig) -> dict[str, tuple[CheckpointShape, int]]:
@@ -80,7 +81,7 @@ def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Rows of runs with each number of layers in `cfg.depths`: memory, and the overlap of reading, computing and writing."""
     model, rows = folder / "source", {}
     for layers in cfg.depths:
-        ranks.log(f"depth: {layers} layers")
+        ranks.log(f"depth: {count(layers, 'layer')}")
         random_checkpoint(model, replace(cfg.shape, layers=layers), Path(cfg.model.path))
         summary = run_prune(cfg, model, folder / "run")
         measured = load_json(folder / "run" / FILE)

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from stun.preflight.hardware import GIB
 from stun.runtime.console import printed
-from stun.runtime.units import count
+from stun.runtime.units import count, size
 
 
 def benchmark_table(result: dict) -> str:
@@ -33,27 +33,27 @@ def _layer(result: dict) -> str:
         printed(table).rstrip("\n"),
         f"observe / plain: {result['observe_to_plain']:.2f}",
         f"mask / all of both streams: {result['mask_share']:.2f}",
-        f"{result['depth']} layers: {with_storage:,.0f} seconds with storage, {without:,.0f} without",
-        f"peak memory: {result['peak_bytes'] / GIB:.2f} GiB",
+        f"{count(result['depth'], 'layer')}: {with_storage:,.0f} seconds with storage, {without:,.0f} without",
+        f"peak memory: {size(result['peak_bytes'])}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _shape(result: dict) -> str:
     shape, tokens = result["shape"], result["tokens"]
-    sizes = f"hidden {shape['hidden']}, expert width {shape['expert_width']}, {shape['experts']} experts, top-{shape['top_k']}"
-    return f"{sizes}; {tokens:,} tokens"
+    experts = f"{count(shape['experts'], 'expert')}, top-{shape['top_k']}"
+    return f"hidden {shape['hidden']}, expert width {shape['expert_width']}, {experts}; {count(tokens, 'token')}"
 
 
 def _rates(rates: dict) -> str:
-    disk = f"disk read {rates['read'] / GIB:.2f} GiB/s, write {rates['write'] / GIB:.2f} GiB/s"
-    return f"{disk}; memory copy {rates['copy'] / GIB:.1f} GiB/s; flops {rates['flops'] / 1e12:.3g} T/s"
+    disk = f"disk read {size(rates['read'])}/s, write {size(rates['write'])}/s"
+    return f"{disk}; memory copy {size(rates['copy'])}/s; flops {rates['flops'] / 1e12:.3g} T/s"
 
 
 def _weights(result: dict) -> str:
     """A line per method: seconds, their ratio to the seconds of reading and writing the weights, and peak memory."""
     table, disk = _table("", "seconds", "/ read and write", "peak, GiB"), result["disk_seconds"]
-    table.add_row(f"read and write {result['bytes'] / 1e6:.0f} MB", f"{disk:.2f}", "1.0", "")
+    table.add_row(f"read and write {size(result['bytes'])}", f"{disk:.2f}", "1.0", "")
     for method, row in result["methods"].items():
         table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / GIB:.2f}")
     return printed(table)

@@ -1,10 +1,10 @@
-"""Settings of jobs.evaluate."""
+"""Settings of jobs.evaluate, and of the evaluation in jobs.prune."""
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from stun.config import CalibrationConfig, ModelConfig, TrackingConfig
+from stun.config import CalibrationConfig, ModelConfig, PruneConfig, TrackingConfig
 
 
 @dataclass
@@ -66,3 +66,13 @@ class EvaluateConfig:
     output: str = MISSING
     """JSON file of the result."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PruneAndEvaluateConfig(PruneConfig):
+    """Pruning run whose checkpoint is evaluated on `task`, if one is given, into `run_dir`/result.json."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    dense: str = ""
+    """File of the dense model's result, made once where it does not exist; by default dense.json in `run_dir`, of a sweep in its
+    folder."""

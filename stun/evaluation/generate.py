@@ -18,7 +18,7 @@ from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Capacity
 from stun.model.architecture import CACHE, Architecture
 from stun.runtime.ranks import Ranks
-from stun.runtime.units import duration, size
+from stun.runtime.units import count, duration, size
 from stun.stream.embeddings import outside
 from stun.stream.layer_stream import LayerStream, States, even_owners
 
@@ -162,8 +162,8 @@ def _complete(
                 save(batch.number, {"tokens": batch.tokens, "done": batch.done})
                 batch.saved = time.monotonic()
         if time.monotonic() - logged > _SAVE:
-            logged = time.monotonic()
-            ranks.log(f"generate: token {step}, {sum(len(batch.places) for batch in batches)} unfinished rows on this rank")
+            logged, rows = time.monotonic(), sum(len(batch.places) for batch in batches)
+            ranks.log(f"generate: token {step}, {count(rows, 'unfinished row')} on this rank")
 
 
 def _step(batches: list[_Batch], stream: LayerStream, rounds: int, ranks: Ranks) -> None:
@@ -180,9 +180,9 @@ def _step(batches: list[_Batch], stream: LayerStream, rounds: int, ranks: Ranks)
 
 def describe(capacity: Capacity, arch: Architecture, read: float) -> str:
     """Description of a generation for the log; `read` is the read speed in bytes/s."""
-    layers = len(arch.layers)
+    layers = count(len(arch.layers), "layer")
     if not capacity.step_bytes:
-        return f"{capacity.batch} at once, all {layers} layers are held in memory"
-    held = f"{capacity.held_layers} of {layers} layers are held in memory"
+        return f"{capacity.batch} at once, all of {layers} in memory"
+    held = f"{capacity.held_layers or 'none'} of {layers} in memory"
     step = f"{size(capacity.step_bytes)} are read for every token, about {duration(capacity.step_bytes / read)}"
     return f"{capacity.turns} times {capacity.batch} at once on a rank; {held}: {step}"

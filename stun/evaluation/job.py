@@ -15,25 +15,71 @@ from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch
 from stun.evaluation.perplexity import score
-from stun.evaluation.request import Inputs, finished_result, read_inputs, validate_evaluation
+from stun.evaluation.request import Inputs, earlier_result, read_inputs, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
-from stun.run.identity import model_digest
+from stun.run.identity import model_digest, plain
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count
+from stun.tracking.tracker import check_tracking, tracked
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
+_ANSWERS = ("rows", "exact_match", "average", "right", "groups", "batch")  # what completions give
 
 
 def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     """Evaluation result, written to `cfg.output` as JSON. A finished result in that file is returned as it is.
 
-    All ranks call this together. An interrupted evaluation is resumed. Raises StunError, before any work starts, if the request
-    is not valid.
+    All ranks call this together. An interrupted evaluation is resumed, and a result made without the dense model is completed.
+    Raises StunError, before any work starts, if the request is not valid.
     """
     started = time.perf_counter()
+    arch, tokenizer, inputs = _opened(cfg, ranks)
+    reference = inputs.dense
+    earlier = ranks.on_first(lambda: earlier_result(cfg.output, inputs.request)) or {}
+    partial = Partial(cfg.output)
+    if earlier.get("request") == inputs.request:
+        ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
+        ranks.log(f"{cfg.output} is complete already")
+        return earlier
+    dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
+    ranks.on_first(lambda: partial.open(inputs.request))
+    result: dict = {"model": cfg.model.path}
+    if inputs.sequences:
+        result |= _scored(arch, dense, inputs, cfg.task.batch, partial, ranks)
+    if inputs.rows:
+        known = {key: earlier[key] for key in _ANSWERS if key in earlier}
+        result |= known or _answered(arch, tokenizer, inputs, cfg, partial, ranks)
+    if reference:
+        result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
+    if cfg.harness.tasks:
+        result["harness"] = earlier.get("harness") or run_harness(cfg.model.path, cfg.harness, ranks)
+    result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": inputs.request}
+    ranks.on_first(lambda: write_json(Path(cfg.output), result))
+    ranks.on_first(partial.remove)
+    ranks.doing = ""
+    return result
+
+
+def evaluate_tracked(cfg: EvaluateConfig, ranks: Ranks) -> dict:
+    """The same, in the trackers of the folder of `cfg.output` too."""
+    ranks.on_first(lambda: check_tracking(cfg.tracking))
+    with tracked(cfg.tracking, Path(cfg.output).parent, {"evaluate": plain(cfg)}, ranks) as tracking:
+        result = evaluate(cfg, ranks)
+        tracking.summary = {"evaluate": {name: value for name, value in result.items() if not isinstance(value, list)}}
+    return result
+
+
+def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
+    """Raise the StunError of `evaluate`, if any, except those about the dense model. All ranks call this together."""
+    inputs = _opened(cfg, ranks)[-1]
+    ranks.on_first(lambda: earlier_result(cfg.output, inputs.request) and None)
+
+
+def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrainedTokenizerBase, Inputs]:
     validate_evaluation(cfg)
     arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
     tokenizer = load_tokenizer(arch.source.folder)
@@ -41,29 +87,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
     for note in inputs.notes:
         ranks.log(note)
-    finished = ranks.on_first(lambda: finished_result(cfg.output, inputs.request))
-    partial = Partial(cfg.output)
-    if finished:
-        ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
-        ranks.log(f"{cfg.output} is complete already")
-        return finished
-    reference = inputs.dense
-    dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
-    ranks.on_first(lambda: partial.open(inputs.request))
-    result: dict = {"model": cfg.model.path}
-    if inputs.sequences:
-        result |= _scored(arch, dense, inputs, cfg.task.batch, partial, ranks)
-    if inputs.rows:
-        result |= _answered(arch, tokenizer, inputs, cfg, partial, ranks)
-    if reference:
-        result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
-    if cfg.harness.tasks:
-        result["harness"] = run_harness(cfg.model.path, cfg.harness, ranks)
-    result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": inputs.request}
-    ranks.on_first(lambda: write_json(Path(cfg.output), result))
-    ranks.on_first(partial.remove)
-    ranks.doing = ""
-    return result
+    return arch, tokenizer, inputs
 
 
 def _precision(ranks: Ranks) -> Precision:
@@ -97,7 +121,7 @@ def _scored(arch: Architecture, dense: Architecture | None, inputs: Inputs, batc
     chosen = scoring_batch(arch, 2 if dense else 1, lengths, batch, ranks)
 
     def run(size: int) -> dict:
-        ranks.log(f"score {sum(lengths):,} tokens in {len(lengths)} sequences, {size} at once")
+        ranks.log(f"score {count(sum(lengths), 'token')} in {count(len(lengths), 'sequence')}, {size} at once")
         return score(arch, dense, inputs.sequences, size, ranks, ranks.on_first(lambda: partial.phase("score", size)))
 
     entries = _fitting("score", chosen, batch > 0, run, partial, ranks)
@@ -118,7 +142,7 @@ def _answered(
         capacity = generation_capacity(arch, lengths, task.max_new_tokens, size, ranks)
         nodes = max(1, ranks.world // ranks.local_world)
         read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
-        ranks.log(f"generate for {len(lengths)} rows: {describe(capacity, arch, read)}")
+        ranks.log(f"generate for {count(len(lengths), 'row')}: {describe(capacity, arch, read)}")
         files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
         return {"tokens": generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save), "batch": size}
 
@@ -145,7 +169,7 @@ def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict]
             # The remaining ranks wait in a collective and cannot be told to start again.
             if ranks.world > 1:
                 raise StunError(
-                    f"out of GPU memory with {2 * size} rows at once; the same command goes on with {size}"
+                    f"out of GPU memory with {count(2 * size, 'row')} at once; the same command goes on with {size}"
                 ) from error
         torch.cuda.empty_cache()
-        ranks.log(f"{phase}: out of GPU memory; {size} rows at once")
+        ranks.log(f"{phase}: out of GPU memory; {count(size, 'row')} at once")

@@ -57,7 +57,6 @@ def score(
     for recorder in recorders.values():
         recorder.close()
     progress.close()
-    ranks.doing = "score after the last layer"
     totals = _token_sums(list(models.values()), list(states.values()), batches, tokens, ranks)
     return _scores(totals, recorders["score"].finished() if dense else [])
 

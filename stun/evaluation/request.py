@@ -86,8 +86,9 @@ def _dense_result(file: str) -> dict:
     return result
 
 
-def finished_result(output: str, request: dict) -> dict | None:
-    """Result in the output file, None if there is none. Raises StunError if it belongs to another request."""
+def earlier_result(output: str, request: dict) -> dict | None:
+    """Result in the output file, of this request or of the same one without a dense model; None if there is none. Raises
+    StunError if it belongs to another request."""
     file = Path(output)
     if file.is_dir():
         raise StunError(f"output={output}: is a folder; a file is needed")
@@ -95,7 +96,10 @@ def finished_result(output: str, request: dict) -> dict | None:
         return None
     result = load_json(file)
     old_request = result.get("request")
-    changes = differences(old_request, request) if isinstance(old_request, dict) else ["it is no evaluation's"]
+    is_known = isinstance(old_request, dict)
+    lacks_dense = is_known and old_request.get("dense") is None
+    wanted = request | ({"dense": None} if lacks_dense else {})
+    changes = differences(old_request, wanted) if is_known else ["it is no evaluation's"]
     if changes:
         raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); choose another file")
     return result

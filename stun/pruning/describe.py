@@ -2,6 +2,11 @@
 
 from stun.config import Budget
 from stun.planning.job import Job
+from stun.runtime.units import count
+
+_HIGH = 0.9  # target above which a run begins with a warning
+# From docs/weights.md: the highest sparsity, and the exact match there (odd rows) dense, by the best method, and by Wanda.
+_MEASURED, _DENSE, _BEST, _WANDA = 0.7, 0.975, 0.976, 0.798
 
 
 def describe(job: Job) -> str:
@@ -11,7 +16,7 @@ def describe(job: Job) -> str:
     planned = (plan.dropped + plan.zeros) / plan.parameters
     reached = "" if abs(planned - plan.target) < 5e-5 else f" ({planned:.4f} with the pattern)"
     return (
-        f"{arch.config.model_type}, {len(arch.layers)} layers, {plan.parameters / 1e6:.1f}M parameters in them | target "
+        f"{arch.config.model_type}, {count(len(arch.layers), 'layer')}, {plan.parameters / 1e6:.1f}M parameters in them | target "
         f"{plan.target:g}{reached}: {sum(job.drops)} of {experts} experts are removed, then {plan.ratio:.3f} of the weights in "
         "scope"
     )
@@ -21,9 +26,14 @@ def notices(job: Job) -> list[str]:
     """Lines about unusual properties of the result."""
     arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
     lines = []
+    if job.plan.target > _HIGH:
+        kept = f"{_BEST} by experiment=best and {_WANDA} by Wanda, of {_DENSE}"
+        unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/weights.md)"
+        lines.append(f"warning: target={job.plan.target:g}: {unknown}")
     if arch.source.is_fp8:
         lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
-        lines.append(f"{len(arch.mtp)} multi-token-prediction heads keep {keep}; none of their single weights is removed")
+        heads = count(len(arch.mtp), "multi-token-prediction head")
+        lines.append(f"{heads}: {keep} are kept; no single weights are removed")
     return lines

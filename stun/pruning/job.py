@@ -21,7 +21,7 @@ from stun.run.identity import fingerprint, plain
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
-from stun.runtime.units import count
+from stun.runtime.units import count, duration
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
@@ -55,11 +55,14 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     outliers = {"outliers": cfg.sparsify.counts_outliers}
     identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | outliers})
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity))
-    ranks.log(f"observe {cfg.model.path} | {sum(job.samples.sources.values())} samples of {cfg.calibration.length} tokens")
+    ranks.log(
+        f"observe {cfg.model.path} | {count(len(job.samples.tokens_ST), 'sample')} of {count(cfg.calibration.length, 'token')}"
+    )
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks):
         _observe(job, run, ranks)
     ranks.on_first(lambda: save_observed(run))
     ranks.on_first(run.clear)
+    ranks.doing = ""
     ranks.log(f"wrote {run.stats}")
 
 
@@ -80,7 +83,8 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks) as tracking:
         yield run
         tracking.summary = run.summary
-    ranks.log(f"wrote {run.model} | sparsity {run.summary['sparsity']:.5f} | {run.summary['seconds']:.1f}s")
+    ranks.doing = ""
+    ranks.log(f"wrote {run.model} | sparsity {run.summary['sparsity']:.5f} | {duration(run.summary['seconds'])}")
 
 
 def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:

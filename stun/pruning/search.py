@@ -20,6 +20,7 @@ from stun.planning.make import make_plan
 from stun.planning.plan import Plan
 from stun.pruning.mask import mask_layer
 from stun.runtime.ranks import Ranks
+from stun.runtime.units import count
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
@@ -47,7 +48,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
             kept = plan.layers[layer.layout.index].kept
             quota = quotas[fraction][layer.layout.index]
             pruned[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, pruned[fraction])
-        progress.layer(layer, f"{len(plans)} fractions")
+        progress.layer(layer, count(len(plans), "fraction"))
     progress.close()
     return {fraction: _relative_error(candidate, held, ranks) for fraction, (_, candidate) in pruned.items()}
 

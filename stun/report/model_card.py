@@ -9,7 +9,7 @@ import yaml
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.run.layer_records import sparsity_by_kind
-from stun.runtime.units import count
+from stun.runtime.units import count, size
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -138,7 +138,8 @@ def _calibration(calibration: dict) -> str:
     mixture = calibration.get("mixture") or {"": calibration}
     names = [f"{name}: {source.get('path')}" if name else str(source.get("path")) for name, source in mixture.items()]
     texts = ", ".join(_text(without_folders(name)) for name in names)
-    return f"{calibration.get('samples')} samples of {calibration.get('length')} tokens from {texts}"
+    samples, tokens = count(calibration.get("samples", 0), "sample"), count(calibration.get("length", 0), "token")
+    return f"{samples} of {tokens} from {texts}"
 
 
 def _sparsity(summary: dict, layers: dict) -> str:
@@ -147,8 +148,8 @@ def _sparsity(summary: dict, layers: dict) -> str:
         lines.append(f"| {kind} | {before:,} | {after:,} | {1 - after / before:.1%} |")
     lines.append(f"| **all** | {summary['parameters']:,} | {summary['nonzero']:,} | {summary['sparsity']:.1%} |")
     before, after = summary.get("source_bytes"), summary.get("disk_bytes")
-    size = f"\nFiles with weights: {before / 1e9:.3f} GB before, {after / 1e9:.3f} GB now.\n" if before and after else ""
-    return "\n".join(lines) + "\n" + size
+    sizes = f"\nFiles with weights: {size(before)} before, {size(after)} now.\n" if before and after else ""
+    return "\n".join(lines) + "\n" + sizes
 
 
 def _evaluation(result: dict) -> str:

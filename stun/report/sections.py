@@ -11,9 +11,12 @@ from stun.report.png import pictures, saved
 from stun.report.tables import job_command
 
 
-def _evaluate(run: RunFolder, **settings: str) -> str:
-    known = {"model__path": str(run.path / "model"), "task__path": "ROWS.jsonl", **settings}
-    return job_command("evaluate", **known, output=str(run.path / "result.json"))
+def _evaluate(run: RunFolder) -> str:
+    """Commands that evaluate the dense model, once, and the run beside it."""
+    task, dense = {"task__path": "ROWS.jsonl"}, str(run.path.parent / "dense.json")
+    first = job_command("evaluate", model__path=run.summary.get("source") or "DENSE_MODEL", **task, output=dense)
+    model, output = str(run.path / "model"), str(run.path / "result.json")
+    return f"{first}\n{job_command('evaluate', model__path=model, **task, dense=dense, output=output)}"
 
 
 def _drawn(
@@ -55,7 +58,7 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
     title, aid = "Against the dense model", "The same questions and text, asked of both models."
     result, dense = run.result, run.result.get("dense", {})
     if not result:
-        return html.section(title, aid, html.none("Not evaluated. This does it:", _evaluate(run)), True)
+        return html.section(title, aid, html.none("Not evaluated. The dense model first, once:", _evaluate(run)), True)
     rows = [
         [name, f"{dense[key]:.3f}" if key in dense else "-", f"{result[key]:.3f}"]
         for name, key in (("exact match, average", "average"), ("perplexity", "perplexity"))
@@ -92,7 +95,7 @@ def _no_single_weights(run: RunFolder) -> tuple[str, str]:
 
 
 def _no_errors(run: RunFolder) -> tuple[str, str]:
-    return "Not measured. Evaluation beside the dense model's own result gives it:", _evaluate(run, dense="DENSE_RESULT.json")
+    return "Not measured. Evaluation beside the dense model's own result gives it:", _evaluate(run)
 
 
 def _no_search(run: RunFolder) -> tuple[str, str]:

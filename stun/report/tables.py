@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stun.runtime.console import printed
-from stun.runtime.units import count, size
+from stun.runtime.units import count, duration, size
 
 
 def results_table(results: dict[str, dict]) -> str:
@@ -64,7 +64,7 @@ def plan_table(plans: dict) -> str:
         "parameters removed as experts": lambda d: f"{d.plan.dropped / d.plan.parameters:.4f}",
         "... as single weights": lambda d: f"{d.plan.zeros / d.plan.parameters:.4f}",
         "weights in scope removed": lambda d: f"{d.plan.ratio:.4f}",
-        "size on disk, GB": lambda d: f"{d.nbytes / 1e9:.3f}",
+        "size on disk": lambda d: size(d.nbytes),
     }
     for title, show in rows.items():
         table.add_row(title, *(show(described) for described in plans.values()))
@@ -99,8 +99,8 @@ def summary_table(summary: dict, run_dir: str) -> str:
         "sparsity": f"{summary['sparsity']:.4f} (target {summary['target']:g})",
         "experts kept": f"{sum(summary['kept'])} of {sum(summary['experts'])}",
         "nonzero weights": f"{after} of {before}, in the decoder layers",
-        "size on disk": f"{written / 1e9:,.3f} GB" + (f" of {summary['source_bytes'] / 1e9:,.3f} GB" if speed else ""),
-        "time": f"{summary['seconds']:,.1f}s on {count(summary['ranks'], 'rank')}",
+        "size on disk": size(written) + (f" of {size(summary['source_bytes'])}" if speed else ""),
+        "time": f"{duration(summary['seconds'])} on {count(summary['ranks'], 'rank')}",
     }
     for stream, seconds in summary.get("phases", {}).items():
         rows[f"... {stream}"] = ", ".join(f"{phase} {value:,.1f}s" for phase, value in seconds.items())

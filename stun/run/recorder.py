@@ -8,8 +8,9 @@ from pathlib import Path
 from stun.run.ledger import Ledger
 from stun.run.snapshots import Snapshots
 from stun.runtime.ranks import Ranks
-from stun.runtime.units import size
+from stun.runtime.units import duration, size
 from stun.stream.layer_stream import States
+from stun.stream.progress import on_disk
 
 
 class Recorder:
@@ -50,6 +51,7 @@ class Recorder:
             if "seconds" in entry:
                 fields["seconds"] = {**entry["seconds"], "write": time.perf_counter() - began}
             self.ledger.record(index, self.ranks.rank, self.ranks.world, fields)
+            on_disk(self.ledger.stream, index + 1)
             self.snapshots.drop(index)
 
         self.wait()
@@ -68,5 +70,5 @@ class Recorder:
         self._pool.shutdown()
         self.ranks.gather_objects(None)
         if self.snapshots.nbytes:
-            saved = f"{size(self.snapshots.nbytes)} a rank in {self.seconds:.1f}s, in parallel with the computation"
+            saved = f"{size(self.snapshots.nbytes)} a rank in {duration(self.seconds)}, in parallel with the computation"
             self.ranks.log(f"{self.snapshots.stream}: hidden states saved for a restart: {saved}")

@@ -1,20 +1,29 @@
 """Sweep on the command line: `jobs.prune -m experts.fraction=0.1,0.2 run_dir=runs/sweep` makes one run folder per setting, named
-by the swept values. Runs whose first streams are the same share their statistics."""
+by the swept values: runs/sweep/experts.fraction-0.1. Runs whose first streams are the same share their statistics, and those
+evaluated on the same task the dense model's result."""
 
+import hashlib
+import json
+import re
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from stun.config import StunError
+from stun.config import PruneConfig, StunError
 
 # Keys and groups of the configuration that the first stream depends on.
 _OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.")
+_EVALUATED = ("model.", "experiment.", "task.")  # those that the dense model's result depends on
+_GROUPS = {"experiment", "launcher", "task", *(field.name for field in fields(PruneConfig) if is_dataclass(field.type))}
 
 
 def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Command lines of the two multiruns of a sweep: its statistics (jobs.observe), and its runs.
+    """Command lines of the two multiruns of a sweep: what its runs share (jobs.observe), and these.
 
     Raises StunError if the command line cannot be read, has no `run_dir`, or has no setting with several values.
     """
@@ -26,15 +35,20 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     swept = [o for o in overrides if o.is_sweep_override()]
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and collects its statistics itself")
-    observed = [o for o in swept if f"{o.key_or_group}.".startswith(_OBSERVED)]
-    unnamed = ["run_dir", "statistics", *sorted({o.key_or_group for o in overrides} - {o.key_or_group for o in swept})]
+    is_evaluated, has_dense = (any(_under((key,), overrides)) for key in ("task.", "dense."))
+    observed, evaluated = _under(_OBSERVED, swept), _under(_EVALUATED, swept) if is_evaluated else []
     root = str(roots[-1]).replace("'", "\\'")
-    statistics = f"'{root}/statistics{'/' if observed else ''}{','.join(map(_named, observed))}'"
-    common = [*flags, f"hydra.sweep.dir='{root}'"]
-    observe = [o.input_line if o in observed else _values(o)[0] for o in overrides]
-    settings = [*common, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]", f"statistics={statistics}"]
-    runs = [*settings, f"run_dir='{root}/${{hydra:job.override_dirname}}'", *(o.input_line for o in overrides)]
+    statistics = f"'{root}/statistics{'/' if observed else ''}{_named(observed)}'"
+    dense = f"dense='{root}/dense{'-' if evaluated else ''}{_named(evaluated)}.json'"
+    common = [*flags, f"hydra.sweep.dir='{root}'", *([dense] if is_evaluated and not has_dense else [])]
+    observe = [o.input_line if o in observed or o in evaluated else _values(o)[0] for o in overrides]
+    runs = [*common, f"statistics={statistics}", f"run_dir='{root}/{_named(swept)}'", *(o.input_line for o in overrides)]
     return [*common, *observe, f"run_dir={statistics}"], runs
+
+
+def _under(keys: tuple[str, ...], overrides: list[Override]) -> list[Override]:
+    """The overrides of these keys and groups, and of what is below them."""
+    return [override for override in overrides if f"{override.key_or_group}.".startswith(keys)]
 
 
 def _parsed(word: str) -> Override:
@@ -55,7 +69,21 @@ def _values(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
-def _named(swept: Override) -> str:
-    """`key=value` of one run, with an interpolation that Hydra resolves."""
-    key = swept.key_or_group
-    return f"{key}=${{{key}}}" if "." in key or key == "precision" else f"{key}=${{hydra:runtime.choices.{key}}}"
+def _named(swept: list[Override]) -> str:
+    """Name of a run's folder, `key-value` of every swept setting, with interpolations that Hydra resolves."""
+    keys = sorted(override.key_or_group for override in swept)
+    values = {key: f"${{hydra:runtime.choices.{key}}}" if key in _GROUPS else f"${{{key}}}" for key in keys}
+    return "+".join(f"${{folder_name:{key},{value}}}" for key, value in values.items())
+
+
+def folder_name(key: str, value: object) -> str:
+    """`key-value` in letters, digits, `.`, `_` and `-`, which shells and Hydra take unquoted. Where the value has other
+    characters, a digest of it keeps the name unique."""
+    if OmegaConf.is_config(value):
+        value = json.dumps(OmegaConf.to_container(value, enum_to_str=True))
+    text = value.name if isinstance(value, Enum) else str(value).lower() if isinstance(value, bool) else str(value)
+    plain = re.sub(r"[^\w.-]+", "-", text, flags=re.A).strip("-")[:60]
+    return f"{key}-{plain}" if plain == text else f"{key}-{plain}.{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

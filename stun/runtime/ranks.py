@@ -51,6 +51,11 @@ def _start_deepspeed(on_gpu: bool) -> ModuleType:
     return deepspeed.comm
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether a collective failed, as it does once another rank has ended. gloo's failures have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def _libc_call(name: str, *arguments: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None)  # C libraries other than glibc may lack mallopt and malloc_trim
     if function:

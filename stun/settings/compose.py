@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
-from stun.config import PruneConfig, StunError
-from stun.evaluation.config import EvaluateConfig
+from stun.config import StunError
+from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig
 from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
@@ -27,9 +27,9 @@ from stun.report.config import ReportConfig
 PACKAGE = Path(__file__).resolve().parent.parent
 CONF = PACKAGE / "conf"  # in the repository a link to its folder conf/
 SCHEMAS = {
-    "prune": PruneConfig,
+    "prune": PruneAndEvaluateConfig,
     "preflight": PreflightConfig,
-    "observe": PruneConfig,
+    "observe": PruneAndEvaluateConfig,
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,

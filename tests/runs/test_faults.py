@@ -89,9 +89,8 @@ def test_one_rank_fails_alone(tmp_path):
     how = {"calibration__samples": 2, "calibration__length": 8, "experts__fraction": 0}
     done = run_job("prune", settings(source, tmp_path / "run", **how), 2, check=False)
     assert done.returncode and time.monotonic() - began < 60
-    assert re.search(r"error: rank 1, prune layer 1: layer 1 expert 20 down_proj: Wanda score: not finite", done.stderr), (
-        done.stderr
-    )
+    says = r"error: rank 1, prune layer 1: layer 1 expert 20 down_proj: Wanda score: not finite"
+    assert re.search(says, done.stderr) and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.ranks
@@ -111,7 +110,8 @@ def test_one_rank_is_killed(tmp_path):
     began = time.monotonic()
     _, errors = job.communicate(timeout=60)
     assert job.returncode and time.monotonic() - began < 20, errors
-    assert re.search(r"error: rank \d, observe layer \d+: ", errors) or "Signal 9 (SIGKILL)" in errors
+    # The other rank may be the first one, which says where it was.
+    assert "Signal 9 (SIGKILL)" in errors and "closed by peer" not in errors, errors
 
 
 @pytest.mark.parametrize("change", ["shorter", "other"])

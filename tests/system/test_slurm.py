@@ -17,7 +17,7 @@ import pytest
 
 from helpers.launches import run_job, settings
 from helpers.pages import commands, here, page
-from helpers.paths import HELDOUT, ROOT
+from helpers.paths import HELDOUT, ROOT, TEXT
 from helpers.slurm_cluster import Cluster, missing
 from helpers.tensors import same_tensors
 from helpers.zoo import make_checkpoint
@@ -66,10 +66,10 @@ def submit(cluster, source, run_dir: Path, *options: str, script: str = "prune",
     return start(cluster, run_dir, [*options, *words], RANKS_PER_NODE=str(ranks))
 
 
-def start(cluster, run_dir: Path, words: list[str], **environment: str) -> str:
-    """sbatch from the repository, the environment active; the output goes beside the run folder."""
+def start(cluster, run_dir: Path, words: list[str], cwd: Path = ROOT, **environment: str) -> str:
+    """sbatch from a folder, the environment active; the output goes beside the run folder."""
     out, path = f"--output={run_dir.parent / 'job.log'}", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return cluster.submit(out, "--cpus-per-task=4", *words, cwd=ROOT, PATH=path, **environment)
+    return cluster.submit(out, "--cpus-per-task=4", *words, cwd=cwd, PATH=path, **environment)
 
 
 def log_of(run_dir: Path) -> str:
@@ -122,6 +122,27 @@ def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
     assert json.loads((run_dir / "result.json").read_text())["rows"] == 4
 
 
+def test_from_another_folder_into_one_that_needs_quotes(cluster, source, tmp_path):
+    """Paths are those of the folder where sbatch is called; a run folder may have spaces, `=` and brackets, quoted for Hydra."""
+    run_dir, scripts = tmp_path / "my runs" / "a=1 [b]", ROOT / "slurm"
+    run_dir.parent.mkdir()
+    words = arguments(source, "'my runs/a=1 [b]'", calibration__samples=10)
+    completed(cluster, start(cluster, run_dir, [str(scripts / "prune.sbatch"), *words], tmp_path), run_dir)
+    assert (run_dir / "manifest.json").is_file() and (run_dir / "code" / "slurm" / "job.sh").is_file()
+    words = ["model.path='my runs/a=1 [b]/model'", f"text.path={TEXT}", "text.samples=2", "text.length=16"]
+    words += ["output='my runs/a=1 [b]/result.json'"]
+    completed(cluster, start(cluster, run_dir, [str(scripts / "evaluate.sbatch"), *words], tmp_path), run_dir)
+    assert json.loads((run_dir / "result.json").read_text())["perplexity"] > 1
+
+
+def test_a_copy_of_a_script_says_what_it_lacks(cluster, tmp_path):
+    (tmp_path / "prune.sbatch").write_text((ROOT / "slurm" / "prune.sbatch").read_text())
+    job = start(cluster, tmp_path / "run", [str(tmp_path / "prune.sbatch"), "run_dir=run"], tmp_path)
+    assert cluster.wait(job, ENDED, 60)["JobState"] == "FAILED"
+    says = "holds no slurm/job.sh; submit the file slurm/prune.sbatch of the repository itself"
+    assert log_of(tmp_path / "run") == f"error: {tmp_path} {says}\n"
+
+
 @pytest.mark.parametrize("how", ["requeue", "preemption"])
 def test_goes_on_after_an_interruption(cluster, source, whole, tmp_path, how):
     """`scontrol requeue` in the middle, a more urgent job."""
@@ -170,7 +191,9 @@ def test_a_lost_task_ends_the_job(cluster, source, whole, tmp_path):
     until(lambda: "prune 03/12" in log_of(run_dir))
     os.kill(rank_process(run_dir, 1), signal.SIGKILL)
     assert cluster.wait(job, ENDED, 30)["JobState"] == "FAILED"
-    assert re.search(r"error: rank 0, prune layer \d+: ", log_of(run_dir))
+    said = log_of(run_dir)
+    assert len(re.findall(r"interrupted after layer \d+ of 12 \(prune\); the same command continues\n", said)) == 1, said
+    assert "Signal 9 (SIGKILL)" in said and "error: rank" not in said, said
     completed(cluster, submit(cluster, source, run_dir, "--nodes=1"), run_dir)
     same_tensors(whole / "model", run_dir / "model")
 
@@ -182,22 +205,27 @@ def test_a_failure_is_one(cluster, tmp_path):
 
 
 def test_array_sweep(cluster, source, tmp_path):
-    """The README's command: the statistics, an array of runs, a report."""
-    root = tmp_path / "sweep"
-    own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.1,0.3", calibration__samples=10))
+    """The README's command with a task: the statistics and the dense model's result, an array of runs, a report."""
+    root, rows = tmp_path / "a sweep=1 %a", tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:2]))
+    small = {"calibration__samples": 10, "task__path": rows, "task__max_new_tokens": 2}
+    own = dict(word.split("=", 1) for word in arguments(source, f"'{root}'", experts__fraction="0.1,0.3", **small))
     job = start(cluster, root, on_these_nodes(commands("sweep", page("runs"))[0], own))
     completed(cluster, job, root)
     report, fractions = root / "report.txt", ["0.1", "0.3"]
     until(lambda: report.is_file() and "experts kept" in report.read_text())
     check_sweep(root, fractions)
-    assert all(f"experts.fraction={fraction}  " in report.read_text() for fraction in fractions)
+    results = [json.loads((root / f"experts.fraction-{fraction}" / "result.json").read_text()) for fraction in fractions]
+    for fraction, result in zip(fractions, results, strict=True):
+        assert re.search(rf"^experts.fraction-{fraction} .* {result['perplexity']:.3f}$", report.read_text(), re.M)
+    assert all("agreement" in result for result in results) and (root / "dense.json").is_file()
     assert here(commands("report", page("runs"))[0], {"folder": str(root)})[1:4] == ["-m", "stun", "report"]
 
 
 def check_sweep(root: Path, fractions: list[str]) -> None:
     """One stream of statistics, and every run from it."""
     for fraction in fractions:
-        run = root / f"experts.fraction={fraction}"
+        run = root / f"experts.fraction-{fraction}"
         assert (run / "manifest.json").is_file() and not (run / "stats").exists()
     assert (root / "statistics" / "stats" / "about.json").is_file()
 
@@ -218,4 +246,4 @@ def test_submitit_multirun(cluster, source, tmp_path):
     assert words[:4] == ["stun", "prune", "-m", "launcher=slurm"] and done.returncode == 0, done.stderr
     check_sweep(root, ["0.2", "0.5"])
     for fraction in ("0.2", "0.5"):
-        assert json.loads((root / f"experts.fraction={fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2
+        assert json.loads((root / f"experts.fraction-{fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2

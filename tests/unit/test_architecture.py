@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def test_only_their_owners_import_the_frameworks():
             } <= PURE_FROM_STUN, name
     for file in (ROOT / "jobs").glob("*.py"):
         assert not any(i.startswith("jobs.") and i != "jobs.launch" for i in imported(file)), file
+
+
+def test_git_ignores_what_jobs_and_builds_write():
+    written = ["build/x", "dist/x", "slurm-12.out", "runs/x", "outputs/x", "multirun/x", "stun_moe.egg-info/x"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", *written, "tests/runs/x", "stun/run/x"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ignored.stdout.split() == written
 
 
 @pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.launches import run_job, settings
+from helpers.launches import run_job, run_warm, settings
 from helpers.paths import TEXT
 from helpers.tensors import load_tensors
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, Scope, SparsifyConfig, StunError
@@ -182,15 +182,43 @@ def test_non_finite_weights_stop_the_run(checkpoint, ranks, tmp_path):
 
 @pytest.mark.ranks
 def test_on_the_command_line(checkpoint, tmp_path):
-    """Errors of the configuration and of the library, on one and on two ranks: one line, status 2, nothing written."""
-    source = checkpoint("mixtral")
-    wrong_key = run_job("prune", [*settings(source, tmp_path / "run"), "experts.fractoin=0.2"], check=False)
-    assert wrong_key.returncode != 0 and "fractoin" in wrong_key.stderr
-    missing = run_job("prune", [f"model.path={source}", "target=0.3"], check=False)
-    assert missing.returncode == 2 and "error: " in missing.stderr and "Traceback" not in missing.stderr
-    unreachable = run_job("prune", settings(source, tmp_path / "run", target=0.999), ranks=2, check=False)
-    assert unreachable.returncode != 0 and unreachable.stderr.count("error: target") == 1
+    """Errors of the configuration and of the library, on one and on several ranks: one line, status 2, nothing written."""
+    whole = settings(checkpoint("mixtral"), tmp_path / "run")
+    cases = [
+        (whole[:1], "Structured config of type `PruneConfig` has missing mandatory value: target", 0),
+        ([*whole, "target=0.999"], "target=0.999: ", 2),
+        ([*whole, "target=2"], "target=2.0: total sparsity", 4),
+        ([*whole, "experts.fractoin=0.2"], "Could not override 'experts.fractoin': Key 'fractoin' not in 'ExpertsConfig'", 2),
+        ([*whole, "calibration.samples=few"], "Error merging override calibration.samples=few: Value 'few' of type", 2),
+        ([*whole, "model.path=/nowhere"], "model.path=/nowhere: not a folder", 2),
+        ([*whole, "calibration.path=/nowhere.jsonl"], "calibration.path=/nowhere.jsonl: no such file", 2),
+        ([*whole, "calibration=none"], "In 'prune': Could not find 'calibration/none' Available options in 'calibration': ", 0),
+    ]
+    for arguments, says, ranks in cases:
+        done = run_job("prune", arguments, ranks, check=False)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {says}") and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ranks
+def test_on_one_rank_alone(checkpoint, tmp_path):
+    """Before the first layer, where the first rank waits for the others: that rank says so, once nobody has ended it."""
+    script, arguments = tmp_path / "script.py", settings(checkpoint("mixtral"), tmp_path / "run")
+    lines = [
+        "import os, runpy, sys, jobs",
+        "jobs.ALIKE = 1.0",
+        "if os.environ['RANK'] == '1': sys.argv[1] = 'model.path=/nowhere'",
+    ]
+    script.write_text("\n".join([*lines, "runpy.run_module('jobs.prune', run_name='__main__', alter_sys=True)"]))
+    done = run_warm([script, *arguments], 2, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1, before the first layer: model.path=/nowhere: not a folder; download the checkpoint first"]
+
+
+@pytest.mark.slow
+def test_an_error_has_no_place_in_the_run_before(checkpoint, tmp_path):
+    done = run_job("prune", ["-m", *settings(checkpoint("mixtral"), tmp_path / "sweep", target="0.4,2")], check=False)
+    assert "prune 03/3" in done.stdout and done.stderr.startswith("error: target=2.0: ")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def numbers(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in VARYING}
 
 
-def test_result_and_what_is_there_already(checkpoint, ranks, rows, tmp_path, capsys):
+def test_result_and_what_is_there_already(checkpoint, ranks, rows, tmp_path, capsys, monkeypatch):
     """Rows alone, then beside the dense model, then text alone; the same command once more computes nothing."""
     dense, model = checkpoint("mixtral"), damaged(checkpoint("mixtral"), tmp_path / "model")
     first = evaluate(asking(dense, rows, tmp_path / "dense.json"), ranks)
@@ -68,6 +68,14 @@ def test_result_and_what_is_there_already(checkpoint, ranks, rows, tmp_path, cap
     stamp = (tmp_path / "run" / "result.json").stat().st_mtime_ns
     assert evaluate(pair, ranks) == second and "complete already" in capsys.readouterr().out
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == stamp
+
+    alone = replace(pair, dense="", output=str(tmp_path / "alone.json"))
+    evaluate(alone, ranks)
+    with monkeypatch.context() as patch:  # what it lacks is added; nothing is generated again
+        patch.setattr("stun.evaluation.job.generate", None)
+        assert numbers(evaluate(replace(pair, output=alone.output), ranks)) == numbers(second)
+    with pytest.raises(StunError, match=r"holds another result \(dense: \w+ there, None now\)"):
+        evaluate(alone, ranks)
 
     text = evaluate(asking(model, None, tmp_path / "text.json", text=PACKED), ranks)
     assert text["tokens"] == 4 * 23 and not text.keys() & {"rows", "right", "groups", "exact_match", "average", "dense"}
@@ -188,7 +196,7 @@ def test_half_the_rows_where_the_gpu_is_too_small(checkpoint, ranks, rows, tmp_p
     monkeypatch.setattr("stun.evaluation.job.score", small)
     evaluate(asked, ranks)
     said = capsys.readouterr().out
-    assert [f"score: out of GPU memory; {size} rows at once" in said for size in (6, 3, 1)] == [True, True, True]
+    assert [f"score: out of GPU memory; {size} at once" in said for size in ("6 rows", "3 rows", "1 row")] == [True, True, True]
     fits = 0
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(replace(asked, output=str(tmp_path / "b.json")), ranks)

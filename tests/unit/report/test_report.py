@@ -456,4 +456,7 @@ def test_runs_with_less_to_show(measured, tmp_path):
     assert re.search(r"^text .* -  +2\.500$", printed, re.M) and re.search(r"^old .* -  +-$", printed, re.M)
     page = (tmp_path / "old" / "report" / "index.html").read_text()
     assert page.count("<picture>") == 1 and "took no statistics" in page and "Not evaluated" in page and "layers.json" in page
+    file = tmp_path / "dense.json"
+    assert f"model.path=DENSE_MODEL task.path=ROWS.jsonl output={file}\n" in page
+    assert f"model.path={tmp_path}/old/model task.path=ROWS.jsonl dense={file} output={tmp_path}/old/result.json<" in page
     assert "exact match" not in (tmp_path / "text" / "report" / "index.html").read_text()

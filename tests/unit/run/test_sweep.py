@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
+from helpers.configs import composed
 from helpers.launches import run_job, settings
+from helpers.paths import HELDOUT
 from helpers.selections import CALIBRATION, config
 from helpers.tensors import same_tensors
-from stun.config import StunError
+from stun.config import Precision, StunError
+from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune
 from stun.report.runs import runs_in
 from stun.report.tables import report_table
-from stun.run.sweep import runs, stages
+from stun.run.sweep import folder_name, runs, stages
 from stun.statistics.store import Statistics
 
 
@@ -27,15 +35,40 @@ def test_statistics_come_first_and_once():
 def test_what_the_first_stream_sees_is_observed_for_every_value():
     observe, rest = stages(["-m", "calibration.samples=8,16", "calibration=a,b", "sparsify=wanda,alps", "run_dir=s"])
     assert {"calibration.samples=8,16", "calibration=a,b", "sparsify=wanda"} <= set(observe)
-    shared = "calibration.samples=${calibration.samples},calibration=${hydra:runtime.choices.calibration}"
+    samples, group = "calibration.samples,${calibration.samples}", "calibration,${hydra:runtime.choices.calibration}"
+    shared = f"${{folder_name:{group}}}+${{folder_name:{samples}}}"
     assert observe[-1] == f"run_dir='s/statistics/{shared}'" and f"statistics='s/statistics/{shared}'" in rest
-    assert stages(["precision=auto,float32", "run_dir=s"])[0][-1] == "run_dir='s/statistics/precision=${precision}'"
+    assert (
+        stages(["precision=auto,float32", "run_dir=s"])[0][-1] == "run_dir='s/statistics/${folder_name:precision,${precision}}'"
+    )
+
+
+def test_the_dense_model_is_evaluated_with_the_statistics():
+    """Once for every value that its result depends on; a file that is given is used."""
+    observe, rest = stages(["experts.fraction=0.1,0.2", "task=reference", "run_dir=s"])
+    assert "dense='s/dense.json'" in observe and "dense='s/dense.json'" in rest and "task=reference" in observe
+    for part in stages(["target=0.1,0.2", "task.rows=3,4", "run_dir=s"]):
+        assert {"dense='s/dense-${folder_name:task.rows,${task.rows}}.json'", "task.rows=3,4"} <= set(part)
+    given = stages(["target=0.1,0.2", "task=reference", "dense=d.json", "run_dir=s"])
+    assert all([word for word in part if "dense" in word] == ["dense=d.json"] for part in given)
+    assert not any("dense" in word for part in stages(["target=0.1,0.2", "run_dir=s"]) for word in part)
 
 
 def test_every_combination_is_a_run():
     lines = runs(["experts.fraction=0.1,0.2", "sparsify=wanda,magnitude", "target=0.4", "run_dir=r"])
     swept = [tuple(word for word in line if word.startswith(("experts.fraction=", "sparsify="))) for line in lines]
     assert sorted(swept) == [(f"experts.fraction={f}", f"sparsify={s}") for f in ("0.1", "0.2") for s in ("magnitude", "wanda")]
+
+
+def test_folders_have_unique_names_that_need_no_quotes():
+    values = [0.1, True, "wanda", Precision.auto, "2:4", "2-4", "/data/a b.jsonl", "-data-a b.jsonl", OmegaConf.create(["L0E3"])]
+    values += ["L0E3", "a+target-0.1", "x" * 300, "x" * 301, "ä", "'", "=", ""]
+    names = [folder_name("experts.fraction", value) for value in values]
+    assert names[:4] == [f"experts.fraction-{value}" for value in ("0.1", "true", "wanda", "auto")]
+    assert len(set(names)) == len(values) and names[4].startswith("experts.fraction-2-4.") and max(map(len, names)) < 100
+    for name in ("+".join(names[:2]), *names):
+        assert shlex.quote(name) == name
+        assert OverridesParser.create().parse_override(f"model.path=runs/s/{name}/model").value() == f"runs/s/{name}/model"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +123,50 @@ def test_report(observed, tmp_path, ranks):
     assert "0.4000" in report_table(found) and "not complete" in report_table(found)
 
 
+@pytest.mark.slow
+def test_every_run_is_evaluated_and_the_dense_model_once(checkpoint, tmp_path):
+    """On the command line; repeated, it evaluates the run alone whose result is not there."""
+    rows, root = tmp_path / "rows.jsonl", tmp_path / "sweep"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
+    task = {"task__path": rows, "task__max_new_tokens": 2}
+    words = ["-m", *settings(checkpoint("mixtral"), root, experts__fraction="0.2,0.9", calibration__samples=2, **task)]
+    said, results = run_job("prune", words).stdout, [root / f"experts.fraction-{share}" / "result.json" for share in (0.2, 0.9)]
+    assert said.count("] score ") - said.count("] score 0") == 3 and said.count("KL from dense") == 2
+    dense, *pruned = (json.loads(file.read_text()) for file in (root / "dense.json", *results))
+    assert all(result["dense"]["average"] == dense["average"] and result["agreement"]["kl"] > 0 for result in pruned)
+    table = run_job("report", [f"folder={root}"]).stdout
+    for share, result in zip((0.2, 0.9), pruned, strict=True):
+        assert re.search(rf"^experts.fraction-{share} .* {result['perplexity']:.3f}$", table, re.M)
+    results[1].unlink()
+    again = run_job("prune", words).stdout
+    assert (
+        again.count("] score ") - again.count("] score 0") == 1
+        and json.loads(results[1].read_text())["right"] == pruned[1]["right"]
+    )
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["dense=d.json"], "task.path: a file or dataset"),
+        (["task.rows=3"], "task.path: a file or dataset"),
+        (["task.path=/no/rows.jsonl"], "task.path=/no/rows.jsonl: no such file"),
+        (["task=reference", "task.rows=5000"], "task.rows=5000: "),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused_before_work(checkpoint, tmp_path, ranks, words, says):
+    cfg = OmegaConf.to_object(composed("prune", [*settings(checkpoint("mixtral"), tmp_path / "run"), *words]))
+    with pytest.raises(StunError, match=says):
+        prune_then_evaluate(cfg, ranks)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.ranks
 def test_one_run_after_the_other_on_the_same_ranks(checkpoint, tmp_path):
     source = checkpoint("mixtral")
-    run_job("prune", ["-m", *settings(source, tmp_path / "sweep", experts__fraction="0.2,0.9")], 2)
-    run_job("prune", settings(source, tmp_path / "alone", experts__fraction=0.9), 1)
-    same_tensors(tmp_path / "alone" / "model", tmp_path / "sweep" / "experts.fraction=0.9" / "model")
-    assert "experts.fraction=0.2" in run_job("report", [f"folder={tmp_path / 'sweep'}"]).stdout
+    swept = {"experts__fraction": "0.2,0.9", "sparsify": "choice(wanda)", "sparsify__scope": "choice([experts,attention])"}
+    run_job("prune", ["-m", *settings(source, tmp_path / "sweep", **swept)], 2)
+    run_job("prune", settings(source, tmp_path / "alone", experts__fraction=0.9, sparsify__scope="[experts,attention]"), 1)
+    others = f"+sparsify-wanda+{folder_name('sparsify.scope', OmegaConf.create(['experts', 'attention']))}"
+    same_tensors(tmp_path / "alone" / "model", tmp_path / "sweep" / f"experts.fraction-0.9{others}" / "model")
+    assert f"experts.fraction-0.2{others}  " in run_job("report", [f"folder={tmp_path / 'sweep'}"]).stdout

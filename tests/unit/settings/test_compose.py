@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stun.config import PruneConfig, StunError
+from stun.config import StunError
+from stun.evaluation.config import PruneAndEvaluateConfig
 from stun.settings.compose import SCHEMAS, check_overrides, composed, reference_file
 
 GIVEN = ["model.path=m", "calibration.path=c", "target=0.4", "run_dir=r"]
@@ -12,7 +13,7 @@ GIVEN = ["model.path=m", "calibration.path=c", "target=0.4", "run_dir=r"]
 
 def test_a_configuration_is_an_object_of_the_jobs_dataclass():
     cfg = composed("prune", [*GIVEN, "experiment=paper", "target=0.3", "+experts.source_weights={code:2}"])
-    assert type(cfg) is PruneConfig and cfg.target == 0.3 and cfg.experts.source_weights == {"code": 2.0}
+    assert type(cfg) is PruneAndEvaluateConfig and cfg.target == 0.3 and cfg.experts.source_weights == {"code": 2.0}
 
 
 @pytest.mark.parametrize(
