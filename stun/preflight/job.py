@@ -32,6 +32,7 @@ class Estimate:
         self.text = job.samples.available if job.samples else ""
         self.result, self.loads = result_line(job), loads_line(job)
         self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
+        self.note = ZEROS if job.plan.zeros else ""
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(arch, job.plan, launch.world, streams)
@@ -65,20 +66,20 @@ def report(needs: Estimate) -> list[str]:
         "result": needs.result,
         "loads": needs.loads,
         "method": needs.method,
+        "note": needs.note,
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
         "disk": f"{size(needs.disk)} needed, {size(needs.free)} free",
         "time": f"at least {duration(sum(least.values()))} ({times})",
     }
-    return [f"{name:7s} {line}" for name, line in lines.items()]
+    return [f"{name:7s} {line}" for name, line in lines.items() if line]
 
 
 def check(job: Job, launch: Launch) -> tuple[list[str], str]:
     """Lines to print, with warnings for close cases, and the reason why the job cannot fit, empty if it can."""
     needs = Estimate(job, launch)
     lines, refusals, hints = report(needs), [], []
-    lines += [f"note: {ZEROS}"] if job.plan.zeros else []
     for name, share, needed, available in (
         ("disk", 1.0, needs.disk, needs.free),
         ("host memory of a node", SURE, needs.host, launch.host_memory),

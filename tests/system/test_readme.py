@@ -60,7 +60,7 @@ def test_will_it_fit(checkpoint, tmp_path):
     small = {"calibration.path": str(HELDOUT), "calibration.samples": "8", "calibration.length": "32"}
     output = run(here(command, {**small, "model.path": str(checkpoint("arctic")), "run_dir": str(tmp_path / "run")}))
     said = re.findall(r"^\[.*?\] (\w+)  ", output, re.M)
-    assert said == ["launch", "model", "result", "loads", "method", "reads", "writes", "memory", "disk", "time"]
+    assert said == ["launch", "model", "result", "loads", "method", "note", "reads", "writes", "memory", "disk", "time"]
     assert "16 ranks on 2 nodes, h100" in output and not (tmp_path / "run").exists()
 
 
