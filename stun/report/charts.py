@@ -76,8 +76,8 @@ def scores(theme: Theme, data: list[Selection]) -> Figure:
     for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.removed, "removed")):
         layers, values = [], []
         for choice in data:
-            scale = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0
-            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in set(choice.kept)) is is_kept]
+            scale, chosen_ones = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0, set(choice.kept)
+            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in chosen_ones) is is_kept]
             layers += [choice.layer] * len(chosen)
             values += chosen
         least += values

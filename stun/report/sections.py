@@ -6,8 +6,8 @@ from pathlib import Path
 
 from stun.report import charts, data, html
 from stun.report.folder import RunFolder
-from stun.report.layer_maps import tile
-from stun.report.png import pictures, saved
+from stun.report.layer_maps import tiles
+from stun.report.png import pictures
 from stun.report.tables import job_command
 
 
@@ -43,12 +43,7 @@ def _selections(run: RunFolder, folder: Path) -> str:
         else "Strong colour is alike. The tree above a map joins alike experts; the dashed line is where this run cut it, and "
         "every green branch below it became one expert."
     )
-    tiles, kind = [], "tiles few" if len(selections) <= 12 else "tiles"
-    for selection in selections:
-        content = saved(tile(selection), folder / f"experts-of-layer-{selection.layer:03d}.png")
-        caption = f"layer {selection.layer} · {len(selection.score_E)} → {len(selection.kept)}"
-        tiles.append(html.small_picture(content, f"experts of layer {selection.layer}", caption))
-    return html.section(title, aid, f'<div class="{kind}">{"".join(tiles)}</div>', True)
+    return html.section(title, f"{aid} Each can be enlarged.", tiles(selections, folder), True)
 
 
 def _evaluation(run: RunFolder, folder: Path) -> str:

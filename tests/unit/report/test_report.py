@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 
+from helpers.large_runs import make_run
 from helpers.launches import run_job, settings
 from helpers.paths import TEXT
 from helpers.results import RESULT
@@ -39,7 +41,7 @@ from stun.pruning.job import prune, take_statistics
 from stun.report import data
 from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
-from stun.report.layer_maps import branches, cut
+from stun.report.layer_maps import branches, cut, near, tiles
 from stun.report.tables import job_command, results_table
 from stun.report.write import describe, write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together
@@ -289,10 +291,36 @@ def test_page_is_whole(measured):
     assert pngs == {f"{n}-{t}.png" for n in names for t in ("light", "dark")} | {f"experts-of-layer-00{n}.png" for n in (0, 2)}
     assert text.count("<picture>") == len(names) and text.count("<img ") == len(names) + 2
     links = re.findall(r"(?:src|srcset|href)=\"([^\"]{0,12})|url\(([^)]*)|@import|<script", text)
-    assert links and all(link[0].startswith("data:") for link in links)
-    assert "task &lt;b&gt;: acc" in text and "<b>" not in text
+    assert links and all(link[0].startswith(("data:", "#")) for link in links)
+    assert "task &lt;b&gt;: acc" in text and "task <b>" not in text
     assert "experts.fraction=auto" in text and "experts.fraction was given" in text, "what has no data says what gives it"
     assert 'name="viewport"' in text and len(text) < 3e6
+
+
+@pytest.mark.slow
+def test_page_of_a_large_model(tmp_path):
+    """As many layers and experts as Kimi-K2: every layer is there, and the page can be sent and opened."""
+    page = write_reports(make_run(tmp_path / "run", 61, 384))[0]
+    assert page.stat().st_size < 3e6
+    text = page.read_text()
+    assert all(f'id="map-{layer}"' in text for layer in range(61)) and text.count('class="map"') == 61
+    (own, *_) = data.scores(RunFolder.open(tmp_path / "run"))
+    near_EE, low, high = near(own)
+    pairs = own.distance_EE[own.order][:, own.order]
+    assert near_EE == pytest.approx(np.clip((high - pairs) / (high - low), 0, 1)) and f"{low:.3g}<i></i>{high:.3g}" in text
+    alone = Image.open(tmp_path / "run" / "report" / "experts-of-layer-000.png").convert("RGBA").getchannel("A")
+    assert np.abs(np.asarray(alone) / 255 - near_EE).max() < 0.02, "a square for every pair"
+
+
+def test_order_of_the_experts_is_written_beside_the_map(tmp_path):
+    """Clusters of the plan in brackets, kept experts in bold, in the order of the map's columns."""
+    run = RunFolder.open(make_run(tmp_path / "run", 1, 12))
+    (own,) = data.scores(run)
+    text = re.search(r'class="experts">(.*?)</p>', tiles([own], tmp_path))[1]
+    assert [int(number) for number in re.findall(r"\d+", text)] == own.order
+    assert [int(number) for number in re.findall(r"<b>(\d+)", text)] == [e for e in own.order if e in own.kept]
+    groups = {frozenset(map(int, re.findall(r"\d+", group))) for group in re.findall(r"\[(.*?)\]", text)}
+    assert groups == {frozenset(cluster) for cluster in own.clusters if len(cluster) > 1} != set()
 
 
 @pytest.mark.slow
