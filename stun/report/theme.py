@@ -49,11 +49,11 @@ THEMES = (LIGHT, DARK)
 EITHER_KEPT = "#1f9a74"  # readable on both kinds of page
 
 
-def canvas(theme: Theme, height: float, columns: int = 1, ratios: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:
+def canvas(theme: Theme, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Figure with a transparent background and `columns` panels side by side."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for panel in axes:
         _plain(panel, theme)
     return figure, list(axes)

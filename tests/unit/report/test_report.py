@@ -38,13 +38,15 @@ from stun.config import (
     StunError,
 )
 from stun.pruning.job import prune, take_statistics
-from stun.report import data
+from stun.report import charts, data
 from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
 from stun.report.layer_maps import branches, cut, near, tiles
 from stun.report.tables import job_command, results_table
+from stun.report.theme import LIGHT, THEMES
 from stun.report.write import describe, write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together
+from stun.run.layer_records import KINDS
 
 MIXTURE = {"math": SourceConfig(path=str(TEXT), weight=2.0), "code": SourceConfig(path=str(TEXT))}
 
@@ -280,6 +282,31 @@ def test_statistics_alone_are_measured_too(checkpoint, tmp_path, ranks):
         report(tmp_path / "run")
 
 
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
+def test_a_kind_of_tensor_has_one_colour(theme):
+    """Whichever kinds a model has; and no two kinds share one."""
+    colors = {}
+    for kinds in (KINDS, ("experts", "attention"), ("mlp", "other")):
+        (axes,) = charts.sparsity(theme, {kind: [0.1, 0.2] for kind in (*kinds, "all")}).axes
+        drawn = {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in KINDS}
+        assert drawn.keys() == set(kinds)
+        assert all(colors.setdefault(kind, color) == color for kind, color in drawn.items())
+    assert len(set(colors.values()) - {theme.kept, theme.removed}) == len(KINDS)
+
+
+def test_pictures_show_differences():
+    """Where nearly all is as in the dense model, what differs is drawn, and the axis says so."""
+    (axes,) = charts.experts_kept(LIGHT, {"experts": [128, 128], "kept": [127, 125]}).axes
+    assert [bar.get_height() for bar in axes.patches] == [1, 3] and axes.get_ylabel() == "experts removed, of 128"
+    (axes,) = charts.experts_kept(LIGHT, {"experts": [8, 8], "kept": [3, 8]}).axes
+    assert [bar.get_height() for bar in axes.patches] == [8, 8, 3, 8] and axes.get_ylabel() == "experts"
+    (axes,) = charts.evaluation(LIGHT, {"adding": (0.98, 0.96), "sorting": (0.99, 1.0)}).axes
+    low, high = axes.get_xlim()
+    assert -0.03 < low < -0.02 < 0.01 < high < 0.02 and axes.get_xlabel() == "exact match, pruned minus dense"
+    assert [text.get_text() for text in axes.texts] == ["0.98 → 0.96", "0.99 → 1.00"]
+    assert charts.evaluation(LIGHT, {"adding": (None, 0.96)}).axes[0].get_xlabel() == "exact match"
+
+
 @pytest.mark.slow
 def test_page_is_whole(measured):
     """Every section has its picture in both themes; nothing comes from elsewhere; what files say is text, never HTML."""
@@ -295,6 +322,8 @@ def test_page_is_whole(measured):
     assert "task &lt;b&gt;: acc" in text and "task <b>" not in text
     assert "experts.fraction=auto" in text and "experts.fraction was given" in text, "what has no data says what gives it"
     assert 'name="viewport"' in text and len(text) < 3e6
+    words = re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.S) + (folder / "model" / "README.md").read_text()
+    assert not re.search(r"\b(left|leaves?|stay(s|ed)?|gone)\b", words), "experts and weights are kept or removed"
 
 
 @pytest.mark.slow
