@@ -244,21 +244,3 @@ def size(theme: Theme, data: dict[str, int]) -> Figure:
     axes.set_xticks([])
     axes.grid(visible=False)
     return figure
-
-
-def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabel: str, ylabel: str) -> Figure:
-    """Runs (name, cost, quality, whether on the Pareto front, number), those on the front joined."""
-    figure, (axes,) = canvas(theme, 3.0)
-    best = sorted((x, y) for _, x, y, is_best, _ in points if is_best)
-    axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=1)
-    for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten by another")):
-        shown = [(x, y) for _, x, y, is_on_front, _ in points if is_on_front is is_best]
-        if shown:
-            axes.scatter(*zip(*shown, strict=True), s=40, color=color, label=label, zorder=2)
-    for _, x, y, _, number in points:
-        axes.annotate(f"{number}", (x, y), xytext=(5, 4), textcoords="offset points", color=theme.ink, fontsize=9)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    axes.margins(0.1)
-    legend(axes, theme)
-    return figure

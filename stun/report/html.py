@@ -1,6 +1,7 @@
 """HTML of a page: one self-contained file without scripts, for light and dark screens of any width."""
 
 import base64
+import re
 from html import escape
 
 from stun.report.style import STYLE
@@ -16,10 +17,23 @@ def page(title: str, body: str) -> str:
     return f"{top}\n<body><main>\n{body}\n</main></body></html>\n"
 
 
+def header(eyebrow: str, title: str, verdict: str, commands: list[str], rest: str = "") -> str:
+    """Top of a page: what it is of, its name, the verdict, and the commands that would make it a better one. `eyebrow` and `rest`
+    are HTML."""
+    lines = "".join(command(text) for text in commands)
+    top = f'<p class="eyebrow">{eyebrow}</p>\n<h1>{breakable(title)}</h1>\n<p class="verdict">{breakable(verdict)}</p>'
+    return f"<header>\n{top}\n{lines}{rest}\n</header>"
+
+
+def breakable(text: str) -> str:
+    """Text with names of runs in it, which may break between their parts, and not within a number."""
+    return re.sub(r"[,/=_-](?!$)|(?<=[A-Za-z])\.(?=[A-Za-z])", r"\g<0><wbr>", escape(text))
+
+
 def section(title: str, aid: str, content: str, is_wide: bool = False) -> str:
     """Part of the page: `title` and `aid` are plain text, `content` is HTML."""
     kind = ' class="wide"' if is_wide else ""
-    return f'<section{kind}>\n<h2>{escape(title)}</h2>\n<p class="aid">{escape(aid)}</p>\n{content}\n</section>'
+    return f'<section{kind}>\n<h2>{escape(title)}</h2>\n<p class="aid">{breakable(aid)}</p>\n{content}\n</section>'
 
 
 def picture(light: bytes, dark: bytes, alt: str) -> str:
@@ -64,19 +78,20 @@ def facts(entries: list[tuple[str, str, str]]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]], kind: str = "numbers") -> str:
-    """Table: cells are HTML, the header is plain text. `kind` is numbers, words, or runs (with names in the second column)."""
+    """Table, which scrolls in its own box where the window is too narrow: cells are HTML, the header is plain text. `kind` is
+    numbers, words, or runs, whose first column stays in view."""
     top = f"<tr>{''.join(f'<th scope=col>{escape(cell)}</th>' for cell in header)}</tr>" if header else ""
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{top}{body}</table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{kind}">{top}{body}</table></div>'
 
 
 def command(text: str) -> str:
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
-def none(text: str, remedy: str = "") -> str:
-    """Text in place of a picture: why there is none, and the command `remedy` that makes it."""
-    return f'<p class="none">{escape(text)}</p>{command(remedy) if remedy else ""}'
+def none(text: str) -> str:
+    """Text in place of a picture."""
+    return f'<p class="none">{escape(text)}</p>'
 
 
 def _uri(png: bytes) -> str:

@@ -6,6 +6,7 @@ import shlex
 from rich.table import Table
 from rich.text import Text
 
+from stun.report.fronts import dense_models
 from stun.runtime.console import printed
 from stun.runtime.units import count, size
 
@@ -75,19 +76,19 @@ def plan_table(plans: dict) -> str:
 
 
 def report_table(runs: dict[str, dict | str]) -> str:
-    """Table with a row per run: its summary and, if there is one, its evaluation; or its progress."""
+    """Table with a row for the dense model and for every run: its summary and, if there is one, its evaluation. Below it a line
+    for every run that has a text instead: its progress, or why it cannot be read."""
     table = Table(box=None, pad_edge=False)
-    titles = ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
-    for title in titles:
+    for title in ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity"):
         table.add_column(title, justify="right" if title else "left")
-    for name, run in runs.items():
-        if isinstance(run, str):
-            table.add_row(name, run)
-            continue
+    complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
+    for name, run in {**dense_models(complete), **complete}.items():
         kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result", {})
         scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
-        table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
-    return printed(table)
+        cost = [f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}"] if "seconds" in run else ["-", "-"]
+        table.add_row(name, f"{run['sparsity']:.4f}", kept, *cost, *scores)
+    others = "".join(f"{name}: {text}\n" for name, text in runs.items() if isinstance(text, str))
+    return (printed(table) if complete else "") + others
 
 
 def summary_table(summary: dict, run_dir: str) -> str:

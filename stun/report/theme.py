@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
-WIDTH, DPI = 5.2, 190  # inches; a picture is as wide as a phone, or half a screen
+WIDTH, DPI = 4.7, 200  # inches; a picture is as wide as a phone, or half a screen
 
 
 @dataclass(frozen=True)

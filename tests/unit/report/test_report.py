@@ -39,12 +39,12 @@ from stun.config import (
 )
 from stun.pruning.job import prune, take_statistics
 from stun.report import charts, data
-from stun.report.comparison import Point, alike, fronts, pareto
 from stun.report.folder import RunFolder
 from stun.report.layer_maps import branches, cut, near, tiles
 from stun.report.tables import job_command, results_table
 from stun.report.theme import LIGHT, THEMES
-from stun.report.write import describe, write_reports
+from stun.report.write import report as reported
+from stun.report.write import write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together
 from stun.run.layer_records import KINDS
 
@@ -53,7 +53,7 @@ MIXTURE = {"math": SourceConfig(path=str(TEXT), weight=2.0), "code": SourceConfi
 
 def report(folder: Path) -> str:
     """What jobs.report prints."""
-    return describe(folder, write_reports(folder))
+    return reported(folder)[1]
 
 
 @pytest.fixture(scope="module")
@@ -379,23 +379,6 @@ def test_routing_groups_and_a_given_plan(checkpoint, tmp_path, ranks):
     assert kurtoses["experts"]["dense"] is None and kurtoses["experts"]["experts_removed"] > 0
 
 
-def test_pareto_front():
-    """Against its definition, on random points with ties."""
-    generator = np.random.default_rng(0)
-    for more in (True, False):
-        points = [Point(str(n), *map(float, generator.integers(0, 6, 2))) for n in range(40)]
-        better = (lambda a, b: a >= b) if more else (lambda a, b: a <= b)
-        for point in pareto(points, more):
-            dominated = [
-                p
-                for p in points
-                if p.cost <= point.cost
-                and better(p.quality, point.quality)
-                and (p.cost < point.cost or (p.quality != point.quality and better(p.quality, point.quality)))
-            ]
-            assert point.is_best is (not dominated)
-
-
 @pytest.mark.slow
 def test_comparison(measured, checkpoint, tmp_path, ranks):
     """Runs of a folder: a page each, one beside one another; a run without an evaluation is in the table alone."""
@@ -411,17 +394,6 @@ def test_comparison(measured, checkpoint, tmp_path, ranks):
     assert 'href="../b%200.5/report/index.html"' in page and page.count("<picture>") == 2 and "not complete" in page
     assert (tmp_path / "a=0.3" / "report" / "index.html").is_file() and (tmp_path / "b 0.5" / "report" / "index.html").is_file()
     assert report(tmp_path).splitlines()[-1] == printed.splitlines()[-1], "what is there already is no obstacle"
-
-
-def test_runs_that_were_asked_something_else_are_not_compared():
-    """What they scored is no quality beside the others'."""
-
-    def done(value: float, sequences: str) -> dict:
-        return {"sparsity": 0.5, "disk_bytes": 9, "result": {"average": value, "request": {"sequences": sequences}}}
-
-    runs = {"a": done(0.5, "x"), "b": done(0.9, "y"), "c": done(0.6, "x"), "d": {"sparsity": 0.5, "disk_bytes": 9}}
-    assert set(alike(runs)) == {"a", "c"} and alike({}) == {}
-    assert [(point.name, point.is_best) for point in fronts(runs)["bytes"]] == [("a", False), ("c", True)]
 
 
 @pytest.mark.slow
@@ -513,4 +485,5 @@ def test_runs_with_less_to_show(measured, tmp_path):
     assert re.search(r"^text .* -  +2\.500$", printed, re.M) and re.search(r"^old .* -  +-$", printed, re.M)
     page = (tmp_path / "old" / "report" / "index.html").read_text()
     assert page.count("<picture>") == 1 and "took no statistics" in page and "Not evaluated" in page and "layers.json" in page
+    assert "model.path=MODEL" in page, "the source is not known either"
     assert "exact match" not in (tmp_path / "text" / "report" / "index.html").read_text()
