@@ -4,29 +4,31 @@ from stun.report.theme import EITHER_KEPT
 
 STYLE = """
 :root { --paper:#fcfbf8; --ink:#23262a; --faint:#62676c; --line:#e2dfd8; --kept:#12795a; --removed:#b4471f; --tint:#f3f1ec;
-  --map:MAP }
+  --shade:#23262a33; --map:MAP }
 @media (prefers-color-scheme: dark) {
-  :root { --paper:#15171a; --ink:#e4e2dc; --faint:#9a9fa5; --line:#2d3136; --kept:#4fbf97; --removed:#ee8a68; --tint:#1d2024 }
+  :root { --paper:#15171a; --ink:#e4e2dc; --faint:#9a9fa5; --line:#2d3136; --kept:#4fbf97; --removed:#ee8a68; --tint:#1d2024;
+    --shade:#e4e2dc33 }
 }
 * { box-sizing:border-box }
 html { color-scheme:light dark; -webkit-text-size-adjust:100% }
-body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 Charter,"Bitstream Charter","Sitka Text",Cambria,serif }
+body { margin:0; overflow-wrap:break-word; background:var(--paper); color:var(--ink);
+  font:16px/1.5 Charter,"Bitstream Charter","Sitka Text",Cambria,serif }
 main { max-width:73rem; margin:0 auto; padding:2.5rem 1.25rem 4rem }
-h1 { font-size:clamp(1.7rem,5vw,2.5rem); line-height:1.15; font-weight:600; letter-spacing:-.01em; margin:0;
-  overflow-wrap:anywhere }
+h1 { font-size:clamp(1.7rem,5vw,2.5rem); line-height:1.15; font-weight:600; letter-spacing:-.01em; margin:0 }
 h2 { font-size:1.15rem; font-weight:600; margin:0 0 .15rem }
 p { margin:0 0 .8rem; max-width:42rem }
 a { color:var(--kept) }
 .eyebrow, dt, th, figcaption, footer, .none, .scale, .bar, .experts {
   font-family:ui-sans-serif,system-ui,"Segoe UI",Roboto,sans-serif }
-.eyebrow { color:var(--faint); font-size:.8rem; margin:0 0 .5rem; overflow-wrap:anywhere }
+.eyebrow { color:var(--faint); font-size:.8rem; margin:0 0 .5rem }
 .aid { color:var(--faint); font-size:.95rem }
+.verdict { font-size:1.2rem; line-height:1.4; margin:.8rem 0 1rem }
 dl.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(9rem,1fr)); gap:1.4rem 2rem; margin:2rem 0 0;
   padding:1.4rem 0 0; border-top:2px solid var(--ink) }
 .facts div { min-width:0 }
 dt { color:var(--faint); font-size:.8rem }
 dd { margin:0; font-size:1.75rem; line-height:1.2; font-variant-numeric:lining-nums tabular-nums }
-dd small { display:block; color:var(--faint); font-size:.85rem; line-height:1.4 }
+dd { white-space:nowrap } dd small { display:block; white-space:normal; color:var(--faint); font-size:.85rem; line-height:1.4 }
 .sections { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:0 3rem }
 section { border-top:1px solid var(--line); padding:1.3rem 0 2rem; margin-top:1rem; min-width:0 }
 section.wide { grid-column:1/-1 }
@@ -56,18 +58,21 @@ figure:target .bars { height:60vh }
   background:linear-gradient(to right,var(--map),transparent); vertical-align:-.1rem }
 .experts { font-variant-numeric:lining-nums tabular-nums; line-height:1.7 } .experts b { color:var(--kept) }
 figcaption { color:var(--faint); font-size:.78rem; padding-top:.35rem; font-variant-numeric:tabular-nums }
-.scroll { overflow-x:auto }
+.scroll { overflow-x:auto; background:linear-gradient(to left,var(--paper) 40%,transparent) right/2.5rem 100% no-repeat local,
+  linear-gradient(to left,var(--shade),transparent) right/.9rem 100% no-repeat scroll }
 table { border-collapse:collapse; font-size:.95rem; font-variant-numeric:lining-nums tabular-nums }
 th { font-size:.78rem; font-weight:500; color:var(--faint); text-align:right; vertical-align:bottom }
-td { text-align:right; white-space:nowrap }
-td:first-child, table.runs td:nth-child(2), table.words td { white-space:normal; overflow-wrap:anywhere }
-table.runs :nth-child(2) { text-align:left; min-width:9rem }
-th, td { padding:.35rem .9rem .35rem 0; border-bottom:1px solid var(--line) }
-th:first-child, td:first-child, table.words td { text-align:left }
-table.words td:first-child { white-space:nowrap; vertical-align:top; color:var(--faint) }
+td, th { padding:.35rem .9rem .35rem 0; border-bottom:1px solid var(--line); white-space:nowrap }
+td { text-align:right }
+td:first-child, th:first-child, .words td { text-align:left }
+.numbers td:first-child, .runs td:first-child, .words td { white-space:normal }
+.runs td:first-child, .runs th:first-child { position:sticky; left:0; min-width:8rem; max-width:45vw; background:var(--paper) }
+.words td { overflow-wrap:anywhere } .words td:first-child { vertical-align:top; color:var(--faint);
+  overflow-wrap:normal }
 .pair { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:1rem 3rem; align-items:start }
-code { font:.85em/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace; overflow-wrap:anywhere }
-pre { background:var(--tint); padding:.8rem 1rem; border-radius:4px; white-space:pre-wrap; margin:.3rem 0 1rem }
+code { font:.85em/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace }
+pre { background:var(--tint); padding:.8rem 1rem; border-radius:4px; white-space:pre-wrap; overflow-wrap:normal;
+  overflow-x:auto; margin:.3rem 0 1rem }
 .none { color:var(--faint); font-size:.9rem }
 @media (max-width:56rem) {
   .sections, .pair { grid-template-columns:minmax(0,1fr) } main { padding-top:1.5rem }

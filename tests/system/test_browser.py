@@ -45,7 +45,7 @@ def pages(tmp_path_factory, ranks):
     folder = tmp_path_factory.mktemp("pages")
     source = make_checkpoint(folder / "source", "mixtral", num_local_experts=12)
     runs = folder / "sweep of runs"
-    for name, target in (("evaluated", 0.4), ("a rather long name,experts.fraction=0.5,target=0.6", 0.6)):
+    for name, target in (("evaluated", 0.4), ("a rather long name,experts.fraction=0.125,target=0.625", 0.6)):
         prune(config(source, runs / name, target=target), ranks)
     (runs / "evaluated" / "result.json").write_text(json.dumps(RESULT))
     return write_reports(runs)
@@ -57,6 +57,25 @@ def large(tmp_path_factory):
     return write_reports(make_run(tmp_path_factory.mktemp("large") / "run", 48, 128))[0]
 
 
+# Numbers that break in two lines, and ends of rows that cannot be scrolled into view.
+BROKEN = """
+const wrong = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+    const node = walker.currentNode, range = document.createRange();
+    for (const match of node.data.matchAll(/\\d[\\d.,]*(\\u00a0[%\\w]+)?/g)) {
+        range.setStart(node, match.index); range.setEnd(node, match.index + match[0].length);
+        const lines = new Set([...range.getClientRects()].filter(box => box.width).map(box => Math.round(box.top)));
+        if (lines.size > 1) wrong.push(match[0]);
+    }
+}
+for (const box of document.querySelectorAll('.scroll')) {
+    box.scrollLeft = 1e6;
+    for (const row of box.querySelectorAll('tr'))
+        if (row.lastElementChild.getBoundingClientRect().right > box.getBoundingClientRect().right + 1)
+            wrong.push(row.textContent);
+}
+return wrong;
+"""
 # How many pixels of the first picture that is shown are ink: dark ones, light ones.
 INK = """
 const picture = document.querySelector('picture img'), canvas = document.createElement('canvas');
@@ -91,6 +110,7 @@ def test_pages(browser, pages):
                 assert all(natural > 0 and 0 < seen <= width and alt for natural, seen, alt in images), (page, theme, width)
                 assert len(images) >= (2 if page == pages[-1] else 9)
                 assert browser.execute_script("return document.documentElement.scrollWidth") <= width, (page, theme, width)
+                assert (wrong := browser.execute_script(BROKEN)) == [], (page, theme, width, wrong)
                 ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
                 assert (ground == "rgb(252, 251, 248)") is (theme == "light")
                 assert not browser.get_log("browser"), "the console is empty"
