@@ -6,6 +6,7 @@ import shlex
 from rich.table import Table
 from rich.text import Text
 
+from stun.model.runtimes import in_words
 from stun.report.fronts import dense_models
 from stun.runtime.console import printed
 from stun.runtime.units import count, size
@@ -108,7 +109,7 @@ def summary_table(summary: dict, run_dir: str) -> str:
     rows |= {
         "read": size(sum(summary["bytes_read"])) + (f" at {size(speed)}/s" if speed else ""),
         "peak memory": f"{size(summary['peak_bytes'])} a rank",
-        **{f"loads in {runtime}": answer for runtime, answer in summary["loads_in"].items()},
+        **in_words(summary["loads_in"]),
         "the model": f"{run_dir}/model",
         "next": job_command("report", folder=run_dir),
     }
