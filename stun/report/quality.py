@@ -59,7 +59,7 @@ def methods(theme: Theme, scores: dict, chosen: list[str] | None = None) -> Figu
     for place, (method, line) in enumerate(values.items()):
         color, (x, y) = theme.colors[place % len(theme.colors)], (list(line), [height(value) for value in line.values()])
         axes.plot(x, y, color=color, linewidth=2, marker="o", markersize=5, zorder=2)
-        names.append(Name(method, x[-1], y[-1], color))
+        names.append(Name(f"{method}  {line[x[-1]]:.3f}", x[-1], y[-1], color))
     axes.set_xlabel("total sparsity of the decoder layers")
     axes.set_xticks(sorted({sparsity for line in values.values() for sparsity in line}))
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))

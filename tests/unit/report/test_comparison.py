@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
+from helpers.configs import composed
 from helpers.large_runs import make_run
+from helpers.pages import README, commands
 from helpers.paths import ROOT
+from jobs.draw import main as draw
+from stun.files import load_json
 from stun.report import quality, verdict
 from stun.report.comparison import short_names, write_comparison
 from stun.report.fronts import Point, alike, dense_models, fronts, pareto, quality_measure
@@ -132,8 +138,22 @@ def test_methods_against_sparsity():
         for target, value in zip(x, y, strict=True):
             seeds = [(seed["odd"] + seed["even"]) / 2 for seed in scores["results"][method][f"{target:g}"]]
             assert value == pytest.approx(np.mean(seeds) - dense)
-    assert {text.get_text() for text in axes.texts} == {"paper", "weights only", "dense  0.975"}
-    assert drawn[0].get_color() == axes.texts[[t.get_text() for t in axes.texts].index("paper")].get_color()
+    colors = {text.get_text(): text.get_color() for text in axes.texts}
+    assert colors.keys() == {"paper  0.842", "weights only  0.395", "dense  0.975"}
+    assert drawn[0].get_color() == colors["paper  0.842"]
+
+
+def test_the_first_picture_of_the_readme_is_that_of_its_scores(tmp_path):
+    """... but for what another version of matplotlib or another font changes; the commands that made both are on a page."""
+    study, picture = commands("picture", (ROOT / "docs" / "selection.md").read_text())[0].splitlines()
+    scores, shown_in_readme = shlex.split(picture)[3:]
+    assert f"({shown_in_readme})" in README and f"scores={scores}" in study
+    cfg = composed("study_demo", ["scores=s"])
+    assert list(cfg.methods) == list(load_json(ROOT / scores)["results"]) and list(cfg.targets) == [0.3, 0.4, 0.5, 0.6, 0.65, 0.7]
+    draw(str(ROOT / scores), str(tmp_path / "picture.png"))
+    drawn, shown = (Image.open(file).convert("RGBA").convert("L") for file in (tmp_path / "picture.png", ROOT / shown_in_readme))
+    assert drawn.size == shown.size
+    assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(shown, dtype=float)).mean() < 2
 
 
 def test_names_in_pictures_are_short():
