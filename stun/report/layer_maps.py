@@ -88,7 +88,7 @@ def _clustered(selection: Selection, folder: Path) -> tuple[str, tuple[str, str]
 
 def _ranked(selection: Selection) -> tuple[str, tuple[str, str]]:
     """Bars of the scores; and, for the enlarged view, their range and the experts in their order."""
-    scale = f"Scores from {max(selection.score_E):.3g} to {min(selection.score_E):.3g}."
+    scale = f"Bars from the least score, {min(selection.score_E):.3g}, to the highest, {max(selection.score_E):.3g}."
     return _ranking(selection), (scale, f'<p class="aid">Experts by score. Those in bold are kept.</p>{_experts(selection)}')
 
 
@@ -130,10 +130,10 @@ def _tree(selection: Selection) -> str:
 
 
 def _ranking(selection: Selection) -> str:
-    """Bars of the scores in descending order."""
-    low, high = min(0.0, *selection.score_E), max(0.0, *selection.score_E)
+    """Bars of the scores in descending order, above the least of them: scores may all be alike, or below zero."""
+    low, high = min(selection.score_E), max(selection.score_E)
     bars: dict[str, list[str]] = {"kept": [], "removed": []}
     for place, expert in enumerate(_by_score(selection)):
-        foot, top = (round(_Y * (high - value) / ((high - low) or 1.0)) for value in (0.0, selection.score_E[expert]))
-        bars["kept" if expert in selection.kept else "removed"].append(f"M{_X * place} {foot}V{top}h{_X - 1}V{foot}")
+        top = min(_Y - 2, round(_Y * (high - selection.score_E[expert]) / ((high - low) or 1.0)))  # the least is seen too
+        bars["kept" if expert in selection.kept else "removed"].append(f"M{_X * place} {_Y}V{top}h{_X - 1}V{_Y}")
     return html.drawing("bars", _X * len(selection.score_E), _Y, {kind: "".join(paths) for kind, paths in bars.items()})

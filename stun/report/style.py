@@ -53,7 +53,7 @@ figure:target .bar a:last-child { margin-left:auto }
 figure:target figcaption { grid-area:caption; color:var(--ink); font-size:1.15rem; padding:0 }
 figure:target .scale { grid-area:scale; display:block } figure:target .details { grid-area:details; display:block }
 figure:target .open { grid-area:drawing; width:max(70vh,var(--least)); cursor:default } figure:target .tree { height:17vh }
-figure:target .bars { height:60vh }
+.tiles figure:target svg.bars { height:50vh; margin-bottom:.8rem }
 .scale i { display:inline-block; width:8rem; height:.8rem; margin:0 .6rem; border:1px solid var(--line);
   background:linear-gradient(to right,var(--map),transparent); vertical-align:-.1rem }
 .experts { font-variant-numeric:lining-nums tabular-nums; line-height:1.7 } .experts b { color:var(--kept) }

@@ -352,6 +352,15 @@ def test_order_of_the_experts_is_written_beside_the_map(tmp_path):
     assert groups == {frozenset(cluster) for cluster in own.clusters if len(cluster) > 1} != set()
 
 
+def test_scores_that_are_all_alike_are_told_apart(tmp_path):
+    """Bars of the ranked experts rise from the least score, kept and removed ones in their own paths."""
+    choice = data.Selection(0, np.zeros((3, 3)), [-0.80, -0.73, -0.79], [1], [], [])
+    text = tiles([choice], tmp_path)
+    heights = {name: re.findall(r"V(\d+)h", path) for name, path in re.findall(r'class="(kept|removed)" d="([^"]*)"', text)}
+    assert heights == {"kept": ["0"], "removed": ["171", "198"]} and "from the least score, -0.8, to the highest, -0.73" in text
+    assert re.search(r'class="experts"><b>1</b> 2 0</p>', text)
+
+
 @pytest.mark.slow
 def test_split_that_was_searched(checkpoint, tmp_path, ranks):
     cfg = config(checkpoint("mixtral"), tmp_path / "run", experts=ExpertsConfig(fraction="auto"))
