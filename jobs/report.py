@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.report.write import describe, write_reports
+from stun.report.write import report
 from stun.tracking.tracker import track_report
 
 
 def work(cfg, ranks) -> None:
-    folder = Path(cfg.folder)
-    pages = ranks.on_first(lambda: write_reports(folder))
-    ranks.on_first(lambda: print(describe(folder, pages)))
+    pages, text = ranks.on_first(lambda: report(Path(cfg.folder)))
+    ranks.on_first(lambda: print(text))
     for page in pages:
         track_report(page.parent.parent, ranks)
 

@@ -8,10 +8,11 @@ ONLY_HERE = ("arctic",)  # families that transformers itself does not have
 def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
     """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none)."""
     distinct, only_here = {count for count in counts if count}, model_type in ONLY_HERE
-    after_import = "after `import stun` only: it has no such family"
+    after_import = "after `import stun` only, since it has no such family"
     if len(distinct) > 1:
-        refused = "no: layers keep different numbers of experts; experts.budget=uniform makes one that loads"
-        return {"this package": "yes", "transformers": after_import if only_here else refused, "vLLM": refused}
+        uneven = "layers keep different numbers of experts; experts.budget=uniform makes one that loads"
+        transformers = after_import if only_here else f"after `import stun` only, since {uneven} without"
+        return {"this package": "yes", "transformers": transformers, "vLLM": f"no, since {uneven}"}
     (experts,) = distinct
     sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
     parallel = f"expert parallel over {', '.join(map(str, sizes))} ranks" if sizes else "no expert parallelism"
@@ -21,3 +22,8 @@ def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
         "transformers": after_import if only_here else "yes, its own class",
         "vLLM": f"where it has the family: {kernels}; {parallel}",
     }
+
+
+def in_words(answers: dict[str, str]) -> dict[str, str]:
+    """What loads a checkpoint, from the result of `runtimes`, as the run's summary, its page and the model card say it."""
+    return {f"loads in {runtime}": answer for runtime, answer in answers.items()}

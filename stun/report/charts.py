@@ -2,6 +2,7 @@
 
 import matplotlib.ticker as ticker
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 
@@ -9,6 +10,7 @@ from stun.report.data import Selection, Usage
 from stun.report.theme import Theme, canvas, legend, words
 from stun.run.layer_records import KINDS, PHASES
 
+_STYLES = ("-", (0, (6, 2)), "-", (0, (3, 3)), ":")  # of the kinds: equal lines show through one another
 _STAGES = {"dense": "dense", "experts_removed": "experts removed", "weights_removed": "weights removed"}
 
 
@@ -20,23 +22,34 @@ def _by_layer(axes, layers: int) -> None:
 
 def _line(axes, values: list, color: str, label: str, **style) -> None:
     numbers = [np.nan if value is None else value for value in values]
-    axes.plot(numbers, color=color, label=label, linewidth=1.8, marker="o", markersize=4 if len(values) <= 40 else 0, **style)
+    settings = {"linewidth": 1.8, "marker": "o", "markersize": 4 if len(values) <= 40 else 0, **style}
+    axes.plot(numbers, color=color, label=label, **settings)
 
 
 def experts_kept(theme: Theme, data: dict[str, list[int]]) -> Figure:
-    figure, (axes,) = canvas(theme, 2.5)
-    layers = range(len(data["kept"]))
-    width = 0.8 if len(layers) <= 40 else 1.0
-    axes.bar(layers, data["experts"], color=theme.line, width=width, label="before")
-    axes.bar(layers, data["kept"], color=theme.kept, width=width, label="kept")
-    if len(layers) <= 16:
-        for layer, kept in enumerate(data["kept"]):
-            axes.text(layer, kept, f"{kept}", ha="center", va="bottom", color=theme.ink, fontsize=9)
-    _by_layer(axes, len(layers))
-    axes.set_ylabel("experts")
+    """Experts before and kept; the removed ones instead where they are so few that all layers would look alike."""
+    removed = [before - kept for before, kept in zip(data["experts"], data["kept"], strict=True)]
+    if 0 < max(removed) <= max(data["experts"]) / 4:
+        axes = _bars(theme, {"removed": (removed, theme.removed)})
+        axes.set_ylabel(f"experts removed, of {max(data['experts'])}")
+    else:
+        axes = _bars(theme, {"before": (data["experts"], theme.line), "kept": (data["kept"], theme.kept)})
+        axes.set_ylabel("experts")
+        legend(axes, theme)
+    return axes.figure
+
+
+def _bars(theme: Theme, data: dict[str, tuple[list[int], str]]) -> Axes:
+    """Bars (numbers by layer, colour), one before the other, the last with its numbers above it."""
+    _, (axes,) = canvas(theme, 2.5)
+    for name, (numbers, color) in data.items():
+        axes.bar(range(len(numbers)), numbers, color=color, width=0.8 if len(numbers) <= 40 else 1.0, label=name)
+    for layer, number in enumerate(numbers if len(numbers) <= 16 else ()):
+        axes.text(layer, number, f"{number}", ha="center", va="bottom", color=theme.ink, fontsize=9)
+    _by_layer(axes, len(numbers))
+    axes.margins(y=0.09)  # for the numbers
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-    legend(axes, theme)
-    return figure
+    return axes
 
 
 def usage(theme: Theme, data: list[Usage]) -> Figure:
@@ -50,7 +63,7 @@ def usage(theme: Theme, data: list[Usage]) -> Figure:
         times_LE = np.full((len(source_usage.share_LE), experts), np.nan)
         for row, share_E in zip(times_LE, source_usage.share_LE, strict=True):
             row[: len(share_E)] = np.array(share_E) * len(share_E)
-        left.imshow(times_LE, aspect="auto", cmap=clear, norm=Normalize(0, 3), interpolation="nearest")
+        left.imshow(times_LE, aspect="auto", cmap=clear, norm=Normalize(0, 3))
         left.set(xlabel="expert", ylabel="layer with experts")
         right.barh(range(len(source_usage.kept_L)), source_usage.kept_L, color=theme.kept, height=0.8)
         right.set(xlim=(0, 1), ylim=left.get_ylim(), xlabel="kept")
@@ -76,8 +89,8 @@ def scores(theme: Theme, data: list[Selection]) -> Figure:
     for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.removed, "removed")):
         layers, values = [], []
         for choice in data:
-            scale = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0
-            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in set(choice.kept)) is is_kept]
+            scale, chosen_ones = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0, set(choice.kept)
+            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in chosen_ones) is is_kept]
             layers += [choice.layer] * len(chosen)
             values += chosen
         least += values
@@ -90,6 +103,8 @@ def scores(theme: Theme, data: list[Selection]) -> Figure:
     _by_layer(axes, max(choice.layer for choice in data) + 1)
     axes.set_ylabel("score / mean of the layer")
     legend(axes, theme)
+    for handle in axes.get_legend().legend_handles:
+        handle.set_sizes([16])
     return figure
 
 
@@ -110,9 +125,10 @@ def saliency(theme: Theme, data: dict[str, list]) -> Figure:
 
 def sparsity(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
     figure, (axes,) = canvas(theme, 2.7)
-    for kind, color in zip((kind for kind in KINDS if kind in data), theme.colors, strict=False):
-        _line(axes, data[kind], color, kind)
-    _line(axes, data["all"], theme.ink, "whole layer", linestyle="--")
+    for kind, style in zip(KINDS, _STYLES, strict=True):
+        if kind in data:
+            _line(axes, data[kind], theme.kind(kind), kind, linestyle=style)
+    _line(axes, data["all"], theme.ink, "whole layer", linestyle="--", linewidth=1.2)
     _by_layer(axes, len(data["all"]))
     axes.set(ylabel="share removed", ylim=(0, max(0.05, 1.08 * max(v for row in data.values() for v in row if v is not None))))
     axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
@@ -192,19 +208,24 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
 
 
 def evaluation(theme: Theme, data: dict[str, tuple[float | None, float]]) -> Figure:
-    """A line per group, from the dense model's exact match to the pruned one's."""
-    figure, (axes,) = canvas(theme, 0.9 + 0.26 * len(data))
+    """A row per group: the difference between the pruned and the dense model, with both numbers beside it; the pruned model's
+    exact match alone if there is no dense one."""
+    figure, (axes,) = canvas(theme, 0.7 + 0.26 * len(data))
+    is_difference = all(dense is not None for dense, _ in data.values())
     for place, (dense, pruned) in enumerate(data.values()):
-        if dense is not None:
-            axes.plot([dense, pruned], [place, place], color=theme.line, linewidth=3, solid_capstyle="round", zorder=1)
-            axes.scatter([dense], [place], s=34, color=theme.faint, zorder=2, label="" if place else "dense")
-        axes.scatter([pruned], [place], s=34, color=theme.kept, zorder=3, label="" if place else "pruned")
+        value = pruned - dense if is_difference else pruned
+        color = theme.removed if is_difference and value < 0 else theme.kept
+        axes.plot([0, value], [place, place], color=color, linewidth=3, solid_capstyle="round")
+        axes.plot([value], [place], marker="o", markersize=6, color=color)
+        text = f"{dense:.2f} → {pruned:.2f}" if is_difference else f"{pruned:.2f}"
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", color=theme.ink, fontsize=9)
     axes.set_yticks(range(len(data)), [words(name.replace("_", " ")[:28]) for name in data])
-    axes.set(ylim=(len(data) - 0.5, -0.5), xlabel="exact match", xlim=(-0.02, 1.02))
+    axes.set(ylim=(len(data) - 0.5, -0.5), xlabel="exact match" + (", pruned minus dense" if is_difference else ""))
+    axes.axvline(0, color=theme.faint, linewidth=0.9)
     axes.tick_params(axis="y", labelcolor=theme.ink)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color=theme.line, linewidth=0.7)
-    legend(axes, theme)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
     return figure
 
 
@@ -214,29 +235,12 @@ def size(theme: Theme, data: dict[str, int]) -> Figure:
     values = [data["before"] / scale, data["after"] / scale]
     axes.barh([0, 1], values, color=[theme.line, theme.kept], height=0.62)
     for place, value in enumerate(values):
-        axes.text(value, place, f" {value:,.1f} {unit}", va="center", color=theme.ink, fontsize=9.5)
+        share = f", {values[1] / values[0] - 1:+.0%}" if place else ""
+        axes.text(value, place, f" {value:,.1f} {unit}{share}", va="center", color=theme.ink, fontsize=9.5)
     axes.set_yticks([0, 1], ["before", "after"])
-    axes.set(ylim=(1.5, -0.5), xlim=(0, 1.25 * max(values)))
+    axes.set(ylim=(1.5, -0.5), xlim=(0, 1.35 * max(values)))
     axes.tick_params(axis="y", labelcolor=theme.ink)
     axes.spines["bottom"].set_visible(False)
     axes.set_xticks([])
     axes.grid(visible=False)
-    return figure
-
-
-def front(theme: Theme, points: list[tuple[str, float, float, bool, int]], xlabel: str, ylabel: str) -> Figure:
-    """Runs (name, cost, quality, whether on the Pareto front, number), those on the front joined."""
-    figure, (axes,) = canvas(theme, 3.0)
-    best = sorted((x, y) for _, x, y, is_best, _ in points if is_best)
-    axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=1)
-    for is_best, color, label in ((True, theme.kept, "on the front"), (False, theme.faint, "beaten by another")):
-        shown = [(x, y) for _, x, y, is_on_front, _ in points if is_on_front is is_best]
-        if shown:
-            axes.scatter(*zip(*shown, strict=True), s=40, color=color, label=label, zorder=2)
-    for _, x, y, _, number in points:
-        axes.annotate(f"{number}", (x, y), xytext=(5, 4), textcoords="offset points", color=theme.ink, fontsize=9)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    axes.margins(0.1)
-    legend(axes, theme)
     return figure

@@ -6,6 +6,7 @@ Lists have an entry per decoder layer, or per layer with experts, as stated.
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,6 +63,7 @@ def selection(run: RunFolder, layer: int) -> Selection | None:
     return Selection(layer, distance_EE, score_E.tolist(), plan.kept, clusters, merges)
 
 
+@lru_cache(maxsize=1)  # two sections need them, and a large model's take seconds
 def scores(run: RunFolder) -> list[Selection] | None:
     """Selections of all layers with experts."""
     return [selection(run, layer) for layer in run.with_experts] if run.stats else None

@@ -14,7 +14,7 @@ from stun.run.layer_records import FILE
 from stun.statistics.store import Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunFolder:
     """Files of a run: `config` of config.yaml, `plan` the layers of plan.json, and `layers`, `search` and `result` of the JSON
     files of that name, empty if there are none. `stats` are its statistics, its own or shared."""

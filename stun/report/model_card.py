@@ -8,6 +8,7 @@ import yaml
 
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
+from stun.model.runtimes import in_words
 from stun.run.layer_records import sparsity_by_kind
 from stun.runtime.units import count, size
 
@@ -176,5 +177,5 @@ def _loading(summary: dict) -> str:
     load = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
     if not of_transformers.startswith("yes"):
         load = f"import stun  # pip install stun-moe\n{load}"
-    lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in answers.items()]
+    lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in in_words(answers).items()]
     return "\n".join(["## How to load\n", *lines, f"\n```python\n{load}\n```\n"])

@@ -1,10 +1,12 @@
 """Page of one run, in the run's folder `report`, beside its PNGs."""
 
+import os
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from stun.files import write_atomically
-from stun.report import data, html
+from stun.report import data, html, verdict
 from stun.report.folder import RunFolder
 from stun.report.sections import SECTIONS
 from stun.run.ownership import own_folder, remove_written
@@ -13,22 +15,24 @@ FOLDER, PAGE = "report", "index.html"
 _PICTURES = r"experts-of-layer-\d+\.png|[a-z-]+-(light|dark)\.png"  # removed first: an earlier page may have had other layers
 
 
-def write_page(run: RunFolder) -> Path:
-    """Write the page with all sections of the run; returns its path."""
+def write_page(run: RunFolder, comparison: Path | None = None) -> Path:
+    """Write the page with all sections of the run, and a link to the page that compares it with others; returns its path."""
     folder = run.path / FOLDER
     own_folder(folder, "report")
     remove_written(folder, _PICTURES)
     sections = [section(run, folder) for section in SECTIONS]
     title = run.path.resolve().name
-    body = f'{_header(run, title)}\n<div class="sections">\n{chr(10).join(sections)}\n</div>\n{_footer(run)}'
+    back = quote(os.path.relpath(comparison, folder)) if comparison else ""
+    body = f'{_header(run, title, back)}\n<div class="sections">\n{chr(10).join(filter(None, sections))}\n</div>\n{_footer(run)}'
     file = folder / PAGE
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning report", body)))
     return file
 
 
 def bytes_in_words(count: int) -> str:
+    """Bytes with their unit, on one line."""
     scale, unit = next(((s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= s), (1e3, "kB"))
-    return f"{count / scale:.3g} {unit}"
+    return f"{count / scale:.3g}\u00a0{unit}"
 
 
 def _count(number: int) -> str:
@@ -36,7 +40,7 @@ def _count(number: int) -> str:
     return f"{number / scale:.3g}{unit}"
 
 
-def _header(run: RunFolder, title: str) -> str:
+def _header(run: RunFolder, title: str, back: str) -> str:
     summary, result, size = run.summary, run.result, data.size(run)
     dense = result.get("dense", {})
     entries = [
@@ -48,8 +52,11 @@ def _header(run: RunFolder, title: str) -> str:
     for name, key in (("exact match", "average"), ("perplexity", "perplexity")):
         if key in result:
             entries.append((name, f"{result[key]:.3f}", f"dense {dense[key]:.3f}" if key in dense else "dense not evaluated"))
-    what = " · ".join([summary.get("model_type", ""), Path(summary.get("source", "")).name, _method(run)])
-    return f'<header>\n<p class="eyebrow">{escape(what)}</p>\n<h1>{escape(title)}</h1>\n{html.facts(entries)}\n</header>'
+    what = escape(" · ".join([summary.get("model_type", ""), Path(summary.get("source", "")).name, _method(run)]))
+    link = f'<a href="{back}">Compared with other runs</a> · ' if back else ""
+    source = summary.get("source", "MODEL")
+    commands = [] if dense else verdict.commands(source, str(run.path), run.path / "dense.json")
+    return html.header(link + what, title, verdict.of_run(summary, result), commands, html.facts(entries))
 
 
 def _method(run: RunFolder) -> str:

@@ -1,33 +1,25 @@
-"""Sections of a run's page in order: an explanation, and a picture, or the command that makes its data."""
+"""Sections of a run's page in order: an explanation, and a picture, or what would give its data."""
 
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from stun.model.runtimes import in_words
 from stun.report import charts, data, html
 from stun.report.folder import RunFolder
-from stun.report.layer_maps import tile
-from stun.report.png import pictures, saved
-from stun.report.tables import job_command
-
-
-def _evaluate(run: RunFolder) -> str:
-    """Commands that evaluate the dense model, once, and the run beside it."""
-    task, dense = {"task__path": "ROWS.jsonl"}, str(run.path.parent / "dense.json")
-    first = job_command("evaluate", model__path=run.summary.get("source") or "DENSE_MODEL", **task, output=dense)
-    model, output = str(run.path / "model"), str(run.path / "result.json")
-    return f"{first}\n{job_command('evaluate', model__path=model, **task, dense=dense, output=output)}"
+from stun.report.layer_maps import tiles
+from stun.report.png import pictures
 
 
 def _drawn(
-    name: str, title: str, aid: str, data_of: Callable, figure_of: Callable, missing: Callable[[RunFolder], tuple[str, str]]
+    name: str, title: str, aid: str, data_of: Callable, figure_of: Callable, missing: str
 ) -> Callable[[RunFolder, Path], str]:
-    """Section with one picture, or a line on how to get its data."""
+    """Section with one picture, or a line on why its data are missing and what gives them."""
 
     def write(run: RunFolder, folder: Path) -> str:
         values = data_of(run)
         if not values:
-            return html.section(title, aid, html.none(*missing(run)))
+            return html.section(title, aid, html.none(missing))
         return html.section(title, aid, pictures(folder, name, lambda theme: figure_of(theme, values), title))
 
     return write
@@ -37,7 +29,7 @@ def _selections(run: RunFolder, folder: Path) -> str:
     """Section with a tile per layer with experts."""
     selections = data.scores(run)
     if selections is None:
-        return html.section("Which experts are alike", "", html.none(*_no_statistics(run)), True)
+        return html.section("Which experts are alike", "", html.none(_NO_STATISTICS), True)
     is_ranked = not any(selection.clusters for selection in selections)
     title = "Which experts are kept" if is_ranked else "Which experts are alike"
     aid = (
@@ -46,71 +38,51 @@ def _selections(run: RunFolder, folder: Path) -> str:
         else "Strong colour is alike. The tree above a map joins alike experts; the dashed line is where this run cut it, and "
         "every green branch below it became one expert."
     )
-    tiles, kind = [], "tiles few" if len(selections) <= 12 else "tiles"
-    for selection in selections:
-        content = saved(tile(selection), folder / f"experts-of-layer-{selection.layer:03d}.png")
-        caption = f"layer {selection.layer} · {len(selection.score_E)} → {len(selection.kept)}"
-        tiles.append(html.small_picture(content, f"experts of layer {selection.layer}", caption))
-    return html.section(title, aid, f'<div class="{kind}">{"".join(tiles)}</div>', True)
+    return html.section(title, f"{aid} Each can be enlarged.", tiles(selections, folder), True)
 
 
 def _evaluation(run: RunFolder, folder: Path) -> str:
     title, aid = "Against the dense model", "The same questions and text, asked of both models."
     result, dense = run.result, run.result.get("dense", {})
     if not result:
-        return html.section(title, aid, html.none("Not evaluated. The dense model first, once:", _evaluate(run)), True)
-    rows = [
-        [name, f"{dense[key]:.3f}" if key in dense else "-", f"{result[key]:.3f}"]
-        for name, key in (("exact match, average", "average"), ("perplexity", "perplexity"))
-        if key in result
-    ]
+        return ""  # the verdict says so
+    rows = []
+    for name, key in (("exact match, average", "average"), ("perplexity", "perplexity")):
+        if key in result:
+            beside = (f"{dense[key]:.3f}", f"{result[key] - dense[key]:+.3f}") if key in dense else ("-", "-")
+            rows.append([name, beside[0], f"{result[key]:.3f}", beside[1]])
     agreement = result.get("agreement", {})
     for name, key, form in (("divergence from dense (KL), nats a token", "kl", ".4f"), ("same first choice", "top1", ".1%")):
         if key in agreement:
-            rows.append([name, "", f"{agreement[key]:{form}}"])
+            rows.append([name, "", f"{agreement[key]:{form}}", ""])
     for task, metrics in result.get("harness", {}).items():
-        rows += [[escape(f"{task}: {name}"), "", f"{value:.3f}"] for name, value in metrics.items()]
-    content, by_group = html.table(["", "dense", "pruned"], rows), data.evaluation(run)
+        rows += [[escape(f"{task}: {name}"), "", f"{value:.3f}", ""] for name, value in metrics.items()]
+    content, by_group = html.table(["", "dense", "pruned", "difference"], rows), data.evaluation(run)
     if by_group:
         content += pictures(folder, "evaluation", lambda theme: charts.evaluation(theme, by_group), title)
     return html.section(title, aid, f'<div class="pair">{content}</div>', True)
 
 
 def _loads(run: RunFolder, folder: Path) -> str:
-    rows = [[escape(runtime), escape(answer)] for runtime, answer in run.summary.get("loads_in", {}).items()]
+    rows = [[escape(runtime), escape(answer)] for runtime, answer in in_words(run.summary.get("loads_in", {})).items()]
     aid = "Runtimes that read model/ of this run as it is."
     return html.section("What loads it", aid, html.table([], rows, "words"), True)
 
 
-def _no_statistics(run: RunFolder) -> tuple[str, str]:
-    return "This run took no statistics, or they are not where they were. A run that selects experts takes them.", ""
-
-
-def _no_measures(run: RunFolder) -> tuple[str, str]:
-    return "This run was made before layers were measured (layers.json). Prune again to have them.", ""
-
-
-def _no_single_weights(run: RunFolder) -> tuple[str, str]:
-    return "No single weights were removed. With a higher target, or experts.fraction below 1, they are.", ""
-
-
-def _no_errors(run: RunFolder) -> tuple[str, str]:
-    return "Not measured. Evaluation beside the dense model's own result gives it:", _evaluate(run)
-
-
-def _no_search(run: RunFolder) -> tuple[str, str]:
-    return "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken.", ""
-
-
+_NO_STATISTICS = "This run took no statistics, or they are not where they were. A run that selects experts takes them."
+_NO_MEASURES = "This run was made before layers were measured (layers.json). Prune again to have them."
+_NO_SINGLE_WEIGHTS = "No single weights were removed. With a higher target, or experts.fraction below 1, they are."
+_NO_ERRORS = "Not measured. Evaluation with dense=, the dense model's own result, measures it."
+_NO_SEARCH = "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken."
 SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _evaluation,
     _drawn(
         "experts-kept",
         "Experts kept",
-        "Experts kept in each layer; with the global budget, more are removed from layers whose experts are alike.",
+        "Experts of each layer; with the global budget, more are removed from layers whose experts are alike.",
         data.experts_kept,
         charts.experts_kept,
-        _no_measures,
+        _NO_MEASURES,
     ),
     _drawn(
         "sparsity",
@@ -118,7 +90,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
         data.sparsity,
         charts.sparsity,
-        _no_measures,
+        _NO_MEASURES,
     ),
     _selections,
     _drawn(
@@ -127,7 +99,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lacks experts it relied on.",
         data.usage,
         charts.usage,
-        _no_statistics,
+        _NO_STATISTICS,
     ),
     _drawn(
         "expert-scores",
@@ -135,7 +107,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Every dot is an expert; a removed one far above its layer's mean is worth a second look.",
         data.scores,
         charts.scores,
-        _no_statistics,
+        _NO_STATISTICS,
     ),
     _drawn(
         "saliency",
@@ -143,16 +115,16 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Scores by which single weights were chosen, on every sixteenth row; where both colours overlap, rows or layers differ.",
         data.saliency,
         charts.saliency,
-        _no_single_weights,
+        _NO_SINGLE_WEIGHTS,
     ),
     _drawn(
         "kurtosis",
         "Kurtosis of the weights",
         "Weights with long tails can be pruned more: removing experts should keep the kurtosis, removing small weights lowers it "
-        "(STUN, section 5).",
+        "(STUN, section\u00a05).",
         data.kurtosis,
         charts.kurtosis,
-        _no_measures,
+        _NO_MEASURES,
     ),
     _drawn(
         "layer-error",
@@ -160,7 +132,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
         data.layer_error,
         charts.layer_error,
-        _no_errors,
+        _NO_ERRORS,
     ),
     _drawn(
         "budget",
@@ -168,7 +140,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was taken.",
         data.budget,
         charts.budget,
-        _no_search,
+        _NO_SEARCH,
     ),
     _drawn(
         "timeline",
@@ -176,7 +148,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that held most.",
         data.timeline,
         charts.timeline,
-        _no_measures,
+        _NO_MEASURES,
     ),
     _drawn(
         "size",
@@ -184,7 +156,7 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",
         data.size,
         charts.size,
-        _no_measures,
+        _NO_MEASURES,
     ),
     _loads,
 ]

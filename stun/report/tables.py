@@ -6,6 +6,8 @@ import shlex
 from rich.table import Table
 from rich.text import Text
 
+from stun.model.runtimes import in_words
+from stun.report.fronts import dense_models
 from stun.runtime.console import printed
 from stun.runtime.units import count, duration, size
 
@@ -75,19 +77,19 @@ def plan_table(plans: dict) -> str:
 
 
 def report_table(runs: dict[str, dict | str]) -> str:
-    """Table with a row per run: its summary and, if there is one, its evaluation; or its progress."""
+    """Table with a row for the dense model and for every run: its summary and, if there is one, its evaluation. Below it a line
+    for every run that has a text instead: its progress, or why it cannot be read."""
     table = Table(box=None, pad_edge=False)
-    titles = ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
-    for title in titles:
+    for title in ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity"):
         table.add_column(title, justify="right" if title else "left")
-    for name, run in runs.items():
-        if isinstance(run, str):
-            table.add_row(name, run)
-            continue
+    complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
+    for name, run in {**dense_models(complete), **complete}.items():
         kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result", {})
         scores = [f"{result[key]:.3f}" if key in result else "-" for key in ("average", "perplexity")]
-        table.add_row(name, f"{run['sparsity']:.4f}", kept, f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}", *scores)
-    return printed(table)
+        cost = [f"{run['seconds']:.0f}", f"{run['peak_bytes'] / 2**30:.2f}"] if "seconds" in run else ["-", "-"]
+        table.add_row(name, f"{run['sparsity']:.4f}", kept, *cost, *scores)
+    others = "".join(f"{name}: {text}\n" for name, text in runs.items() if isinstance(text, str))
+    return (printed(table) if complete else "") + others
 
 
 def summary_table(summary: dict, run_dir: str) -> str:
@@ -107,7 +109,7 @@ def summary_table(summary: dict, run_dir: str) -> str:
     rows |= {
         "read": size(sum(summary["bytes_read"])) + (f" at {size(speed)}/s" if speed else ""),
         "peak memory": f"{size(summary['peak_bytes'])} a rank",
-        **{f"loads in {runtime}": answer for runtime, answer in summary["loads_in"].items()},
+        **in_words(summary["loads_in"]),
         "the model": f"{run_dir}/model",
         "next": job_command("report", folder=run_dir),
     }

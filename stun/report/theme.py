@@ -7,12 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
-WIDTH, DPI = 5.2, 190  # inches; a picture is as wide as a phone, or half a screen
+WIDTH, DPI = 4.7, 200  # inches; a picture is as wide as a phone, or half a screen
 
 
 @dataclass(frozen=True)
 class Theme:
-    """`ink` for words, `line` for axes and grids; `kept`, `removed`, `third` and `fourth` for data."""
+    """`ink` for words, `line` for axes and grids; `kept`, `removed`, `third` to `fifth` for data."""
 
     name: str
     paper: str
@@ -23,24 +23,37 @@ class Theme:
     removed: str
     third: str
     fourth: str
+    fifth: str
 
     @property
     def colors(self) -> list[str]:
-        return [self.kept, self.removed, self.third, self.fourth, self.faint]
+        """Colours of lines that have no fixed one, in order."""
+        return [self.kept, self.third, self.removed, self.fourth, self.fifth, self.faint]
+
+    def kind(self, name: str) -> str:
+        """Colour of a kind of tensor, the same in every picture."""
+        return _KINDS[name][self.name == "dark"]
 
 
-LIGHT = Theme("light", "#fcfbf8", "#23262a", "#6b7075", "#d9d6cf", "#12795a", "#c2512f", "#3a5f9e", "#a07410")
-DARK = Theme("dark", "#15171a", "#e4e2dc", "#9a9fa5", "#3a3e44", "#4fbf97", "#ee8a68", "#8db0ec", "#d9b45a")
+# Kind of tensor -> its colour on light and on dark pages.
+_KINDS = {
+    "experts": ("#3a5f9e", "#8db0ec"),
+    "shared": ("#1f8299", "#6cc5da"),
+    "mlp": ("#a07410", "#d9b45a"),
+    "attention": ("#8b4a9c", "#cd9fe0"),
+    "other": ("#6b7075", "#9a9fa5"),
+}
+LIGHT = Theme("light", "#fcfbf8", "#23262a", "#6b7075", "#d9d6cf", "#12795a", "#c2512f", "#3a5f9e", "#a07410", "#8b4a9c")
+DARK = Theme("dark", "#15171a", "#e4e2dc", "#9a9fa5", "#3a3e44", "#4fbf97", "#ee8a68", "#8db0ec", "#d9b45a", "#cd9fe0")
 THEMES = (LIGHT, DARK)
-# Colours that are readable on both kinds of page.
-EITHER_KEPT, EITHER_REMOVED, EITHER_FAINT = "#1f9a74", "#d96c4a", "#8b9096"
+EITHER_KEPT = "#1f9a74"  # readable on both kinds of page
 
 
-def canvas(theme: Theme, height: float, columns: int = 1, ratios: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:
+def canvas(theme: Theme, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Figure with a transparent background and `columns` panels side by side."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for panel in axes:
         _plain(panel, theme)
     return figure, list(axes)

@@ -1,47 +1,65 @@
 """Writing of the pages of a run, or of all runs below a folder."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from stun.config import StunError
 from stun.report.comparison import write_comparison
 from stun.report.folder import RunFolder, identity_of
 from stun.report.model_card import write_card
-from stun.report.page import write_page
+from stun.report.page import FOLDER, PAGE, write_page
 from stun.report.runs import runs_in
 from stun.report.tables import report_table
 
-
-def describe(folder: Path, pages: list[Path]) -> str:
-    """Output of jobs.report: the paths of the pages, after a table of the runs if `folder` holds several."""
-    table = [report_table(runs_in(folder))] if identity_of(folder) is None else []
-    return "\n".join([*table, *(f"wrote {page}" for page in pages)])
+T = TypeVar("T")
 
 
-def write_reports(folder: Path) -> list[Path]:
-    """Write the page of a run, or those of all complete runs below `folder` and a last one that compares them; returns the paths.
+def report(folder: Path) -> tuple[list[Path], str]:
+    """Write the pages of `write_reports`; returns their paths, and what jobs.report prints: a table of the runs, and the paths.
 
-    Raises StunError if there is no run, or if one of its files is not as a run writes it.
+    A run below `folder` that cannot be read has no page, and one line on why. Raises StunError if there is no run, or if `folder`
+    is a run and one of its files is not as a run writes it.
     """
     if not folder.is_dir():
         raise StunError(f"folder={folder}: is no folder; give a run_dir of jobs.prune, or a folder with such folders in it")
     if identity_of(folder) is not None:
-        return [_of_run(folder)]
-    runs = runs_in(folder)
-    pages = [_of_run(folder / name) for name, run in runs.items() if isinstance(run, dict)]
-    return [*pages, _checked(folder, lambda: write_comparison(folder, runs))]
+        pages, table = [_of_run(folder)], []
+    else:
+        pages, runs = _of_runs(folder)
+        table = [report_table(runs)]
+    return pages, "\n".join([*table, *(f"wrote {page}" for page in pages)])
 
 
-def _of_run(folder: Path) -> Path:
+def write_reports(folder: Path) -> list[Path]:
+    """Write the page of a run, or those of all complete runs below `folder` and a last one that compares them; returns the paths.
+    Raises as `report`."""
+    return report(folder)[0]
+
+
+def _of_runs(folder: Path) -> tuple[list[Path], dict[str, dict | str]]:
+    """Pages of the runs and their comparison; and the runs: their summaries, or why they have no page."""
+    runs, pages = runs_in(folder), []
+    for name, run in [(name, run) for name, run in runs.items() if isinstance(run, dict)]:
+        try:
+            _checked(folder / name, lambda name=name, run=run: report_table({name: run}))  # which the comparison shows too
+            pages.append(_of_run(folder / name, folder / FOLDER / PAGE))
+        except StunError as error:  # the others have their pages
+            runs[name] = f"no page: {error}"
+    return [*pages, _checked(folder, lambda: write_comparison(folder, runs))], runs
+
+
+def _of_run(folder: Path, comparison: Path | None = None) -> Path:
     def write() -> Path:
         run = RunFolder.open(folder)
         if run.has_model:
             write_card(folder, run.summary, run.config, run.layers, run.result)
-        return write_page(run)
+        return write_page(run, comparison)
 
     return _checked(folder, write)
 
 
-def _checked(folder: Path, write) -> Path:
+def _checked(folder: Path, write: Callable[[], T]) -> T:
     try:
         return write()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:

@@ -12,6 +12,5 @@ def test_runtimes():
     assert ": fused router kernels" in runtimes("qwen3_moe", [64, 64])["vLLM"]
     assert "import stun" in runtimes("arctic", [8, 8])["transformers"]
     uneven = runtimes("mixtral", [6, 5])
-    assert (
-        uneven["transformers"].startswith("no") and uneven["vLLM"].startswith("no") and uneven["this package"].startswith("yes")
-    )
+    assert uneven["vLLM"].startswith("no") and uneven["this package"].startswith("yes")
+    assert uneven["transformers"].startswith("after `import stun` only"), "as tests of such checkpoints load them"

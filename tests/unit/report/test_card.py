@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
+from helpers.large_runs import make_run
 from helpers.selections import config
 from helpers.zoo import make_checkpoint
 from stun.config import Budget, ExpertsConfig
+from stun.model.runtimes import runtimes
 from stun.pruning.job import prune
 from stun.pruning.summary import command_line
 from stun.report.model_card import SOURCE_CARD, _what_was_removed, without_folders, write_card
+from stun.report.tables import summary_table
 from stun.report.write import write_reports
 
 # Of the hub's metadata (huggingface.co/docs/hub/model-cards), what a card here may hold.
@@ -88,6 +93,24 @@ def test_what_other_runtimes_cannot_load(checkpoint, tmp_path, ranks):
     prune(config(checkpoint("mixtral", num_local_experts=12), tmp_path / "run", experts=experts), ranks)
     card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
     assert card.data.library_name == "stun-moe" and "import stun" in card.text and card.data.base_model is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type, kept", [("arctic", [6, 6]), ("mixtral", [6, 5]), ("mixtral", [6, 6])])
+def test_what_loads_it_is_said_once(tmp_path, model_type, kept):
+    """The run's summary, its page and the card use the same words; the card's code is what they say."""
+    run = make_run(tmp_path / "run", 2, 8)
+    summary = json.loads((run / "manifest.json").read_text())["summary"]
+    summary |= {"loads_in": runtimes(model_type, kept), "model_type": model_type, "kept": kept}
+    (run / "manifest.json").write_text(json.dumps({"summary": summary}))
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    page = unescape(write_reports(run)[0].read_text())
+    card, table = (run / "model" / "README.md").read_text().replace("\\", ""), summary_table(summary, "r")
+    for runtime, answer in summary["loads_in"].items():
+        assert f"<td>loads in {runtime}</td><td>{answer}</td>" in page and f"- loads in {runtime}: {answer}\n" in card
+        assert re.search(rf"^loads in {runtime} +{re.escape(answer)}$", table, re.M)
+    assert ("\nimport stun " in card) is ("import stun" in summary["loads_in"]["transformers"])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 
+from helpers.large_runs import make_run
 from helpers.launches import run_job, settings
 from helpers.paths import TEXT
 from helpers.results import RESULT
@@ -36,20 +38,22 @@ from stun.config import (
     StunError,
 )
 from stun.pruning.job import prune, take_statistics
-from stun.report import data
-from stun.report.comparison import Point, alike, fronts, pareto
+from stun.report import charts, data
 from stun.report.folder import RunFolder
-from stun.report.layer_maps import branches, cut
+from stun.report.layer_maps import branches, cut, near, tiles
 from stun.report.tables import job_command, results_table
-from stun.report.write import describe, write_reports
+from stun.report.theme import LIGHT, THEMES
+from stun.report.write import report as reported
+from stun.report.write import write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together
+from stun.run.layer_records import KINDS
 
 MIXTURE = {"math": SourceConfig(path=str(TEXT), weight=2.0), "code": SourceConfig(path=str(TEXT))}
 
 
 def report(folder: Path) -> str:
     """What jobs.report prints."""
-    return describe(folder, write_reports(folder))
+    return reported(folder)[1]
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +282,31 @@ def test_statistics_alone_are_measured_too(checkpoint, tmp_path, ranks):
         report(tmp_path / "run")
 
 
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
+def test_a_kind_of_tensor_has_one_colour(theme):
+    """Whichever kinds a model has; and no two kinds share one."""
+    colors = {}
+    for kinds in (KINDS, ("experts", "attention"), ("mlp", "other")):
+        (axes,) = charts.sparsity(theme, {kind: [0.1, 0.2] for kind in (*kinds, "all")}).axes
+        drawn = {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in KINDS}
+        assert drawn.keys() == set(kinds)
+        assert all(colors.setdefault(kind, color) == color for kind, color in drawn.items())
+    assert len(set(colors.values()) - {theme.kept, theme.removed}) == len(KINDS)
+
+
+def test_pictures_show_differences():
+    """Where nearly all is as in the dense model, what differs is drawn, and the axis says so."""
+    (axes,) = charts.experts_kept(LIGHT, {"experts": [128, 128], "kept": [127, 125]}).axes
+    assert [bar.get_height() for bar in axes.patches] == [1, 3] and axes.get_ylabel() == "experts removed, of 128"
+    (axes,) = charts.experts_kept(LIGHT, {"experts": [8, 8], "kept": [3, 8]}).axes
+    assert [bar.get_height() for bar in axes.patches] == [8, 8, 3, 8] and axes.get_ylabel() == "experts"
+    (axes,) = charts.evaluation(LIGHT, {"adding": (0.98, 0.96), "sorting": (0.99, 1.0)}).axes
+    low, high = axes.get_xlim()
+    assert -0.03 < low < -0.02 < 0.01 < high < 0.02 and axes.get_xlabel() == "exact match, pruned minus dense"
+    assert [text.get_text() for text in axes.texts] == ["0.98 → 0.96", "0.99 → 1.00"]
+    assert charts.evaluation(LIGHT, {"adding": (None, 0.96)}).axes[0].get_xlabel() == "exact match"
+
+
 @pytest.mark.slow
 def test_page_is_whole(measured):
     """Every section has its picture in both themes; nothing comes from elsewhere; what files say is text, never HTML."""
@@ -289,10 +318,47 @@ def test_page_is_whole(measured):
     assert pngs == {f"{n}-{t}.png" for n in names for t in ("light", "dark")} | {f"experts-of-layer-00{n}.png" for n in (0, 2)}
     assert text.count("<picture>") == len(names) and text.count("<img ") == len(names) + 2
     links = re.findall(r"(?:src|srcset|href)=\"([^\"]{0,12})|url\(([^)]*)|@import|<script", text)
-    assert links and all(link[0].startswith("data:") for link in links)
-    assert "task &lt;b&gt;: acc" in text and "<b>" not in text
+    assert links and all(link[0].startswith(("data:", "#")) for link in links)
+    assert "task &lt;b&gt;: acc" in text and "task <b>" not in text
     assert "experts.fraction=auto" in text and "experts.fraction was given" in text, "what has no data says what gives it"
     assert 'name="viewport"' in text and len(text) < 3e6
+    words = re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.S) + (folder / "model" / "README.md").read_text()
+    assert not re.search(r"\b(left|leaves?|stay(s|ed)?|gone)\b", words), "experts and weights are kept or removed"
+
+
+@pytest.mark.slow
+def test_page_of_a_large_model(tmp_path):
+    """As many layers and experts as Kimi-K2: every layer is there, and the page can be sent and opened."""
+    page = write_reports(make_run(tmp_path / "run", 61, 384))[0]
+    assert page.stat().st_size < 3e6
+    text = page.read_text()
+    assert all(f'id="map-{layer}"' in text for layer in range(61)) and text.count('class="map"') == 61
+    (own, *_) = data.scores(RunFolder.open(tmp_path / "run"))
+    near_EE, low, high = near(own)
+    pairs = own.distance_EE[own.order][:, own.order]
+    assert near_EE == pytest.approx(np.clip((high - pairs) / (high - low), 0, 1)) and f"{low:.3g}<i></i>{high:.3g}" in text
+    alone = Image.open(tmp_path / "run" / "report" / "experts-of-layer-000.png").convert("RGBA").getchannel("A")
+    assert np.abs(np.asarray(alone) / 255 - near_EE).max() < 0.02, "a square for every pair"
+
+
+def test_order_of_the_experts_is_written_beside_the_map(tmp_path):
+    """Clusters of the plan in brackets, kept experts in bold, in the order of the map's columns."""
+    run = RunFolder.open(make_run(tmp_path / "run", 1, 12))
+    (own,) = data.scores(run)
+    text = re.search(r'class="experts">(.*?)</p>', tiles([own], tmp_path))[1]
+    assert [int(number) for number in re.findall(r"\d+", text)] == own.order
+    assert [int(number) for number in re.findall(r"<b>(\d+)", text)] == [e for e in own.order if e in own.kept]
+    groups = {frozenset(map(int, re.findall(r"\d+", group))) for group in re.findall(r"\[(.*?)\]", text)}
+    assert groups == {frozenset(cluster) for cluster in own.clusters if len(cluster) > 1} != set()
+
+
+def test_scores_that_are_all_alike_are_told_apart(tmp_path):
+    """Bars of the ranked experts rise from the least score, kept and removed ones in their own paths."""
+    choice = data.Selection(0, np.zeros((3, 3)), [-0.80, -0.73, -0.79], [1], [], [])
+    text = tiles([choice], tmp_path)
+    heights = {name: re.findall(r"V(\d+)h", path) for name, path in re.findall(r'class="(kept|removed)" d="([^"]*)"', text)}
+    assert heights == {"kept": ["0"], "removed": ["171", "198"]} and "from the least score, -0.8, to the highest, -0.73" in text
+    assert re.search(r'class="experts"><b>1</b> 2 0</p>', text)
 
 
 @pytest.mark.slow
@@ -322,23 +388,6 @@ def test_routing_groups_and_a_given_plan(checkpoint, tmp_path, ranks):
     assert kurtoses["experts"]["dense"] is None and kurtoses["experts"]["experts_removed"] > 0
 
 
-def test_pareto_front():
-    """Against its definition, on random points with ties."""
-    generator = np.random.default_rng(0)
-    for more in (True, False):
-        points = [Point(str(n), *map(float, generator.integers(0, 6, 2))) for n in range(40)]
-        better = (lambda a, b: a >= b) if more else (lambda a, b: a <= b)
-        for point in pareto(points, more):
-            dominated = [
-                p
-                for p in points
-                if p.cost <= point.cost
-                and better(p.quality, point.quality)
-                and (p.cost < point.cost or (p.quality != point.quality and better(p.quality, point.quality)))
-            ]
-            assert point.is_best is (not dominated)
-
-
 @pytest.mark.slow
 def test_comparison(measured, checkpoint, tmp_path, ranks):
     """Runs of a folder: a page each, one beside one another; a run without an evaluation is in the table alone."""
@@ -354,17 +403,6 @@ def test_comparison(measured, checkpoint, tmp_path, ranks):
     assert 'href="../b%200.5/report/index.html"' in page and page.count("<picture>") == 2 and "not complete" in page
     assert (tmp_path / "a=0.3" / "report" / "index.html").is_file() and (tmp_path / "b 0.5" / "report" / "index.html").is_file()
     assert report(tmp_path).splitlines()[-1] == printed.splitlines()[-1], "what is there already is no obstacle"
-
-
-def test_runs_that_were_asked_something_else_are_not_compared():
-    """What they scored is no quality beside the others'."""
-
-    def done(value: float, sequences: str) -> dict:
-        return {"sparsity": 0.5, "disk_bytes": 9, "result": {"average": value, "request": {"sequences": sequences}}}
-
-    runs = {"a": done(0.5, "x"), "b": done(0.9, "y"), "c": done(0.6, "x"), "d": {"sparsity": 0.5, "disk_bytes": 9}}
-    assert set(alike(runs)) == {"a", "c"} and alike({}) == {}
-    assert [(point.name, point.is_best) for point in fronts(runs)["bytes"]] == [("a", False), ("c", True)]
 
 
 @pytest.mark.slow
@@ -456,7 +494,5 @@ def test_runs_with_less_to_show(measured, tmp_path):
     assert re.search(r"^text .* -  +2\.500$", printed, re.M) and re.search(r"^old .* -  +-$", printed, re.M)
     page = (tmp_path / "old" / "report" / "index.html").read_text()
     assert page.count("<picture>") == 1 and "took no statistics" in page and "Not evaluated" in page and "layers.json" in page
-    file = tmp_path / "dense.json"
-    assert f"model.path=DENSE_MODEL task.path=ROWS.jsonl output={file}\n" in page
-    assert f"model.path={tmp_path}/old/model task.path=ROWS.jsonl dense={file} output={tmp_path}/old/result.json<" in page
+    assert "model.path=MODEL" in page, "the source is not known either"
     assert "exact match" not in (tmp_path / "text" / "report" / "index.html").read_text()
