@@ -34,6 +34,7 @@ LONG = {
     "test_world.py": 20,
     "test_paper_comparison": 20,
     "test_readme.py": 20,
+    "test_ends.py": 20,
     "test_terminal.py": 18,
     "test_evaluate.py": 15,
     "test_one_stream_serves_every_selection": 12,

@@ -74,13 +74,15 @@ def test_ctrl_c_under_torchrun_in_a_collective(source, tmp_path):
     job = started(command, "observe 03/")
     first, other = (rank_process(job, rank) for rank in range(2))
     os.kill(other, signal.SIGSTOP)
-    time.sleep(1)
-    job.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + 20  # torchrun kills after 30
-    while is_alive(first):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(other, signal.SIGCONT)
+    try:
+        time.sleep(1)
+        job.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + 20  # torchrun kills after 30
+        while is_alive(first):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(other, signal.SIGCONT)
     said = job.communicate(timeout=60)[1]
     assert job.returncode and said.count("Traceback") == 1, said  # torchrun's own
     continues(source, tmp_path / "run", said)

@@ -185,7 +185,7 @@ def test_on_the_command_line(checkpoint, tmp_path):
     """Errors of the configuration and of the library, on one and on several ranks: one line, status 2, nothing written."""
     whole = settings(checkpoint("mixtral"), tmp_path / "run")
     cases = [
-        (whole[:1], "Structured config of type `PruneConfig` has missing mandatory value: target", 0),
+        (whole[:1], "missing mandatory value: target", 0),
         ([*whole, "target=0.999"], "target=0.999: ", 2),
         ([*whole, "target=2"], "target=2.0: total sparsity", 4),
         ([*whole, "experts.fractoin=0.2"], "Could not override 'experts.fractoin': Key 'fractoin' not in 'ExpertsConfig'", 2),
@@ -196,7 +196,8 @@ def test_on_the_command_line(checkpoint, tmp_path):
     ]
     for arguments, says, ranks in cases:
         done = run_job("prune", arguments, ranks, check=False)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {says}") and done.stderr.count("\n") == 1, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith("error: ") and says in line, line
     assert not (tmp_path / "run").exists()
 
 
