@@ -98,7 +98,8 @@ class TrackingConfig:
 
 @dataclass
 class ModelConfig:
-    """Model to prune. `path`: folder of a safetensors checkpoint in the hub's layout."""
+    """Model to prune. `path`: folder of a safetensors checkpoint in the hub's layout, or the name of one on the hub, such as
+    Qwen/Qwen3-30B-A3B, with a branch, tag or commit after an @. Code in it is neither fetched nor run."""
 
     path: str = MISSING
 
@@ -246,6 +247,14 @@ class PruneConfig:
     statistics: str = ""
     precision: Precision = Precision.auto
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PushConfig(PruneConfig):
+    """A pruning run whose checkpoint is uploaded at the end to `push_to`, a repository on the hub such as your-name/your-model,
+    which is created as a private one if it does not exist. The same command on a finished run uploads it."""
+
+    push_to: str = ""
 
 
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:

@@ -21,6 +21,7 @@ LONG = {
     "test_memory_is_what_was_estimated": 100,
     "test_demo": 60,
     "test_families.py": 60,
+    "test_hub.py": 60,
     "test_same_bytes_on_any_number_of_ranks": 60,
     "test_every_launcher_and_repeat": 40,
     "test_memory.py": 40,

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint
-from stun.config import Precision, StunError
+from stun.config import ModelConfig, Precision, StunError
 from stun.data import load_tokenizer
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.generate import Decoding, describe, generate
@@ -35,7 +36,8 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     """
     started = time.perf_counter()
     validate_evaluation(cfg)
-    arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
+    cfg = hub.fetched(cfg, ranks)
+    arch = _architecture(cfg, ranks)
     tokenizer = load_tokenizer(arch.source.folder)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
     reference = ranks.on_first(lambda: dense_result(cfg, inputs)) if cfg.dense else None
@@ -55,7 +57,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     if reference:
         result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
     if cfg.harness.tasks:
-        result["harness"] = run_harness(cfg.model.path, cfg.harness, ranks)
+        result["harness"] = run_harness(arch.source.folder, cfg.harness, ranks)
     result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": inputs.request}
     ranks.on_first(lambda: write_json(Path(cfg.output), result))
     ranks.on_first(partial.remove)
@@ -63,14 +65,15 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     return result
 
 
-def _precision(ranks: Ranks) -> Precision:
-    """float32 on every CPU: exact match depends on last bits, and results of different CPUs are compared."""
-    return Precision.float32 if ranks.device.type == "cpu" else Precision.auto
+def _architecture(cfg: EvaluateConfig, ranks: Ranks) -> Architecture:
+    """Model in float32 on every CPU: exact match depends on last bits, and results of different CPUs are compared."""
+    precision = Precision.float32 if ranks.device.type == "cpu" else Precision.auto
+    return Architecture(Checkpoint.open(hub.folder(cfg.model.path)), precision)
 
 
 def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
-        dense = Architecture(Checkpoint.open(reference["model"]), _precision(ranks))
+        dense = _architecture(hub.fetched(EvaluateConfig(ModelConfig(reference["model"])), ranks), ranks)
     except StunError as error:
         raise StunError(f"dense={file}: its model cannot be read: {error}") from error
     for name, theirs, ours in (

@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from stun.checkpoint.hub import name_of
 from stun.files import write_atomically
 from stun.report import data, html
 from stun.report.folder import RunFolder
@@ -48,7 +49,8 @@ def _header(run: RunFolder, title: str) -> str:
     for name, key in (("exact match", "average"), ("perplexity", "perplexity")):
         if key in result:
             entries.append((name, f"{result[key]:.3f}", f"dense {dense[key]:.3f}" if key in dense else "dense not evaluated"))
-    what = " · ".join([summary.get("model_type", ""), Path(summary.get("source", "")).name, _method(run)])
+    source = summary.get("source", "")
+    what = " · ".join([summary.get("model_type", ""), Path(name_of(source) or source).name, _method(run)])
     return f'<header>\n<p class="eyebrow">{escape(what)}</p>\n<h1>{escape(title)}</h1>\n{html.facts(entries)}\n</header>'
 
 

@@ -169,11 +169,11 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_settings_in_the_readme_exist():
-    from stun.config import PruneConfig
+    from stun.config import PushConfig
     from stun.evaluation.config import EvaluateConfig
 
     first, second = (table.partition("\n\n")[0] for table in README.split("| setting |")[1:])
-    for table, whole, known in ((first, PruneConfig, "experts.lambda2"), (second, EvaluateConfig, "task.batch")):
+    for table, whole, known in ((first, PushConfig, "experts.lambda2"), (second, EvaluateConfig, "task.batch")):
         keys = re.findall(r"`([\w.]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
         assert known in keys
         check_keys(keys, whole)
