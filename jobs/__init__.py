@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
-from stun.config import PruneConfig, StunError
+from stun.config import PruneConfig, PushConfig, StunError
 from stun.evaluation.config import EvaluateConfig
 from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
@@ -37,6 +37,7 @@ def register() -> None:
     """Store the schemas under the names that the YAML files of `conf/` build on."""
     schemas = (
         PruneConfig,
+        PushConfig,
         PreflightConfig,
         PlanConfig,
         EvaluateConfig,

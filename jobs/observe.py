@@ -2,7 +2,15 @@
 calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
+from stun.config import StunError
 from stun.pruning.job import take_statistics
 
+
+def work(cfg, ranks) -> None:
+    if cfg.push_to:
+        raise StunError(f"push_to={cfg.push_to}: statistics are not uploaded; jobs.prune uploads the checkpoint that it makes")
+    take_statistics(cfg, ranks)
+
+
 if __name__ == "__main__":
-    launch("observe", take_statistics)
+    launch("observe", work)

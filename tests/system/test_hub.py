@@ -15,7 +15,7 @@ import yaml
 from helpers.hub_server import TOKEN, Hub, Repo
 from helpers.launches import environment, settings
 from helpers.paths import HELDOUT
-from helpers.tensors import same_tensors
+from helpers.tensors import load_tensors, same_tensors
 from helpers.warm import WarmProcess
 
 pytestmark = pytest.mark.slow
@@ -190,3 +190,57 @@ def test_without_the_hub(hub, machine, pruned, tmp_path):
     assert said["tiny/mixtral"] == f"tiny/mixtral@{commit(hub, 'tiny/mixtral')}"
     assert "not, or not wholly, in" in said["tiny/elsewhere"] and "cannot be reached" in said["tiny/elsewhere"]
     assert "\n" not in said["tiny/elsewhere"]
+
+
+def test_a_checkpoint_is_pushed(hub, machine, pruned):
+    """That of a finished run, to a new private repository; once more without sending its weights; and nothing says the token."""
+    run_dir = pruned[0]
+    command = [*settings("tiny/mixtral", run_dir), "push_to=you/pruned"]
+    done = machine("prune", command, HF_TOKEN=TOKEN)
+    assert done.returncode == 0 and f"pushed to {hub.url}/you/pruned" in done.stdout, done.stderr
+    files = {file.name: file.read_bytes() for file in (run_dir / "model").iterdir()}
+    repo = hub.repos["you/pruned"]
+    assert repo.visibility == "private" and {name: repo.files[name] for name in files} == files
+    stored = [path for method, path, *_ in hub.asked if method == "PUT"]
+    again = machine("prune", command, HF_TOKEN=TOKEN)
+    assert again.returncode == 0 and stored == [path for method, path, *_ in hub.asked if method == "PUT"]
+    written = b"".join(file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
+    assert TOKEN not in "".join((done.stdout, done.stderr, again.stdout, again.stderr)) and TOKEN.encode() not in written
+
+
+@pytest.mark.ranks
+def test_a_failed_push_leaves_the_run(machine, pruned):
+    """... and is one line, whatever the number of ranks."""
+    run_dir, before = pruned[0], load_tensors(pruned[0] / "model").keys()
+    command = [*settings("tiny/mixtral", run_dir), "push_to=you/refused"]
+    done = machine("prune", command, ranks=2, HF_TOKEN="hf_" + "N" * 34)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: push_to=you/refused: this login may not write there")
+    again = f"python -m jobs.prune {' '.join(command)}"
+    assert line.endswith(f"{run_dir}/model is complete, and the same command pushes it again: {again}")
+    assert (run_dir / "manifest.json").is_file() and load_tensors(run_dir / "model").keys() == before
+
+
+@pytest.mark.parametrize(
+    "name, token, says",
+    [
+        ("you/new", "", "no login: run `hf auth login`, or set HF_TOKEN"),
+        ("you", TOKEN, "a repository on the hub is needed"),
+        ("you/a/b", TOKEN, "a repository on the hub is needed"),
+        ("tiny/mixtral", TOKEN, "is the model to prune"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_first(hub, machine, tmp_path, name, token, says):
+    asked, more = len(hub.asked), {"HF_TOKEN": token} if token else {}
+    done = machine("prune", [*settings("tiny/mixtral", tmp_path / "run"), f"push_to={name}"], **more)
+    assert done.returncode == 2 and f"error: push_to={name}: {says}" in done.stderr
+    assert len(hub.asked) == asked and not (tmp_path / "run").exists()
+
+
+def test_other_jobs_do_not_push(machine, checkpoint, tmp_path):
+    words = [*settings(checkpoint("mixtral"), tmp_path / "run"), "push_to=you/new"]
+    assert "statistics are not uploaded" in machine("observe", words).stderr
+    assert "push_to" in machine("compare", words).stderr
+    sweep = machine("prune", ["-m", *words, "experts.fraction=0.1,0.2"])
+    assert sweep.returncode == 2 and "one repository does not hold the runs of a sweep" in sweep.stderr
+    assert not (tmp_path / "run").exists()
