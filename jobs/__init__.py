@@ -1,53 +1,27 @@
 """Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library."""
 
-import atexit
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 
 import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
 import torch
 import transformers
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
-from stun.config import PruneConfig, PushConfig, StunError
-from stun.evaluation.config import EvaluateConfig
-from stun.planning.config import PlanConfig
-from stun.preflight.config import PreflightConfig
-from stun.report.config import ReportConfig
+from stun.api.compose import CONF, register
+from stun.config import StunError
 from stun.run.sweep import stages
-from stun.runtime.ranks import Ranks
+from stun.runtime.ranks import Ranks, process_ranks
 from stun.stream.progress import close_view
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 Work = Callable[[object, Ranks], None]
-
-
-def register() -> None:
-    """Store the schemas under the names that the YAML files of `conf/` build on."""
-    schemas = (
-        PruneConfig,
-        PushConfig,
-        PreflightConfig,
-        PlanConfig,
-        EvaluateConfig,
-        CompareConfig,
-        StudyConfig,
-        BenchmarkConfig,
-        ReportConfig,
-    )
-    for schema in schemas:
-        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
 
 
 def launch(name: str, work: Work, observe: Work | None = None) -> None:
@@ -75,17 +49,9 @@ def _main(name: str, work: Work) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def main(cfg) -> None:
         with _ends_clearly():
-            work(OmegaConf.to_object(cfg), _ranks())
+            work(OmegaConf.to_object(cfg), process_ranks())
 
     return main
-
-
-@cache
-def _ranks() -> Ranks:
-    """Ranks of this process, shared by all runs of a sweep."""
-    ranks = Ranks()
-    atexit.register(ranks.end)
-    return ranks
 
 
 @contextmanager
@@ -118,11 +84,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _doing() -> str:
-    return _ranks().doing if _ranks.cache_info().currsize else ""
+    return process_ranks().doing if process_ranks.cache_info().currsize else ""
 
 
 def _where() -> str:
-    return f"rank {_ranks().rank}, {_doing() or 'before the first layer'}: " if _ranks.cache_info().currsize else ""
+    return f"rank {process_ranks().rank}, {_doing() or 'before the first layer'}: " if process_ranks.cache_info().currsize else ""
 
 
 def _fail(message: str) -> None:

@@ -36,6 +36,8 @@ LONG = {
     "test_paper_comparison": 20,
     "test_readme.py": 20,
     "test_terminal.py": 18,
+    "test_python_api.py": 18,
+    "test_calls.py": 18,
     "test_evaluate.py": 15,
     "test_one_stream_serves_every_selection": 12,
     "test_generate.py": 12,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ import yaml
 
 from helpers.hub_server import TOKEN, Hub, Repo
 from helpers.launches import environment, settings
-from helpers.paths import HELDOUT
+from helpers.paths import HELDOUT, ROOT, TEXT
 from helpers.tensors import load_tensors, same_tensors
 from helpers.warm import WarmProcess
 
@@ -122,6 +123,8 @@ def test_two_ranks_fetch_once(hub, machine, pruned, tmp_path):
     done = machine("prune", settings("tiny/second", tmp_path / "run"), ranks=2)
     assert done.returncode == 0 and done.stdout.count("fetch tiny/second@") == 1, done.stderr
     assert set(Counter(file for file, part in hub.fetched("tiny/second") if not part).values()) == {1}
+    heads = Counter(path for method, path, *_ in hub.asked if method == "HEAD" and "tiny/second" in path)
+    assert max(heads.values()) <= 2  # to learn the sizes, and to fetch
     same_tensors(tmp_path / "run" / "model", pruned[0] / "model")
 
 
@@ -190,6 +193,64 @@ def test_without_the_hub(hub, machine, pruned, tmp_path):
     assert said["tiny/mixtral"] == f"tiny/mixtral@{commit(hub, 'tiny/mixtral')}"
     assert "not, or not wholly, in" in said["tiny/elsewhere"] and "cannot be reached" in said["tiny/elsewhere"]
     assert "\n" not in said["tiny/elsewhere"]
+
+
+OFFLINE = """
+import json, sys
+import stun
+
+text, run_dir, *models = sys.argv[1:]
+settings = {"calibration": {"path": text, "samples": 10, "length": 48, "micro_batch": 2}, "target": 0.4}
+summary = stun.prune(models[0], output=run_dir, **settings)
+said = {"source": summary["source"]}
+for model in models[1:]:
+    try:
+        said[model] = type(stun.load(model)[0]).__name__
+    except stun.StunError as error:
+        said[model] = str(error)
+print(json.dumps(said))
+"""
+
+
+def by_hand(cache: Path, name: str, source: Path, weights: Path | None = None) -> None:
+    """A model in the cache as other programs leave it: blobs, links, a ref and no list of the files; `weights`: a folder for the
+    blobs of weights, which the blobs link to, as in the store that models share."""
+    model, sha = cache / f"models--{name.replace('/', '--')}", "a" * 40
+    for folder in (model / "blobs", model / "snapshots" / sha, model / "refs"):
+        folder.mkdir(parents=True)
+    (model / "refs" / "main").write_text(sha)
+    for number, file in enumerate(sorted(source.iterdir())):
+        blob = model / "blobs" / f"{number:040x}"
+        if weights and file.suffix == ".safetensors":
+            weights.mkdir(parents=True, exist_ok=True)
+            (weights / blob.name).write_bytes(file.read_bytes())
+            blob.symlink_to(f"../../{(weights / blob.name).relative_to(cache)}")
+        else:
+            blob.write_bytes(file.read_bytes())
+        (model / "snapshots" / sha / file.name).symlink_to(f"../../blobs/{blob.name}")
+
+
+def test_offline(hub, env, pruned, checkpoint, tmp_path):
+    """HF_HUB_OFFLINE, through the Python API: the same run of what an earlier job has fetched, and caches made by hand."""
+    cache, source = Path(env["HF_HOME"]) / "hub", checkpoint("mixtral")
+    by_hand(cache, "hand/made", source)
+    by_hand(cache, "hand/shared", source, cache / "blobs" / "ab")
+    by_hand(cache, "hand/partial", source)
+    next((cache / "models--hand--partial/snapshots").glob("*/model-00002*")).unlink()
+    before = len(hub.asked)
+    models = ["tiny/mixtral", "hand/made", "hand/shared", "hand/partial", "tiny/elsewhere"]
+    command = [sys.executable, "-c", OFFLINE, str(TEXT), str(tmp_path / "run"), *models]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    same_tensors(tmp_path / "run" / "model", pruned[0] / "model")
+    assert said["source"] == f"tiny/mixtral@{commit(hub, 'tiny/mixtral')}"
+    assert said["hand/made"] == said["hand/shared"] == "MixtralForCausalLM"
+    for model in ("hand/partial", "tiny/elsewhere"):
+        assert said[model].endswith(f"not, or not wholly, in {cache}, and HF_HUB_OFFLINE is set"), said[model]
+    assert len(hub.asked) == before
 
 
 def test_a_checkpoint_is_pushed(hub, machine, pruned):

@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 # A package may import those before it; config and files are modules.
 ORDER = (
     "config < files < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning < preflight"
-    " < evaluation < report < pruning < benchmark, reference"
+    " < evaluation < report < pruning < benchmark, reference < api"
 )
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}
@@ -61,7 +61,9 @@ def test_only_their_owners_import_the_frameworks():
         assert "deepspeed" not in roots or name == "runtime/ranks.py"
         assert "torch.distributed" not in imports or name == "runtime/ranks.py"
         assert (
-            not roots & {"hydra", "omegaconf"} or name.endswith("config.py") or name in ("run/sweep.py", "reference/train.py")
+            not roots & {"hydra", "omegaconf"}
+            or name.endswith("config.py")
+            or name in ("run/sweep.py", "reference/train.py", "api/compose.py")
         ), name
         if name.startswith(PURE):
             assert roots - {"stun", "triton"} <= PURE_IMPORTS, name
@@ -82,6 +84,11 @@ def test_every_experiment_composes(job, name):
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
     stun.planning.validation.validate(typed)
+
+
+def test_a_named_option_replaces_that_of_an_experiment():
+    cfg = composed("prune", ["experiment=best", "experts=stun", "sparsify=sparsegpt"])
+    assert (cfg.experts.method.name, cfg.sparsify.method.name, cfg.experts.score.name) == ("stun", "sparsegpt", "energy")
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])
