@@ -7,7 +7,6 @@ if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int
     # The imports below take seconds, in which Ctrl-C would end `python -m jobs.prune` in a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import atexit
 import errno
 import os
 import re
@@ -15,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
@@ -28,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stun.config import StunError
 from stun.run.sweep import stages
 from stun.runtime.interrupts import interruptible
-from stun.runtime.ranks import Ranks, is_lost
+from stun.runtime.ranks import Ranks, is_lost, process_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
 from stun.settings.describe import help_text
 from stun.stream.progress import close_view, reached
@@ -59,7 +57,7 @@ def launch(name: str, work: Work, observe: Work | None = None, about: str = "") 
         _launch_by_hydra(name, [program, *arguments], work, observe)
     else:
         with _ends_clearly():
-            work(composed(name, overrides), _ranks())
+            work(composed(name, overrides), process_ranks())
 
 
 def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | None) -> None:
@@ -84,17 +82,9 @@ def _main(name: str, work: Work) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def main(cfg) -> None:
         with _ends_clearly():
-            work(OmegaConf.to_object(cfg), _ranks())
+            work(OmegaConf.to_object(cfg), process_ranks())
 
     return main
-
-
-@cache
-def _ranks() -> Ranks:
-    """Ranks of this process, shared by all runs of a sweep."""
-    ranks = Ranks()
-    atexit.register(ranks.end)
-    return ranks
 
 
 @contextmanager
@@ -159,11 +149,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _doing() -> str:
-    return _ranks().doing if _ranks.cache_info().currsize else ""
+    return process_ranks().doing if process_ranks.cache_info().currsize else ""
 
 
 def _where() -> str:
-    return f"rank {_ranks().rank}, {_doing() or 'before the first layer'}: " if _ranks.cache_info().currsize else ""
+    return f"rank {process_ranks().rank}, {_doing() or 'before the first layer'}: " if process_ranks.cache_info().currsize else ""
 
 
 def _fail(message: str, status: int) -> None:

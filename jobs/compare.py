@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.benchmark.study import prune_and_evaluate
+from stun.checkpoint.hub import fetched
 from stun.config import StunError
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
@@ -16,6 +17,7 @@ from stun.report.write import write_reports
 def work(cfg, ranks) -> None:
     if cfg.sparsify.pattern:
         raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: fixes the number of experts removed; nothing to compare")
+    cfg = fetched(cfg, ranks)
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
     dense = f"{cfg.run_dir}/dense.json"
     results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}

@@ -2,11 +2,18 @@
 calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
+from stun.config import StunError
 from stun.pruning.evaluated import prepare_sweep
 
 
+def work(cfg, ranks) -> None:
+    if cfg.push_to:
+        raise StunError(f"push_to={cfg.push_to}: statistics are not uploaded; stun prune uploads the checkpoint that it makes")
+    prepare_sweep(cfg, ranks)
+
+
 def main() -> None:
-    launch("observe", prepare_sweep, about=__doc__)
+    launch("observe", work, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 
 from jobs import launch
 from stun.pruning.evaluated import prepare_sweep, prune_then_evaluate
+from stun.pruning.push import check_push, push
 from stun.report.tables import results_table, summary_table
 
 
 def work(cfg, ranks) -> None:
+    check_push(cfg, ranks)
     summary, results = prune_then_evaluate(cfg, ranks)
     if results:
         ranks.on_first(lambda: print("\n" + results_table(results), end=""))
     ranks.on_first(lambda: print("\n" + summary_table(summary, cfg.run_dir)))
+    push(cfg, ranks)
 
 
 def main() -> None:

@@ -2,9 +2,14 @@
 
 Importing the package registers with transformers' `AutoConfig` and `AutoModelForCausalLM` what transformers lacks: Snowflake
 Arctic, and checkpoints of any supported family whose layers keep different numbers of experts.
+
+`stun.prune`, `stun.evaluate`, `stun.plan` and `stun.load` are the Python API (docs/python-api.md); what they need is imported at
+their first use.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 # Before OpenMP starts. Its threads wait in a loop, by default for so long that one more busy process on the same cores slows a
 # rank down twentyfold (63 s for a run of 3 s, two cores). With this they soon sleep (10 s); an idle machine shows no difference.
@@ -18,10 +23,26 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
 
+from stun.config import StunError as StunError
 from stun.model import arctic as _arctic
 from stun.model import heterogeneous as _heterogeneous
+
+if TYPE_CHECKING:
+    from stun import reference as reference
+    from stun.api.calls import evaluate as evaluate
+    from stun.api.calls import load as load
+    from stun.api.calls import plan as plan
+    from stun.api.calls import prune as prune
 
 __version__ = "0.3.0"
 
 _arctic.register()
 _heterogeneous.register()
+
+
+def __getattr__(name: str) -> object:
+    if name in ("evaluate", "load", "plan", "prune"):
+        return getattr(importlib.import_module("stun.api.calls"), name)
+    if name == "reference":
+        return importlib.import_module("stun.reference")
+    raise AttributeError(f"module 'stun' has no attribute {name!r}")

@@ -104,7 +104,8 @@ class ModelConfig:
     """Model to work on."""
 
     path: str = MISSING
-    """Folder of a safetensors checkpoint in the hub's layout."""
+    """Folder of a safetensors checkpoint in the hub's layout, or the name of one on the hub, such as Qwen/Qwen3-30B-A3B, with a
+    branch, tag or commit after an @. Code in it is neither fetched nor run."""
 
 
 @dataclass
@@ -272,6 +273,15 @@ class PruneConfig:
     precision: Precision = Precision.auto
     """Dtype that layers are computed in: the checkpoint's where the device multiplies it fast, or float32."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass
+class PushConfig(PruneConfig):
+    """A pruning run whose checkpoint may be uploaded at its end."""
+
+    push_to: str = ""
+    """Repository on the hub, such as your-name/your-model, that gets the checkpoint at the end; made as a private one if it does
+    not exist. The same command on a finished run uploads it."""
 
 
 def with_overrides(cfg: PruneConfig, overrides: list[str]) -> PruneConfig:

@@ -83,10 +83,12 @@ def is_file_name(name: object) -> bool:
 def check_folder(folder: Path) -> None:
     """Check that everything in a checkpoint's folder is a file or folder of that checkpoint. Raises StunError.
 
-    Links may point into the folder itself and, from a snapshot in the hub's cache, to the blobs of the same model.
+    Links may point into the folder itself and, from a snapshot in the hub's cache, to the blobs of the same model or to those
+    that the cache's models share.
     """
     home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    model = home.parent.parent
+    allowed = [home, model / "blobs", model.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         try:
             target = file.resolve(strict=True)

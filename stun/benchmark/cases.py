@@ -14,7 +14,8 @@ from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShap
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, method_configs
-from stun.config import PruneConfig, StunError
+from stun.checkpoint import hub
+from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.samples import calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.files import write_json
@@ -38,6 +39,7 @@ def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     """Result of `cfg.case`, also written to `cfg.run_dir`/CASE.json. All ranks call this together. Raises StunError, before
     anything is written, if the case cannot run."""
     made = Path(cfg.run_dir) / "made"  # everything but the result
+    cfg = replace(cfg, model=ModelConfig(hub.folder(hub.pinned(cfg.model.path, ranks))))
     ranks.on_first(lambda: _check(cfg, ranks))
     ranks.on_first(lambda: made.mkdir(parents=True))
     try:

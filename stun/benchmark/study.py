@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from stun.benchmark.config import CompareConfig, StudyConfig
+from stun.checkpoint.hub import fetched
 from stun.config import ModelConfig, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
@@ -27,6 +28,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
 
     All methods and sparsities share the statistics of a seed. Finished results are not computed again.
     """
+    cfg = fetched(cfg, ranks)
     folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
     task = asdict(cfg.task)
     evaluation = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")

@@ -53,8 +53,13 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file. Raises StunError, also where tensors overlap or bytes between them are unused."""
-    content, start, size = _content(file)
+    """Tensors of one safetensors file. Raises StunError as `described`."""
+    return described(file, *_content(file))
+
+
+def described(file: Path, content: dict, start: int, size: int) -> dict[str, TensorInfo]:
+    """Tensors by the header's JSON object, the byte at which they begin, and the file's size. Raises StunError, also where
+    tensors overlap or bytes between them are unused."""
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise StunError(f"{file}: __metadata__ must map names to texts")

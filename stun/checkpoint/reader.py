@@ -27,6 +27,14 @@ SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
 
 
+Headers = dict[str, dict[str, TensorInfo]]  # by file name
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's tensors, by its index; without one there is a single file. Raises StunError."""
+    return sorted(set(_read_index(folder / INDEX).values())) if (folder / INDEX).is_file() else [SINGLE]
+
+
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index. Raises StunError if a file is not in the index's own folder."""
     weight_map = load_json(file).get("weight_map")
@@ -38,13 +46,14 @@ def _read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
-def _indexed_tensors(folder: Path) -> dict[str, TensorInfo]:
-    weight_map, headers = _read_index(folder / INDEX), {}
+def _indexed_tensors(folder: Path, remote: Headers) -> dict[str, TensorInfo]:
+    weight_map, headers = _read_index(folder / INDEX), dict(remote)
     shard_of: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
+        if (folder / shard).is_file():
+            headers[shard] = read_header(folder / shard)
+        elif shard not in remote:
             raise StunError(f"{folder / shard}: missing, but named in {INDEX}")
-        headers[shard] = read_header(folder / shard)
         for name in headers[shard]:
             if shard_of.setdefault(name, shard) != shard:
                 raise StunError(f"{folder / shard}: {name}: is also in {shard_of[name]}")
@@ -92,13 +101,17 @@ def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict
     return plain
 
 
-def _check_form(folder: Path) -> None:
-    """Raise StunError unless `folder` has the files of a safetensors checkpoint, all of them its own."""
-    has_weights = (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+def _check_form(folder: Path, remote: Headers) -> None:
+    """Raise StunError unless `folder`, with files that are still to come, has those of a safetensors checkpoint, all its own."""
+    has_weights = (folder / INDEX).is_file() or (folder / SINGLE).is_file() or SINGLE in remote
     if not has_weights and (form := other_form(folder)):
         raise StunError(f"model.path={folder}: {form}")
     if not folder.is_dir():
-        reason = "a file; give the folder that it is in" if folder.is_file() else "not a folder; download the checkpoint first"
+        reason = (
+            "a file; give the folder that it is in"
+            if folder.is_file()
+            else "not a folder, nor the name of a model on the hub, such as Qwen/Qwen3-30B-A3B"
+        )
         raise StunError(f"model.path={folder}: {reason}")
     if not (folder / "config.json").is_file():
         raise StunError(f"{folder}: has no config.json")
@@ -108,13 +121,16 @@ def _check_form(folder: Path) -> None:
 
 
 class Checkpoint:
-    """Source checkpoint. `tensors` describes every tensor; `read` returns one and adds its bytes to `bytes_read`."""
+    """Source checkpoint. `tensors` describes every tensor; `read` returns one and adds its bytes to `bytes_read`. `is_here`: all
+    its files are in `folder`."""
 
     def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo], is_fp8: bool = False):
         self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._stamps = {file: _stamp(file.stat()) for file in {info.file for info in tensors.values()}}
+        files = {info.file for info in tensors.values()}
+        self._stamps = {file: _stamp(file.stat()) for file in files if file.is_file()}
+        self.is_here = len(self._stamps) == len(files)
 
     @property
     def file_bytes(self) -> int:
@@ -134,11 +150,15 @@ class Checkpoint:
         return samples
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
-        """Open and check the folder at `path`. Raises StunError if it is not a complete safetensors checkpoint."""
-        folder = Path(path)
-        _check_form(folder)
-        tensors = _indexed_tensors(folder) if (folder / INDEX).is_file() else read_header(folder / SINGLE)
+    def open(cls, path: str | Path, remote: Headers | None = None) -> Checkpoint:
+        """Open and check the folder at `path`. `remote`: headers of files that are still to come, whose tensors are described but
+        cannot be read. Raises StunError if it is not a complete safetensors checkpoint."""
+        folder, remote = Path(path), remote or {}
+        _check_form(folder, remote)
+        if (folder / INDEX).is_file():
+            tensors = _indexed_tensors(folder, remote)
+        else:
+            tensors = read_header(folder / SINGLE) if (folder / SINGLE).is_file() else remote[SINGLE]
         config = load_json(folder / "config.json")
         check_config(folder / "config.json", config, tensors)
         block = _quantisation(folder, config, tensors)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from stun.config import CalibrationConfig, ModelConfig, PruneConfig, TrackingConfig
+from stun.config import CalibrationConfig, ModelConfig, PushConfig, TrackingConfig
 
 
 @dataclass
@@ -69,7 +69,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class PruneAndEvaluateConfig(PruneConfig):
+class PruneAndEvaluateConfig(PushConfig):
     """Pruning run whose checkpoint is evaluated on `task`, if one is given, into `run_dir`/result.json."""
 
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint
-from stun.config import Precision, StunError
+from stun.config import ModelConfig, Precision, StunError
 from stun.data.tokenizer import check_size, load_tokenizer
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.generate import Decoding, describe, generate
@@ -37,6 +38,8 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     Raises StunError, before any work starts, if the request is not valid.
     """
     started = time.perf_counter()
+    validate_evaluation(cfg)
+    cfg = hub.fetched(cfg, ranks)
     arch, tokenizer, inputs = _opened(cfg, ranks)
     reference = inputs.dense
     earlier = ranks.on_first(lambda: earlier_result(cfg.output, inputs.request)) or {}
@@ -56,7 +59,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     if reference:
         result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
     if cfg.harness.tasks:
-        result["harness"] = earlier.get("harness") or run_harness(cfg.model.path, cfg.harness, ranks)
+        result["harness"] = earlier.get("harness") or run_harness(arch.source.folder, cfg.harness, ranks)
     result |= {"seconds": time.perf_counter() - started, "ranks": ranks.world, "request": inputs.request}
     ranks.on_first(lambda: write_json(Path(cfg.output), result))
     ranks.on_first(partial.remove)
@@ -75,13 +78,13 @@ def evaluate_tracked(cfg: EvaluateConfig, ranks: Ranks) -> dict:
 
 def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
     """Raise the StunError of `evaluate`, if any, except those about the dense model. All ranks call this together."""
-    inputs = _opened(cfg, ranks)[-1]
+    validate_evaluation(cfg)
+    inputs = _opened(hub.fetched(cfg, ranks), ranks)[-1]
     ranks.on_first(lambda: earlier_result(cfg.output, inputs.request) and None)
 
 
 def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrainedTokenizerBase, Inputs]:
-    validate_evaluation(cfg)
-    arch = Architecture(Checkpoint.open(cfg.model.path), _precision(ranks))
+    arch = _architecture(cfg, ranks)
     tokenizer = load_tokenizer(arch.source.folder)
     check_size(tokenizer, arch.config.vocab_size)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))
@@ -90,14 +93,15 @@ def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrained
     return arch, tokenizer, inputs
 
 
-def _precision(ranks: Ranks) -> Precision:
-    """float32 on every CPU: exact match depends on last bits, and results of different CPUs are compared."""
-    return Precision.float32 if ranks.device.type == "cpu" else Precision.auto
+def _architecture(cfg: EvaluateConfig, ranks: Ranks) -> Architecture:
+    """Model in float32 on every CPU: exact match depends on last bits, and results of different CPUs are compared."""
+    precision = Precision.float32 if ranks.device.type == "cpu" else Precision.auto
+    return Architecture(Checkpoint.open(hub.folder(cfg.model.path)), precision)
 
 
 def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
-        dense = Architecture(Checkpoint.open(reference["model"]), _precision(ranks))
+        dense = _architecture(hub.fetched(EvaluateConfig(ModelConfig(reference["model"])), ranks), ranks)
     except StunError as error:
         raise StunError(f"dense={file}: its model cannot be read: {error}") from error
     for name, theirs, ours in (

@@ -3,19 +3,15 @@
 import functools
 import importlib.util
 import logging
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
 from stun.data.tokenizer import load_tokenizer
 from stun.evaluation.config import HarnessConfig
+from stun.model.whole import load_whole
 from stun.runtime.ranks import Ranks
-
-_SECONDS = 30.0  # between broadcasts to the waiting ranks, so that their collectives do not time out
 
 
 def validate_harness(cfg: HarnessConfig) -> None:
@@ -47,29 +43,19 @@ def _tasks(tasks: tuple[str, ...], include_path: str):
     return TaskManager(include_path=include_path or None)
 
 
-def run_harness(path: str, cfg: HarnessConfig, ranks: Ranks) -> dict[str, dict[str, float]]:
+def run_harness(folder: Path, cfg: HarnessConfig, ranks: Ranks) -> dict[str, dict[str, float]]:
     """Metrics by task and name. The first rank does the work while the remaining ranks wait, without a time limit."""
     ranks.doing = "harness"
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(_run, path, cfg, ranks.device) if ranks.is_first else None
-        while ranks.broadcast_object(future is None or not wait([future], _SECONDS).done):
-            pass
-        return ranks.on_first(lambda: future.result())
+    return ranks.while_waiting(lambda: _run(folder, cfg, ranks.device), ranks.is_first)
 
 
-def _run(path: str, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[str, float]]:
+def _run(folder: Path, cfg: HarnessConfig, device: torch.device) -> dict[str, dict[str, float]]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    Checkpoint.open(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=dtype, trust_remote_code=False)
-        model = model.to(device).eval()
-    except (OSError, ValueError) as error:
-        raise StunError(f"{path}: cannot be loaded as a whole: {error}") from error
+    model = load_whole(folder, dtype=torch.float32 if device.type == "cpu" else "auto").to(device).eval()
     size = "auto" if device.type == "cuda" else 32
-    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(Path(path)), batch_size=size)
+    wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=size)
     try:
         output = lm_eval.simple_evaluate(
             wrapped, tasks=list(cfg.tasks), task_manager=_tasks(tuple(cfg.tasks), cfg.include_path), log_samples=False

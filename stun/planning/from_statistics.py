@@ -41,7 +41,7 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     if output.resolve() in ((Path(cfg.run_dir) / "plan.json").resolve(), Path(compare).resolve()):
         raise StunError(f"output={output}: is the plan of the run itself, or the one to compare with; choose another file")
     if job.fractions:
-        raise StunError("experts.fraction=auto: a search runs the model; jobs.prune does that")
+        raise StunError("experts.fraction=auto: a search runs the model; stun prune does that")
     other = read_plan(compare, arch, job.sizes, cfg, None) if compare else None
     plan = make_plan(job, stats)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stun.checkpoint.reader import Checkpoint
-from stun.config import Budget, PruneConfig, StunError
+from stun.checkpoint import hub
+from stun.checkpoint.reader import Checkpoint, Headers
+from stun.config import Budget, ModelConfig, PruneConfig, StunError
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
@@ -83,21 +84,42 @@ def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
     """The configuration's job with its calibration tokens, which runs on these ranks or only describes a run elsewhere. All ranks
     call this together.
 
-    Raises StunError, before anything is computed or written, if the request cannot be met.
+    Of a model on the hub, headers alone are read where its weights are not in the cache. Raises StunError, before anything is
+    computed or written, if the request cannot be met.
     """
-    job = resolve_model(cfg)
+    validate(cfg)  # nothing is fetched for a request that no model can meet
+    cfg = replace(cfg, model=ModelConfig(hub.pinned(cfg.model.path, ranks)))
+    job = resolve_model(cfg, remote=hub.headers(cfg.model.path, ranks, runs_here))
     ranks.on_first(lambda: check_tracking(cfg.tracking))
     if runs_here:
         check_alike(job.arch, ranks)
     samples = _samples(job, ranks) if job.cfg.target else None
     job = replace(job, samples=samples)
-    # A finished run needs its shared statistics no more.
-    if cfg.statistics and samples and not ranks.on_first(lambda: job.is_finished):
-        identity = statistics_identity(job, ranks)
-        # Other hardware may compute in another dtype.
-        wanted = {key: value for key, value in identity.items() if runs_here or key != "computed_in"}
-        ranks.on_first(lambda: job.statistics.check(wanted))
+    _check_statistics(job, ranks, runs_here)
     return job
+
+
+def with_weights(job: Job, ranks: Ranks) -> Job:
+    """The job of `resolve`, with all weights of its model on this node. All ranks call this together.
+
+    Raises StunError if they cannot be fetched, or do not belong to the statistics that the job shares.
+    """
+    if all(ranks.gather_objects(job.arch.source.is_here)):
+        return job
+    hub.download(job.cfg.model.path, ranks)
+    job = replace(job, arch=_architecture(job.cfg))
+    _check_statistics(job, ranks)
+    return job
+
+
+def _check_statistics(job: Job, ranks: Ranks, runs_here: bool = True) -> None:
+    """Raises StunError if shared statistics are not the job's. A finished run needs them no more."""
+    if job.cfg.statistics and job.samples and not ranks.on_first(lambda: job.is_finished):
+        # Other hardware may compute in another dtype; weights that are not here cannot be compared.
+        open_keys = {"computed_in": runs_here, "model": all(ranks.gather_objects(job.arch.source.is_here))}
+        identity = statistics_identity(job, ranks)
+        wanted = {key: value for key, value in identity.items() if open_keys.get(key, True)}
+        ranks.on_first(lambda: job.statistics.check(wanted))
 
 
 def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
@@ -108,17 +130,21 @@ def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:
     experts = replace(cfg.experts, fraction=0.0, keep=None, drop=None)
     own = replace(cfg, plan="", statistics="", fit="")  # collected here, whatever others there are
     job = resolve(replace(own, experts=experts, sparsify=replace(cfg.sparsify, pattern=""), target=0.0), ranks)
-    return replace(job, cfg=own, samples=_samples(job, ranks))
+    return replace(job, cfg=replace(own, model=job.cfg.model), samples=_samples(job, ranks))
 
 
-def resolve_model(cfg: PruneConfig, sources: list[str] | None = None) -> Job:
+def _architecture(cfg: PruneConfig, remote: Headers | None = None) -> Architecture:
+    return Architecture(Checkpoint.open(hub.folder(cfg.model.path), remote), cfg.precision)
+
+
+def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: Headers | None = None) -> Job:
     """The configuration's job without its calibration tokens, from the model's headers alone.
 
-    `sources` names the calibration sources of saved statistics, for a configuration that has none. Raises StunError if the
-    request cannot be met.
+    `sources` names the calibration sources of saved statistics, for a configuration that has none; `remote` are headers of
+    weights that are not here. Raises StunError if the request cannot be met.
     """
     validate(cfg, sources)
-    arch = Architecture(Checkpoint.open(cfg.model.path), cfg.precision)
+    arch = _architecture(cfg, remote)
     sizes = measure_layers(arch, cfg.sparsify.scope)
     check_ratios(cfg.sparsify, arch)
     check_pattern(cfg.sparsify, arch)

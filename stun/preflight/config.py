@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from stun.config import PruneConfig
+from stun.config import PushConfig
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ClusterConfig:
 
 
 @dataclass
-class PreflightConfig(PruneConfig):
+class PreflightConfig(PushConfig):
     """Resources that a run needs, and whether the cluster has them."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -37,8 +37,10 @@ def wait_for(device: str | torch.device) -> None:
 
 
 def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
-    """Bytes/s of reading the start of the largest shard. The system is asked to drop it from its cache first; if it does not,
-    this is the speed of the cache."""
+    """Bytes/s of reading the start of the largest shard, or of writing where the shards are still to come. The system is asked to
+    drop the shard from its cache first; if it does not, this is the speed of the cache."""
+    if not source.is_here:
+        return write_speed(source.folder, nbytes)
     file = max({info.file for info in source.tensors.values()}, key=lambda file: file.stat().st_size)
     with file.open("rb", buffering=0) as handle:
         os.posix_fadvise(handle.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)

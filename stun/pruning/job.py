@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stun.config import PruneConfig, StunError
 from stun.files import load_json, load_yaml, write_json
-from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity
+from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
@@ -37,6 +37,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     job = resolve(cfg, ranks)
     if not ranks.on_first(lambda: job.is_finished):
         preflight(job, ranks)
+    job = with_weights(job, ranks)
     with open_run(job, ranks) as run:
         if not run.summary:
             job = observe_and_split(job, run, ranks)
@@ -51,13 +52,12 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
 
     All ranks call this together. Raises StunError before any work starts if the request cannot be met.
     """
-    job = resolve_statistics(cfg, ranks)
+    job = with_weights(resolve_statistics(cfg, ranks), ranks)
     outliers = {"outliers": cfg.sparsify.counts_outliers}
     identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | outliers})
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity))
-    ranks.log(
-        f"observe {cfg.model.path} | {count(len(job.samples.tokens_ST), 'sample')} of {count(cfg.calibration.length, 'token')}"
-    )
+    samples, tokens = count(len(job.samples.tokens_ST), "sample"), count(cfg.calibration.length, "token")
+    ranks.log(f"observe {job.cfg.model.path} | {samples} of {tokens}")
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks):
         _observe(job, run, ranks)
     ranks.on_first(lambda: save_observed(run))

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from stun.checkpoint.hub import masked
 from stun.files import load_json, write_json
 from stun.model import runtimes
 from stun.planning.job import Job
@@ -18,14 +19,13 @@ from stun.run.ledger import Ledger
 from stun.runtime.ranks import Ranks
 
 _SECRET_KEY = re.compile(r"([\w.+-]*(?:token|secret|password|passwd|key|credentials?)=).+", re.I)
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 
 
 def command_line(arguments: list[str]) -> str:
     """The command with these `sys.argv`, with what may be a secret masked."""
     program, *rest = arguments
-    start = ["python", "-m", f"jobs.{Path(program).stem}"] if Path(program).parent.name == "jobs" else [Path(program).name]
-    return shlex.join([*start, *(_SECRET.sub("***", _SECRET_KEY.sub(r"\1***", word)) for word in rest)])
+    start = ["stun", Path(program).stem] if Path(program).parent.name == "jobs" else [Path(program).name]
+    return shlex.join([*start, *(masked(_SECRET_KEY.sub(r"\1***", word)) for word in rest)])
 
 
 def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> dict:
@@ -56,7 +56,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "source_bytes": arch.source.file_bytes,
         "disk_bytes": ranks.on_first(lambda: sum(file.stat().st_size for file in run.model.glob("*.safetensors"))),
         "statistics": os.path.relpath(cfg.statistics, run.folder) if cfg.statistics else "",
-        "command": command_line(sys.argv),
+        "command": command_line(ranks.command or sys.argv),
     }
 
 

@@ -34,9 +34,9 @@ class RunFolder:
         """Run folder at `path`. Raises StunError if it is not a complete run of jobs.prune."""
         identity = identity_of(path)
         if identity is None:
-            raise StunError(f"folder={path}: holds no run; give a run_dir of jobs.prune, or a folder with such folders in it")
+            raise StunError(f"folder={path}: holds no run; give a run_dir of stun prune, or a folder with such folders in it")
         if "config" not in identity:
-            raise StunError(f"folder={path}: holds statistics alone; a run that prunes (jobs.prune) has a report")
+            raise StunError(f"folder={path}: holds statistics alone; a run that prunes (stun prune) has a report")
         summary = Run(path).read_summary()
         if summary is None:
             raise StunError(f"folder={path}: the run is not complete; the command that began it goes on")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.model.runtimes import in_words
@@ -83,7 +84,9 @@ def _source_metadata(file: Path) -> dict:
 
 
 def _hub_id(path: str, config: dict) -> str:
-    """Name of the source on the hub, from a path in the hub's cache or from its config.json; empty if neither has one."""
+    """Name of the source on the hub, from a pinned name, a path in the hub's cache or config.json; empty if none has one."""
+    if name_of(path):
+        return name_of(path)
     cached = _CACHED.search(f"{path}/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -112,7 +115,7 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
         if config.get("plan")
         else f"{experts.get('method')}, score {experts.get('score')}, budget {experts.get('budget')}"
     )
-    source = _text(Path(summary.get("source", "")).name)
+    source = _text(_name(summary))
     lines = [
         f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
         f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}.",

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from stun.checkpoint.hub import name_of
 from stun.files import write_atomically
 from stun.report import data, html, verdict
 from stun.report.folder import RunFolder
@@ -52,10 +53,10 @@ def _header(run: RunFolder, title: str, back: str) -> str:
     for name, key in (("exact match", "average"), ("perplexity", "perplexity")):
         if key in result:
             entries.append((name, f"{result[key]:.3f}", f"dense {dense[key]:.3f}" if key in dense else "dense not evaluated"))
-    what = escape(" · ".join([summary.get("model_type", ""), Path(summary.get("source", "")).name, _method(run)]))
+    source = summary.get("source", "")
+    what = escape(" · ".join([summary.get("model_type", ""), Path(name_of(source) or source).name, _method(run)]))
     link = f'<a href="{back}">Compared with other runs</a> · ' if back else ""
-    source = summary.get("source", "MODEL")
-    commands = [] if dense else verdict.commands(source, str(run.path), run.path / "dense.json")
+    commands = [] if dense else verdict.commands(source or "MODEL", str(run.path), run.path / "dense.json")
     return html.header(link + what, title, verdict.of_run(summary, result), commands, html.facts(entries))
 
 

@@ -126,7 +126,7 @@ def job_command(job: str, **settings: str) -> str:
         is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)
         quoted = value if is_plain else '"{}"'.format(value.replace('"', r"\""))
         words.append(f"{key.replace('__', '.')}={quoted}")
-    return shlex.join(["python", "-m", f"jobs.{job}", *words])
+    return shlex.join(["stun", job, *words])
 
 
 def _of(result: dict, show) -> str:

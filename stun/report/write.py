@@ -22,7 +22,7 @@ def report(folder: Path) -> tuple[list[Path], str]:
     is a run and one of its files is not as a run writes it.
     """
     if not folder.is_dir():
-        raise StunError(f"folder={folder}: is no folder; give a run_dir of jobs.prune, or a folder with such folders in it")
+        raise StunError(f"folder={folder}: is no folder; give a run_dir of stun prune, or a folder with such folders in it")
     if identity_of(folder) is not None:
         pages, table = [_of_run(folder)], []
     else:

@@ -12,11 +12,10 @@ _held: IO | None = None
 
 
 def hold(folder: Path, where: str) -> None:
-    """Lock a folder until this process ends or locks another one; errors name it `where`. Raises StunError if another launch
-    holds the lock. On file systems without locks it does nothing."""
+    """Lock a folder until `let_go`, the next `hold`, or the end of this process; errors name it `where`. Raises StunError if
+    another launch holds the lock. On file systems without locks it does nothing."""
     global _held
-    if _held:
-        _held.close()
+    let_go()
     _held = (folder / LOCK).open("a")
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,3 +24,11 @@ def hold(folder: Path, where: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
+
+
+def let_go() -> None:
+    """Give up the lock that this process holds, if any."""
+    global _held
+    if _held:
+        _held.close()
+    _held = None

@@ -33,6 +33,8 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
         raise StunError("run_dir=... is needed: a folder, in which every run of the sweep has its own")
     overrides = [o for o in overrides if o.key_or_group != "run_dir"]
     swept = [o for o in overrides if o.is_sweep_override()]
+    if any(o.key_or_group == "push_to" for o in overrides):
+        raise StunError("push_to: one repository does not hold the runs of a sweep; push the one you choose by its own command")
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and collects its statistics itself")
     is_evaluated, has_dense = (any(_under((key,), overrides)) for key in ("task.", "dense."))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -20,6 +23,7 @@ from stun.runtime.threads import Workers
 from stun.runtime.timers import Meter
 
 T = TypeVar("T")
+_WAIT_SECONDS = 30.0  # between signs of life to waiting ranks, whose collectives would time out
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
@@ -62,6 +66,23 @@ def _libc_call(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
+def _outcome(function: Callable[[], T]) -> tuple[T | None, StunError | None]:
+    """Result or StunError of a call."""
+    try:
+        return function(), None
+    except StunError as error:
+        return None, error
+
+
+def _shared(outcomes: list[tuple[T, StunError | None] | None]) -> T:
+    """First result of outcomes that every rank has; None where a rank made no call. Raises the first StunError."""
+    made = [outcome for outcome in outcomes if outcome]
+    for error in (error for _, error in made if error):
+        error.is_shared = True
+        raise error
+    return made[0][0]
+
+
 class Ranks:
     """This process as rank `rank` of `world`, computing on `device`."""
 
@@ -71,6 +92,7 @@ class Ranks:
         is_alone = "RANK" not in os.environ
         self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.is_first_of_node = local == 0
         if on_gpu:
             local %= torch.cuda.device_count()
             torch.cuda.set_device(local)
@@ -85,8 +107,9 @@ class Ranks:
         self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         self.workers = Workers(self.device)
         self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
-        self._started, self._peak = time.monotonic(), 0
+        self.started, self._peak = time.monotonic(), 0
         self.doing = ""  # current step, for the log of a failure: "prune layer 3"
+        self.command: list[str] | None = None  # words that start this job, in the form of sys.argv, where these are others
         self.meter = Meter()
         # Replaced by stun.tracking.tracker where a job is tracked.
         self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
@@ -108,9 +131,9 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
     def log(self, message: str) -> None:
-        """Print on the first rank, after the seconds since the start."""
+        """Print on the first rank, after the seconds since `started`."""
         if self.is_first:
-            print(f"[{time.monotonic() - self._started:7.1f}s] {message}", flush=True)
+            print(f"[{time.monotonic() - self.started:7.1f}s] {message}", flush=True)
 
     def peak_memory(self) -> int:
         """Peak bytes of this process since `reset_peak_memory`: allocated on the GPU, or resident on a CPU."""
@@ -170,17 +193,18 @@ class Ranks:
 
     def on_first(self, function: Callable[[], T]) -> T:
         """Call `function` on the first rank only; every rank returns its result or raises its StunError."""
-        outcome: tuple[object, StunError | None] = (None, None)
-        if self.is_first:
-            try:
-                outcome = (function(), None)
-            except StunError as error:
-                outcome = (None, error)
-        result, error = self.broadcast_object(outcome)
-        if error is not None:
-            error.is_shared = True
-            raise error
-        return result
+        return _shared([self.broadcast_object(_outcome(function) if self.is_first else None)])
+
+    def while_waiting(self, function: Callable[[], T], works: bool) -> T:
+        """Call `function`, however long it takes, on the ranks with `works`, the first among them, while the others wait; every
+        rank returns the first rank's result or raises the first StunError."""
+        if self.world == 1:
+            return self.on_first(function)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(_outcome, function) if works else None
+            while not all(self.gather_objects(future is None or bool(wait([future], _WAIT_SECONDS).done))):
+                pass
+        return _shared(self.gather_objects(future.result() if future else None))
 
     def gather_objects(self, value: object) -> list:
         """Small objects of all ranks, in rank order, on every rank."""
@@ -213,3 +237,11 @@ class Ranks:
         out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))
         self._comm.all_to_all_single(out, rows_ND.contiguous(), receive, send)
         return out
+
+
+@cache
+def process_ranks() -> Ranks:
+    """Ranks of this process, started by the first call and ended with the process."""
+    ranks = Ranks()
+    atexit.register(ranks.end)
+    return ranks

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -13,9 +15,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
 from stun.config import StunError
@@ -55,14 +59,29 @@ def reference_file(name: str) -> str:
 
 def composed(job: str, overrides: list[str]) -> object:
     """Configuration of a job, an object of its dataclass. Raises StunError for a setting that does not exist or a bad value."""
-    register()
     check_overrides(job, overrides)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with own_hydra():
             return OmegaConf.to_object(compose(job, overrides))
+    except MissingMandatoryValue as error:
+        raise StunError(f"{error.full_key}: is needed") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise StunError(_explained(job, error)) from error
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """Hydra on `conf/`. An application that itself runs under Hydra finds all of its state again."""
+    store, base, job, hydra = ConfigStore.instance(), VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
+    before = dict(store.repo), base.version_base, job.conf.copy(), hydra.hydra
+    hydra.clear()
+    try:
+        register()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.set_instance(hydra)  # Hydra's own end puts a copy in its place
+        store.repo, base.version_base, job.conf, hydra.hydra = before
 
 
 def check_overrides(job: str, overrides: list[str], is_sweep: bool = False) -> None:

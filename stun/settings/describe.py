@@ -10,11 +10,10 @@ from functools import cache
 from itertools import pairwise
 from typing import get_type_hints
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from stun.settings.compose import CONF, SCHEMAS, allowed, choices, nested, register
+from stun.settings.compose import CONF, SCHEMAS, allowed, choices, nested, own_hydra
 
 GROUPS = ("experiment", "experts", "sparsify", "calibration", "model", "task", "tracking", "launcher", "case")
 
@@ -32,9 +31,7 @@ class Setting:
 @cache
 def settings(job: str) -> list[Setting]:
     """Settings of a job in the order of its dataclass, with the defaults of its YAML file."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with own_hydra():
         defaults = compose(job)
     return _settings(SCHEMAS[job], defaults)
 

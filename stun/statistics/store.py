@@ -84,7 +84,7 @@ class Statistics:
     def check(self, wanted: dict) -> None:
         """Raise StunError if the statistics are not complete, or their identity (`observed`) is not the `wanted` one."""
         if not self.complete:
-            raise StunError(f"{self.folder}: holds no complete statistics; python -m jobs.observe collects them")
+            raise StunError(f"{self.folder}: holds no complete statistics; stun observe collects them")
         changes = differences({name: self.about.get(name) for name in wanted}, wanted)
         if changes:
             raise StunError(f"{self.folder}: its statistics were collected on other inputs ({'; '.join(changes)})")

@@ -106,5 +106,5 @@ def _summary(layers: int, experts: int, kept: int) -> dict:
         "source": "/data/large",
         "source_bytes": 2 * parameters,
         "disk_bytes": int(1.5 * parameters),
-        "command": "python -m jobs.prune model.path=/data/large",
+        "command": "stun prune model.path=/data/large",
     }

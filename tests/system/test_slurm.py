@@ -201,7 +201,7 @@ def test_a_lost_task_ends_the_job(cluster, source, whole, tmp_path):
 def test_a_failure_is_one(cluster, tmp_path):
     job = submit(cluster, tmp_path / "nowhere", tmp_path / "run", "--nodes=2")
     assert cluster.wait(job, ENDED, 60)["JobState"] == "FAILED"
-    assert "not a folder; download the checkpoint first" in log_of(tmp_path / "run")
+    assert "not a folder, nor the name of a model" in log_of(tmp_path / "run")
 
 
 def test_array_sweep(cluster, source, tmp_path):

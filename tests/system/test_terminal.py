@@ -87,7 +87,7 @@ def test_the_view_is_drawn_and_goes(checkpoint, tmp_path):
         r"\] observe 03/3 \| experts 8 \|",
         r"\] prune 01/3 \| experts 8->\d \| nonzero 0",
         "loads in vLLM",
-        "jobs.report folder=",
+        "stun report folder=",
     ):
         assert re.search(line, text), line
     table = terminal.text[terminal.text.rfind("experts kept") :]

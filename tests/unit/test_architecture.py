@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 # A package may import those before it; config and files are modules.
 ORDER = (
     "config < files < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning < preflight"
-    " < evaluation < report < pruning < benchmark, reference < settings"
+    " < evaluation < report < pruning < benchmark, reference < settings < api"
 )
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}
@@ -94,6 +94,11 @@ def test_every_experiment_composes(job, name):
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
     stun.planning.validation.validate(typed)
+
+
+def test_a_named_option_replaces_that_of_an_experiment():
+    cfg = composed("prune", ["experiment=best", "experts=stun", "sparsify=sparsegpt"])
+    assert (cfg.experts.method.name, cfg.sparsify.method.name, cfg.experts.score.name) == ("stun", "sparsegpt", "energy")
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])

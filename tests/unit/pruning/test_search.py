@@ -85,4 +85,4 @@ def test_auto_on_the_command_line(checkpoint, tmp_path):
     asked = float(min(error, key=error.get)) * plan["target"]
     assert plan["dropped"] / plan["parameters"] == pytest.approx(asked, abs=0.06), "as near as whole experts allow"
     refused = run_job("plan", [*settings(source, tmp_path / "1", **how), f"output={tmp_path}/p.json"], check=False)
-    assert refused.returncode == 2 and "jobs.prune does that" in refused.stderr
+    assert refused.returncode == 2 and "stun prune does that" in refused.stderr

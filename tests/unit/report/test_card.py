@@ -147,7 +147,7 @@ def test_commands_hold_no_secrets():
     secrets = ["+hub_token=abc", "key=hf_" + "a" * 30, "p=https://me:pw@host/x"]
     words = ["/x/jobs/prune.py", "model.path=/data/a b", *secrets, "task.max_new_tokens=4"]
     text = command_line(words)
-    assert text.startswith("python -m jobs.prune 'model.path=/data/a b'") and "task.max_new_tokens=4" in text
+    assert text.startswith("stun prune 'model.path=/data/a b'") and "task.max_new_tokens=4" in text
     assert not any(secret in text for secret in ("abc", "hf_a", "me:pw"))
     assert command_line(["/usr/bin/pytest", "-q"]) == "pytest -q"
 

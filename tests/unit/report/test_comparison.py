@@ -212,7 +212,7 @@ def test_best_run_at_each_size(tmp_path):
     best = text[text.index("The best run") : text.index("The runs")]
     assert re.findall(r"\b(?:small|worse|large)\b", best) == ["small", "large"] and "92.2%" in best
     page = write_comparison(tmp_path, {"a": done(), "b": done()}).read_text()
-    assert "No run was evaluated" in page and page.count("jobs.evaluate") == 2 and "dense=" in page
+    assert "No run was evaluated" in page and page.count("stun evaluate") == 2 and "dense=" in page
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_run_leads_back_to_its_comparison(sweep):
         (link,) = re.findall(r'<a href="([^"#]*)">Compared', page.read_text())
         assert (page.parent / link).resolve() == pages[-1].resolve()
     assert "Compared" not in write_reports(folder / "last")[0].read_text()
-    assert pages[0].read_text().count("jobs.evaluate") == 0, "it was evaluated beside the dense model"
-    (dense, pruned) = re.findall(r"<code>(python -m jobs.evaluate.*?)</code>", pages[1].read_text())
+    assert pages[0].read_text().count("stun evaluate") == 0, "it was evaluated beside the dense model"
+    (dense, pruned) = re.findall(r"<code>(stun evaluate.*?)</code>", pages[1].read_text())
     assert "model.path=/data/large" in dense and f"output={folder}/last/dense.json" in dense
     assert f"dense={folder}/last/dense.json" in pruned and f"output={folder}/last/result.json" in pruned

@@ -435,7 +435,7 @@ def test_statistics_and_model_that_are_elsewhere(measured, tmp_path):
 def test_commands_can_be_pasted(folder):
     """Into a shell, and are then understood by Hydra; a sweep names the folders of its runs by what differs."""
     *start, word, other = shlex.split(job_command("evaluate", model__path=f"{folder}/model", dense="DENSE.json"))
-    assert start == ["python", "-m", "jobs.evaluate"] and other == "dense=DENSE.json"
+    assert start == ["stun", "evaluate"] and other == "dense=DENSE.json"
     parsed = OverridesParser.create().parse_override(word)
     assert (parsed.key_or_group, parsed.value()) == ("model.path", f"{folder}/model") and not parsed.is_sweep_override()
 

@@ -1,0 +1,91 @@
+"""Settings given in Python, as the words of the command that sets the same."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from numbers import Integral, Real
+from os import PathLike, fspath
+
+from stun.config import StunError
+from stun.files import load_yaml
+from stun.settings.compose import CONF, SCHEMAS, choices
+
+_PLAIN = re.compile(r"([A-Za-z]|\.{0,2}/)[\w./@-]*", re.ASCII)  # texts that Hydra reads as they are ...
+_SPECIAL = {"true", "false", "null", "nan", "inf"}  # ... but for these, in any case
+
+
+class Names:
+    """Names that a job knows: the fields of its configuration, and the groups of named options in `conf/`."""
+
+    def __init__(self, job: str):
+        self.schema = SCHEMAS[job]
+        entries = [entry for entry in load_yaml(CONF / f"{job}.yaml")["defaults"] if isinstance(entry, dict)]
+        groups = [name for entry in entries for name in entry if " " not in name and name != "launcher"]
+        self.groups = {group.rpartition("@")[2]: group for group in groups}  # text: calibration@text
+        self.options = {name: choices(group.partition("@")[0]) for name, group in self.groups.items()}
+
+    def words(self, settings: Mapping[str, object]) -> list[str]:
+        """Words of the command; whether the job knows them all is checked when they are composed. Raises StunError for a value
+        that they cannot hold."""
+        return [word for name, value in settings.items() if value is not None for word in self._words(name, value)]
+
+    def _words(self, name: str, value: object) -> Iterator[str]:
+        node = getattr(self.schema(), name, None)
+        if name == "launcher":
+            raise StunError("launcher: is for the command line alone, whose sweeps it starts")
+        if isinstance(value, (str, PathLike)) and name in self.groups:
+            yield self._choice(name, fspath(value), node)
+        elif is_dataclass(node) and not isinstance(value, Mapping):
+            raise StunError(f"{name}={value!r}: must be a mapping of settings, such as {{{fields(node)[0].name!r}: ...}}")
+        else:
+            yield from self._nested(name, value)
+
+    def _choice(self, name: str, text: str, node: object) -> str:
+        """A named option of a group; else, where the group's settings have a path, that path."""
+        options = self.options[name]
+        if text in options:
+            return f"{self.groups[name]}={text}"
+        if hasattr(node, "path"):
+            return f"{name}.path={written(text)}"
+        single = "; a mapping sets single values" if is_dataclass(node) else ""
+        raise StunError(f"{name}={text}: known are {', '.join(options)}{single}")
+
+    def _nested(self, key: str, value: object) -> Iterator[str]:
+        node = self.schema()
+        for part in key.split("."):
+            node = getattr(node, part, None)
+        if isinstance(value, Mapping) and is_dataclass(node):
+            for name, entry in value.items():
+                yield from self._nested(f"{key}.{name}", entry)
+        else:
+            yield f"{'++' if isinstance(node, dict) else ''}{key}={written(value)}"  # ++: a mapping's keys are new
+
+
+def written(value: object) -> str:
+    """A value in the grammar of Hydra's command line. Raises StunError for what it cannot hold."""
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{_key(key)}:{written(entry)}' for key, entry in value.items())}}}"
+    if isinstance(value, (list, tuple, set)):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Real):  # numpy's too
+        return repr(int(value) if isinstance(value, Integral) else float(value))
+    if not isinstance(value, (str, PathLike)):
+        raise StunError(f"{value!r}: settings are texts, paths, numbers, lists and mappings, not {type(value).__name__}")
+    text = fspath(value)
+    return text if _PLAIN.fullmatch(text) and text.lower() not in _SPECIAL else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """Text in single quotes. A backslash counts only before a quote, where it is doubled."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_][\w-]*", key, re.ASCII):
+        raise StunError(f"{key!r}: a name here has letters, digits, _ and -, and begins with a letter")
+    return key

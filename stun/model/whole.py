@@ -1,0 +1,18 @@
+"""A checkpoint as a whole model of transformers, for those that fit into memory."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stun.checkpoint.reader import Checkpoint
+from stun.config import StunError
+
+
+def load_whole(folder: Path, **options) -> PreTrainedModel:
+    """Model in a checkpoint's folder, with transformers' `options`; code in the checkpoint is not run. Layers may keep different
+    numbers of experts. Raises StunError."""
+    Checkpoint.open(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, **{"use_safetensors": True, "trust_remote_code": False, **options})
+    except (OSError, ValueError) as error:
+        raise StunError(f"{folder}: cannot be loaded as a whole: {error}") from error

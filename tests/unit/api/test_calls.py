@@ -1,0 +1,154 @@
+"""Calls of the Python API: the jobs' own results, any number of times in one process that is left as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import VersionBase
+
+import stun
+from helpers.launches import run_warm
+from helpers.paths import HELDOUT, TEXT
+from helpers.selections import config
+from helpers.stops import stopped_after
+from helpers.tensors import same_tensors
+from stun.config import Budget, ExpertsConfig
+from stun.pruning.job import prune
+
+pytestmark = pytest.mark.slow
+SMALL = {"calibration": {"path": TEXT, "samples": 8, "length": 40, "micro_batch": 2}, "target": 0.4, "sparsify": "wanda"}
+PAPER = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global"}
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory):
+    """(source, run folder, summary) of a call."""
+    source, run = checkpoint("mixtral"), tmp_path_factory.mktemp("api") / "run"
+    return source, run, stun.prune(source, output=run, experts=PAPER, **SMALL)
+
+
+def test_it_is_the_job(pruned, ranks, tmp_path):
+    """The same bytes and summary; a command for the record; the finished run again."""
+    source, run, summary = pruned
+    job = prune(config(source, tmp_path / "job", experts=ExpertsConfig(budget=Budget["global"])), ranks)
+    same_tensors(run / "model", tmp_path / "job" / "model")
+    assert (summary["kept"], summary["nonzero"]) == (job["kept"], job["nonzero"])
+    assert summary["command"].startswith(f"stun prune model.path={source} target=0.4 calibration.path={TEXT} ")
+    assert summary["command"].endswith("experts.budget=global")
+    assert (
+        stun.prune(source, output=run, overrides=["experts=stun", "experts.budget=global"], **SMALL)
+        == json.loads((run / "manifest.json").read_text())["summary"]
+    )
+
+
+SCRIPT = """
+import sys
+import stun
+
+model, output, text = sys.argv[1:]
+calibration = {"path": text, "samples": 8, "length": 40, "micro_batch": 2}
+experts = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global"}
+summary = stun.prune(model, output=output, target=0.4, calibration=calibration, experts=experts, sparsify="wanda")
+result = stun.evaluate(f"{output}/model", text={"path": text, "samples": 2, "length": 16}, output=f"{output}/text.json")
+print("ranks", summary["ranks"], result["tokens"])
+"""
+
+
+@pytest.mark.ranks
+def test_several_ranks_make_the_same_calls(pruned, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run_warm([tmp_path / "script.py", pruned[0], tmp_path / "run", TEXT], ranks=2)
+    assert done.stdout.count("ranks 2 30") == 2 and done.stdout.count("wrote ") == 1
+    same_tensors(tmp_path / "run" / "model", pruned[1] / "model")
+
+
+def test_load_uneven_counts(pruned):
+    model, tokenizer = stun.load(pruned[1] / "model")
+    assert len(set(pruned[2]["kept"])) > 1 and model.dtype is torch.float32
+    inputs = tokenizer("one two", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+    assert stun.load(str(pruned[0]), dtype=torch.bfloat16)[0].dtype is torch.bfloat16
+
+
+def test_plan_of_a_run(pruned, tmp_path):
+    """Its model is that of the run; a call that prunes takes it."""
+    source, run, _ = pruned
+    made = stun.plan(run, target=0.5, output=tmp_path / "plan.json", experts={"method": "rank", "score": "energy", "fraction": 1})
+    kept = [layer.kept for layer in made.plan.layers]
+    assert kept == [layer["kept"] for layer in json.loads((tmp_path / "plan.json").read_text())["layers"]] and made.nbytes > 0
+    again = stun.prune(source, output=tmp_path / "run", plan=tmp_path / "plan.json", **{**SMALL, "target": 0.5})
+    assert again["kept"] == list(map(len, kept))
+    (tmp_path / "statistics").mkdir()
+    (tmp_path / "statistics" / "config.yaml").write_text("statistics: {}\n")
+    with pytest.raises(stun.StunError, match="statistics alone"):
+        stun.plan(tmp_path / "statistics", target=0.5, output=tmp_path / "other.json")
+
+
+def test_evaluate(pruned, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
+    task = {"path": rows, "max_new_tokens": 2}
+    dense = stun.evaluate(pruned[0], task=task, output=tmp_path / "dense.json")
+    result = stun.evaluate(pruned[1] / "model", task=task, dense=tmp_path / "dense.json", output=tmp_path / "result.json")
+    assert dense["rows"] == result["rows"] == 4 and result["agreement"]["kl"] > 0
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda tmp_path: stun.prune("/none", output=tmp_path / "x", **SMALL), "model.path=/none: not a folder"),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", run_dir="y", **SMALL), "run_dir: is given twice"),
+        (lambda tmp_path: stun.evaluate("/none", output=tmp_path / "x"), "nothing to evaluate"),
+        (lambda tmp_path: stun.load(tmp_path / "none"), "not a folder"),
+        (lambda tmp_path: stun.plan(tmp_path, output=tmp_path / "x", target=0.5), "config.yaml: cannot be read"),
+    ],
+)
+def test_errors(tmp_path, call, says):
+    with pytest.raises(stun.StunError, match=says):
+        call(tmp_path)
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_names_are_no_attributes():
+    with pytest.raises(AttributeError):
+        stun.prnue  # noqa: B018
+
+
+def test_the_process_is_left_as_it_was(checkpoint, tmp_path):
+    """Also within an application of Hydra's own, whose composition goes on; nor is the run folder locked after a failure."""
+    (tmp_path / "own.yaml").write_text("number: 1\n")
+    logging.getLogger("mine").setLevel(logging.INFO)
+
+    def state() -> tuple:
+        root = logging.getLogger()
+        levels = (root.level, tuple(root.handlers), logging.getLogger("mine").level, logging.getLogger("transformers").level)
+        hydra = (VersionBase.instance().getbase(), sorted(ConfigStore.instance().repo), GlobalHydra.instance().hydra)
+        return (*levels, *hydra, list(sys.argv), dict(os.environ), os.getcwd())
+
+    with initialize_config_dir(str(tmp_path), version_base="1.2", job_name="theirs"):
+        before = state()
+        stun.prune(checkpoint("mixtral"), output=tmp_path / "run", **SMALL)
+        with pytest.raises(stun.StunError, match="no such setting"):
+            stun.prune(checkpoint("mixtral"), output=tmp_path / "other", tarrget=1)
+        assert state() == before and compose("own").number == 1
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_failed_run_is_not_locked(checkpoint, tmp_path):
+    """A notebook lives on: a command may go on with its run."""
+    run, lock = tmp_path / "run", tmp_path / "run" / ".lock"
+    with stopped_after("observe", 1):
+        stun.prune(checkpoint("mixtral"), output=run, **SMALL)
+    with lock.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert stun.prune(checkpoint("mixtral"), output=run, **SMALL)["kept"]
