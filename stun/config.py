@@ -229,7 +229,8 @@ class SparsifyConfig:
     reconstruct: bool = False
     """After the mask, refit the kept weights to the outputs of the dense layer."""
     gram_gib: float = 16.0
-    """GiB of Gram matrices a rank holds for sparsegpt, alps and `reconstruct`; with less, the layer runs more often."""
+    """Most GiB of Gram matrices a rank holds for sparsegpt, alps and `reconstruct`; less where memory is short. With less, the
+    layer runs more often; the result is the same."""
 
     @property
     def reads_grams(self) -> bool:

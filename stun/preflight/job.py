@@ -113,30 +113,40 @@ def _advice(job: Job, launch: Launch) -> list[str]:
     def fits(**changes) -> bool:
         return _fits(replace(job, cfg=replace(job.cfg, **changes)), launch)
 
-    calibration, sparsify = job.cfg.calibration, job.cfg.sparsify
+    calibration = job.cfg.calibration
     batches = [2**power for power in reversed(range((calibration.micro_batch - 1).bit_length()))]
-    grams = [sparsify.gram_gib / part for part in (2, 4, 8, 16, 32)] if sparsify.reads_grams else []
     unit = "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
     found = {
         f"{{}} {unit}": next((n for n in (2**power for power in range(13)) if _fits(job, spread(n))), 0),
         "calibration.micro_batch={}": next((n for n in batches if fits(calibration=replace(calibration, micro_batch=n))), 0),
-        "sparsify.gram_gib={:g}": next((gib for gib in grams if fits(sparsify=replace(sparsify, gram_gib=gib))), 0),
     }
     advice = [f"{text.format(value)} would do" for text, value in found.items() if value]
-    return advice or [
-        "no number of ranks, calibration.micro_batch or sparsify.gram_gib alone would do; lower calibration.samples"
-    ]
+    return advice or ["no number of ranks or calibration.micro_batch alone would do; lower calibration.samples"]
 
 
-def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> None:
-    """Print the needs of `job` on this launch, or on `cluster`. All ranks call this together. Raises StunError on all of them
-    if it cannot fit."""
+def fitting_grams(job: Job, launch: Launch) -> float:
+    """Most GiB of Gram matrices, `sparsify.gram_gib` or a part of it, with which the job fits; all of it if none does. The run's
+    result does not depend on it."""
+    sparsify = job.cfg.sparsify
+    parts = [sparsify.gram_gib / part for part in (1, 2, 4, 8, 16, 32)] if sparsify.reads_grams else []
+    return next((gib for gib in parts if _fits(_with_grams(job, gib), launch)), sparsify.gram_gib)
+
+
+def _with_grams(job: Job, gib: float) -> Job:
+    return replace(job, cfg=replace(job.cfg, sparsify=replace(job.cfg.sparsify, gram_gib=gib)))
+
+
+def preflight(job: Job, ranks: Ranks, cluster: ClusterConfig | None = None) -> Job:
+    """Print the needs of `job` on this launch, or on `cluster`; returns the job with the Gram matrices that fit there. All ranks
+    call this together. Raises StunError on all of them if it cannot fit."""
     base = max(ranks.gather_objects(resident()))
     if cluster and cluster.nodes:
         launch = ranks.on_first(lambda: described(cluster, job.arch, base))
     else:
         launch = this_launch(ranks, job.arch, job.cfg, base)
+    job = _with_grams(job, ranks.on_first(lambda: fitting_grams(job, launch)))
     ranks.on_first(lambda: _print_estimate(job, launch, ranks))
+    return job
 
 
 def _print_estimate(job: Job, launch: Launch, ranks: Ranks) -> None:

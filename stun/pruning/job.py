@@ -36,7 +36,7 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     ranks.reset_peak_memory()
     job = resolve(cfg, ranks)
     if not ranks.on_first(lambda: job.is_finished):
-        preflight(job, ranks)
+        job = preflight(job, ranks)
     job = with_weights(job, ranks)
     with open_run(job, ranks) as run:
         if not run.summary:

@@ -38,7 +38,7 @@ from stun.planning.job import resolve, resolve_model
 from stun.preflight.activations import Allocations, trace_layers
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import GIB, GPUS, Launch, described
-from stun.preflight.job import SURE, Estimate, check, report
+from stun.preflight.job import SURE, Estimate, check, fitting_grams, report
 from stun.preflight.memory import Footprint, transient_costs
 from stun.preflight.traffic import existing_bytes
 from stun.pruning.job import prune
@@ -158,7 +158,7 @@ def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
 
 
 def test_advice_is_what_fits(checkpoint, tmp_path):
-    """Experts fit on more GPUs; a micro-batch or Gram matrices that are too large in smaller pieces."""
+    """Experts fit on more GPUs, a micro-batch that is too large in smaller pieces; Gram matrices are made to fit."""
     source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=2)
     long = replace(CALIBRATION, samples=64, length=4096, micro_batch=32)
     job = resolve_model(asked(source, tmp_path / "run", calibration=long))
@@ -168,8 +168,9 @@ def test_advice_is_what_fits(checkpoint, tmp_path):
     assert two <= 56 * GIB < SURE * one
     how = SparsifyConfig(method=SparsifyMethod.sparsegpt, gram_gib=60)
     job = resolve_model(asked(source, tmp_path / "run", sparsify=how))
-    _, refusal = check(job, replace(GPU, per_node=1, gpu_memory=60 * GIB))
-    assert "sparsify.gram_gib=7.5 would do" in refusal
+    small = replace(GPU, per_node=1, gpu_memory=60 * GIB)
+    assert check(job, small)[1] and fitting_grams(job, small) == 7.5 and fitting_grams(job, replace(small, gpu_memory=1)) == 60
+    assert fitting_grams(job, replace(small, gpu_memory=600 * GIB)) == 60
 
 
 def sparse_arctic(folder, small, layers: int):
