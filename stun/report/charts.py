@@ -11,6 +11,7 @@ from stun.report.theme import Theme, canvas, legend, words
 from stun.run.layer_records import KINDS, PHASES
 
 _STYLES = ("-", (0, (6, 2)), "-", (0, (3, 3)), ":")  # of the kinds: equal lines show through one another
+_MOST_DOTS = 2000
 _STAGES = {"dense": "dense", "experts_removed": "experts removed", "weights_removed": "weights removed"}
 
 
@@ -83,20 +84,20 @@ def usage(theme: Theme, data: list[Usage]) -> Figure:
 
 
 def scores(theme: Theme, data: list[Selection]) -> Figure:
-    """A dot per expert: its score as a multiple of its layer's mean."""
+    """A dot per expert: its score as a multiple of its layer's mean. With too many, a line that holds nine in ten of the layer's
+    kept or removed ones, and a dot for the highest."""
     figure, (axes,) = canvas(theme, 2.9)
+    is_crowded = sum(len(choice.score_E) for choice in data) > _MOST_DOTS
     least = []
     for is_kept, color, label in ((True, theme.kept, "kept"), (False, theme.removed, "removed")):
-        layers, values = [], []
+        places, by_layer = [], []
         for choice in data:
-            scale, chosen_ones = abs(float(np.mean(np.abs(choice.score_E)))) or 1.0, set(choice.kept)
-            chosen = [score / scale for expert, score in enumerate(choice.score_E) if (expert in chosen_ones) is is_kept]
-            layers += [choice.layer] * len(chosen)
-            values += chosen
-        least += values
-        shift = -0.13 if is_kept else 0.13
-        size = 14 if len(layers) < 2000 else 4
-        axes.scatter([n + shift for n in layers], values, s=size, color=color, alpha=0.75, linewidths=0, label=label)
+            score_E = np.array(choice.score_E) / (float(np.mean(np.abs(choice.score_E))) or 1.0)
+            by_layer.append(score_E[np.isin(np.arange(len(score_E)), choice.kept) == is_kept])
+            places.append(choice.layer + (-0.2 if is_kept else 0.2))
+        least += np.concatenate(by_layer).tolist()
+        draw = _ranges if is_crowded else _dots
+        draw(axes, places, by_layer, color, label)
     if least and min(least) >= 0:  # a root scale, since most scores lie far below the largest
         axes.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.set_ylim(0, 1.05 * max(least) or 1)
@@ -106,6 +107,20 @@ def scores(theme: Theme, data: list[Selection]) -> Figure:
     for handle in axes.get_legend().legend_handles:
         handle.set_sizes([16])
     return figure
+
+
+def _dots(axes: Axes, places: list[float], values: list[np.ndarray], color: str, label: str) -> None:
+    x = np.repeat(places, [len(group) for group in values])
+    axes.scatter(x, np.concatenate(values), s=14, color=color, alpha=0.75, linewidths=0, label=label)
+
+
+def _ranges(axes: Axes, places: list[float], values: list[np.ndarray], color: str, label: str) -> None:
+    """A line from the 5th to the 95th percentile of each group, and a dot at its maximum; groups may be empty."""
+    groups = [(place, *np.percentile(group, (5, 95, 100))) for place, group in zip(places, values, strict=True) if len(group)]
+    if groups:
+        x, low, high, most = zip(*groups, strict=True)
+        axes.vlines(x, low, high, color=color, linewidth=1.5)
+        axes.scatter(x, most, s=6, color=color, linewidths=0, label=label)
 
 
 def saliency(theme: Theme, data: dict[str, list]) -> Figure:

@@ -29,7 +29,7 @@ class Name:
 
 def front(theme: Theme, points: list[Point], xlabel: str, measure: Measure) -> Figure:
     """Runs, those on the Pareto front joined by a line."""
-    figure, (axes,) = canvas(theme, max(3.0, 1.1 + _LINE * (len(points) + len(measure.dense))))
+    figure, (axes,) = canvas(theme, max(3.0, 1.2 + _LINE * (len(points) + len(measure.dense))))
     height = _difference(axes, measure.name, measure.dense, list(measure.runs.values()))
     best = sorted((p.cost, height(p.quality)) for p in points if p.is_best)
     axes.plot(*zip(*best, strict=True), color=theme.kept, linewidth=1.4, zorder=2)
@@ -140,11 +140,11 @@ def _name(axes: Axes, theme: Theme, names: list[Name]) -> None:
 
 
 def _apart(wanted: list[float], gap: float) -> list[float]:
-    """Ascending heights near the `wanted` ones, which ascend, `gap` apart and below 1 if they fit."""
+    """Ascending heights near the `wanted` ones, which ascend, `gap` apart, and all of a name below 1 if they fit."""
     heights = []
     for height in wanted:
         heights.append(max(height, heights[-1] + gap) if heights else height)
-    limit = 1.0
+    limit = 1 - gap / 2
     for place in reversed(range(len(heights))):
         heights[place] = min(heights[place], limit)
         limit = heights[place] - gap

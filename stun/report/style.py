@@ -68,7 +68,7 @@ td:first-child, th:first-child, .words td { text-align:left }
 .numbers td:first-child, .runs td:first-child, .words td { white-space:normal }
 .runs td:first-child, .runs th:first-child { position:sticky; left:0; min-width:8rem; max-width:45vw; background:var(--paper) }
 .words td { overflow-wrap:anywhere } .words td:first-child { vertical-align:top; color:var(--faint);
-  overflow-wrap:normal }
+  overflow-wrap:normal; min-width:9.5rem }
 .pair { display:grid; grid-template-columns:repeat(2,minmax(0,1fr)); gap:1rem 3rem; align-items:start }
 code { font:.85em/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace }
 pre { background:var(--tint); padding:.8rem 1rem; border-radius:4px; white-space:pre-wrap; overflow-wrap:normal;

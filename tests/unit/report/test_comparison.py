@@ -102,6 +102,7 @@ def test_names_of_points_can_be_read(count, spread):
     texts = figure.axes[0].texts
     assert len(texts) == count + 1
     boxes = [Text.get_window_extent(text) for text in texts]  # without the line
+    boxes.append(figure.axes[0].get_legend().get_window_extent())
     assert not any(one.y0 < two.y1 and two.y0 < one.y1 for one, two in itertools.combinations(boxes, 2))
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= figure.bbox.height for box in boxes)
     for text in texts:
@@ -158,7 +159,7 @@ def test_the_first_picture_of_the_readme_is_that_of_its_scores(tmp_path):
 
 def test_names_in_pictures_are_short():
     sweep = ["experts.fraction=0.1,target=0.3", "experts.fraction=0.2,target=0.3"]
-    assert list(short_names(sweep).values()) == ["experts.fraction=0.1", "experts.fraction=0.2"]
+    assert list(short_names(sweep).values()) == ["fraction=0.1", "fraction=0.2"]
     assert short_names(["a=1,b=2"]) == {"a=1,b=2": "a=1,b=2"} and short_names(["a", "a,b"]) == {"a": "a", "a,b": "b"}
     long = ["a" * 60 + end for end in "xy"]
     assert [len(name) for name in short_names(long).values()] == [30, 30] and short_names(long)[long[0]].endswith("x")

@@ -307,6 +307,19 @@ def test_pictures_show_differences():
     assert charts.evaluation(LIGHT, {"adding": (None, 0.96)}).axes[0].get_xlabel() == "exact match"
 
 
+def test_too_many_dots_are_drawn_as_ranges():
+    score_E = np.random.default_rng(0).pareto(2, size=1200)
+    choices = [data.Selection(layer, np.zeros(0), score_E.tolist(), list(range(900)), [], []) for layer in range(2)]
+    (axes,) = charts.scores(LIGHT, choices).axes
+    lines, dots, removed_lines, removed_dots = axes.collections
+    for group, line, dot in ((score_E[:900], lines, dots), (score_E[900:], removed_lines, removed_dots)):
+        low, high = np.percentile(group / score_E.mean(), (5, 95))
+        assert np.array(line.get_segments())[:, :, 1] == pytest.approx(np.array([[low, high]] * 2))
+        assert dot.get_offsets()[:, 1].tolist() == pytest.approx([group.max() / score_E.mean()] * 2)
+    (axes,) = charts.scores(LIGHT, choices[:1]).axes
+    assert [len(own.get_offsets()) for own in axes.collections] == [900, 300]
+
+
 @pytest.mark.slow
 def test_page_is_whole(measured):
     """Every section has its picture in both themes; nothing comes from elsewhere; what files say is text, never HTML."""
