@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from helpers.configs import composed
 from helpers.launches import run_job
 from helpers.paths import HELDOUT, ROOT
 from helpers.zoo import make_checkpoint
@@ -43,9 +44,12 @@ def test_best_beats_the_paper():
             for half in ("odd", "even"):
                 mean = lambda rows, half=half: sum(row[half] for row in rows) / len(rows)  # noqa: E731
                 assert mean(ours["best"][target]) > mean(theirs["paper"][target]), (best, target, half)
-    page, experiment = (ROOT / "docs" / "weights.md").read_text(), (ROOT / "conf/experiment/best.yaml").read_text()
+    page, cfg = (ROOT / "docs" / "weights.md").read_text(), composed("prune", ["experiment=best"])
     for setting in ("method=rank", "score=energy", "fraction=0.4", "method=alps", "reconstruct=true"):
-        assert setting in page and setting.replace("=", ": ") in experiment
+        assert setting in page
+    experts, weights = cfg.experts, cfg.sparsify
+    assert (experts.method.name, experts.score.name, experts.fraction) == ("rank", "energy", 0.4)
+    assert (weights.method.name, weights.reconstruct) == ("alps", True)
 
 
 def test_markdown():
