@@ -22,7 +22,7 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     target, title, measure = folder / FOLDER, folder.resolve().name, quality_measure(complete)
     own_folder(target, "report")
     parts = [_best(complete, measure), _table(complete), *_fronts(target, complete, measure)]
-    incomplete = [[html.breakable(name), escape(run)] for name, run in runs.items() if isinstance(run, str)]
+    incomplete = [[html.breakable(name), html.breakable(run)] for name, run in runs.items() if isinstance(run, str)]
     if incomplete:
         parts.append(
             html.section(

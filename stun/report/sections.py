@@ -64,7 +64,7 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
 
 
 def _loads(run: RunFolder, folder: Path) -> str:
-    rows = [[escape(runtime), escape(answer)] for runtime, answer in in_words(run.summary.get("loads_in", {})).items()]
+    rows = [[escape(runtime), html.breakable(answer)] for runtime, answer in in_words(run.summary.get("loads_in", {})).items()]
     aid = "Runtimes that read model/ of this run as it is."
     return html.section("What loads it", aid, html.table([], rows, "words"), True)
 

@@ -39,7 +39,7 @@ def done(name: str = "", average: float | None = None, size: int = 9, **result) 
 
 def text_of(page: Path) -> str:
     """Words of a page, without its style and its tags."""
-    return unescape(re.sub(r"<style>.*?</style>|<[^>]*>", "|", page.read_text(), flags=re.S))
+    return unescape(re.sub(r"<style>.*?</style>|<[^>]*>", "|", page.read_text().replace("<wbr>", ""), flags=re.S))
 
 
 def test_pareto_front():
