@@ -139,6 +139,23 @@ def test_evaluate_beside_the_dense_model_of_the_hub(hub, machine, pruned, tmp_pa
     assert done.returncode == 0 and "kl" in json.loads(result.read_text())["agreement"], done.stderr
 
 
+def test_every_other_job_takes_the_name(hub, machine, tmp_path):
+    """Statistics, a plan from them, a comparison, and a benchmark that needs the tokenizer."""
+    pinned, rows = f"tiny/mixtral@{commit(hub, 'tiny/mixtral')}", tmp_path / "rows.jsonl"
+    rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:2]))
+    observed = machine("observe", settings("tiny/mixtral", tmp_path / "statistics"))
+    assert f"observe {pinned} | 10 samples" in observed.stdout, observed.stderr
+    plan = ["model.path=tiny/mixtral", f"run_dir={tmp_path / 'statistics'}", "target=0.4", f"output={tmp_path / 'plan.json'}"]
+    assert "experts kept" in machine("plan", plan).stdout
+    task = [f"task.path={rows}", "task.max_new_tokens=2"]
+    assert machine("compare", [*settings("tiny/mixtral", tmp_path / "compared"), *task]).returncode == 0
+    assert json.loads((tmp_path / "compared" / "comparison.json").read_text())["dense"]["model"] == pinned
+    shape = ["shape.hidden=64", "shape.expert_width=32", "shape.layers=1", "shape.experts=4", "case=weights"]
+    small = settings("tiny/mixtral", tmp_path / "benchmark", target=0.5)
+    benchmark = machine("benchmark", [*small, *shape, "methods={wanda:[]}"])
+    assert benchmark.returncode == 0 and (tmp_path / "benchmark" / "weights.json").is_file(), benchmark.stderr
+
+
 MESSAGES = """
 import json, sys
 from stun.checkpoint import hub
