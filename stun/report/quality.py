@@ -61,7 +61,7 @@ def methods(theme: Theme, scores: dict, chosen: list[str] | None = None) -> Figu
         axes.plot(x, y, color=color, linewidth=2, marker="o", markersize=5, zorder=2)
         names.append(Name(f"{method}  {line[x[-1]]:.3f}", x[-1], y[-1], color))
     axes.set_xlabel("total sparsity of the decoder layers")
-    axes.set_xticks(sorted({sparsity for line in values.values() for sparsity in line}))
+    axes.xaxis.set_major_locator(ticker.MultipleLocator(0.1))
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     _name(axes, theme, [*names, *_dense_lines(axes, theme, dense, height)])
     return figure
