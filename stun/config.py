@@ -262,9 +262,6 @@ class PruneConfig:
     sparsify: SparsifyConfig = field(default_factory=SparsifyConfig)
     target: float | None = None
     """Total sparsity of the decoder layers: 1 - nonzero after / parameters before. Removed experts count in full."""
-    fit: str = ""
-    """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
-    removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""
     run_dir: str = MISSING
     """Folder of the run; the checkpoint goes to `model` in it."""
     plan: str = ""
@@ -274,6 +271,9 @@ class PruneConfig:
     precision: Precision = Precision.auto
     """Dtype that layers are computed in: the checkpoint's where the device multiplies it fast, or float32."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    fit: str = ""
+    """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
+    removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""
 
 
 @dataclass

@@ -89,7 +89,7 @@ def test_git_ignores_what_jobs_and_builds_write():
 @pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")))
 @pytest.mark.parametrize("job", ["prune", "compare", "preflight"])
 def test_every_experiment_composes(job, name):
-    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "task.path=t"][: 4 if job == "compare" else 3]
+    missing = ["model.path=m", "calibration.path=c", "run_dir=r", "target=0.6", "task.path=t"][: 5 if job == "compare" else 4]
     cfg = composed(job, [f"experiment={name}", *missing])
     typed = OmegaConf.to_object(cfg)
     assert isinstance(typed, stun.config.PruneConfig)
