@@ -41,6 +41,17 @@ SCHEMAS = {
     "study": StudyConfig,
     "benchmark": BenchmarkConfig,
 }
+# Names that other tools have for a setting.
+_ELSEWHERE = {
+    "sparsity": "target",
+    "ratio": "target",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+    "dataset": "calibration.path",
+    "nsamples": "calibration.samples",
+    "seqlen": "calibration.length",
+    "max_seq_length": "calibration.length",
+}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -137,7 +148,8 @@ def _check_key(job: str, override: Override) -> None:
         ".".join(parts[:depth]) in known and _is_mapping(known[".".join(parts[:depth])]) for depth in range(len(parts))
     )
     if key not in known and key not in sections and not is_inside:
-        near = [name for name in known if name.rpartition(".")[2] == parts[-1]] or get_close_matches(key, known, 1, 0.6)
+        alike = [name for name in known if name.rpartition(".")[2] == parts[-1]]
+        near = [name for name in (_ELSEWHERE.get(key),) if name in known] or alike or get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
         raise StunError(f"{key}: no such setting; {hint}")
     if override.is_delete() and not is_inside:

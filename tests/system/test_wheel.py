@@ -59,8 +59,8 @@ def test_prune_from_an_empty_folder(stun, tmp_path):
     )
     where = run([str(Path(stun[0]).with_name("python")), "-c", loaded], tmp_path).stdout
     assert "site-packages" in where and not where.startswith(str(ROOT))
-    refused = run([*stun, "prune", "sparsity=0.5"], tmp_path, check=False)
-    assert refused.returncode == 2 and refused.stderr.strip() == "error: sparsity: no such setting; stun prune --help lists them"
+    refused = run([*stun, "prune", "+sparsity=0.5"], tmp_path, check=False)
+    assert refused.returncode == 2 and refused.stderr.strip() == "error: sparsity: no such setting; did you mean target?"
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ def test_a_configuration_is_an_object_of_the_jobs_dataclass():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("sparsity=0.5", "sparsity: no such setting"),
-        ("+sparsity=0.5", "sparsity: no such setting"),
+        ("+sparsity=0.5", "sparsity: no such setting; did you mean target?"),
+        ("qqq=0.5", "qqq: no such setting; stun prune --help lists them"),
         ("++tarrget=0.5", "tarrget: no such setting; did you mean target?"),
         ("experts.fractoin=0.3", "experts.fractoin: no such setting; did you mean experts.fraction?"),
         ("samples=64", "samples: no such setting; did you mean calibration.samples?"),
