@@ -140,7 +140,12 @@ def test_readme_is_short():
     assert len(README.split()) <= 1500
 
 
-STUDIES = ("study", "best")  # hours: tests/unit/benchmark/test_study.py holds their tables, and runs a small study
+STUDIES = (
+    "study",
+    "best",
+    "methods",
+    "drop",
+)  # hours: tests/unit/benchmark/test_study.py holds their tables, and runs a small study
 
 
 def test_every_command_runs_in_a_test():

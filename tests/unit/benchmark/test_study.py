@@ -35,6 +35,34 @@ def test_committed_tables_of_weights(name, measures):
             assert f"| {method} | {row['seconds']:.1f} | {row['GiB']:.2f} |" in page
 
 
+@pytest.mark.parametrize("name", ["default", "default-qwen3"])
+def test_committed_tables_of_the_default(name):
+    """They are rendered from committed scores, and the default is near the best and above weights alone."""
+    scores = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    page = (ROOT / "docs" / "choose-a-method.md").read_text()
+    assert markdown(scores, ["odd", "even", "perplexity"]).strip() in page and f"scores=docs/{name}.json" in page
+    both = lambda method, target: (lambda row: (row["odd"] + row["even"]) / 2)(scores["results"][method][target][0])  # noqa: E731
+    assert both("default", "0.5") > both("best", "0.5") - 0.01
+    assert all(both("default", target) > both("weights alone (Wanda)", target) - 0.002 for target in ("0.3", "0.5", "0.7"))
+
+
+def test_committed_numbers_of_whole_experts():
+    """Of choose-a-method.md and of the README."""
+    scores = json.loads((ROOT / "docs" / "experts-only.json").read_text())
+    page, readme = ((ROOT / name).read_text() for name in ("docs/choose-a-method.md", "README.md"))
+    for score in ("energy", "reap"):
+        assert " | ".join(f"{scores[score][keep]:.3f}" for keep in ("24", "20", "16")) in page
+    assert f"{scores['energy']['16']:.3f}; by REAP's choice {scores['reap']['16']:.3f}" in readme
+
+
+def test_numbers_of_the_readme():
+    scores = json.loads((ROOT / "docs" / "default-qwen3.json").read_text())["results"]
+    readme = (ROOT / "README.md").read_text()
+    for method, rows in scores.items():
+        means = [(rows[target][0]["odd"] + rows[target][0]["even"]) / 2 for target in ("0.3", "0.5", "0.7")]
+        assert " | ".join(f"{mean:.3f}" for mean in means) in readme, method
+
+
 def test_best_beats_the_paper():
     """... at every sparsity from 0.4 up, on both halves of the prompts, on both models; and the experiment is what was
     measured."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stun.config import StunError
+from stun.config import StunError, with_overrides
 from stun.evaluation.config import PruneAndEvaluateConfig
 from stun.settings.compose import SCHEMAS, check_overrides, composed, reference_file
 
@@ -62,3 +62,10 @@ def test_reference_files_are_named_from_the_working_folder(monkeypatch, tmp_path
     relative = reference_file("model")
     monkeypatch.chdir(tmp_path)
     assert relative == "stun/reference/model" and reference_file("model").startswith("/")
+
+
+def test_the_default_is_what_was_measured():
+    """docs/choose-a-method.md has its numbers, by conf/study_default.yaml."""
+    cfg, study = composed("prune", GIVEN), composed("study_default", [])
+    measured = with_overrides(study, study.methods["default"])
+    assert (cfg.experts, cfg.sparsify) == (measured.experts, measured.sparsify)
