@@ -13,6 +13,9 @@ from stun.config import (
 )
 
 
+_TEXT = "give a file or a dataset of text like that which the model will be used for, or calibration.mixture, and not both"
+
+
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:
     if not ok:
         raise StunError(f"{key}={value}: {allowed}")
@@ -30,7 +33,7 @@ def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
     for key in ("samples", "length", "micro_batch"):
         value = getattr(calibration, key)
         _require(value >= 1, f"calibration.{key}", value, "at least 1")
-    _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, "give it, or a mixture")
+    _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, _TEXT)
     for name, source in calibration.mixture.items():
         _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
     _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")

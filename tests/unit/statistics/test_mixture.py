@@ -77,7 +77,7 @@ def naive_need(stats: Statistics, layers) -> tuple[int, int]:
 
 
 WRONG_CALIBRATION = {
-    "path and mixture": ({"path": str(TEXT)}, "calibration.path=.*give it, or a mixture"),
+    "path and mixture": ({"path": str(TEXT)}, "calibration.path=.*and not both"),
     "no weight": ({"weight": 0.0}, r"mixture\.numbers\.weight=0\.0: a number above 0"),
     "gets no sample": ({"weight": 1e-6}, r"mixture\.numbers\.weight=1e-06: gets none"),
     "no such file": ({"file": "/no/such.jsonl"}, r"calibration\.mixture\.numbers\.path=/no/such\.jsonl: no such file"),
