@@ -12,7 +12,6 @@ from stun.config import (
     StunError,
 )
 
-
 _TEXT = "give a file or a dataset of text like that which the model will be used for, or calibration.mixture, and not both"
 
 
