@@ -152,7 +152,7 @@ def _check_key(job: str, override: Override) -> None:
         near = [name for name in (_ELSEWHERE.get(key),) if name in known] or alike or get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
         raise StunError(f"{key}: no such setting; {hint}")
-    if override.is_delete() and not is_inside:
+    if override.is_delete() and not is_inside and not _is_mapping(known.get(key)):
         raise StunError(f"~{key}: a setting cannot be removed; give it a value")
 
 

@@ -185,14 +185,15 @@ def test_on_the_command_line(checkpoint, tmp_path):
     """Errors of the configuration and of the library, on one and on several ranks: one line, status 2, nothing written."""
     whole = settings(checkpoint("mixtral"), tmp_path / "run")
     cases = [
-        (whole[:1], "missing mandatory value: target", 0),
+        (whole[:-1], "run_dir: is needed", 0),
+        ([word for word in whole if not word.startswith("target=")], "target: how much shall be removed?", 0),
         ([*whole, "target=0.999"], "target=0.999: ", 2),
         ([*whole, "target=2"], "target=2.0: total sparsity", 4),
-        ([*whole, "experts.fractoin=0.2"], "Could not override 'experts.fractoin': Key 'fractoin' not in 'ExpertsConfig'", 2),
-        ([*whole, "calibration.samples=few"], "Error merging override calibration.samples=few: Value 'few' of type", 2),
+        ([*whole, "experts.fractoin=0.2"], "experts.fractoin: no such setting; did you mean experts.fraction?", 2),
+        ([*whole, "calibration.samples=few"], "calibration.samples: Value 'few' of type", 2),
         ([*whole, "model.path=/nowhere"], "model.path=/nowhere: not a folder", 2),
         ([*whole, "calibration.path=/nowhere.jsonl"], "calibration.path=/nowhere.jsonl: no such file", 2),
-        ([*whole, "calibration=none"], "In 'prune': Could not find 'calibration/none' Available options in 'calibration': ", 0),
+        ([*whole, "calibration=none"], "calibration=none: must be one of reference", 0),
     ]
     for arguments, says, ranks in cases:
         done = run_job("prune", arguments, ranks, check=False)
@@ -208,12 +209,13 @@ def test_on_one_rank_alone(checkpoint, tmp_path):
     lines = [
         "import os, runpy, sys, jobs",
         "jobs.ALIKE = 1.0",
-        "if os.environ['RANK'] == '1': sys.argv[1] = 'model.path=/nowhere'",
+        "if os.environ['RANK'] == '1': sys.argv.append('model.path=/nowhere')",
     ]
     script.write_text("\n".join([*lines, "runpy.run_module('jobs.prune', run_name='__main__', alter_sys=True)"]))
     done = run_warm([script, *arguments], 2, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: rank 1, before the first layer: model.path=/nowhere: not a folder; download the checkpoint first"]
+    (line,) = errors
+    assert line.startswith("error: rank 1, before the first layer: model.path=/nowhere: not a folder")
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_it_is_the_job(pruned, ranks, tmp_path):
     same_tensors(run / "model", tmp_path / "job" / "model")
     assert (summary["kept"], summary["nonzero"]) == (job["kept"], job["nonzero"])
     assert summary["command"].startswith(f"stun prune model.path={source} target=0.4 calibration.path={TEXT} ")
-    assert summary["command"].endswith("experts.budget=global")
+    assert " experts.budget=global" in summary["command"]
     assert (
         stun.prune(source, output=run, overrides=["experts=stun", "experts.budget=global"], **SMALL)
         == json.loads((run / "manifest.json").read_text())["summary"]
