@@ -15,8 +15,8 @@ from helpers.warm import WarmProcess
 
 
 def settings(model: Path, run_dir: Path, **overrides) -> list[str]:
-    """Command-line overrides for a small and quick run, by the paper's methods where no others are given; dots in keys are written
-    as two underscores."""
+    """Command-line overrides for a small run, by the paper's methods where no others are given; dots in keys are written as two
+    underscores."""
     base = {
         "experts": "stun",
         "sparsify": "wanda",
