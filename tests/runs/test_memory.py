@@ -55,6 +55,8 @@ def peak(folder, run_dir) -> int:
         "calibration.length": 64,
         "calibration.micro_batch": 4,
         "target": 0.4,
+        "experts": "stun",
+        "sparsify": "wanda",
         "run_dir": run_dir,
     }
     run_job("prune", [f"{key}={value}" for key, value in arguments.items()], 2)

@@ -274,6 +274,7 @@ def test_a_run_takes_the_least_time_at_least(tmp_path):
     """... or half of it, on a machine whose speed varies."""
     random_checkpoint(tmp_path / "model", SHAPES["timed"], REFERENCE / "model")
     own = {"calibration.samples": 8, "calibration.length": 512, "calibration.micro_batch": 2}
+    own |= {"experts": "stun", "sparsify": "wanda"}
     arguments = {"model.path": tmp_path / "model", "calibration.path": TEXT, "run_dir": tmp_path / "run", "target": 0.4, **own}
     done = run_job("prune", [f"{key}={value}" for key, value in arguments.items()], ranks=1)
     (times,) = re.findall(r"time +at least .*\((.*)\)", done.stdout)
