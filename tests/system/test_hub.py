@@ -218,7 +218,7 @@ import stun
 
 text, run_dir, *models = sys.argv[1:]
 settings = {"calibration": {"path": text, "samples": 10, "length": 48, "micro_batch": 2}, "target": 0.4}
-summary = stun.prune(models[0], output=run_dir, **settings)
+summary = stun.prune(models[0], output=run_dir, experts="stun", sparsify="wanda", **settings)
 said = {"source": summary["source"]}
 for model in models[1:]:
     try:

@@ -85,7 +85,7 @@ def test_plan_from_the_statistics_of_a_run(checkpoint, tmp_path):
 @pytest.mark.slow
 def test_tracked_run(checkpoint, tmp_path):
     (command,) = commands("tracking", page("runs"))
-    small = {"calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
+    small = {"experts.keep": "6", "calibration.samples": "8", "calibration.length": "32", "calibration.path": str(HELDOUT)}
     run(here(command, {**small, "model.path": str(checkpoint("qwen3_moe")), "run_dir": str(tmp_path / "run")}))
     assert list((tmp_path / "run/tracking/wandb").glob("offline-run-*/*.wandb"))
     assert list((tmp_path / "run/tracking/tensorboard").glob("events*"))
