@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stun.config import StunError
-from stun.run.sweep import stages
+from stun.planning.validation import validate
+from stun.run.sweep import runs, stages
 from stun.runtime.interrupts import interruptible
 from stun.runtime.ranks import Ranks, is_lost, process_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
@@ -71,11 +72,19 @@ def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | Non
         if is_sweep:
             check_overrides(name, [word for word in arguments if not word.startswith("-")], is_sweep)
         if is_sweep and observe:
+            _check_runs(name, arguments)
             parts = list(zip((observe, work), stages(arguments), strict=True))
     for function, overrides in parts:
         sys.argv = [program, *overrides]
         with _ends_clearly():
             _main(name, function)()
+
+
+def _check_runs(name: str, arguments: list[str]) -> None:
+    """Raises StunError, before the statistics are taken, for a run of the sweep that no model could make."""
+    for words in runs(arguments):
+        own = [word for word in words if not word.startswith(("-", "hydra", "launcher=", "run_dir=", "statistics="))]
+        validate(composed(name, [*own, "run_dir=run"]))
 
 
 def _main(name: str, work: Work) -> Callable[[], None]:

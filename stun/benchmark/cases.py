@@ -40,6 +40,7 @@ def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     anything is written, if the case cannot run."""
     made = Path(cfg.run_dir) / "made"  # everything but the result
     cfg = replace(cfg, model=ModelConfig(hub.folder(hub.pinned(cfg.model.path, ranks))))
+    _check_request(cfg)
     ranks.on_first(lambda: _check(cfg, ranks))
     ranks.on_first(lambda: made.mkdir(parents=True))
     try:
@@ -80,6 +81,12 @@ def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
     if cfg.case is BenchmarkCase.weights:
         return list(method_configs(cfg, Path(cfg.model.path)).values())
     return list(prune_configs(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
+
+
+def _check_request(cfg: BenchmarkConfig) -> None:
+    """Raises StunError unless the runs are given by a target, which fits checkpoints of every size."""
+    if cfg.target is None or cfg.experts.is_counted or cfg.fit:
+        raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
 
 
 def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:

@@ -90,11 +90,13 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
 
 def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     """Configuration of one method, target and seed; if it needs a plan, with one from the statistics in `base`."""
-    if not (cell.experts.fraction or cell.sparsify.counts_outliers):
+    experts = cell.experts
+    if not (experts.fraction or experts.is_counted or cell.fit or cell.sparsify.counts_outliers):
         return cell
     plan = Path(f"{cell.run_dir}.plan.json")
     ranks.on_first(lambda: plan_from_run(replace(cell, run_dir=base), plan) and None)
-    return replace(cell, plan=str(plan), sparsify=replace(cell.sparsify, ratios="uniform"))  # the plan has the ratios
+    given = replace(cell, plan=str(plan), fit="", experts=replace(experts, keep=None, drop=None))
+    return replace(given, sparsify=replace(cell.sparsify, ratios="uniform"))  # the plan has the ratios
 
 
 def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dict:

@@ -5,7 +5,7 @@ import re
 from bisect import bisect_right
 from dataclasses import replace
 
-from stun.config import ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerSize, experts_to_drop, floor_of, make_budget, model_bytes
 from stun.planning.plan import LayerPlan, Plan
@@ -29,11 +29,14 @@ def settle(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Prun
     drops = experts_to_drop(cfg, sizes, arch)
     plan = make_budget(replace(cfg, target=0.0), sizes, [layer.experts - drop for layer, drop in zip(sizes, drops, strict=True)])
     alone = (plan.dropped + plan.zeros) / plan.parameters
+    if cfg.target is None and not alone:
+        raise StunError(f"experts.keep={cfg.experts.keep}: those are all; nothing would be removed. Give fewer, or a target")
     if cfg.target is None:
         return replace(cfg, target=alone)
     if cfg.target < alone or cfg.sparsify.pattern:
         reason = f"keeping {cfg.experts.keep} experts a layer removes {math.ceil(alone * 10000) / 10000}"
-        raise StunError(f"target={cfg.target}: {reason}; give more, or none")
+        more = "the pattern sets the target: leave it out" if cfg.sparsify.pattern else "give more, or none"
+        raise StunError(f"target={cfg.target}: {reason}; {more}")
     return cfg
 
 
@@ -43,8 +46,15 @@ def _keeping(cfg: PruneConfig, arch: Architecture, keep: int) -> PruneConfig:
 
 def _kept_of(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> int:
     """Experts a layer keeps of which `experts.drop` are removed, the same in every routing group."""
-    experts = _experts(f"experts.drop={cfg.experts.drop}", sizes)
-    return experts - arch.groups * round(cfg.experts.drop * experts / arch.groups)
+    setting, groups = f"experts.drop={cfg.experts.drop}", arch.groups
+    experts, floor = _experts(setting, sizes), floor_of(cfg, arch)
+    keep = experts - groups * round(cfg.experts.drop * experts / groups)
+    if not floor <= keep < experts:
+        some = f"{groups / experts:.3g} to {(experts - floor) / experts:.3g}"
+        raise StunError(
+            f"{setting}: keeps {keep} of {experts} experts a layer; it must keep {floor} (top-k {arch.top_k}); give {some}"
+        )
+    return keep
 
 
 def _experts(setting: str, sizes: list[LayerSize]) -> int:
@@ -87,7 +97,8 @@ def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize])
     layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     counts = {len(layer.clusters) for layer in layers if layer.experts}
-    heads = [(head.num_experts, head.num_experts - counts.copy().pop() if len(counts) == 1 else 0) for head in arch.mtp]
+    are_alike = len(counts) == 1 and not (cfg.experts.budget is Budget["global"] and any(drops))
+    heads = [(head.num_experts, head.num_experts - counts.copy().pop() if are_alike else 0) for head in arch.mtp]
     plan.layers, plan.mtp = layers, [_layer(experts, drop, True) for experts, drop in heads]
     return plan
 

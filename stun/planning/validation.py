@@ -41,16 +41,21 @@ def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
 def _validate_request(cfg: PruneConfig) -> None:
     """Refuse a request that does not say how much to remove, or says it twice."""
     experts = cfg.experts
-    counted = {"experts.keep": experts.keep is not None, "experts.drop": experts.drop is not None, "fit": bool(cfg.fit)}
-    given = [key for key, is_given in counted.items() if is_given]
+    counted = {"experts.keep": experts.keep, "experts.drop": experts.drop, "fit": cfg.fit or None}
+    given = [f"{key}={value}" for key, value in counted.items() if value is not None]
+    back = "an experiment's is taken back by experts.keep=null"
     if cfg.target is None and not given and not cfg.plan:
         ways = "target=0.5 (total sparsity), experts.keep=96 or experts.drop=0.25 (whole experts alone), or fit=24GiB"
         raise StunError(f"target: how much shall be removed? Give {ways}")
     _require(cfg.target is None or 0 <= cfg.target < 1, "target", cfg.target, "total sparsity lies in [0, 1)")
-    _require(len(given) < 2, " and ".join(given), "given", "one of them alone says how many experts are kept")
-    _require(not (cfg.fit and cfg.target is not None), "fit", cfg.fit, "keeps whole experts; leave target out")
-    _require(not given or experts.fraction != "auto", given[0] if given else "", "given", "experts.fraction=auto is for a target")
-    _require(not given or not cfg.plan, given[0] if given else "", "given", "the plan says which experts are kept")
+    if len(given) > 1:
+        raise StunError(f"{' and '.join(given)}: one of them alone says how many experts are kept; {back}")
+    if cfg.fit and cfg.target is not None:
+        raise StunError(f"fit={cfg.fit}: keeps whole experts; leave target out, or take an experiment's back by target=null")
+    if given and experts.fraction == "auto":
+        raise StunError(f"{given[0]}: experts.fraction=auto is for a target alone")
+    if given and cfg.plan:
+        raise StunError(f"{given[0]}: the plan says which experts are kept; {back}")
     _require(experts.drop is None or 0 < experts.drop < 1, "experts.drop", experts.drop, "a share of a layer's experts, 0 to 1")
 
 

@@ -15,6 +15,9 @@ ZEROS = (
 def result_line(job: Job) -> str:
     """Experts a layer and bytes, before and after."""
     before, after = sum(info.nbytes for info in job.arch.source.tensors.values()), model_bytes(job.arch, job.plan)
+    if job.fractions:
+        share = f"{job.fractions[0]:g} to {job.fractions[-1]:g} of the target as experts"
+        return f"the search decides how much is removed: {share}; {size(before)} -> at most {size(after)} on disk"
     zeros = f", then {job.plan.zeros / job.plan.parameters:.1%} of the layers' parameters set to zero" if job.plan.zeros else ""
     return f"{_experts(job)}{zeros}; {size(before)} -> {size(after)} on disk, about {size(SERVED * after)} to serve"
 
@@ -24,7 +27,9 @@ def method_line(job: Job, forwards: int, grams: int) -> str:
     matrices a rank."""
     experts, sparsify = job.cfg.experts, job.cfg.sparsify
     way = f"by {experts.score.name}" if experts.method is ExpertsMethod.rank else f"by clusters ({experts.method.name})"
-    chosen = "given by the plan" if job.is_given else way if any(job.drops) else "all kept"
+    if job.fractions:
+        way = f"{way}, as many as the search finds best"
+    chosen = "given by the plan" if job.is_given else way if any(job.drops) or job.fractions else "all kept"
     if not job.plan.zeros:
         return f"experts {chosen}; no single weight is removed"
     refit = " with refit" if sparsify.reconstruct else ""
@@ -43,7 +48,8 @@ def _experts(job: Job) -> str:
 
 
 def _may_differ(job: Job) -> bool:
-    is_global = not job.is_given and job.cfg.experts.budget is Budget["global"] and any(job.drops)
+    removes = any(job.drops) or bool(job.fractions)
+    is_global = not job.is_given and job.cfg.experts.budget is Budget["global"] and removes
     return is_global or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
 
 

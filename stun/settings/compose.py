@@ -73,11 +73,16 @@ def composed(job: str, overrides: list[str]) -> object:
     check_overrides(job, overrides)
     try:
         with own_hydra():
-            return OmegaConf.to_object(compose(job, overrides))
+            cfg = OmegaConf.to_object(compose(job, overrides))
     except MissingMandatoryValue as error:
         raise StunError(f"{error.full_key}: is needed") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise StunError(_explained(job, error)) from error
+    if "experts.fraction" in {parsed(word).key_or_group for word in overrides} and (cfg.experts.is_counted or cfg.fit):
+        raise StunError(
+            "experts.fraction: is not used beside experts.keep, experts.drop or fit; an experiment's: experts.keep=null"
+        )
+    return cfg
 
 
 @contextmanager
@@ -134,7 +139,8 @@ def _check_choice(override: Override) -> None:
     group = override.key_or_group.partition("@")[0]
     values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
-        if value is not None and str(value) not in choices(group) and not override.is_delete():
+        is_none = value is None and group not in ("experts", "sparsify")
+        if not is_none and str(value) not in choices(group) and not override.is_delete():
             own = f"; for one of your own: {group}.path={value}" if group in ("model", "calibration", "task") else ""
             raise StunError(f"{group}={value}: must be one of {', '.join(choices(group))}{own}")
 
@@ -152,6 +158,9 @@ def _check_key(job: str, override: Override) -> None:
         near = [name for name in (_ELSEWHERE.get(key),) if name in known] or alike or get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
         raise StunError(f"{key}: no such setting; {hint}")
+    is_new = override.is_add() or override.is_force_add() or override.is_delete()
+    if key in known and _is_mapping(known[key]) and not is_new and override.value():
+        raise StunError(f"{key}: its entries are new: write +{key}=...")
     if override.is_delete() and not is_inside and not _is_mapping(known.get(key)):
         raise StunError(f"~{key}: a setting cannot be removed; give it a value")
 

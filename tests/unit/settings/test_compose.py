@@ -20,6 +20,8 @@ def test_a_configuration_is_an_object_of_the_jobs_dataclass():
     ("word", "message"),
     [
         ("+sparsity=0.5", "sparsity: no such setting; did you mean target?"),
+        ("experts=null", "experts=None: must be one of"),
+        ("calibration.mixture={a:{path:x}}", "its entries are new: write +calibration.mixture=..."),
         ("qqq=0.5", "qqq: no such setting; stun prune --help lists them"),
         ("++tarrget=0.5", "tarrget: no such setting; did you mean target?"),
         ("experts.fractoin=0.3", "experts.fractoin: no such setting; did you mean experts.fraction?"),
@@ -69,3 +71,10 @@ def test_the_default_is_what_was_measured():
     cfg, study = composed("prune", GIVEN), composed("study_default", [])
     measured = with_overrides(study, study.methods["default"])
     assert (cfg.experts, cfg.sparsify) == (measured.experts, measured.sparsify)
+
+
+def test_a_share_that_an_experiment_leaves_unused_is_refused():
+    with pytest.raises(StunError, match="is not used beside"):
+        composed("prune", [*GIVEN[:2], "run_dir=r", "experiment=mixtral", "experts.fraction=0.3"])
+    cfg = composed("prune", [*GIVEN[:2], "run_dir=r", "experiment=mixtral", "experts.keep=null", "experts.fraction=0.3"])
+    assert cfg.experts.keep is None and cfg.experts.fraction == 0.3
