@@ -82,8 +82,8 @@ def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | Non
 
 def _check_runs(name: str, arguments: list[str]) -> None:
     """Raises StunError, before the statistics are taken, for a run of the sweep that no model could make."""
-    for words in runs(arguments):
-        own = [word for word in words if not word.startswith(("-", "hydra", "launcher=", "run_dir=", "statistics="))]
+    for words in runs([word for word in arguments if not word.startswith("-")]):
+        own = [word for word in words if not word.startswith(("hydra", "launcher=", "run_dir=", "statistics="))]
         validate(composed(name, [*own, "run_dir=run"]))
 
 

@@ -170,3 +170,12 @@ def test_one_run_after_the_other_on_the_same_ranks(checkpoint, tmp_path):
     others = f"+sparsify-wanda+{folder_name('sparsify.scope', OmegaConf.create(['experts', 'attention']))}"
     same_tensors(tmp_path / "alone" / "model", tmp_path / "sweep" / f"experts.fraction-0.9{others}" / "model")
     assert f"experts.fraction-0.2{others}  " in run_job("report", [f"folder={tmp_path / 'sweep'}"]).stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_no_model_could_make_is_refused_first(checkpoint, tmp_path):
+    """Before the statistics that all runs share are taken."""
+    words = [word for word in settings(checkpoint("mixtral"), tmp_path / "sweep") if not word.startswith("target=")]
+    refused = run_job("prune", ["-m", *words, "experts.keep=6", "experts.drop=0.25,0.5"], check=False)
+    assert refused.returncode == 2 and "experts.keep=6 and experts.drop=0.25: one of them alone" in refused.stderr
+    assert not (tmp_path / "sweep").exists()
