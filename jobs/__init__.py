@@ -55,13 +55,13 @@ def launch(name: str, work: Work, observe: Work | None = None, about: str = "") 
     if {"-h", "--help"} & set(flags):
         print(help_text(name, about))
     elif flags:
-        _launch_by_hydra(name, [program, *arguments], work, observe)
+        _launch_by_hydra(name, [program, *arguments], overrides, work, observe)
     else:
         with _ends_clearly():
             work(composed(name, overrides), process_ranks())
 
 
-def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | None) -> None:
+def _launch_by_hydra(name: str, argv: list[str], words: list[str], work: Work, observe: Work | None) -> None:
     """A sweep (`-m`), or another flag of Hydra's, such as `--cfg job`, `--config-name NAME` or one for a shell's completion."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are printed like others
     program, *arguments = argv
@@ -70,9 +70,9 @@ def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | Non
     parts = [(work, arguments)]
     with _ends_clearly():
         if is_sweep:
-            check_overrides(name, [word for word in arguments if not word.startswith("-")], is_sweep)
+            check_overrides(name, words, is_sweep)
         if is_sweep and observe:
-            _check_runs(name, arguments)
+            _check_runs(name, words)
             parts = list(zip((observe, work), stages(arguments), strict=True))
     for function, overrides in parts:
         sys.argv = [program, *overrides]
@@ -80,10 +80,11 @@ def _launch_by_hydra(name: str, argv: list[str], work: Work, observe: Work | Non
             _main(name, function)()
 
 
-def _check_runs(name: str, arguments: list[str]) -> None:
+def _check_runs(name: str, words: list[str]) -> None:
     """Raises StunError, before the statistics are taken, for a run of the sweep that no model could make."""
-    for words in runs([word for word in arguments if not word.startswith("-")]):
-        own = [word for word in words if not word.startswith(("hydra", "launcher=", "run_dir=", "statistics="))]
+    for run in runs(words):
+        # Without the paths that only Hydra's multirun can resolve.
+        own = [word for word in run if not word.startswith(("hydra", "launcher=", "run_dir=", "statistics=", "dense="))]
         validate(composed(name, [*own, "run_dir=run"]))
 
 

@@ -27,7 +27,7 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     Raises StunError if the command line cannot be read, has no `run_dir`, or has no setting with several values.
     """
-    flags, overrides = [w for w in arguments if w.startswith("-")], [_parsed(w) for w in arguments if not w.startswith("-")]
+    flags, overrides = [w for w in arguments if w.startswith("-")], [parsed(w) for w in arguments if not w.startswith("-")]
     roots = [o.value() for o in overrides if o.key_or_group == "run_dir" and not o.is_sweep_override()]
     if not roots:
         raise StunError("run_dir=... is needed: a folder, in which every run of the sweep has its own")
@@ -53,16 +53,18 @@ def _under(keys: tuple[str, ...], overrides: list[Override]) -> list[Override]:
     return [override for override in overrides if f"{override.key_or_group}.".startswith(keys)]
 
 
-def _parsed(word: str) -> Override:
+def parsed(word: str) -> Override:
+    """One override of the command line. Raises StunError if it cannot be read."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
-        raise StunError(f"{word}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise StunError(f"{word}: must be key=value, quoted where it has spaces or brackets; {reason}") from error
 
 
 def runs(arguments: list[str]) -> list[list[str]]:
     """Command line of every run of a sweep. Raises StunError as `stages` does."""
-    return list(map(list, product(*(_values(_parsed(word)) for word in stages(arguments)[1]))))
+    return list(map(list, product(*(_values(parsed(word)) for word in stages(arguments)[1]))))
 
 
 def _values(override: Override) -> list[str]:

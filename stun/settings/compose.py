@@ -13,7 +13,6 @@ from typing import get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
@@ -27,6 +26,7 @@ from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig
 from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
+from stun.run.sweep import parsed
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CONF = PACKAGE / "conf"  # in the repository a link to its folder conf/
@@ -113,15 +113,6 @@ def check_overrides(job: str, overrides: list[str], is_sweep: bool = False) -> N
             _check_choice(override)
         else:
             _check_key(job, override)
-
-
-def parsed(word: str) -> Override:
-    """One override of the command line. Raises StunError if it cannot be read."""
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise StunError(f"{word}: must be key=value, quoted where it has spaces or brackets; {reason}") from error
 
 
 def choices(group: str) -> list[str]:

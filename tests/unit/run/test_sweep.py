@@ -11,6 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import jobs
 from helpers.configs import composed
 from helpers.launches import run_job, settings
 from helpers.paths import HELDOUT
@@ -179,3 +180,10 @@ def test_a_run_that_no_model_could_make_is_refused_first(checkpoint, tmp_path):
     refused = run_job("prune", ["-m", *words, "experts.keep=6", "experts.drop=0.25,0.5"], check=False)
     assert refused.returncode == 2 and "experts.keep=6 and experts.drop=0.25: one of them alone" in refused.stderr
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("swept", ["experiment=best,quick", "model.path=a,b", "task=reference,gsm8k", "experts.keep=6,7"])
+def test_runs_that_can_be_made_pass_the_check(swept):
+    """Also where the folders of what they share are named by what is swept."""
+    words = ["model.path=m", "calibration.path=c", "run_dir=r", "task=reference"]
+    jobs._check_runs("prune", [*words, *([] if "keep" in swept else ["target=0.5"]), swept])
