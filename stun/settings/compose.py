@@ -149,9 +149,6 @@ def _check_key(job: str, override: Override) -> None:
         near = [name for name in (_ELSEWHERE.get(key),) if name in known] or alike or get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
         raise StunError(f"{key}: no such setting; {hint}")
-    is_new = override.is_add() or override.is_force_add() or override.is_delete()
-    if key in known and _is_mapping(known[key]) and not is_new and override.value():
-        raise StunError(f"{key}: its entries are new: write +{key}=...")
     if override.is_delete() and not is_inside and not _is_mapping(known.get(key)):
         raise StunError(f"~{key}: a setting cannot be removed; give it a value")
 
@@ -194,8 +191,11 @@ def allowed(kind: type) -> str:
 def _explained(job: str, error: Exception) -> str:
     """One line for an error of Hydra or OmegaConf: the setting, what is wrong, what is allowed."""
     text = f"{error}\n{error.__cause__ or ''}"
-    found = re.search(r"full_key: (\S+)", text)
     types = setting_types(SCHEMAS[job])
+    new = re.search(r"Could not override '(\S+?)'", text)
+    if new and _is_mapping(types.get(new[1])):
+        return f"{new[1]}: its entries are new: write +{new[1]}=..."
+    found = re.search(r"full_key: (\S+)", text)
     if not found or found[1].partition("[")[0] not in types:
         return str(error).splitlines()[0]
     key = found[1].partition("[")[0]
