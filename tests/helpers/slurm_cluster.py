@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-NODES = 2
+NODES = 3
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "setpriv")
 
 CONFIG = """

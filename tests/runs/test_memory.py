@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
-from helpers.launches import run_job
-from helpers.paths import TEXT
+from helpers.launches import run_job, settings
 from helpers.zoo import SHAPE, byte_tokenizer
 from stun.checkpoint.writer import write_index, write_tensors
 from stun.files import write_json
@@ -46,34 +45,19 @@ def deep_checkpoint(folder, depth: int):
     return sum(t.nbytes for t in shards["layer0.safetensors"].values())
 
 
-def peak(folder, run_dir) -> int:
-    """Largest peak of the two ranks, in bytes, of one run."""
-    arguments = {
-        "model.path": folder,
-        "calibration.path": TEXT,
-        "calibration.samples": 8,
-        "calibration.length": 64,
-        "calibration.micro_batch": 4,
-        "target": 0.4,
-        "experts": "stun",
-        "sparsify": "wanda",
-        "run_dir": run_dir,
-    }
-    run_job("prune", [f"{key}={value}" for key, value in arguments.items()], 2)
-    return json.loads((run_dir / "manifest.json").read_text())["summary"]["peak_bytes"]
-
-
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_peak_does_not_grow_with_depth(tmp_path):
-    """12 layers in one run need what three runs of 4 layers need.
+    """The second half of 12 layers needs what the first half needs, in both streams, on both ranks.
 
-    How far a write lags behind the next read is chance, and the peak is the largest of one draw a layer; so both sides get 12.
+    How far a write lags behind the next read is chance, and a peak is the largest of one draw a layer; so both halves get 6.
     """
-    layer = deep_checkpoint(tmp_path / "model4", 4)
-    shallow = [peak(tmp_path / "model4", tmp_path / f"run4-{turn}") for turn in range(3)]
-    deep_checkpoint(tmp_path / "model12", 12)
-    deep = peak(tmp_path / "model12", tmp_path / "run12")
-    grown = (deep - max(shallow)) / layer
-    print(f"layer {layer / 2**20:.1f} MiB, peaks {[p // 2**20 for p in shallow]} -> {deep // 2**20} MiB: {grown:+.3f} layers")
-    assert grown < 0.1
+    layer = deep_checkpoint(tmp_path / "model", 12)
+    small = {"calibration__samples": 8, "calibration__length": 64, "calibration__micro_batch": 4}
+    run_job("prune", settings(tmp_path / "model", tmp_path / "run", **small), 2)
+    streams = json.loads((tmp_path / "run" / "layers.json").read_text())
+    for name in ("observe", "prune"):
+        peaks = [entry["peak_bytes"] for entry in streams[name]]
+        grown = (max(peaks[6:]) - max(peaks[:6])) / layer
+        print(f"{name}: layer {layer / 2**20:.1f} MiB, peaks {[p // 2**20 for p in peaks]} MiB: {grown:+.3f} layers")
+        assert len(peaks) == 12 and grown < 0.1

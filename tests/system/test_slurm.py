@@ -1,4 +1,4 @@
-"""The sbatch files on a real Slurm of two virtual nodes: nodes, requeue, preemption, time limit, cancel, a lost task, sweeps."""
+"""The sbatch files on a real Slurm of three virtual nodes: nodes, requeue, preemption, time limit, cancel, a lost task, sweeps."""
 
 from __future__ import annotations
 
@@ -55,6 +55,17 @@ def whole(source, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("slurm") / "whole"
     run_job("prune", arguments(source, run_dir), 1)
     return run_dir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster, source, tmp_path_factory):
+    """Job and run folder of a run whose rank stands still in the first stream, on a node of its own, until its time is up: Slurm
+    looks at it twice a minute. Other tests run meanwhile."""
+    run_dir = tmp_path_factory.mktemp("limited") / "run"
+    job = submit(cluster, source, run_dir, "--nodelist=node3", "--time=1", "--signal=B:USR1@60")
+    until(lambda: "observe 03/12" in log_of(run_dir))
+    os.kill(rank_process(run_dir, 0), signal.SIGSTOP)
+    return job, run_dir
 
 
 def arguments(source: Path, run_dir: Path, **overrides) -> list[str]:
@@ -143,36 +154,22 @@ def test_a_copy_of_a_script_says_what_it_lacks(cluster, tmp_path):
     assert log_of(tmp_path / "run") == f"error: {tmp_path} {says}\n"
 
 
-@pytest.mark.parametrize("how", ["requeue", "preemption"])
-def test_goes_on_after_an_interruption(cluster, source, whole, tmp_path, how):
-    """`scontrol requeue` in the middle, a more urgent job."""
+def test_goes_on_after_interruptions(cluster, source, whole, tmp_path):
+    """A more urgent job takes its nodes; later, `scontrol requeue`."""
     run_dir = tmp_path / "run"
-    job = submit(cluster, source, run_dir, "--nodes=2" if how == "preemption" else "--nodes=1")
+    job = submit(cluster, source, run_dir, "--nodelist=node1,node2")
     until(lambda: "prune 03/12" in log_of(run_dir))
-    if how == "requeue":
-        cluster.client("scontrol", "requeue", job)
-    else:
-        words = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path / 'urgent.log'}", "--wrap=sleep 1"]
-        urgent = cluster.submit(*words, cwd=ROOT)
-        assert cluster.wait(urgent, ENDED)["JobState"] == "COMPLETED"
-    until(lambda: cluster.job(job).get("Restarts") == "1")
+    words = ["--partition=urgent", "--nodelist=node1,node2", "--exclusive", f"--output={tmp_path / 'urgent.log'}"]
+    urgent = cluster.submit(*words, "--wrap=sleep 1", cwd=ROOT)
+    assert cluster.wait(urgent, ENDED)["JobState"] == "COMPLETED"
+    until(lambda: "prune 08/12" in log_of(run_dir))
+    assert cluster.job(job)["Restarts"] == "1"
+    cluster.client("scontrol", "requeue", job)
+    until(lambda: cluster.job(job).get("Restarts") == "2")
     completed(cluster, job, run_dir)
     same_tensors(whole / "model", run_dir / "model")
     done = re.findall(r"\] prune (\d+)/12", log_of(run_dir))
-    assert len(done) <= 13, "at most one finished layer was done again"
-
-
-def test_goes_on_after_its_time_limit(cluster, source, whole, tmp_path):
-    """Slurm looks at it twice a minute. Until it has, the rank stands still in the first stream, as one that takes long."""
-    run_dir = tmp_path / "run"
-    job = submit(cluster, source, run_dir, "--nodes=1", "--time=1", "--signal=B:USR1@60")
-    until(lambda: "observe 03/12" in log_of(run_dir))
-    os.kill(rank_process(run_dir, 0), signal.SIGSTOP)
-    completed(cluster, job, run_dir, 200)
-    assert int(cluster.job(job)["Restarts"]) >= 1
-    done = re.findall(r"\] (?:observe|prune) (\d+)/12", log_of(run_dir))
-    assert len(done) <= 24 + int(cluster.job(job)["Restarts"])
-    same_tensors(whole / "model", run_dir / "model")
+    assert len(done) <= 14, "at most one finished layer was done again after each"
 
 
 def test_cancel(cluster, source, tmp_path):
@@ -247,3 +244,12 @@ def test_submitit_multirun(cluster, source, tmp_path):
     check_sweep(root, ["0.2", "0.5"])
     for fraction in ("0.2", "0.5"):
         assert json.loads((root / f"experts.fraction-{fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2
+
+
+def test_goes_on_after_its_time_limit(cluster, limited, whole):
+    job, run_dir = limited
+    completed(cluster, job, run_dir, 200)
+    assert int(cluster.job(job)["Restarts"]) >= 1
+    done = re.findall(r"\] (?:observe|prune) (\d+)/12", log_of(run_dir))
+    assert len(done) <= 24 + int(cluster.job(job)["Restarts"])
+    same_tensors(whole / "model", run_dir / "model")

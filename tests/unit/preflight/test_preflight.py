@@ -302,7 +302,6 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
 
 # (checkpoint, overrides, ranks) of runs that need at least a GiB, each for another reason.
 RUNS = {
-    "experts": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 1),
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
     "hidden states": ("thin", {"calibration.samples": 1536, "calibration.micro_batch": 32}, 1),
     "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 1),
