@@ -166,6 +166,12 @@ def smallest_per_row_gpu(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torc
     return mask_OD
 
 
+def keys(scores: torch.Tensor) -> torch.Tensor:
+    """The scores' bits as integers, which sort like the scores, with NaN at the end."""
+    bits = scores.view(INTEGERS[scores.dtype])
+    return bits & torch.iinfo(bits.dtype).max  # -0.0 is 0.0
+
+
 def kth_smallest(keys_N: torch.Tensor, k: int) -> tuple[int, int]:
     """The k-th smallest of N integers, none negative, and how many are smaller. k counts from 1."""
     key, rank = 0, k
@@ -186,8 +192,7 @@ def smallest_overall(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    keys_N = scores.reshape(-1).view(INTEGERS[scores.dtype])
-    keys_N = keys_N & torch.iinfo(keys_N.dtype).max  # -0.0 is 0.0
+    keys_N = keys(scores.reshape(-1))
     key, smaller = kth_smallest(keys_N, count)
     mask_N = keys_N < key
     mask_N[(keys_N == key).nonzero()[: count - smaller, 0]] = True
