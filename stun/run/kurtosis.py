@@ -18,7 +18,10 @@ def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, ap
 
     def sums_of(weight_OD: torch.Tensor) -> dict:
         *sums, nonzero = _sums(weight_OD, without_zeros)
-        return {"count": int(nonzero) if without_zeros else weight_OD.numel(), "sums": [[value] for value in sums] if all(map(math.isfinite, sums)) else []}
+        return {
+            "count": int(nonzero) if without_zeros else weight_OD.numel(),
+            "sums": [[value] for value in sums] if all(map(math.isfinite, sums)) else [],
+        }
 
     return together(list(apply(sums_of, matrices)))
 

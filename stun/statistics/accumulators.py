@@ -75,6 +75,16 @@ def _blocks(rows_ND: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, ...]:
     return rows_ND.split(max(least, (_LARGE_SQUARED if rows_ND.is_cuda else _SQUARED) // rows_ND.shape[1]))
 
 
+def add_squares(sum_D: torch.Tensor | None, x_TD: torch.Tensor) -> torch.Tensor:
+    """`sum_D` plus `squared_sum` of x, in place; None is zeros."""
+    if not x_TD.is_cuda:
+        part_D = squared_sum(x_TD)
+        return part_D if sum_D is None else sum_D.add_(part_D)
+    # Two launches, which reads bfloat16 once: with few tokens an expert, launches bound a GPU.
+    norm_D = torch.linalg.vector_norm(x_TD, dim=0, dtype=torch.float32)
+    return (torch.zeros_like(norm_D, dtype=torch.float64) if sum_D is None else sum_D).addcmul_(norm_D, norm_D)
+
+
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:
     """[D] float64 sums of squares of the columns: the square of Wanda's ||X_j||_2 (arXiv 2306.11695)."""
     sum_D = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
