@@ -40,9 +40,12 @@ def linear(rows_nD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor 
 
 
 @contextmanager
-def tf32() -> Iterator[None]:
-    """Context in which GPUs that can multiply float32 on tensor cores, with 10 bits of fraction and sums in float32. The setting
-    is of the process; a GPU's work is started by one thread."""
+def tf32(wanted: bool) -> Iterator[None]:
+    """Context in which, if it is wanted, GPUs that can multiply float32 on tensor cores: with 10 bits of fraction, and sums in
+    float32. The setting is the process'; a GPU's work is started by one thread."""
+    if not wanted:
+        yield
+        return
     setting = torch.backends.cuda.matmul
     before, setting.fp32_precision = setting.fp32_precision, "tf32"
     try:

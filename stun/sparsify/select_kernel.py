@@ -177,10 +177,13 @@ def kth_smallest(keys_N: torch.Tensor, k: int) -> tuple[int, int]:
     key, rank = 0, k
     for shift in range(keys_N.element_size() * 8 - DIGIT, -1, -DIGIT):
         digits_N = (keys_N >> shift).int() & ((1 << DIGIT) - 1)
-        bins = torch.bincount(digits_N, minlength=1 << DIGIT)
+        # A GPU is waited for once: neither bincount nor an index that is a tensor of one number would do.
+        bins = torch.zeros(1 << DIGIT, dtype=torch.int64, device=keys_N.device)
+        bins.index_add_(0, digits_N, bins.new_ones(1).expand(len(digits_N)))
         upto = bins.cumsum(0)
-        digit = int(torch.searchsorted(upto, rank))
-        rank -= int(upto[digit] - bins[digit])
+        place = torch.searchsorted(upto, rank)
+        digit, smaller = torch.stack([place, (upto - bins).take(place)]).tolist()
+        rank -= smaller
         keys_N, key = keys_N[digits_N == digit], key << DIGIT | digit
     return key, k - rank
 

@@ -6,7 +6,7 @@ micro-batches in that order, and the owner of a dense matrix receives their part
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -30,7 +30,7 @@ def gram(rows_TD: torch.Tensor) -> torch.Tensor:
 def add_gram(sum_DD: torch.Tensor | None, rows_TD: torch.Tensor) -> torch.Tensor:
     """`sum_DD` plus `gram` of the rows, in place; None is zeros."""
     # Products of bfloat16 are exact in TF32, which tensor cores multiply many times as fast as float32.
-    with tf32() if rows_TD.dtype is torch.bfloat16 else nullcontext():
+    with tf32(rows_TD.is_cuda and rows_TD.dtype is torch.bfloat16):
         rows_TD = rows_TD.float()
         if sum_DD is None or not rows_TD.is_cuda:
             return added(sum_DD, rows_TD.T @ rows_TD)

@@ -50,8 +50,8 @@ def pieces() -> dict[str, tuple[Callable[[], object], float]]:
 
 
 def micro_batches(folder: Path) -> dict[str, list[float]]:
-    """Kernels an expert and syncs a micro-batch of a layer of Arctic's kind: plain, observed, and measured for masks. Those of one
-    more micro-batch, and of more experts in it."""
+    """Kernels an expert and syncs a micro-batch of a layer of Arctic's kind, plain, observed, and measured for masks: what one
+    more micro-batch takes, and what more experts take in it."""
     import torch
 
     from helpers.zoo import make_checkpoint
@@ -60,10 +60,8 @@ def micro_batches(folder: Path) -> dict[str, list[float]]:
     from stun.statistics.observe import Watcher
 
     ranks, found = Ranks(), {}
-    streams = {
-        number: _stream(make_checkpoint(folder / str(number), "arctic", torch.bfloat16, num_local_experts=number), ranks)
-        for number in EXPERTS
-    }
+    sources = {n: make_checkpoint(folder / str(n), "arctic", torch.bfloat16, num_local_experts=n) for n in EXPERTS}
+    streams = {number: _stream(source, ranks) for number, source in sources.items()}
     for name in ("plain", "observed", "measured", "measured, grams"):
         counts = {}
         for number, (stream, layer, states) in streams.items():
