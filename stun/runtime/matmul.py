@@ -4,6 +4,9 @@ In bfloat16 on a CPU, oneDNN compiles a kernel for every new number of rows, whi
 rounded up to a step, and products of many rows are computed in pieces of one size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -34,3 +37,18 @@ def linear(rows_nD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor 
         torch.mm(filled_mD[piece], weight_OD.T, out=output_mO[piece])
     output_nO = output_mO[: len(rows_nD)]
     return output_nO if bias_O is None else output_nO.add_(bias_O)
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Context in which, if it is wanted, GPUs that can multiply float32 on tensor cores: with 10 bits of fraction, and sums in
+    float32. The setting is the process'; a GPU's work is started by one thread."""
+    if not wanted:
+        yield
+        return
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

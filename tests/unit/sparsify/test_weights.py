@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.naive import naive_mask
+from helpers.select_cases import cases
 from stun.config import SparsifyConfig, SparsifyMethod, StunError
 from stun.sparsify.alps import alps
 from stun.sparsify.matrix import sparsify
@@ -60,6 +61,21 @@ def test_selection_in_groups_and_overall(tied):
     for total in (0, 1, 50, 143, 144):
         assert torch.equal(smallest_of_matrix(scores, total), naive_overall(scores, total))
     assert smallest_of_matrix(torch.ones(3, 4), 7)[:, 0].all(), "of equals the first columns leave, not the first rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "1:2", "3:7", "40:64"])
+def test_patterns_are_those_of_a_stable_sort(pattern, dtype):
+    """Ties, infinities, zeros of both signs and NaN, which sorts last; from transposed scores too."""
+    pattern = Pattern.parse(pattern)
+    for rows in cases(30, 8 * pattern.of).values():
+        rows = rows.clone()
+        rows[3, ::3] = math.nan
+        for scores in (rows.to(dtype), rows.T.contiguous().T.to(dtype)):
+            order = scores.reshape(-1, pattern.of).sort(dim=1, stable=True).indices
+            expected = torch.zeros(order.shape, dtype=torch.bool)
+            expected.scatter_(1, order[:, : pattern.of - pattern.keep], True)
+            assert torch.equal(smallest_of_pattern(scores, pattern), expected.view(scores.shape))
 
 
 def naive_sparsegpt(weight, gram, total: int, pattern: Pattern | None, width: int):
