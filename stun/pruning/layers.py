@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from stun.config import SparsifyConfig, StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, cluster_owners
+from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
@@ -52,7 +54,7 @@ def prune_layers(
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
-    owners = [cluster_owners(plan, ranks.world) for plan in plans]
+    owners = [cluster_owners(plan, ranks.world, job.refits) for plan in plans]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
@@ -80,7 +82,11 @@ def _prune_layer(
 ) -> tuple[dict, States | None]:
     """Remove experts and then weights in place, and run the layer. Returns measurements for the ledger's entry, and the states
     after the layer."""
-    meter = stream.ranks.meter
+    meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
+    is_refitted = states is not None and states.dense is not None and not layer.layout.is_mtp
+    if is_refitted:
+        meter.enter("dense")
+        states = replace(states, dense=_dense_outputs(stream, layer, states))
     meter.enter("choose")
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan)
@@ -90,12 +96,22 @@ def _prune_layer(
         if states is not None:
             stream.build(layer)
         unseen, saliency = mask_layer(stream, layer, states, quota, config)
-        if states is not None and layer.layout.index + 1 < len(stream.arch.layers):  # nothing reads the last one's output
+        if is_refitted and layer.layout.experts:
+            meter.enter("refit")
+            stream.build(layer)
+            refit_jointly(stream, layer, states, states.dense)
+        if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
             stream.build(layer)
             states = stream.run(layer, states)
     powers.weights_removed()
     return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json()}, states
+
+
+def _dense_outputs(stream: LayerStream, layer: Layer, states: States) -> list[torch.Tensor]:
+    """Hidden states of the dense model after a layer that is still whole."""
+    stream.build(layer)
+    return stream.run(layer, replace(states, hidden=states.dense)).hidden
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

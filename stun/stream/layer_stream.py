@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -135,7 +135,7 @@ class LayerStream:
 
     def run(self, layer: Layer, states: States, *observers: Observer) -> States:
         """States after `layer`, for every micro-batch of this rank; all ranks take part in every round."""
-        return States(self._rounds(layer, states, observers, True), states.arguments, states.total)
+        return replace(states, hidden=self._rounds(layer, states, observers, True))
 
     def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
         """Run `layer` only for the observers: experts stop before their last matrix."""
@@ -176,12 +176,14 @@ class LayerStream:
 class States:
     """Hidden states [B, T, D] of this rank's micro-batches; `total` is their number over all ranks.
 
-    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them. `dense` are
+    the hidden states of the dense model, where a pruned one is compared with it.
     """
 
     hidden: list[torch.Tensor]
     arguments: list[list[dict]]
     total: int
+    dense: list[torch.Tensor] | None = None
 
 
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
