@@ -257,9 +257,11 @@ def _scale(stream: LayerStream, layer: Layer, experts: torch.nn.Module, states: 
     loud, silent = with_factor(_LOUD), with_factor(0.0)
     found = None
     if ranks.is_first:
-        output, change = seen[0].float().flatten(), (loud[0] - silent[0]).flatten() / _LOUD
-        scale = float(output @ change) / max(float(output @ output), 1e-30)
-        found = (scale, float((change - scale * output).norm()) <= 0.05 * float(change.norm()))
+        change_TD = ((loud[0] - silent[0]) / _LOUD).flatten(0, -2)
+        output_TD = seen[0].float().view_as(change_TD)
+        scale = _inner(output_TD, change_TD) / (_inner(output_TD, output_TD) or 1.0)
+        rest_TD = change_TD - scale * output_TD
+        found = (scale, _inner(rest_TD, rest_TD) <= 0.05**2 * _inner(change_TD, change_TD))
     scale, is_added = ranks.broadcast_object(found)
     if not is_added or not math.isfinite(scale) or scale == 0:
         where = f"layer {layer.layout.index} does more with the output of its experts than to add it"

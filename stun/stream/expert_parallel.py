@@ -154,9 +154,7 @@ class Exchange:
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
         return Route(order_N, back_N.view_as(index_TK), send, counts_Re)
 
-    def _serve(
-        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route
-    ) -> torch.Tensor | None:
+    def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route) -> torch.Tensor | None:
         """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are
         not computed."""
         output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
