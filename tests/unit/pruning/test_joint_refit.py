@@ -112,7 +112,7 @@ def test_every_family(checkpoint, ranks, family):
 
 def test_held_out_text_stops_it(checkpoint, ranks):
     """Each step lowers the error of the micro-batches that are not fitted, and one step more would raise it."""
-    tokens = torch.randint(0, 260, (16, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 260, (16, 120), generator=torch.Generator().manual_seed(0))
     stream, layer, states, dense = pruned_layer(checkpoint("mixtral"), ranks, 1, tokens=tokens)
     problem, errors = joint_refit._Refit(stream, layer, states, dense), []
     own = problem.held_out
