@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
+
+# Tests are CPU processes, also where a GPU is, but for `-m gpu`. Workers inherit what the first process decides.
+if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(?<!not )\bgpu\b", " ".join(sys.argv[1:])):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
