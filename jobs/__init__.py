@@ -17,7 +17,6 @@ from contextlib import contextmanager
 
 import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
-import torch
 import transformers
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stun.config import Device, StunError
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
+from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.interrupts import interruptible
 from stun.runtime.ranks import Ranks, is_lost, process_ranks, started_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
@@ -156,10 +156,10 @@ def _line(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
+    """Whether a GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
     is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_kernel or is_allocator
+    return isinstance(error, MemoryError) or is_out_of_gpu_memory(error) or is_kernel or is_allocator
 
 
 def _doing() -> str:

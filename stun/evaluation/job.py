@@ -23,6 +23,7 @@ from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
 from stun.run.identity import model_digest, plain
+from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.tracking.tracker import check_tracking, tracked
@@ -165,8 +166,8 @@ def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict]
     while True:
         try:
             return run(size)
-        except torch.OutOfMemoryError as error:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_gpu_memory(error):
                 raise
             size //= 2
             partial.set_batch(phase, size)

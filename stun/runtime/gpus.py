@@ -1,6 +1,7 @@
 """The device of a rank: the CPU, or a GPU of its own."""
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,15 @@ from stun.runtime.units import count
 
 _FILES = Path("/dev")  # where the driver puts a file for every GPU
 _CPU = "device=cpu computes on the CPU"
+
+
+# Words of CUDA's, cuBLAS' and NCCL's errors, which have no type of their own.
+_OUT_OF_MEMORY = re.compile(r"(CUDA|Cuda|NCCL).*out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.S)
+
+
+def is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether a GPU ran out of memory, in torch's allocator, or in a library beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def own_device(wanted: Device, local: int, local_world: int, has_one: bool) -> torch.device:

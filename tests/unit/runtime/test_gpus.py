@@ -7,7 +7,7 @@ import torch
 
 from stun.config import Device, StunError
 from stun.runtime import gpus
-from stun.runtime.gpus import own_device
+from stun.runtime.gpus import is_out_of_gpu_memory, own_device
 
 
 @pytest.fixture
@@ -68,3 +68,20 @@ def test_cuda_that_is_not_there_is_an_error(cuda):
     cuda(0)
     with pytest.raises(StunError, match="device=cuda: there is no GPU here"):
         own_device(Device.cuda, 0, 1, False)
+
+
+@pytest.mark.parametrize(
+    "message, is_memory",
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", True),
+        ("NCCL error: ncclInternalError\nLast error:\nDuplicate GPU detected", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+    ],
+)
+def test_errors_for_want_of_memory_are_known(message, is_memory):
+    assert is_out_of_gpu_memory(RuntimeError(message)) == is_memory
+    assert is_out_of_gpu_memory(torch.OutOfMemoryError("x"))
