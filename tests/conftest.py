@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 # Tests are CPU processes, also where a GPU is, but for `-m gpu`. Workers inherit what the first process decides.
-if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(?<!not )\bgpu\b", " ".join(sys.argv[1:])):
+_wanted = " ".join(after for before, after in pairwise(sys.argv) if before == "-m")
+if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(?<!not )\bgpu\b", _wanted):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")  # before they are imported, so that their assertions show values too
 
