@@ -20,6 +20,9 @@ import torch
 # MKL's products must not depend on the number of threads a rank has; it reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+# Whether there is a GPU is asked of the driver's library alone: CUDA itself could not be used in processes forked later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
 

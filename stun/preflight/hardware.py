@@ -31,6 +31,16 @@ GPUS = {
 }
 
 
+# Estimates, until they are measured: a GPU's memory that is no tensor's. CUDA's context with the kernels that are loaded, cuBLAS'
+# and cuSOLVER's workspaces, and NCCL's buffers for its channels where there are several ranks.
+_CONTEXT, _WORKSPACES, _NCCL = 534 * 2**20, 96 * 2**20, 384 * 2**20
+
+
+def gpu_base(world: int) -> int:
+    """Bytes of a GPU that a rank of `world` takes before any tensor; an estimate."""
+    return _CONTEXT + _WORKSPACES + (_NCCL if world > 1 else 0)
+
+
 @dataclass(frozen=True)
 class Launch:
     """`nodes` with `per_node` ranks each. `gpu_memory` is bytes per GPU (0: ranks compute on the CPU), `host_memory` bytes per

@@ -14,7 +14,7 @@ from stun.model.precision import compute_dtype
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
-from stun.preflight.hardware import GIB, Launch
+from stun.preflight.hardware import GIB, Launch, gpu_base
 from stun.runtime.device_copies import BUFFER, BUFFERS
 from stun.runtime.threads import workers_on
 
@@ -111,7 +111,7 @@ class Footprint:
             phases += [self._search(i) for i in range(len(self.layers))]
         phases += [phase for i in range(len(self.layers)) for phase in self._prune(i)]
         start = self.launch.base + LIBRARIES
-        host, gpu = max(p.host for p in phases), max(p.gpu for p in phases)
+        host, gpu = max(p.host for p in phases), max(p.gpu for p in phases) + (gpu_base(self.launch.world) if self.is_gpu else 0)
         largest = max(phases, key=lambda p: (p.gpu, p.host))
         return Memory(start + host, gpu, largest.phase)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from stun.model.tensor_names import experts_of
 from stun.runtime.determinism import steady
 from stun.runtime.device_copies import to_device
 from stun.runtime.ranks import Ranks
+from stun.runtime.threads import threads_on
 from stun.sparsify.scores import require_finite
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 
@@ -47,7 +47,7 @@ class LayerStream:
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        with threads_on(self.ranks.device, 1, "read") as pool:
             pending = pool.submit(self._read, first) if first < len(self.layouts) else None
             yield from self.held
             for index in range(first, len(self.layouts)):

@@ -18,9 +18,10 @@ _SYNCS = {"_local_scalar_dense": 1, "nonzero": 1, "masked_select": 1, "bincount"
 _SYNCS |= {"equal": 1, "is_nonzero": 1, "linalg_eigh": 1, "_linalg_eigh": 1}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # their indices may be on the host
 _MOVES = {"copy_", "_to_copy"}
-_NO_KERNEL = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "detach", "alias", "view"}
-_NO_KERNEL |= {"_unsafe_view", "_reshape_alias", "is_same_size"}
+_NEW = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
+_NO_KERNEL = {*_NEW, "detach", "alias", "view", "_unsafe_view", "_reshape_alias", "is_same_size"}
 _UNORDERED = {"index_add", "index_add_", "scatter_add", "scatter_add_", "put_"}  # atomic additions, of floats in any order
+_POISON = 0xFF  # of new memory, in every byte: NaN, or -1; what is never written shows
 _pinned: dict[int, weakref.finalize] = {}
 
 
@@ -141,6 +142,8 @@ def _dispatch(function, arguments: tuple, keywords: dict):
         streams.catch_up()
         note("kernels", name)
     found = _run(function, arguments, keywords)
+    if name in _NEW:
+        found.flatten().view(torch.uint8).fill_(_POISON)
     return _result(name, found, flat, arguments, ours, index, keywords.get("non_blocking", False))
 
 
