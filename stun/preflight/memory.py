@@ -21,7 +21,7 @@ from stun.runtime.threads import workers_on
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
 # Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
 # tests/unit/preflight/test_preflight.py. The eigenvectors of ALPS need 8 more inside LAPACK.
-SELECT, PATTERN, OUTLIERS = (11, 0), (16, 0), (20, 0)
+SELECT, PATTERN, OUTLIERS = (11, 0), (12, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
 
 
@@ -203,12 +203,12 @@ class Footprint:
         host = copies + self._read_ahead(index, sum(layer.read for layer in following))
         return [self._memory(f"prune layer {index}: {name}", size + unwritten, host) for name, size in device.items()]
 
-    def _matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
+    def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""
         scope = self.cfg.sparsify.scope
         return {name: tuple(self.arch.info(name).shape[:2]) for name, kind in layout.linears.items() if kind in scope}
 
-    def _parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
+    def parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of an expert's matrices in scope."""
         shapes = {}
         for part in layout.experts[0] if layout.experts and Scope.experts in self.cfg.sparsify.scope else ():
@@ -220,7 +220,7 @@ class Footprint:
 
     def _largest(self, layout: LayerLayout, costs: list[tuple[int, int]]) -> int:
         """Bytes for the most expensive matrix of the layer, beside the matrix and its Gram matrix."""
-        shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
+        shapes = [*self.matrices(layout).values(), *self.parts(layout).values()]
         return max((w * r * c + g * c * c for r, c in shapes for w, g in costs), default=0)
 
     def _pruning(self, layout: LayerLayout) -> int:
@@ -229,7 +229,7 @@ class Footprint:
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
         """Bytes of the Gram matrices of one expert."""
-        return 4 * sum(columns**2 for _, columns in self._parts(layout).values())
+        return 4 * sum(columns**2 for _, columns in self.parts(layout).values())
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
@@ -263,14 +263,14 @@ class Footprint:
         """Bytes of a rank's Gram matrices, and of one micro-batch's parts before they are added."""
         if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
-        expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
+        expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self.matrices(layout).items()}
         owned = self._most_dealt([dense.get(name, 0) for name in layout.copied])
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
         return self._expert_grams(index) + owned, shared + expert_bytes * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Dense matrices that close a block: bytes with their inputs in all micro-batches, and bytes of their Gram matrices."""
-        closers = [name for name in self._matrices(layout) if layout.closes(name)]
+        closers = [name for name in self.matrices(layout) if layout.closes(name)]
         hidden = self.arch.config.hidden_size
         inputs = sum(self.states * self.arch.info(name).shape[1] // hidden for name in closers)
         copies = sum(self.arch.info(name).nbytes for name in closers) // self.launch.world
@@ -279,6 +279,6 @@ class Footprint:
     def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Bytes of both sums (x x^T and y x^T) for the matrices that close experts and dense blocks, beside the earlier sums of
         the dense matrices; and bytes of one micro-batch's parts."""
-        down, closing = 8 * self._parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
+        down, closing = 8 * self.parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
         held = down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index)
         return held, down * self._at_once(index) + closing

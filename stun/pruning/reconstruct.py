@@ -13,8 +13,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from stun.model.tensor_names import experts_of
+from stun.runtime.matmul import product
 from stun.sparsify.refit import refit
-from stun.statistics.input_moments import Sums, gram
+from stun.statistics.input_moments import Sums, added, gram
 from stun.stream.expert_parallel import Exchange, Layer
 from stun.stream.layer_stream import LayerStream, States
 
@@ -54,7 +55,7 @@ class Reconstruction:
 
 
 def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
-    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], dense_OD.float() @ sums["cross"]))
+    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], product(dense_OD.float(), sums["cross"])))
 
 
 class _Pairs(Sums):
@@ -69,9 +70,10 @@ class _Pairs(Sums):
         named = experts_of(self.layer.module)
         self.module = named[1] if named else None
 
-    def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+    def add_expert(self, sums, number, input_nD, inner_nI, gate_n) -> None:
         before_nI = self.before.inner(self.module, number, input_nD)
-        return _pair(inner_nI.float() * gate_n[:, None], before_nI.float() * gate_n[:, None])
+        for key, part in _pair(inner_nI.float() * gate_n[:, None], before_nI.float() * gate_n[:, None]).items():
+            sums[key] = added(sums.get(key), part)
 
     def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
         return _pair(input_TD.flatten(0, -2).float(), self.inputs[name][turn].flatten(0, -2).float())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20  # weights converted to float64 per block, on a CPU (as many as a cache holds) and a GPU
+_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 22  # weights converted to float64 per block, on a CPU (as many as a cache holds) and a GPU
 
 
 def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, apply: Callable = map) -> dict:
@@ -17,16 +17,22 @@ def power_sums(matrices: Iterable[torch.Tensor], without_zeros: bool = False, ap
     only non-zero entries. The sums are empty if one is not finite."""
 
     def sums_of(weight_OD: torch.Tensor) -> dict:
-        sums = _sums(weight_OD)
-        count = int(weight_OD.count_nonzero()) if without_zeros else weight_OD.numel()
-        return {"count": count, "sums": [[value] for value in sums] if all(map(math.isfinite, sums)) else []}
+        *sums, nonzero = _sums(weight_OD, without_zeros)
+        return {
+            "count": int(nonzero) if without_zeros else weight_OD.numel(),
+            "sums": [[value] for value in sums] if all(map(math.isfinite, sums)) else [],
+        }
 
     return together(list(apply(sums_of, matrices)))
 
 
-def _sums(weight_OD: torch.Tensor) -> list[float]:
-    """Sums of the first four powers: over the entries of each row, then over the rows."""
-    sums_4O = torch.empty(4, len(weight_OD), dtype=torch.float64, device=weight_OD.device)
+def _sums(weight_OD: torch.Tensor, counts_nonzero: bool) -> list[float]:
+    """Sums of the first four powers, over the entries of each row, then over the rows; and the number of non-zero entries, 0 if
+    they are not counted."""
+    sums_X = torch.zeros(4 * len(weight_OD) + 1, dtype=torch.float64, device=weight_OD.device)
+    sums_4O = sums_X[:-1].view(4, -1)
+    if counts_nonzero:
+        sums_X[-1] = weight_OD.count_nonzero()
     size = max(1, (_BLOCK if weight_OD.device.type == "cpu" else _LARGE_BLOCK) // weight_OD.shape[1])
     # Row sums go into one tensor: small tensors that outlive a block would fragment the memory it frees.
     for block_oD, sums_4o in zip(weight_OD.split(size), sums_4O.split(size, 1), strict=True):
@@ -35,7 +41,8 @@ def _sums(weight_OD: torch.Tensor) -> list[float]:
         square_oD = w_oD * w_oD
         for place, power_oD in enumerate((w_oD, square_oD, w_oD * square_oD, square_oD * square_oD)):
             torch.sum(power_oD, 1, out=sums_4o[place])
-    return sums_4O.cpu().sum(1).tolist()
+    sums_X = sums_X.cpu()  # with the count: a GPU is waited for once
+    return [*sums_X[:-1].view(4, -1).sum(1).tolist(), float(sums_X[-1])]
 
 
 def _exact(values: list[float]) -> list[float]:

@@ -1,7 +1,10 @@
 """ALPS: ADMM chooses the non-zero entries, conjugate gradients fit their values (Meng et al., NeurIPS 2024, arXiv 2406.07831)."""
 
+from collections.abc import Callable
+
 import torch
 
+from stun.runtime.matmul import product
 from stun.runtime.threads import one_thread
 from stun.sparsify.refit import conjugate_gradient
 from stun.sparsify.scores import unit_norm
@@ -18,7 +21,7 @@ def alps(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pa
     """
     gram_DD, norm_D = unit_norm(gram_DD)
     dense_OD = weight_OD.to(gram_DD.dtype) * norm_D
-    wanted_OD = dense_OD @ gram_DD
+    wanted_OD = product(dense_OD, gram_DD)
     sparse_OD = _support(dense_OD, gram_DD, wanted_OD, total, pattern)
     return conjugate_gradient(sparse_OD, gram_DD, wanted_OD, REFIT_STEPS) / norm_D
 
@@ -35,16 +38,15 @@ def _support(
 ) -> torch.Tensor:
     """ADMM with the published schedule of the penalty rho (section 3.2 and the authors' code): rho grows by 1.3, 1.2 or 1.1 if
     the support changes by more than 10 %, 0.5 % or at all. Until its first change, rho is too large and is divided by 5."""
-    with one_thread():  # the last bits of LAPACK's results depend on its threads
-        values_D, vectors_DD = torch.linalg.eigh(gram_DD)
+    inverse = (_by_cholesky if gram_DD.is_cuda else _by_eigenvectors)(gram_DD)
     kept = max(1, dense_OD.numel() - total)
     rho, moved = 0.1, False
     start_OD = _project(dense_OD, total, pattern)
     sparse_OD, dual_OD = start_OD, torch.zeros_like(dense_OD)
     old_OD = sparse_OD == 0
-    inverse_DD = (vectors_DD / (values_D + rho)) @ vectors_DD.T
+    inverse_DD = inverse(rho)
     for step in range(1, ROUNDS + 1):
-        value_OD = (wanted_OD - dual_OD + rho * sparse_OD) @ inverse_DD
+        value_OD = product(wanted_OD - dual_OD + rho * sparse_OD, inverse_DD)
         sparse_OD = _project(value_OD + dual_OD / rho, total, pattern)
         dual_OD = dual_OD + rho * (value_OD - sparse_OD)
         if step % CHECK_EVERY:
@@ -62,8 +64,26 @@ def _support(
             rho /= 5
             if changed:
                 sparse_OD, dual_OD = start_OD, torch.zeros_like(dense_OD)
-        rho = min(rho, 1e6)
-        inverse_DD = (vectors_DD / (values_D + rho)) @ vectors_DD.T
         if step >= SETTLED_AFTER and changed < 0.0003 * kept:
             break
+        rho = min(rho, 1e6)
+        inverse_DD = inverse(rho)
     return _project(value_OD, total, pattern)
+
+
+def _by_eigenvectors(gram_DD: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """(G + rho I)^-1 [D, D] of any rho."""
+    with one_thread():  # the last bits of LAPACK's results depend on its threads
+        values_D, vectors_DD = torch.linalg.eigh(gram_DD)
+    return lambda rho: (vectors_DD / (values_D + rho)) @ vectors_DD.T
+
+
+def _by_cholesky(gram_DD: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """The same; on a GPU eigenvectors take as long as hundreds of factors."""
+
+    def inverse(rho: float) -> torch.Tensor:
+        shifted_DD = gram_DD.clone()
+        shifted_DD.diagonal().add_(rho)
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted_DD).L)  # without waiting to check: it is damped
+
+    return inverse

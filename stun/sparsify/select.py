@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
+from stun.sparsify.select_kernel import keys, smallest_overall, smallest_per_row_gpu
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,10 +77,16 @@ def smallest_of_matrix(scores_OD: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def smallest_of_pattern(scores_OD: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Mask [O, D] of the entries to remove: the smallest of every group of `pattern.of` columns, ties to the lower column."""
-    groups = scores_OD.reshape(-1, pattern.of)
-    order = groups.sort(dim=1, stable=True).indices[:, : pattern.of - pattern.keep]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).view(scores_OD.shape)
+    """Mask [O, D] of the entries to remove: the smallest of every group of `pattern.of` columns, ties to the lower column. Scores
+    are >= 0."""
+    # Every two columns are compared, over all groups at once: a quarter of the time of a sort of each group.
+    keys_MG = keys(scores_OD.reshape(-1, pattern.of)).T.contiguous()
+    rank_MG = torch.arange(pattern.of, dtype=torch.int8, device=keys_MG.device)[:, None].repeat(1, keys_MG.shape[1])
+    for step in range(1, pattern.of):
+        is_greater = (keys_MG[:-step] > keys_MG[step:]).view(torch.int8)
+        rank_MG[:-step] += is_greater
+        rank_MG[step:] -= is_greater
+    return (rank_MG < pattern.of - pattern.keep).T.reshape(scores_OD.shape)
 
 
 def quotas(sizes: list[int], total: int, ratios: list[float] | None = None) -> list[int]:

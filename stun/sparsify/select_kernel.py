@@ -166,15 +166,24 @@ def smallest_per_row_gpu(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torc
     return mask_OD
 
 
+def keys(scores: torch.Tensor) -> torch.Tensor:
+    """The scores' bits as integers, which sort like the scores, with NaN at the end."""
+    bits = scores.view(INTEGERS[scores.dtype])
+    return bits & torch.iinfo(bits.dtype).max  # -0.0 is 0.0
+
+
 def kth_smallest(keys_N: torch.Tensor, k: int) -> tuple[int, int]:
     """The k-th smallest of N integers, none negative, and how many are smaller. k counts from 1."""
     key, rank = 0, k
     for shift in range(keys_N.element_size() * 8 - DIGIT, -1, -DIGIT):
         digits_N = (keys_N >> shift).int() & ((1 << DIGIT) - 1)
-        bins = torch.bincount(digits_N, minlength=1 << DIGIT)
+        # A GPU is waited for once: neither bincount nor an index that is a tensor of one number would do.
+        bins = torch.zeros(1 << DIGIT, dtype=torch.int64, device=keys_N.device)
+        bins.index_add_(0, digits_N, bins.new_ones(1).expand(len(digits_N)))
         upto = bins.cumsum(0)
-        digit = int(torch.searchsorted(upto, rank))
-        rank -= int(upto[digit] - bins[digit])
+        place = torch.searchsorted(upto, rank)
+        digit, smaller = torch.stack([place, (upto - bins).take(place)]).tolist()
+        rank -= smaller
         keys_N, key = keys_N[digits_N == digit], key << DIGIT | digit
     return key, k - rank
 
@@ -186,8 +195,7 @@ def smallest_overall(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    keys_N = scores.reshape(-1).view(INTEGERS[scores.dtype])
-    keys_N = keys_N & torch.iinfo(keys_N.dtype).max  # -0.0 is 0.0
+    keys_N = keys(scores.reshape(-1))
     key, smaller = kth_smallest(keys_N, count)
     mask_N = keys_N < key
     mask_N[(keys_N == key).nonzero()[: count - smaller, 0]] = True

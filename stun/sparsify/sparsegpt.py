@@ -32,17 +32,39 @@ def sparsegpt(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, patter
 def _prune_block(weight_OB: torch.Tensor, upper_BB: torch.Tensor, share: int, pattern: Pattern | None) -> torch.Tensor:
     """Prune the columns of one block in place; returns the scaled errors [O, B] that later blocks compensate."""
     scale_B = upper_BB.diagonal()
-    # With a pattern a group's mask is chosen when the block arrives at it: earlier columns have changed its weights by then.
-    mask_OB = (
-        torch.zeros_like(weight_OB, dtype=torch.bool) if pattern else smallest_of_matrix((weight_OB / scale_B).square(), share)
-    )
-    error_OB = torch.zeros_like(weight_OB)
-    for column in range(weight_OB.shape[1]):
-        if pattern and column % pattern.of == 0:
-            group = slice(column, column + pattern.of)
-            mask_OB[:, group] = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
-        removed_O = mask_OB[:, column]
-        error_OB[:, column] = weight_OB[:, column].where(removed_O, 0) / scale_B[column]
-        weight_OB[:, column:] -= error_OB[:, column, None] * upper_BB[column, column:]
+    if not pattern:
+        return _prune_columns(weight_OB, upper_BB, smallest_of_matrix((weight_OB / scale_B).square(), share))
+    # A group's mask is chosen when the block arrives at it: earlier columns have changed its weights by then.
+    errors = []
+    for start in range(0, weight_OB.shape[1], pattern.of):
+        group = slice(start, start + pattern.of)
+        mask_OG = smallest_of_pattern((weight_OB[:, group] / scale_B[group]).square(), pattern)
+        errors.append(_prune_columns(weight_OB[:, start:], upper_BB[start:, start:], mask_OG))
+    return torch.cat(errors, 1)
+
+
+def _prune_columns(weight_OB: torch.Tensor, upper_BB: torch.Tensor, mask_OG: torch.Tensor) -> torch.Tensor:
+    """Prune the first G of B columns in place, and change those after them; returns the scaled errors [O, G]."""
+    return (_by_outer_products if weight_OB.is_cuda else _column_by_column)(weight_OB, upper_BB, mask_OG)
+
+
+def _column_by_column(weight_OB: torch.Tensor, upper_BB: torch.Tensor, mask_OG: torch.Tensor) -> torch.Tensor:
+    error_OG = torch.zeros_like(mask_OG, dtype=weight_OB.dtype)
+    for column in range(mask_OG.shape[1]):
+        removed_O = mask_OG[:, column]
+        error_OG[:, column] = weight_OB[:, column].where(removed_O, 0) / upper_BB[column, column]
+        weight_OB[:, column:] -= error_OG[:, column, None] * upper_BB[column, column:]
         weight_OB[:, column].masked_fill_(removed_O, 0)
-    return error_OB
+    return error_OG
+
+
+def _by_outer_products(weight_OB: torch.Tensor, upper_BB: torch.Tensor, mask_OG: torch.Tensor) -> torch.Tensor:
+    """The same in two kernels a column, whose launches bound a GPU."""
+    groups = mask_OG.shape[1]
+    inverse_OG = mask_OG / upper_BB.diagonal()[:groups]
+    error_OG = torch.empty_like(inverse_OG)
+    for column in range(groups):
+        torch.mul(weight_OB[:, column], inverse_OG[:, column], out=error_OG[:, column])
+        weight_OB[:, column:].addr_(error_OG[:, column], upper_BB[column, column:], alpha=-1)
+    weight_OB[:, :groups].masked_fill_(mask_OG, 0)
+    return error_OG

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-_SQUARED = 1 << 17  # entries squared per block; on a CPU, as many as fit in a core's cache
+_SQUARED, _LARGE_SQUARED = 1 << 17, 1 << 25  # entries squared per block on a CPU (as many as fit in a core's cache) and a GPU
 
 
 class CoActivation:
@@ -61,18 +61,33 @@ def _sums_by(place: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tens
 
 def weight_sums(parts: list[torch.Tensor]) -> tuple[float, float, int]:
     """Sum of |w|, sum of w^2 and number of the weights of an expert; summed by row, then exactly."""
-    absolute, squared = [], []
+    sums = []
     for part in map(torch.atleast_2d, parts):
-        for rows in part.split(max(1, _SQUARED // part.shape[1])):
-            absolute += rows.float().abs().sum(1).tolist()
-            squared += rows.float().square().sum(1).tolist()
+        for rows in _blocks(part):
+            weights = rows.float()
+            sums.append(torch.stack([weights.abs().sum(1), weights.square().sum(1)]))
+    absolute, squared = torch.cat(sums, 1).tolist()  # together: a GPU is waited for once
     return math.fsum(absolute), math.fsum(squared), sum(part.numel() for part in parts)
+
+
+def _blocks(rows_ND: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, ...]:
+    """Blocks of rows that are squared at once, `least` or more."""
+    return rows_ND.split(max(least, (_LARGE_SQUARED if rows_ND.is_cuda else _SQUARED) // rows_ND.shape[1]))
+
+
+def add_squares(sum_D: torch.Tensor | None, x_TD: torch.Tensor) -> torch.Tensor:
+    """`sum_D` plus `squared_sum` of x, in place; None is zeros."""
+    if not x_TD.is_cuda:
+        part_D = squared_sum(x_TD)
+        return part_D if sum_D is None else sum_D.add_(part_D)
+    # Two launches, which reads bfloat16 once: with few tokens an expert, launches bound a GPU.
+    norm_D = torch.linalg.vector_norm(x_TD, dim=0, dtype=torch.float32)
+    return (torch.zeros_like(norm_D, dtype=torch.float64) if sum_D is None else sum_D).addcmul_(norm_D, norm_D)
 
 
 def squared_sum(x_TD: torch.Tensor) -> torch.Tensor:
     """[D] float64 sums of squares of the columns: the square of Wanda's ||X_j||_2 (arXiv 2306.11695)."""
     sum_D = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
-    size = max(16, (_SQUARED if x_TD.device.type == "cpu" else 256 * _SQUARED) // x_TD.shape[1])
-    for x_tD in x_TD.split(size):
+    for x_tD in _blocks(x_TD, least=16):
         sum_D += x_tD.float().square().sum(0)
     return sum_D

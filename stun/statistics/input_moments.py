@@ -6,15 +6,16 @@ micro-batches in that order, and the owner of a dense matrix receives their part
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
 
 from stun.config import StunError
+from stun.runtime.matmul import tf32
 from stun.runtime.ranks import Ranks
-from stun.statistics.accumulators import squared_sum
+from stun.statistics.accumulators import add_squares, squared_sum
 from stun.stream.expert_parallel import Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
 
@@ -23,12 +24,27 @@ _ROWS = 1024  # rows of a dense matrix' inputs that one worker adds up
 
 def gram(rows_TD: torch.Tensor) -> torch.Tensor:
     """Sum of x x^T over the rows, [D, D] in float32."""
+    return add_gram(None, rows_TD)
+
+
+def add_gram(sum_DD: torch.Tensor | None, rows_TD: torch.Tensor) -> torch.Tensor:
+    """`sum_DD` plus `gram` of the rows, in place; None is zeros."""
+    is_exact = rows_TD.dtype is torch.bfloat16  # TF32 holds all bits of such inputs
     rows_TD = rows_TD.float()
-    return rows_TD.T @ rows_TD
+    if not rows_TD.is_cuda:
+        return added(sum_DD, rows_TD.T @ rows_TD)
+    sum_DD = rows_TD.new_zeros(rows_TD.shape[1], rows_TD.shape[1]) if sum_DD is None else sum_DD
+    with tf32() if is_exact else nullcontext():
+        return sum_DD.addmm_(rows_TD.T, rows_TD)
+
+
+def added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """`total` plus `part`, in place; `part` itself if there is no total yet."""
+    return part if total is None else total.add_(part)
 
 
 class Sums(Observer):
-    """Observer that adds up the parts `of_expert` and `of_dense` of every micro-batch, by name of the sum.
+    """Observer that adds up what `add_expert` and `of_dense` measure in every micro-batch, by name of the sum.
 
     `experts[number]` holds the sums of each expert in `numbers` that was routed tokens, on its owner; `dense[name]` those of a
     dense matrix, on the rank that writes it. `tokens` counts the tokens of this rank's experts.
@@ -42,7 +58,8 @@ class Sums(Observer):
         self.tokens = torch.zeros(len(layer.kept), dtype=torch.int64)
         self._turn: dict[str, dict[str, torch.Tensor]] = {}
 
-    def of_expert(self, number: int, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
+    def add_expert(self, sums: dict[str, torch.Tensor], number: int, input_nD, inner_nI, gate_n) -> None:
+        """Add n tokens of an expert to its sums, which are empty at first."""
         raise NotImplementedError
 
     def of_dense(self, name: str, turn: int, input_TD) -> dict[str, torch.Tensor]:
@@ -55,9 +72,7 @@ class Sums(Observer):
     def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
         self.tokens[expert] += len(input_nD)
         if expert in self.numbers:
-            sums = self.experts[expert]
-            for key, part in self.of_expert(expert, input_nD, inner_nI, gate_n).items():
-                sums[key] = sums[key].add_(part) if key in sums else part
+            self.add_expert(self.experts[expert], expert, input_nD, inner_nI, gate_n)
 
     def run(self, states: States, *others: Observer) -> States:
         """Outputs of the layer, run once under this observer and `others`."""
@@ -120,19 +135,20 @@ class Moments(Sums):
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in remember}
         self._last: tuple[torch.Tensor | None, dict] = (None, {})  # matrices with the same input, such as q, k and v
 
-    def _of(self, rows_TD: torch.Tensor) -> torch.Tensor:
-        return gram(rows_TD) if self.grams else squared_sum(rows_TD)
+    def _add(self, total: torch.Tensor | None, rows_TD: torch.Tensor) -> torch.Tensor:
+        return add_gram(total, rows_TD) if self.grams else add_squares(total, rows_TD)
 
     def _of_many(self, rows_TD: torch.Tensor) -> torch.Tensor:
-        """`_of` a whole micro-batch, by all workers; their parts are added in order, so that every run gets the same sum."""
-        if self.grams:
-            return gram(rows_TD)
+        """Sums of a whole micro-batch, on a CPU by all workers; their parts are added in order, so that every run gets the same
+        sum."""
+        if self.grams or rows_TD.is_cuda:
+            return self._add(None, rows_TD)
         first, *others = self.stream.ranks.workers.map(squared_sum, rows_TD.split(_ROWS))
         return sum(others, first)
 
-    def of_expert(self, number, input_nD, inner_nI, gate_n) -> dict[str, torch.Tensor]:
-        parts = {"gate_up_proj": input_nD, "down_proj": inner_nI}
-        return {part: self._of(rows.float() * gate_n[:, None] if self.gated else rows) for part, rows in parts.items()}
+    def add_expert(self, sums, number, input_nD, inner_nI, gate_n) -> None:
+        for part, rows in {"gate_up_proj": input_nD, "down_proj": inner_nI}.items():
+            sums[part] = self._add(sums.get(part), rows.float() * gate_n[:, None] if self.gated else rows)
 
     def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:
         if name in self.inputs:

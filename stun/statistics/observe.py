@@ -48,7 +48,7 @@ class Watcher(Observer):
     def totals(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Statistics of the layer over all ranks. An expert's sums of weights are non-zero on one rank only: adding is exact."""
         ranks = self.ranks
-        weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64, device=ranks.device)
+        weights_E3 = torch.zeros(len(layer.kept), 3, dtype=torch.float64)
         sums = ranks.workers.map(lambda expert: weight_sums(list(expert.values())), layer.experts.values())
         for number, expert_sums in zip(layer.experts, sums, strict=True):
             weights_E3[number] = torch.tensor(expert_sums, dtype=torch.float64)
@@ -57,7 +57,7 @@ class Watcher(Observer):
             "coactivation": ranks.sum_integers(self.coactivation.counts_SEE),
             "powers": self.powers.sums_SE33,
             "peak": self.powers.peak_SE,
-            "weights": ranks.all_gather(weights_E3).sum(0),
+            "weights": ranks.all_gather(weights_E3.to(ranks.device)).sum(0),
         }
 
 

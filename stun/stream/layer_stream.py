@@ -146,7 +146,7 @@ class LayerStream:
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange.observers, experts.exchange.gives_outputs = observers, gives_outputs
-        outputs = []
+        outputs, sums = [], []
         for turn in range(-(-states.total // self.ranks.world)):
             if experts is not None:
                 experts.exchange.turn = turn
@@ -159,13 +159,16 @@ class LayerStream:
                     output = layer.module(hidden_BTD, **arguments)
                 if gives_outputs:
                     outputs.append(output[0] if isinstance(output, tuple) else output)
-                    require_finite(outputs[-1], f"layer {layer.layout.index}: output of micro-batch {turn}")
+                    sums.append(outputs[-1].sum())
                 self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
             elif experts is not None:
                 with self.steady():
                     experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
             for observer in observers:
                 observer.round_ends(turn)
+        # NaN and infinity survive a sum. They are looked for once a layer, since a GPU is waited for then.
+        for turn in (~torch.stack(sums).isfinite()).nonzero().flatten().tolist() if sums else ():
+            require_finite(outputs[turn], f"layer {layer.layout.index}: output of micro-batch {turn}")
         return outputs
 
 

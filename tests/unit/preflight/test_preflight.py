@@ -23,6 +23,7 @@ from stun.benchmark.checkpoints import random_checkpoint
 from stun.benchmark.config import CheckpointShape
 from stun.checkpoint.reader import Checkpoint
 from stun.config import (
+    Budget,
     CalibrationConfig,
     ExpertsConfig,
     ExpertsMethod,
@@ -40,6 +41,7 @@ from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import GIB, GPUS, Launch, described, gpu_base
 from stun.preflight.job import SURE, Estimate, check, fitting_grams, report
 from stun.preflight.memory import Footprint, transient_costs
+from stun.preflight.solvers import matrix_flop
 from stun.preflight.traffic import existing_bytes
 from stun.pruning.job import prune
 from stun.runtime.units import duration, size
@@ -48,7 +50,7 @@ from stun.sparsify.select import smallest_per_row
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=40, micro_batch=2)
 RANK = ExpertsConfig(method=ExpertsMethod.rank)
-CPU = Launch("cpu", 1, 1, 0, 64 * GIB, flops=1e12, read=1e9, write=1e9, base=GIB // 2)
+CPU = Launch("cpu", 1, 1, 0, 64 * GIB, flops=1e12, tf32=1e12, float32=1e12, read=1e9, write=1e9, base=GIB // 2)
 GPU = replace(CPU, name="h100", per_node=8, gpu_memory=80 * 10**9, host_memory=1024 * GIB, flops=GPUS["h100"][1] * 1e12)
 
 
@@ -232,6 +234,34 @@ def test_480_billion_parameters(checkpoint, tmp_path):
     assert {max(own, key=own.get) for own in Estimate(job, fast).durations.values()} == {"compute"}
 
 
+def test_the_best_way_takes_an_hour_on_one_gpu(checkpoint, tmp_path):
+    """Arctic by experiment=best: products with Gram matrices, not forwards, are the time of the second stream."""
+    source = sparse_arctic(tmp_path / "arctic", checkpoint("arctic"), layers=35)
+    calibration = CalibrationConfig(path="text.jsonl", samples=128, length=2048, micro_batch=8)
+    best = {"experts": ExpertsConfig(method=ExpertsMethod.rank, score=Score.energy, budget=Budget["global"], fraction=0.4)}
+    best["sparsify"] = SparsifyConfig(method=SparsifyMethod.alps, reconstruct=True)
+    minutes = {}
+    for name, changes in {"wanda": {}, "best": best}.items():
+        job = resolve_model(asked(source, tmp_path / "run", calibration=calibration, **changes))
+        launch = described(ClusterConfig(nodes=1, gpus=1, gpu="h200", host_gib=2048, read_gib_s=5), job.arch, base=GIB)
+        minutes[name] = Estimate(job, launch).durations["prune"]["compute"] / 60
+    assert 20 * minutes["wanda"] < minutes["best"] and 30 < minutes["best"] < 60
+
+
+@pytest.mark.parametrize("changes, inverses", [({"reconstruct": True}, 0), ({"method": SparsifyMethod.alps}, 1)])
+def test_products_with_gram_matrices_are_counted(monkeypatch, changes, inverses):
+    """Refits, and two rounds of ALPS, which have one inverse."""
+    for module in ("stun.sparsify.alps", "stun.preflight.solvers"):
+        monkeypatch.setattr(f"{module}.ROUNDS", 2)
+    config, rows, columns = SparsifyConfig(**changes), 24, 48
+    inputs, weight = (torch.randn(size, columns, generator=torch.Generator().manual_seed(0)) for size in (200, rows))
+    gram = inputs.T @ inputs
+    with FlopCounterMode(display=False) as counter:
+        sparsify(config, weight, gram, weight.numel() // 2, "matrix")
+    found = counter.get_total_flops() - inverses * 2 * columns**3
+    assert found == matrix_flop(config, rows, columns, len(inputs), False)[1]
+
+
 def test_products_are_those_of_transformers(checkpoint, tmp_path):
     """A FLOP a second makes them countable. Measuring stops before the experts' last matrix, the last layer is not run after its
     masks, and a plan without scores has no first stream."""
@@ -240,7 +270,7 @@ def test_products_are_those_of_transformers(checkpoint, tmp_path):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens).view(CALIBRATION.samples, -1) % 256)
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
-    counting = replace(CPU, flops=1.0)
+    counting = replace(CPU, flops=1.0, tf32=1.0, float32=1.0)
     found = Estimate(resolve_model(asked(source, tmp_path / "run")), counting).durations
     scores = 2 * tokens * CALIBRATION.length * model.config.hidden_size * model.config.num_hidden_layers  # causal: half of them
     assert found["observe"]["compute"] == counts["aten.mm"] + counts.get("aten.addmm", 0) + scores
