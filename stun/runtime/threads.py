@@ -16,8 +16,10 @@ B = TypeVar("B")
 MOST = 16  # workers of a rank: each may hold a copy of a matrix in the compute dtype
 
 
-def _settle() -> None:
+def settle(device: torch.device) -> None:
     """Settings that torch keeps per thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # otherwise the first GPU's, with a context there
     # Without this call the thread's first operation would take over the number of threads that another thread set last.
     torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,7 +37,9 @@ class Workers:
     def __init__(self, device: torch.device):
         self.count, is_cpu = workers_on(device), device.type == "cpu"
         # Even a single worker is a separate thread, since stun.runtime.determinism intercepts the calling thread's operations.
-        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=_settle) if is_cpu else None
+        self._pool = (
+            ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=settle, initargs=(device,)) if is_cpu else None
+        )
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Results of `function` for all items, in order; raises the error of the first item that fails. `function` must not
