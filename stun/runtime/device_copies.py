@@ -9,7 +9,7 @@ import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from queue import SimpleQueue
 from weakref import finalize
@@ -17,7 +17,7 @@ from weakref import finalize
 import numpy as np
 import torch
 
-from stun.runtime.threads import settle
+from stun.runtime.threads import one_thread, threads_on
 
 PIECE = 16 * 2**20  # most bytes of one read, write or copy
 THREADS = 4  # that read, and that write
@@ -66,8 +66,8 @@ class HostMemory:
         yield memoryview(source_N.numpy())
 
     def computing(self) -> AbstractContextManager:
-        """Context for operations on what was just filled."""
-        return nullcontext()
+        """Context for operations on what a thread has just filled, beside the other threads."""
+        return one_thread()
 
     def arrive(self) -> None:
         """Let work that is queued from here on see everything that was filled."""
@@ -141,7 +141,7 @@ Memory = HostMemory | DeviceMemory
 @contextmanager
 def copiers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """Threads that read or write pieces; what has not begun when the context ends is dropped."""
-    pool = ThreadPoolExecutor(THREADS, "copy", settle, (device,))
+    pool = threads_on(device, THREADS, "copy")
     try:
         yield pool
     finally:

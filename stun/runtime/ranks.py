@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from stun.config import StunError
-from stun.runtime.threads import Workers
+from stun.runtime.threads import Workers, threads_on
 from stun.runtime.timers import Meter
 
 T = TypeVar("T")
@@ -200,7 +200,7 @@ class Ranks:
         rank returns the first rank's result or raises the first StunError."""
         if self.world == 1:
             return self.on_first(function)
-        with ThreadPoolExecutor(1) as pool:
+        with threads_on(self.device, 1, "wait") as pool:
             future = pool.submit(_outcome, function) if works else None
             while not all(self.gather_objects(future is None or bool(wait([future], _WAIT_SECONDS).done))):
                 pass

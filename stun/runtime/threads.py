@@ -16,10 +16,8 @@ B = TypeVar("B")
 MOST = 16  # workers of a rank: each may hold a copy of a matrix in the compute dtype
 
 
-def settle(device: torch.device) -> None:
+def _settle() -> None:
     """Settings that torch keeps per thread."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # otherwise the first GPU's, with a context there
     # Without this call the thread's first operation would take over the number of threads that another thread set last.
     torch.get_num_threads()
     torch.set_num_threads(1)
@@ -31,15 +29,20 @@ def workers_on(device: torch.device) -> int:
     return min(torch.get_num_threads(), MOST) if device.type == "cpu" else 1
 
 
+def threads_on(device: torch.device, count: int, name: str) -> ThreadPoolExecutor:
+    """Pool of `count` threads for work on this rank's device."""
+    # A new thread is on GPU 0, where whatever returns to "the device before" would make a context of some 500 MB for every rank.
+    start = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    return ThreadPoolExecutor(count, thread_name_prefix=name, **start)
+
+
 class Workers:
     """Pool of this rank's `count` workers."""
 
     def __init__(self, device: torch.device):
         self.count, is_cpu = workers_on(device), device.type == "cpu"
         # Even a single worker is a separate thread, since stun.runtime.determinism intercepts the calling thread's operations.
-        self._pool = (
-            ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=settle, initargs=(device,)) if is_cpu else None
-        )
+        self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="work", initializer=_settle) if is_cpu else None
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Results of `function` for all items, in order; raises the error of the first item that fails. `function` must not

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from stun.model.tensor_names import experts_of
 from stun.runtime.determinism import steady
 from stun.runtime.device_copies import Memory, memory_to_read_into
 from stun.runtime.ranks import Ranks
-from stun.runtime.threads import settle
+from stun.runtime.threads import threads_on
 from stun.sparsify.scores import require_finite
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 
@@ -75,7 +74,7 @@ class LayerStream:
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
-        with ThreadPoolExecutor(1, "ahead", settle, (self.ranks.device,)) as pool, closing(_Room(self.memory)) as room:
+        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory)) as room:
             pending = pool.submit(self._read, first, room) if first < len(self.layouts) else None
             yield from self.held
             for index in range(first, len(self.layouts)):

@@ -10,7 +10,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 from helpers.paths import ROOT, TEXT
+from helpers.pretend.device import missing
 from helpers.warm import WarmProcess
 
 
@@ -67,10 +70,33 @@ def run_warm(script: list[str], ranks: int, check: bool = True) -> subprocess.Co
     return _succeeded(done) if check else done
 
 
+def run_pretend(script: list[str], ranks: int = 0, gpus: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """The same on as many pretend GPUs (helpers/pretend)."""
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    with TemporaryDirectory() as folder:
+        done = _warm_pretend().run(list(map(str, script)), ranks, {**_pretending(), **visible, **env}, Path(folder))
+    return _succeeded(done) if check else done
+
+
+def _pretending() -> dict[str, str]:
+    """As on a machine with a GPU: this process has none, and has told DeepSpeed so."""
+    own = {key: value for key, value in environment().items() if key != "DS_ACCELERATOR"}
+    return {**own, "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"}
+
+
 def _succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     if done.returncode:
         raise AssertionError(f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+@cache
+def _warm_pretend() -> WarmProcess:
+    if reason := missing():
+        pytest.skip(reason)
+    process = WarmProcess(_pretending(), "pretend")
+    atexit.register(process.end)
+    return process
 
 
 @cache

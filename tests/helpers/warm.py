@@ -1,4 +1,5 @@
-"""Starts jobs whose ranks are forks of one process that has imported the package: `-m helpers.warm`, a request a line on stdin.
+"""Starts jobs whose ranks are forks of one process that has imported the package: `-m helpers.warm`, a request a line on stdin;
+`-m helpers.warm pretend` for ranks on pretend GPUs (helpers/pretend).
 
 A launch takes a fraction of a second in place of many for imports on every rank. Ranks are processes with gloo between them all
 the same, and see what torchrun would tell them. Launchers themselves are tested in runs/test_world.py and system/test_slurm.py.
@@ -31,8 +32,8 @@ GRACE = 30.0  # seconds that the other ranks of a failed one have to end, as und
 class WarmProcess:
     """The process that forks, seen from a test."""
 
-    def __init__(self, env: dict[str, str]):
-        command = [sys.executable, "-m", "helpers.warm"]
+    def __init__(self, env: dict[str, str], *kind: str):
+        command = [sys.executable, "-m", "helpers.warm", *kind]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(command, cwd=ROOT, env={**env, "PYTHONPATH": str(TESTS)}, **pipes)
 
@@ -128,13 +129,19 @@ def wait(children: list[int]) -> int:
     return first
 
 
-def main() -> None:
+def main(kind: str = "") -> None:
+    from helpers.pretend import device
+
+    if kind:
+        device.start()
     import jobs.evaluate
     import jobs.prune  # noqa: F401
 
     for name in ("jobs.prune", "jobs.evaluate"):
         del sys.modules[name]  # they are run as programs
     get_ready()
+    if kind:
+        device.connect()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in iter(sys.stdin.readline, ""):
@@ -145,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
