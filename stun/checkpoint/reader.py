@@ -22,7 +22,7 @@ from stun.checkpoint.headers import TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form, quantised, quantised_by
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
-from stun.runtime.device_copies import PIECE, HostMemory, Memory, copiers
+from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -172,7 +172,7 @@ class Checkpoint:
             return read(*names, row=row)
 
     @contextmanager
-    def reading(self, memory: Memory) -> Iterator[Callable[..., torch.Tensor]]:
+    def reading(self, memory: Memory, threads: int = THREADS) -> Iterator[Callable[..., torch.Tensor]]:
         """Context with a function `read(*names, row=None)`, which returns a tensor in `memory` at once; all have their content
         when the context ends. Several names are concatenated along their rows, `row` selects one entry of the first dimension.
 
@@ -180,7 +180,7 @@ class Checkpoint:
         """
         pieces: list[Future] = []
 
-        with copiers(memory.device) as pool:
+        with copiers(memory.device, threads) as pool:
 
             def read(*names: str, row: int | None = None) -> torch.Tensor:
                 infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]

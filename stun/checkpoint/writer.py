@@ -18,7 +18,7 @@ from stun.checkpoint.headers import DTYPES
 from stun.checkpoint.other_forms import PICKLED
 from stun.checkpoint.reader import INDEX
 from stun.files import TEMPLATES, write_atomically, write_json
-from stun.runtime.device_copies import PIECE, Memory, copiers, memory_to_write_from
+from stun.runtime.device_copies import PIECE, THREADS, Memory, copiers, memory_to_write_from
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Stacked:
 Tensors = Mapping[str, torch.Tensor | Stacked]
 
 
-def write_tensors(file: Path, tensors: Tensors, is_hashed: bool = False) -> str:
+def write_tensors(file: Path, tensors: Tensors, is_hashed: bool = False, threads: int = THREADS) -> str:
     """Write one safetensors file atomically, with the bytes that safetensors' own `save_file` writes; returns its SHA-256 if
     `is_hashed`, else an empty text. Tensors of a GPU are copied piece by piece. Raises StunError."""
     digest = hashlib.sha256() if is_hashed else None
-    write_atomically(file, lambda path: _write(path, tensors, digest))
+    write_atomically(file, lambda path: _write(path, tensors, digest, threads))
     return digest.hexdigest() if digest else ""
 
 
-def _write(path: Path, tensors: Tensors, digest: hashlib._Hash | None) -> None:
-    """Write the header, then the content in pieces, each at its place, by several threads."""
+def _write(path: Path, tensors: Tensors, digest: hashlib._Hash | None, threads: int) -> None:
+    """Write the header, then the content in pieces, each at its place, by so many threads."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     ordered = sorted(tensors.items(), key=lambda item: (list(codes).index(item[1].dtype), item[0]))
     header, entries = _header({name: (codes[tensor.dtype], tensor) for name, tensor in ordered}), _entries(ordered)
     device = next((entry_N.device for entry_N in entries if entry_N.is_cuda), torch.device("cpu"))
     memory, start, pieces = memory_to_write_from(device), len(header), []
     memory.depart()
-    with path.open("wb", buffering=0) as handle, copiers(device) as pool:
+    with path.open("wb", buffering=0) as handle, copiers(device, threads) as pool:
         handle.write(header)
         if digest:
             digest.update(header)

@@ -139,9 +139,9 @@ Memory = HostMemory | DeviceMemory
 
 
 @contextmanager
-def copiers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+def copiers(device: torch.device, count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that read or write pieces; what has not begun when the context ends is dropped."""
-    pool = threads_on(device, THREADS, "copy")
+    pool = threads_on(device, count, "copy")
     try:
         yield pool
     finally:
