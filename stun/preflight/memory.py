@@ -1,7 +1,8 @@
 """Peak memory of a rank: for every phase of a run, the sum of all bytes held at once.
 
-On CPUs all bytes are in the process. On GPUs, weights, hidden states and products are on the GPU, tensors being read or written
-are on the host. Experts are assumed to be spread evenly over the ranks, and tokens evenly over the experts.
+On CPUs all bytes are in the process. On GPUs, weights, hidden states and products are on the GPU, of the next layer as much as
+fits beside them; on the host are the pinned buffers through which tensors are read and written. Experts are assumed to be spread
+evenly over the ranks, and tokens evenly over the experts.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from stun.planning.job import Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
-from stun.runtime.device_copies import BUFFER, BUFFERS
+from stun.runtime.device_copies import AHEAD, BUFFERS, PIECE
 from stun.runtime.threads import workers_on
 
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
@@ -130,7 +131,7 @@ class Footprint:
     def _outer_weights(self) -> Memory:
         """Embedding, final norm and output head, copied from file to file on the first rank."""
         outside = sum(self.arch.info(name).nbytes for name in self.arch.outer)
-        return Memory(outside + (self.states if self.is_gpu else 0), 0, "embedding and head")
+        return Memory(outside, 0, "embedding and head")
 
     def _held(self, index: int) -> int:
         """Hidden states while a layer runs: its inputs, its outputs and, from the second layer on, the first layer's inputs,
@@ -141,22 +142,20 @@ class Footprint:
         last = min(self.states, cfg.micro_batch * cfg.length * self.token)
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
-    def _being_written(self, index: int) -> tuple[int, int]:
-        """Bytes of the layer before until it is written: (on its GPU, copies to write on the host)."""
-        if index == 0:
-            return 0, 0
+    def _being_written(self, index: int) -> int:
+        """Bytes of the layer before until it is written."""
         before = self.layers[index - 1]
-        return before.owned + before.kept if self.is_gpu else 0, before.owned + (before.joined or before.kept)
+        return before.owned + (before.joined or before.kept) if index else 0
 
-    def _dense_read_ahead(self, index: int) -> int:
-        """Bytes on the host while a dense layer runs."""
-        return self._read_ahead(index, sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]))
+    def _read_ahead(self, ahead: int, beside: int) -> tuple[int, int]:
+        """Bytes of the next layer, `ahead`, that are held on the GPU `beside` others, and bytes on the host."""
+        if not self.is_gpu:
+            return 0, ahead
+        return min(ahead, int(AHEAD * max(0, self.launch.gpu_memory - beside))), 2 * BUFFERS * PIECE
 
-    def _read_ahead(self, index: int, ahead: int) -> int:
-        """Bytes on the host: the next layer, `ahead`; with a GPU also the layer that is moved there, and the states being
-        written."""
-        pinned = 2 * BUFFERS * BUFFER  # one set for the thread that computes, one for the thread that writes
-        return ahead + (self.layers[index].read + self.states + pinned if self.is_gpu else 0)
+    def _dense_read_ahead(self, index: int, beside: int) -> tuple[int, int]:
+        """The same while a dense layer runs."""
+        return self._read_ahead(sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]), beside)
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert per worker, converted to the compute dtype."""
@@ -170,8 +169,9 @@ class Footprint:
         layout, weights, beside = self.arch.layers[index], self.layers[index], self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
             beside = max(beside, self._largest(layout, [OUTLIERS]))
-        device = self._held(index) + weights.dense + weights.all_experts + self._cast(layout) + beside
-        return self._memory(f"observe layer {index}", device, self._dense_read_ahead(index))
+        held = self._held(index) + weights.dense + weights.all_experts
+        ahead, host = self._dense_read_ahead(index, held)
+        return self._memory(f"observe layer {index}", held + self._cast(layout) + beside + ahead, host)
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
@@ -179,12 +179,15 @@ class Footprint:
         copy = self.layers[index].dense + self.layers[index].all_experts
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
-        return self._memory(f"search layer {index}", device, self._dense_read_ahead(index))
+        ahead, host = self._dense_read_ahead(index, held + copy)
+        return self._memory(f"search layer {index}", device + ahead, host)
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
         layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
-        kept, held, is_run = weights.dense + weights.kept, self._held(index), self.streams["prune"]
+        # On the host the pages of removed experts wait for the next layer.
+        kept, held = weights.dense + (weights.kept if self.is_gpu else weights.experts), self._held(index)
+        is_run, received = self.streams["prune"], weights.joined - weights.joined // self.launch.world
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
@@ -194,14 +197,15 @@ class Footprint:
             "measure": kept + run + grams + turn + clones,
             "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run,
-            "hand over": kept + idle + (0 if self.is_gpu else weights.joined),
+            "hand over": kept + idle + received,
         }
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
-        following, (unwritten, copies) = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
-        host = copies + self._read_ahead(index, sum(layer.read for layer in following))
-        return [self._memory(f"prune layer {index}: {name}", size + unwritten, host) for name, size in device.items()]
+        following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
+        beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
+        ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
+        return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""

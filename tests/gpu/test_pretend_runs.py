@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.forms import fp8
 from helpers.gpu_runs import FAMILY, METHODS
 from helpers.launches import run_pretend, run_warm
 from helpers.tensors import same_tensors
@@ -23,6 +24,7 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     for family in FAMILIES:
         make_checkpoint(folder / family, family)
+    fp8(folder / "fp8", "deepseek_v3", 8, 4)
     return folder
 
 
@@ -46,7 +48,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "fp8"])
 def test_two_ranks_write_the_bytes_of_the_cpu(cpu, two, family):
     same_tensors(cpu / "families" / family / "model", two / "families" / family / "model")
 

@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import stun.checkpoint.reader
+import stun.checkpoint.writer
 import stun.runtime.device_copies
 import stun.stream.layer_stream
 from helpers.gpu_runs import request
@@ -52,7 +54,8 @@ FAULTS = {
 
 
 if __name__ == "__main__":
-    stun.runtime.device_copies.BUFFER = 1 << 10  # so that every buffer is used many times
+    for module in (stun.runtime.device_copies, stun.checkpoint.reader, stun.checkpoint.writer):
+        module.PIECE = 1 << 10  # so that every buffer is used many times
     FAULTS[sys.argv[3]]()
     with Ranks() as ranks:
         prune(request(Path(sys.argv[1]), Path(sys.argv[2])), ranks)

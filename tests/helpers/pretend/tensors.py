@@ -215,9 +215,11 @@ def _copy(arguments: tuple, keywords: dict):
     non_blocking = keywords.get("non_blocking", arguments[2] if len(arguments) > 2 else False)
     inner, values = _inside(target), _inside(source)
     to_host, from_host = not isinstance(target, PretendTensor), not isinstance(source, PretendTensor)
-    streams.catch_up()
+    is_queued = (to_host or from_host) and non_blocking and is_pinned(target if to_host else source)
+    if not is_queued or streams.of_thread() is streams.DEFAULT:
+        streams.catch_up()  # a copy on another stream comes after those before it all the same, and may be as late as they
     note("kernels", "copy_")
-    if (to_host or from_host) and non_blocking and is_pinned(target if to_host else source):
+    if is_queued:
         is_late = to_host and streams.of_thread() is streams.DEFAULT  # what was computed by now, seen after a sync
         values = values.clone() if is_late else values
         streams.queue_copy(lambda: _plain_copy(inner, values), to_host)
