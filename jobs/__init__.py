@@ -17,17 +17,17 @@ from contextlib import contextmanager
 
 import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
-import torch
 import transformers
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stun.config import StunError
+from stun.config import Device, StunError
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
+from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.interrupts import interruptible
-from stun.runtime.ranks import Ranks, is_lost, process_ranks
+from stun.runtime.ranks import Ranks, is_lost, process_ranks, started_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
 from stun.settings.describe import help_text
 from stun.stream.progress import close_view, reached
@@ -58,7 +58,7 @@ def launch(name: str, work: Work, observe: Work | None = None, about: str = "") 
         _launch_by_hydra(name, [program, *arguments], overrides, work, observe)
     else:
         with _ends_clearly():
-            work(composed(name, overrides), process_ranks())
+            _start(work, composed(name, overrides))
 
 
 def _launch_by_hydra(name: str, argv: list[str], words: list[str], work: Work, observe: Work | None) -> None:
@@ -92,9 +92,13 @@ def _main(name: str, work: Work) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def main(cfg) -> None:
         with _ends_clearly():
-            work(OmegaConf.to_object(cfg), process_ranks())
+            _start(work, OmegaConf.to_object(cfg))
 
     return main
+
+
+def _start(work: Work, cfg: object) -> None:
+    work(cfg, process_ranks(getattr(cfg, "device", Device.auto)))
 
 
 @contextmanager
@@ -152,18 +156,20 @@ def _line(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
+    """Whether a GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
     is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_kernel or is_allocator
+    return isinstance(error, MemoryError) or is_out_of_gpu_memory(error) or is_kernel or is_allocator
 
 
 def _doing() -> str:
-    return process_ranks().doing if process_ranks.cache_info().currsize else ""
+    ranks = started_ranks()
+    return ranks.doing if ranks else ""
 
 
 def _where() -> str:
-    return f"rank {process_ranks().rank}, {_doing() or 'before the first layer'}: " if process_ranks.cache_info().currsize else ""
+    ranks = started_ranks()
+    return f"rank {ranks.rank}, {ranks.doing or 'before the first layer'}: " if ranks else ""
 
 
 def _fail(message: str, status: int) -> None:

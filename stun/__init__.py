@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING
 # rank down twentyfold (63 s for a run of 3 s, two cores). With this they soon sleep (10 s); an idle machine shows no difference.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Also before: the GPU's allocator joins freed blocks of all sizes, as layers leave them, in place of keeping them apart.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 
 # MKL's products must not depend on the number of threads a rank has; it reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+# Whether there is a GPU is asked of the driver's library alone: CUDA itself could not be used in processes forked later.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so

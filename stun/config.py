@@ -79,6 +79,14 @@ class Precision(Enum):
     float32 = "float32"
 
 
+class Device(Enum):
+    """Device that ranks compute on: GPUs where there are any, GPUs or an error, or CPUs."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 class Wandb(Enum):
     """Mode of Weights & Biases: off, files to be sent later (`wandb sync`), or sent at once."""
 
@@ -273,6 +281,12 @@ class PruneConfig:
     """Folder of a run (`stun observe`) whose statistics this run uses instead of collecting its own."""
     precision: Precision = Precision.auto
     """Dtype that layers are computed in: the checkpoint's where the device multiplies it fast, or float32."""
+    device: Device = Device.auto
+    """Device that ranks compute on: auto is a GPU each, or CPUs where there is none. A GPU that is there and cannot be used is an
+    error."""
+    allow_other_hardware: bool = False
+    """Whether an interrupted run goes on where the GPU's or CPU's type, torch or CUDA differ from those it began with; its layers
+    may then differ in last bits. config.yaml in the run folder records both."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     fit: str = ""
     """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is

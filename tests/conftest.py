@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+from itertools import pairwise
 from pathlib import Path
 
-import pytest
-import torch
+# Tests are CPU processes, also where a GPU is, but for `-m gpu`. Workers inherit what the first process decides.
+_wanted = " ".join(after for before, after in pairwise(sys.argv) if before == "-m")
+if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(?<!not )\bgpu\b", _wanted):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")  # before they are imported, so that their assertions show values too
 
@@ -19,6 +27,7 @@ from stun.runtime.ranks import Ranks  # noqa: E402
 LONG = {
     "test_slurm.py": 260,
     "test_memory_is_what_was_estimated": 100,
+    "test_pretend_runs.py": 90,
     "test_wheel.py": 80,
     "test_families.py": 60,
     "test_hub.py": 60,
@@ -31,6 +40,7 @@ LONG = {
     "test_peers": 25,
     "test_report.py": 25,
     "test_masks.py": 20,
+    "test_pretend_faults.py": 20,
     "test_ranks": 20,
     "test_world.py": 20,
     "test_paper_comparison": 20,
@@ -47,6 +57,8 @@ LONG = {
     "test_disk_full": 12,
     "test_one_rank_is_killed": 12,
     "test_heterogeneous.py": 10,
+    "test_budgets.py": 10,
+    "test_pretend_device.py": 10,
     "test_study_runs_and_continues": 10,
     "test_resume.py": 8,
     "test_the_interpreted_kernel_sorts": 8,

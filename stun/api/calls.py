@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stun.api.words import Names
 from stun.checkpoint.hub import fetched, folder
-from stun.config import ModelConfig, PruneConfig, StunError
+from stun.config import Device, ModelConfig, PruneConfig, StunError
 from stun.data.tokenizer import load_tokenizer
 from stun.evaluation import job as evaluation
 from stun.files import load_yaml
@@ -106,15 +106,15 @@ def _job(
         raise StunError(f"{name}: is given twice")
     words = [*Names(job).words({**given, **settings}), *overrides]
     cfg = composed(job, words)
-    with _on_ranks([f"jobs/{job}.py", *words]) as ranks:
+    with _on_ranks([f"jobs/{job}.py", *words], getattr(cfg, "device", Device.auto)) as ranks:
         yield cfg, ranks
 
 
 @contextmanager
-def _on_ranks(command: list[str]) -> Iterator[Ranks]:
+def _on_ranks(command: list[str], device: Device = Device.auto) -> Iterator[Ranks]:
     """Ranks of this process for one call, with the command that does the same, for records. A call that fails or is interrupted
     leaves neither a view on the screen nor a lock on the run folder."""
-    ranks = process_ranks()
+    ranks = process_ranks(device)
     ranks.command, ranks.started = command, time.monotonic()
     try:
         yield ranks

@@ -11,6 +11,7 @@ import torch
 from stun.benchmark.against_peers import benchmark_peers, check_peers, prune_configs
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShape
+from stun.benchmark.io import benchmark_io
 from stun.benchmark.layer import benchmark_layer, layer_shape
 from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
 from stun.benchmark.weights import benchmark_weights, method_configs
@@ -27,6 +28,7 @@ from stun.runtime.units import size
 
 _CASES = {
     BenchmarkCase.layer: benchmark_layer,
+    BenchmarkCase.io: benchmark_io,
     BenchmarkCase.weights: benchmark_weights,
     BenchmarkCase.growth: benchmark_growth,
     BenchmarkCase.ranks: benchmark_ranks,
@@ -122,7 +124,7 @@ def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
 
 def _check_list(cfg: BenchmarkConfig) -> None:
     """Check the numbers of a case that runs once for each; `peers` may have none."""
-    name = {"growth": "factors", "ranks": "worlds", "depth": "depths", "peers": "depths"}.get(cfg.case.name)
+    name = {"io": "threads", "growth": "factors", "ranks": "worlds", "depth": "depths", "peers": "depths"}.get(cfg.case.name)
     if name and min(getattr(cfg, name), default=1 if cfg.case is BenchmarkCase.peers else 0) < 1:
         raise StunError(f"{name}={getattr(cfg, name)}: whole numbers above 0 are needed")
 

@@ -43,10 +43,11 @@ class CheckpointShape:
 
 
 class BenchmarkCase(Enum):
-    """Benchmarks: one layer, phase by phase; the methods that remove weights; whole runs of growing size, on several ranks, and
-    with more layers; whole runs beside other tools."""
+    """Benchmarks: one layer, phase by phase; reading and writing; the methods that remove weights; whole runs of growing size, on
+    several ranks, and with more layers; whole runs beside other tools."""
 
     layer = "layer"
+    io = "io"
     weights = "weights"
     growth = "growth"
     ranks = "ranks"
@@ -68,13 +69,15 @@ class BenchmarkConfig(PruneConfig):
     below the folder `run_dir`, where only CASE.json is kept."""
 
     case: BenchmarkCase = BenchmarkCase.layer
-    """layer: the phases of one layer; weights: the methods that remove weights; growth, ranks, depth: whole runs of growing size,
-    on several ranks, with more layers; peers: whole runs beside other tools."""
+    """layer: the phases of one layer; io: reading and writing; weights: the methods that remove weights; growth, ranks, depth:
+    whole runs of growing size, on several ranks, with more layers; peers: whole runs beside other tools."""
     shape: CheckpointShape = field(default_factory=CheckpointShape)
     gpu_shape: CheckpointShape | None = None
     """Shape of the layer on a GPU."""
     depth: int = 35
     """Layers that `layer` adds its phases up to."""
+    threads: list[int] = field(default_factory=list)
+    """Numbers of threads with which `io` reads and writes."""
     methods: dict[str, list[str]] = field(default_factory=dict)
     """Names of methods that `weights` times, each with overrides of the configuration."""
     factors: list[int] = field(default_factory=list)

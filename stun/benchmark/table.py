@@ -9,7 +9,8 @@ from stun.runtime.units import count, size
 
 def benchmark_table(result: dict) -> str:
     """Table of a case's result, below a line on its hardware."""
-    tables = {"layer": _layer, "weights": _weights, "growth": _growth, "ranks": _ranks, "depth": _depth, "peers": _peers}
+    tables = {"layer": _layer, "io": _io, "weights": _weights, "growth": _growth, "ranks": _ranks}
+    tables |= {"depth": _depth, "peers": _peers}
     return f"{result['device']}, {count(result['ranks'], 'rank')}\n{tables[result['case']](result)}"
 
 
@@ -48,6 +49,21 @@ def _shape(result: dict) -> str:
 def _rates(rates: dict) -> str:
     disk = f"disk read {size(rates['read'])}/s, write {size(rates['write'])}/s"
     return f"{disk}; memory copy {size(rates['copy'])}/s; flops {rates['flops'] / 1e12:.3g} T/s"
+
+
+def _io(result: dict) -> str:
+    """A line per operation and number of threads: bytes/s, those of a bare loop, their ratio, and the ratio to the first number
+    of threads; then dd."""
+    table, runs = _table("", "a second", "bare loop", "ratio", "/ first"), result["runs"]
+    first = next(iter(runs.values()))
+    for threads, row in runs.items():
+        for name, found in row.items():
+            speed_up = f"{found['rate'] / first[name]['rate']:.2f}"
+            cells = (size(found["rate"]), size(found["bare"]), f"{found['ratio']:.2f}", speed_up)
+            table.add_row(f"{name}, {count(int(threads), 'thread')}", *cells)
+    for name, rate in result["dd"].items():
+        table.add_row(f"{name}, dd", size(rate), "", "", "")
+    return f"{size(result['bytes'])} in one file\n{printed(table)}"
 
 
 def _weights(result: dict) -> str:

@@ -11,16 +11,17 @@ import torch
 from stun.config import StunError
 from stun.files import is_count, opened, parse_json
 
-_DTYPES = {
+# In the order in which safetensors writes them to a file, the most aligned first.
+DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -93,13 +94,13 @@ def _tensor(file: Path, name: str, entry: object, base: int, size: int) -> Tenso
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise StunError(f"{where}: must have dtype, shape and data_offsets, and nothing else; is {str(entry)[:80]}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise StunError(f"{where}: dtype {str(code)[:80]!r} is not known; known: {', '.join(_DTYPES)}")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise StunError(f"{where}: dtype {str(code)[:80]!r} is not known; known: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(is_count, shape)):
         raise StunError(f"{where}: shape must be a list of whole numbers, is {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise StunError(f"{where}: data_offsets must be two whole numbers, are {str(offsets)[:80]}")
-    (first, last), dtype = offsets, _DTYPES[code]
+    (first, last), dtype = offsets, DTYPES[code]
     if base + last > size:
         raise StunError(f"{file}: truncated: tensor {name}: data_offsets end at byte {base + last}, the file at {size}")
     nbytes = last - first

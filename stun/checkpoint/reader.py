@@ -7,10 +7,11 @@ bfloat16 and dequantised as they are read. Other quantised formats are refused.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from stun.checkpoint.headers import TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form, quantised, quantised_by
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
+from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -165,60 +167,73 @@ class Checkpoint:
         return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
 
     def read(self, *names: str, row: int | None = None) -> torch.Tensor:
-        """Tensor on the CPU; several names are concatenated along their rows, `row` selects one entry of the first dimension.
+        """Tensor on the CPU. See `reading`."""
+        with self.reading(HostMemory()) as read:
+            return read(*names, row=row)
 
-        Raises StunError if the file has changed since the checkpoint was opened.
+    @contextmanager
+    def reading(self, memory: Memory, threads: int = THREADS) -> Iterator[Callable[..., torch.Tensor]]:
+        """Context with a function `read(*names, row=None)`, which returns a tensor in `memory` at once; all have their content
+        when the context ends. Several names are concatenated along their rows, `row` selects one entry of the first dimension.
+
+        Raises StunError, at the end, if a file has changed since the checkpoint was opened, or cannot be read.
         """
-        infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]
-        raw = _mapped(sum(info.nbytes for info in infos))
-        start = 0
-        for name, info in zip(names, infos, strict=True):
-            part = raw[start : start + info.nbytes]
-            if info.scale is None:
-                self._fill(part, name, info)
-            else:
-                part.view(info.dtype).view(info.shape).copy_(self._dequantised(name, info))
-            start += info.nbytes
-        rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
-        shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
-        return raw.view(infos[0].dtype).view(shape)
+        pieces: list[Future] = []
 
-    def _fill(self, raw: torch.Tensor, name: str, info: TensorInfo) -> None:
-        """Read one tensor's bytes into `raw`."""
-        view, filled = memoryview(raw.numpy()), 0
+        with copiers(memory.device, threads) as pool:
+
+            def read(*names: str, row: int | None = None) -> torch.Tensor:
+                infos = [self.tensors[name] if row is None else self.tensors[name].row(row) for name in names]
+                raw = memory.empty(sum(info.nbytes for info in infos))
+                parts = raw.split([info.nbytes for info in infos])
+                for name, info, part in zip(names, infos, parts, strict=True):
+                    if info.scale is not None:
+                        pieces.append(pool.submit(self._dequantise, memory, part, name, info))
+                        continue
+                    for start in range(0, info.nbytes, PIECE):
+                        pieces.append(pool.submit(self._fill, memory, part[start : start + PIECE], name, info, start))
+                rows = sum(info.shape[0] for info in infos) if len(infos) > 1 else None
+                shape = infos[0].shape if rows is None else (rows, *infos[0].shape[1:])
+                return raw.view(infos[0].dtype).view(shape)
+
+            yield read
+            for piece in pieces:
+                piece.result()
+
+    def _fill(self, memory: Memory, target_N: torch.Tensor, name: str, info: TensorInfo, start: int = 0) -> None:
+        """Read bytes of one tensor, from `start` on."""
+        memory.fill(target_N, lambda view, place: self._read_into(view, name, info.file, info.start + start + place))
+        with self._lock:
+            self.bytes_read += len(target_N)
+
+    def _read_into(self, view: memoryview, name: str, file: Path, start: int) -> None:
+        """Fill `view` with the bytes of a file from `start` on."""
+        filled = 0
         try:
-            with info.file.open("rb", buffering=0) as handle:
-                if self._stamps.get(info.file, now := _stamp(os.fstat(handle.fileno()))) != now:
-                    raise StunError(f"{info.file}: has changed since the run began; {name} was not read")
-                handle.seek(info.start)
+            with file.open("rb", buffering=0) as handle:
+                if self._stamps.get(file, now := _stamp(os.fstat(handle.fileno()))) != now:
+                    raise StunError(f"{file}: has changed since the run began; {name} was not read")
                 while filled < len(view):
-                    count = handle.readinto(view[filled:])
+                    count = os.preadv(handle.fileno(), [view[filled:]], start + filled)
                     if not count:
-                        raise StunError(f"{info.file}: ended while reading {name}; did the file change?")
+                        raise StunError(f"{file}: ended while reading {name}; did the file change?")
                     filled += count
         except OSError as error:
-            raise StunError(f"{info.file}: {name} cannot be read: {error}") from error
-        with self._lock:
-            self.bytes_read += filled
+            raise StunError(f"{file}: {name} cannot be read: {error}") from error
 
-    def _dequantised(self, name: str, info: TensorInfo) -> torch.Tensor:
-        """fp8 matrix [rows, columns] in float32: every entry times the scale of its block."""
-        raw, scales = _mapped(info.numel), _mapped(info.scale.nbytes)
-        self._fill(raw, name, info)
-        self._fill(scales, name + SCALE, info.scale)
-        scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
-        for dim, size in enumerate(info.shape):
-            scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
-        return raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
+    def _dequantise(self, memory: Memory, target_N: torch.Tensor, name: str, info: TensorInfo) -> None:
+        """Read an fp8 matrix [rows, columns], and multiply every entry, in float32, with the scale of its block."""
+        with memory.computing():
+            raw, scales = memory.empty(info.numel), memory.empty(info.scale.nbytes)
+            self._fill(memory, raw, name, info)
+            self._fill(memory, scales, name + SCALE, info.scale)
+            scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
+            for dim, size in enumerate(info.shape):
+                scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
+            product_OD = raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
+            target_N.view(info.dtype).view(info.shape).copy_(product_OD)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
     """Size and time of change, to notice that a file was written to."""
     return status.st_size, status.st_mtime_ns
-
-
-def _mapped(nbytes: int) -> torch.Tensor:
-    """[nbytes] uint8 in pages of its own, which return to the system at once: an allocator that keeps them raises the peak."""
-    if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from stun.config import CalibrationConfig, ModelConfig, PushConfig, TrackingConfig
+from stun.config import CalibrationConfig, Device, ModelConfig, PushConfig, TrackingConfig
 
 
 @dataclass
@@ -65,6 +65,9 @@ class EvaluateConfig:
     """Result of an evaluation of the dense model, with which the model is compared token by token."""
     output: str = MISSING
     """JSON file of the result."""
+    device: Device = Device.auto
+    """Device that ranks compute on: auto is a GPU each, or CPUs where there is none. A GPU that is there and cannot be used is an
+    error."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

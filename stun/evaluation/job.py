@@ -22,7 +22,8 @@ from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.preflight.speeds import read_speed
-from stun.run.identity import model_digest, plain
+from stun.run.identity import hardware, model_digest, plain
+from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.tracking.tracker import check_tracking, tracked
@@ -49,7 +50,8 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
         ranks.log(f"{cfg.output} is complete already")
         return earlier
     dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
-    ranks.on_first(lambda: partial.open(inputs.request))
+    machine = hardware(ranks)
+    ranks.on_first(lambda: partial.open(inputs.request, machine))
     result: dict = {"model": cfg.model.path}
     if inputs.sequences:
         result |= _scored(arch, dense, inputs, cfg.task.batch, partial, ranks)
@@ -165,8 +167,8 @@ def _fitting(phase: str, chosen: int, is_asked: bool, run: Callable[[int], dict]
     while True:
         try:
             return run(size)
-        except torch.OutOfMemoryError as error:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_gpu_memory(error):
                 raise
             size //= 2
             partial.set_batch(phase, size)

@@ -32,10 +32,22 @@ def _layer_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> tuple
     return stored, computed, sum(i.nbytes for i in dense) + layout.num_experts * sum(i.nbytes for i in expert)
 
 
-def _free_bytes(arch: Architecture, ranks: Ranks) -> int:
-    """Bytes free beside two layers (one running, one being read) and the embedding, final norm and output head."""
-    largest = max((_layer_bytes(arch, layout, ranks) for layout in arch.layers), key=lambda sizes: sum(sizes[:2]))
-    return int(_USED * free_memory(ranks)) - 2 * sum(largest[:2]) - outside_bytes(arch, ranks.device)
+def _converted_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> int:
+    """Bytes of a running layer's weights that exist in the compute dtype too: those outside the experts, and one expert."""
+    dtype = compute_dtype(arch, ranks.device)
+    infos = [*(arch.info(name) for name in layout.dense), *expert_infos(arch, layout)]
+    return sum(info.numel * dtype.itemsize for info in infos if info.dtype is not dtype)
+
+
+def _free_bytes(arch: Architecture, ranks: Ranks, models: int = 1) -> int:
+    """Bytes free for each of `models` beside layers, embedding, final norm and output head. A GPU holds the layer that runs, and
+    the host what is read; a CPU holds both."""
+    sizes, outside = [_layer_bytes(arch, layout, ranks) for layout in arch.layers], outside_bytes(arch, ranks.device)
+    usable = int(_USED * free_memory(ranks))
+    if ranks.device.type == "cuda":
+        converted = (_converted_bytes(arch, layout, ranks) for layout in arch.layers)
+        return usable // models - max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True)) - outside
+    return (usable - 2 * max(stored + computed for stored, computed, _ in sizes) - outside) // models
 
 
 def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:
@@ -50,7 +62,7 @@ def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested
     """Sequences to score at once, with `models` streamed side by side. Raises StunError if one sequence does not fit."""
     width = arch.config.hidden_size * compute_dtype(arch, ranks.device).itemsize
     states = 2 * models * width * max(lengths) * -(-len(lengths) // ranks.world)
-    free = _free_bytes(arch, ranks) / models - states / models
+    free = _free_bytes(arch, ranks, models) - states / models
     if free < 0:
         raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; use fewer")
     peak = max(trace_layers(arch, 1, max(lengths), ranks.device, ranks.world, use_cache=True).layers)

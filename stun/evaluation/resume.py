@@ -1,6 +1,7 @@
 """Progress of an unfinished evaluation, in a folder beside its output.
 
 <output>.partial/request.json      the request
+<output>.partial/hardware.json     device and versions
 <output>.partial/batch.json        rows at once, by phase
 <output>.partial/scores.json       perplexity and related scores, when finished
 <output>.partial/score-N/          finished layers and hidden states, with N rows at once (stun.run.recorder)
@@ -25,10 +26,10 @@ class Partial:
     def __init__(self, output: str):
         self.folder = Path(f"{output}.partial")
 
-    def open(self, request: dict) -> None:
-        """Create and lock the folder, or resume from it. Raises StunError if it holds another request (with the differences), or
-        if another process uses it."""
-        file = self.folder / "request.json"
+    def open(self, request: dict, hardware: dict) -> None:
+        """Create and lock the folder, or resume from it. Raises StunError if it holds another request (with the differences) or
+        began on other hardware, or if another process uses it."""
+        file, machine = self.folder / "request.json", self.folder / "hardware.json"
         refuse_link(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,9 @@ class Partial:
                 )
         else:
             self.save("request", request)
+        if machine.is_file() and (changes := differences(load_json(machine), hardware)):
+            raise StunError(f"{self.folder}: began on other hardware ({'; '.join(changes)}); go on there, or remove it")
+        self.save("hardware", hardware)
 
     def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
         """Rows at once in a phase: as in an earlier launch, else `chosen`. A size set by the user is an upper limit."""

@@ -81,10 +81,13 @@ class Architecture:
         infos = [self.info(name) for name in layout.experts[expert][part]]
         return [info.row(expert) for info in infos] if part in layout.fused else infos
 
-    def read_expert(self, layout: LayerLayout, expert: int) -> dict[str, torch.Tensor]:
-        """Parts of one expert, from disk; from a tensor that holds all experts only its bytes are read."""
-        parts = layout.experts[expert]
-        return {part: self.source.read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
+    def read_expert(
+        self, layout: LayerLayout, expert: int, read: Callable[..., torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Parts of one expert, from disk, by the function of a `reading` if given; from a tensor that holds all experts only its
+        bytes are read."""
+        parts, read = layout.experts[expert], read or self.source.read
+        return {part: read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
 
     def parameters_of(self, layout: LayerLayout) -> int:
         """Number of parameters of a decoder layer in the checkpoint."""

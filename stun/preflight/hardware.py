@@ -21,21 +21,31 @@ _WRITTEN = 2**26  # bytes written to measure the disk of the run folder
 _ROWS, _WIDTH = 256, 1024  # of the product that measures a CPU
 
 
-# Data sheets of GPUs: memory in bytes, TFLOP/s in dense bfloat16.
+# Data sheets of GPUs: memory in bytes, TFLOP/s in dense bfloat16, in TF32 and in float32.
 GPUS = {
-    "a100-40": (40 * 10**9, 312),
-    "a100": (80 * 10**9, 312),
-    "h100": (80 * 10**9, 989),
-    "h200": (141 * 10**9, 989),
-    "b200": (180 * 10**9, 2250),
+    "a100-40": (40 * 10**9, 312, 156, 19.5),
+    "a100": (80 * 10**9, 312, 156, 19.5),
+    "h100": (80 * 10**9, 989, 495, 67),
+    "h200": (141 * 10**9, 989, 495, 67),
+    "b200": (180 * 10**9, 2250, 1125, 75),
 }
+
+
+# Estimates, until they are measured: a GPU's memory that is no tensor's. CUDA's context with the kernels that are loaded, cuBLAS'
+# and cuSOLVER's workspaces, and NCCL's buffers for its channels where there are several ranks.
+_CONTEXT, _WORKSPACES, _NCCL = 534 * 2**20, 96 * 2**20, 384 * 2**20
+
+
+def gpu_base(world: int) -> int:
+    """Bytes of a GPU that a rank of `world` takes before any tensor; an estimate."""
+    return _CONTEXT + _WORKSPACES + (_NCCL if world > 1 else 0)
 
 
 @dataclass(frozen=True)
 class Launch:
     """`nodes` with `per_node` ranks each. `gpu_memory` is bytes per GPU (0: ranks compute on the CPU), `host_memory` bytes per
-    node, `flops` peak FLOP/s per rank, `read` and `write` bytes/s per node, `base` the bytes of a rank's process before it reads
-    any weight."""
+    node, `flops` peak FLOP/s per rank in the compute dtype, `tf32` and `float32` those of the methods that use Gram matrices,
+    `read` and `write` bytes/s per node, `base` the bytes of a rank's process before it reads any weight."""
 
     name: str
     nodes: int
@@ -43,6 +53,8 @@ class Launch:
     gpu_memory: int
     host_memory: int
     flops: float
+    tf32: float
+    float32: float
     read: float
     write: float
     base: int
@@ -64,9 +76,9 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
         raise StunError("cluster.read_gib_s and cluster.write_gib_s must be 0 or more")
     if min(cluster.nodes, cluster.gpus, cluster.host_gib) <= 0:
         raise StunError("cluster.nodes, cluster.gpus and cluster.host_gib must be above 0")
-    (memory, tflops), read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
+    (memory, *tflops), read = GPUS[cluster.gpu], cluster.read_gib_s * GIB or read_speed(arch.source)
     place = (cluster.nodes, cluster.gpus, memory, int(cluster.host_gib * GIB))
-    return Launch(cluster.gpu, *place, tflops * 1e12, read, cluster.write_gib_s * GIB or read, base)
+    return Launch(cluster.gpu, *place, *(1e12 * rate for rate in tflops), read, cluster.write_gib_s * GIB or read, base)
 
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
@@ -75,13 +87,17 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
     place, host = (ranks.world // local, local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
-        flops = min(ranks.gather_objects(product_speed(ranks.workers, compute_dtype(arch, ranks.device), _ROWS, _WIDTH)))
+        speeds = [
+            product_speed(ranks.workers, dtype, _ROWS, _WIDTH) for dtype in (compute_dtype(arch, ranks.device), torch.float32)
+        ]
+        flops, float32 = map(min, zip(*ranks.gather_objects(speeds), strict=True))
         ranks.return_memory()
-        return Launch("cpu", *place, 0, host, flops, *disk, base)
+        return Launch("cpu", *place, 0, host, flops, float32, float32, *disk, base)
     properties = torch.cuda.get_device_properties(ranks.device)
     alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in properties.name.lower()] or [GPUS["a100"]]
-    _, tflops = min(alike, key=lambda gpu: abs(gpu[0] - properties.total_memory))
-    return Launch(properties.name, *place, properties.total_memory, host, tflops * 1e12, *disk, base)
+    _, *tflops = min(alike, key=lambda gpu: abs(gpu[0] - properties.total_memory))
+    rates = (1e12 * rate for rate in tflops)
+    return Launch(properties.name, *place, properties.total_memory, host, *rates, *disk, base)
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from stun.config import StunError
 from stun.planning.budget import model_bytes
 from stun.planning.job import Job
 from stun.preflight.config import ClusterConfig
-from stun.preflight.hardware import Launch, described, disk_free, resident, this_launch
+from stun.preflight.hardware import Launch, described, disk_free, gpu_base, resident, this_launch
 from stun.preflight.memory import Footprint
 from stun.preflight.result import ZEROS, loads_line, method_line, result_line
 from stun.preflight.time import durations
@@ -51,7 +51,8 @@ def report(needs: Estimate) -> list[str]:
     launch, read = needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
     streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
     most_read = max(sum(ranks) for ranks in zip(*needs.read.values(), strict=True))
-    gpu = f"{size(needs.memory.gpu)} of {size(launch.gpu_memory)} of a GPU, " if launch.gpu_memory else ""
+    libraries = f"with {size(gpu_base(launch.world))} for CUDA and its libraries, estimated"
+    gpu = f"{size(needs.memory.gpu)} of {size(launch.gpu_memory)} of a GPU ({libraries}), " if launch.gpu_memory else ""
     host = f"{size(needs.host)} of {size(launch.host_memory)} of a node"
     rank = f"{size(needs.memory.host)} a rank, {size(launch.base)} at its start"
     least = {name: max(seconds.values()) for name, seconds in needs.durations.items()}

@@ -1,7 +1,8 @@
 """Peak memory of a rank: for every phase of a run, the sum of all bytes held at once.
 
-On CPUs all bytes are in the process. On GPUs, weights, hidden states and products are on the GPU, tensors being read or written
-are on the host. Experts are assumed to be spread evenly over the ranks, and tokens evenly over the experts.
+On CPUs all bytes are in the process. On GPUs, weights, hidden states and products are on the GPU, of the next layer as much as
+fits beside them; on the host are the pinned buffers through which tensors are read and written. Experts are assumed to be spread
+evenly over the ranks, and tokens evenly over the experts.
 """
 
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from stun.model.precision import compute_dtype
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
-from stun.preflight.hardware import GIB, Launch
-from stun.runtime.device_copies import BUFFER, BUFFERS
+from stun.preflight.hardware import GIB, Launch, gpu_base
+from stun.runtime.device_copies import AHEAD, BUFFERS, PIECE
 from stun.runtime.threads import workers_on
 
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
 # Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
 # tests/unit/preflight/test_preflight.py. The eigenvectors of ALPS need 8 more inside LAPACK.
-SELECT, PATTERN, OUTLIERS = (11, 0), (16, 0), (20, 0)
+SELECT, PATTERN, OUTLIERS = (11, 0), (12, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
 
 
@@ -111,7 +112,7 @@ class Footprint:
             phases += [self._search(i) for i in range(len(self.layers))]
         phases += [phase for i in range(len(self.layers)) for phase in self._prune(i)]
         start = self.launch.base + LIBRARIES
-        host, gpu = max(p.host for p in phases), max(p.gpu for p in phases)
+        host, gpu = max(p.host for p in phases), max(p.gpu for p in phases) + (gpu_base(self.launch.world) if self.is_gpu else 0)
         largest = max(phases, key=lambda p: (p.gpu, p.host))
         return Memory(start + host, gpu, largest.phase)
 
@@ -130,7 +131,7 @@ class Footprint:
     def _outer_weights(self) -> Memory:
         """Embedding, final norm and output head, copied from file to file on the first rank."""
         outside = sum(self.arch.info(name).nbytes for name in self.arch.outer)
-        return Memory(outside + (self.states if self.is_gpu else 0), 0, "embedding and head")
+        return Memory(outside, 0, "embedding and head")
 
     def _held(self, index: int) -> int:
         """Hidden states while a layer runs: its inputs, its outputs and, from the second layer on, the first layer's inputs,
@@ -141,22 +142,20 @@ class Footprint:
         last = min(self.states, cfg.micro_batch * cfg.length * self.token)
         return self.states * min(3, index + 2) - last + self.activations.arguments
 
-    def _being_written(self, index: int) -> tuple[int, int]:
-        """Bytes of the layer before until it is written: (on its GPU, copies to write on the host)."""
-        if index == 0:
-            return 0, 0
+    def _being_written(self, index: int) -> int:
+        """Bytes of the layer before until it is written."""
         before = self.layers[index - 1]
-        return before.owned + before.kept if self.is_gpu else 0, before.owned + (before.joined or before.kept)
+        return before.owned + (before.joined or before.kept) if index else 0
 
-    def _dense_read_ahead(self, index: int) -> int:
-        """Bytes on the host while a dense layer runs."""
-        return self._read_ahead(index, sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]))
+    def _read_ahead(self, ahead: int, beside: int) -> tuple[int, int]:
+        """Bytes of the next layer, `ahead`, that are held on the GPU `beside` others, and bytes on the host."""
+        if not self.is_gpu:
+            return 0, ahead
+        return min(ahead, int(AHEAD * max(0, self.launch.gpu_memory - beside))), 2 * BUFFERS * PIECE
 
-    def _read_ahead(self, index: int, ahead: int) -> int:
-        """Bytes on the host: the next layer, `ahead`; with a GPU also the layer that is moved there, and the states being
-        written."""
-        pinned = 2 * BUFFERS * BUFFER  # one set for the thread that computes, one for the thread that writes
-        return ahead + (self.layers[index].read + self.states + pinned if self.is_gpu else 0)
+    def _dense_read_ahead(self, index: int, beside: int) -> tuple[int, int]:
+        """The same while a dense layer runs."""
+        return self._read_ahead(sum(layer.owned + layer.all_experts for layer in self.layers[index + 1 : index + 2]), beside)
 
     def _cast(self, layout: LayerLayout) -> int:
         """One matrix of an expert per worker, converted to the compute dtype."""
@@ -170,8 +169,9 @@ class Footprint:
         layout, weights, beside = self.arch.layers[index], self.layers[index], self.activations.layers[index]
         if self.cfg.sparsify.counts_outliers:
             beside = max(beside, self._largest(layout, [OUTLIERS]))
-        device = self._held(index) + weights.dense + weights.all_experts + self._cast(layout) + beside
-        return self._memory(f"observe layer {index}", device, self._dense_read_ahead(index))
+        held = self._held(index) + weights.dense + weights.all_experts
+        ahead, host = self._dense_read_ahead(index, held)
+        return self._memory(f"observe layer {index}", held + self._cast(layout) + beside + ahead, host)
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
@@ -179,12 +179,15 @@ class Footprint:
         copy = self.layers[index].dense + self.layers[index].all_experts
         device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
         device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
-        return self._memory(f"search layer {index}", device, self._dense_read_ahead(index))
+        ahead, host = self._dense_read_ahead(index, held + copy)
+        return self._memory(f"search layer {index}", device + ahead, host)
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
         layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
-        kept, held, is_run = weights.dense + weights.kept, self._held(index), self.streams["prune"]
+        # On the host the pages of removed experts wait for the next layer.
+        kept, held = weights.dense + (weights.kept if self.is_gpu else weights.experts), self._held(index)
+        is_run, received = self.streams["prune"], weights.joined - weights.joined // self.launch.world
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
@@ -194,21 +197,22 @@ class Footprint:
             "measure": kept + run + grams + turn + clones,
             "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run,
-            "hand over": kept + idle + (0 if self.is_gpu else weights.joined),
+            "hand over": kept + idle + received,
         }
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
-        following, (unwritten, copies) = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
-        host = copies + self._read_ahead(index, sum(layer.read for layer in following))
-        return [self._memory(f"prune layer {index}: {name}", size + unwritten, host) for name, size in device.items()]
+        following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
+        beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
+        ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
+        return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
 
-    def _matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
+    def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""
         scope = self.cfg.sparsify.scope
         return {name: tuple(self.arch.info(name).shape[:2]) for name, kind in layout.linears.items() if kind in scope}
 
-    def _parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
+    def parts(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of an expert's matrices in scope."""
         shapes = {}
         for part in layout.experts[0] if layout.experts and Scope.experts in self.cfg.sparsify.scope else ():
@@ -220,7 +224,7 @@ class Footprint:
 
     def _largest(self, layout: LayerLayout, costs: list[tuple[int, int]]) -> int:
         """Bytes for the most expensive matrix of the layer, beside the matrix and its Gram matrix."""
-        shapes = [*self._matrices(layout).values(), *self._parts(layout).values()]
+        shapes = [*self.matrices(layout).values(), *self.parts(layout).values()]
         return max((w * r * c + g * c * c for r, c in shapes for w, g in costs), default=0)
 
     def _pruning(self, layout: LayerLayout) -> int:
@@ -229,7 +233,7 @@ class Footprint:
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
         """Bytes of the Gram matrices of one expert."""
-        return 4 * sum(columns**2 for _, columns in self._parts(layout).values())
+        return 4 * sum(columns**2 for _, columns in self.parts(layout).values())
 
     def block(self, index: int) -> int:
         """Experts of a rank that are measured together (stun.pruning.mask)."""
@@ -263,14 +267,14 @@ class Footprint:
         """Bytes of a rank's Gram matrices, and of one micro-batch's parts before they are added."""
         if not self.cfg.sparsify.reads_grams or not self.plan.zeros:
             return 0, 0
-        expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self._matrices(layout).items()}
+        expert_bytes, dense = self._squared_inputs(layout), {n: 4 * shape[1] ** 2 for n, shape in self.matrices(layout).items()}
         owned = self._most_dealt([dense.get(name, 0) for name in layout.copied])
         shared = sum(dense.values()) // 2  # matrices of one block have the same inputs, and one Gram matrix of a micro-batch
         return self._expert_grams(index) + owned, shared + expert_bytes * self._at_once(index)
 
     def _closing(self, layout: LayerLayout) -> tuple[int, int]:
         """Dense matrices that close a block: bytes with their inputs in all micro-batches, and bytes of their Gram matrices."""
-        closers = [name for name in self._matrices(layout) if layout.closes(name)]
+        closers = [name for name in self.matrices(layout) if layout.closes(name)]
         hidden = self.arch.config.hidden_size
         inputs = sum(self.states * self.arch.info(name).shape[1] // hidden for name in closers)
         copies = sum(self.arch.info(name).nbytes for name in closers) // self.launch.world
@@ -279,6 +283,6 @@ class Footprint:
     def _pairs(self, layout: LayerLayout, index: int) -> tuple[int, int]:
         """Bytes of both sums (x x^T and y x^T) for the matrices that close experts and dense blocks, beside the earlier sums of
         the dense matrices; and bytes of one micro-batch's parts."""
-        down, closing = 8 * self._parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
+        down, closing = 8 * self.parts(layout).get("down_proj", (0, 0))[1] ** 2, self._closing(layout)[1]
         held = down * self.block(index) + closing + self._grams(layout, index)[0] - self._expert_grams(index)
         return held, down * self._at_once(index) + closing

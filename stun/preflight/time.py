@@ -2,6 +2,7 @@
 
 from stun.model.architecture import Architecture, expert_infos
 from stun.preflight.memory import Footprint
+from stun.preflight.solvers import solvers_flop
 
 
 def durations(footprint: Footprint, read: dict[str, list[int]], written: int, snapshots: int) -> dict[str, dict[str, float]]:
@@ -13,7 +14,9 @@ def durations(footprint: Footprint, read: dict[str, list[int]], written: int, sn
     for name, ranks in read.items():
         node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
         out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
-        compute = stream_flop(footprint, name) / launch.world / launch.flops
+        times = {"prune": 1, "search": len(job.fractions)}.get(name, 0)
+        float32, tf32 = (times * flop / launch.world for flop in solvers_flop(footprint))
+        compute = stream_flop(footprint, name) / launch.world / launch.flops + float32 / launch.float32 + tf32 / launch.tf32
         write = out_bytes / launch.nodes / launch.write
         by_stream[name] = {"read": node_bytes / launch.read, "compute": compute, "write": write}
     return by_stream

@@ -17,7 +17,7 @@ from stun.pruning.search import search_fraction
 from stun.pruning.summary import save_layers, save_observed, summarise
 from stun.report.model_card import write_card
 from stun.run.folder import Run
-from stun.run.identity import fingerprint, plain
+from stun.run.identity import fingerprint, hardware, plain
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
@@ -55,7 +55,8 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     job = with_weights(resolve_statistics(cfg, ranks), ranks)
     outliers = {"outliers": cfg.sparsify.counts_outliers}
     identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | outliers})
-    run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity))
+    machine = hardware(ranks)
+    run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity, machine, cfg.allow_other_hardware))
     samples, tokens = count(len(job.samples.tokens_ST), "sample"), count(cfg.calibration.length, "token")
     ranks.log(f"observe {job.cfg.model.path} | {samples} of {tokens}")
     with tracked(cfg.tracking, run.folder, plain(cfg), ranks):
@@ -72,8 +73,12 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
 
     A run that an earlier launch finished has its summary. Raises StunError if the folder holds something else.
     """
-    cfg = job.cfg
-    run = ranks.on_first(lambda: Run.open(cfg.run_dir, fingerprint(cfg, job.arch.source, job.samples)))
+    cfg, machine = job.cfg, hardware(ranks)
+
+    def opened() -> Run:
+        return Run.open(cfg.run_dir, fingerprint(cfg, job.arch.source, job.samples), machine, cfg.allow_other_hardware)
+
+    run = ranks.on_first(opened)
     run.summary = ranks.on_first(run.read_summary)
     if run.summary:
         ranks.on_first(run.clear)  # the launch that finished it may have been killed before it cleared

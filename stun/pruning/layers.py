@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from stun.checkpoint.writer import Tensors
 from stun.config import SparsifyConfig, StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
@@ -43,7 +44,7 @@ def prune_layers(
     states: States | None,
     ranks: Ranks,
     recorder: Recorder,
-    write: Callable[[str, dict[str, torch.Tensor]], dict],
+    write: Callable[[str, Tensors], dict],
 ) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
     Returns the ledger entries of every layer, by rank.

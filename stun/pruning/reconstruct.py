@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from stun.model.tensor_names import experts_of
+from stun.runtime.matmul import product
 from stun.sparsify.refit import refit
 from stun.statistics.input_moments import Sums, added, gram
 from stun.stream.expert_parallel import Exchange, Layer
@@ -54,7 +55,7 @@ class Reconstruction:
 
 
 def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
-    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], dense_OD.float() @ sums["cross"]))
+    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], product(dense_OD.float(), sums["cross"])))
 
 
 class _Pairs(Sums):

@@ -6,19 +6,19 @@ from pathlib import Path
 import torch
 
 from stun.checkpoint.headers import read_header
-from stun.checkpoint.writer import write_tensors
+from stun.checkpoint.writer import Stacked, Tensors, write_tensors
 from stun.config import StunError
 from stun.model.layer_layout import renumber
 from stun.run.ledger import REPEAT
-from stun.runtime.device_copies import to_host
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
 
-def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
+def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
     """Tensors of a layer that this rank writes, by source name, the experts kept renumbered. All ranks call this together."""
     writers, rank, layout = stream.writer_of(layer.layout), stream.ranks.rank, layer.layout
-    tensors = {name: tensor for name, tensor in layer.dense.items() if writers[name] == rank} | layer.unused
+    tensors: dict[str, torch.Tensor | Stacked] = {n: tensor for n, tensor in layer.dense.items() if writers[n] == rank}
+    tensors |= layer.unused
     for number, expert in enumerate(layer.kept):
         if layer.owner[number] == rank:
             for part in layout.experts[expert].keys() - layout.fused:
@@ -27,36 +27,30 @@ def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor]:
                 pieces = layer.experts[expert][part].split(rows)
                 tensors |= {renumber(name, number): piece for name, piece in zip(names, pieces, strict=True)}
     for part, name in layout.fused_names.items():
-        joined = _joined(stream, layer, part, writers[name])
+        entries = _entries(stream, layer, part, writers[name])
         if writers[name] == rank:
-            tensors[name] = joined
+            tensors[name] = Stacked(entries)
     return tensors
 
 
-def _joined(stream: LayerStream, layer: Layer, part: str, writer: int) -> torch.Tensor:
-    """One part of all experts kept, [E, ...] on the CPU of rank `writer`, sent there expert by expert; empty elsewhere."""
-    ranks = stream.ranks
+def _entries(stream: LayerStream, layer: Layer, part: str, writer: int) -> list[torch.Tensor]:
+    """One part of all experts kept, sent to rank `writer`; empty elsewhere."""
     (piece,) = stream.arch.piece(layer.layout, 0, part)
-    shape = (len(layer.kept) if ranks.rank == writer else 0, *piece.shape)
-    joined_E = torch.empty(shape, dtype=piece.dtype)
-    for number, expert in enumerate(layer.kept):
-        weight = layer.experts[expert][part] if expert in layer.experts else None
-        moved = ranks.moved(weight, piece.shape, piece.dtype, layer.owner[number], writer)
-        if moved is not None:
-            joined_E[number] = moved
-    return joined_E
+    weights = [layer.experts[expert][part] if expert in layer.experts else None for expert in layer.kept]
+    sent = zip(weights, layer.owner, strict=True)
+    moved = [stream.ranks.moved(weight, piece.shape, piece.dtype, owner, writer) for weight, owner in sent]
+    return [weight for weight in moved if weight is not None]
 
 
-def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict:
+def write_shard(folder: Path, name: str, tensors: Tensors) -> dict:
     """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file` and the bytes of its `tensors` by name.
 
     Runs in the background, so the caller must not change the tensors any more.
     """
     if not tensors:
         return {"file": None, "tensors": {}}
-    stored = {key: to_host(tensor) for key, tensor in tensors.items()}
-    write_tensors(folder / name, stored)
-    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in stored.items()}}
+    write_tensors(folder / name, tensors)
+    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
 
 
 # Files that only an unfinished run has in its folder `model`.

@@ -1,6 +1,6 @@
 """The run folder: a run's identity, its progress and its results.
 
-<run_dir>/config.yaml     identity of the run: configuration, source and calibration tokens
+<run_dir>/config.yaml     identity of the run: configuration, source and calibration tokens; the hardware it ran on
 <run_dir>/stats/          statistics of the first stream, one file per layer with experts
 <run_dir>/plan.json       clusters and kept experts of every layer, and the budget
 <run_dir>/progress/       one entry per finished layer and rank, until the run is complete
@@ -34,6 +34,15 @@ _BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
 _OUTPUT = {".out", ".err", ".log"}  # output of a Slurm job
 
 
+def _check_hardware(run_dir: str, used: object, now: dict, allow_other: bool) -> None:
+    """Raise StunError if an interrupted run has `used` other hardware alone, and must not go on elsewhere."""
+    if not isinstance(used, list):
+        raise StunError(f"run_dir={run_dir}: config.yaml: hardware: must be a list")
+    if used and now not in used and not allow_other:
+        changes = "; ".join(differences(used[-1], now))
+        raise StunError(f"run_dir={run_dir}: began on other hardware ({changes}); go on there, or with allow_other_hardware=true")
+
+
 class Run:
     """An open run folder."""
 
@@ -42,17 +51,18 @@ class Run:
         self.summary: dict | None = None
 
     @classmethod
-    def open(cls, run_dir: str, identity: dict) -> Run:
-        """Create the folder, or resume in it the run of the same identity.
+    def open(cls, run_dir: str, identity: dict, hardware: dict, allow_other: bool = False) -> Run:
+        """Create the folder, or resume in it the run of the same identity, on the same hardware unless other is allowed.
 
         Raises StunError if it holds another run (naming the differences) or other files.
         """
         run = cls(Path(run_dir))
-        config = run.folder / "config.yaml"
+        config, used = run.folder / "config.yaml", []  # runs of older versions do not say on what they began
         if run.folder.exists() and not run.folder.is_dir():
             raise StunError(f"run_dir={run_dir}: is a file; a folder is needed")
         if config.is_file():
             existing = load_yaml(config)
+            used = existing.pop("hardware", used) if isinstance(existing, dict) else used
             if isinstance(existing, dict) and ("statistics" in existing) != ("statistics" in identity):
                 kind = "statistics alone (statistics=... uses them)" if "statistics" in existing else "a run that prunes"
                 raise StunError(f"run_dir={run_dir}: holds {kind}; choose another folder")
@@ -60,11 +70,15 @@ class Run:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(changes)}); choose another folder")
         elif run.folder.is_dir() and any(f.name not in _BESIDE and f.suffix not in _OUTPUT for f in run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
+        is_complete = (run.folder / MANIFEST).exists()
+        if not is_complete:
+            _check_hardware(run_dir, used, hardware, allow_other)
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            if not (run.folder / MANIFEST).exists():
+            if not is_complete:
                 hold(run.folder, f"run_dir={run_dir}")
-                write_atomically(config, lambda path: path.write_text(yaml.safe_dump(identity, sort_keys=False)))
+                record = identity | {"hardware": [*used, *([] if hardware in used else [hardware])]}
+                write_atomically(config, lambda path: path.write_text(yaml.safe_dump(record, sort_keys=False)))
                 run._own_folders()
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error

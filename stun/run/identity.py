@@ -11,6 +11,11 @@ import torch
 from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig
 from stun.data.samples import Samples
+from stun.runtime.cpu import multiplies_bfloat16
+from stun.runtime.ranks import Ranks
+
+# Settings on which the result does not depend; hardware is checked for itself.
+_WITHOUT_EFFECT = ("run_dir", "statistics", "tracking", "device", "allow_other_hardware")
 
 
 def plain(value: object) -> object:
@@ -32,7 +37,7 @@ def model_digest(source: Checkpoint) -> str:
 
 def fingerprint(cfg: PruneConfig, source: Checkpoint, samples: Samples | None) -> dict:
     """Identity of a run. The number of ranks is not part of it, since the result does not depend on it."""
-    names = [f.name for f in fields(PruneConfig) if f.name not in ("run_dir", "statistics", "tracking")]
+    names = [f.name for f in fields(PruneConfig) if f.name not in _WITHOUT_EFFECT]
     config = {name: plain(getattr(cfg, name)) for name in names}
     # The memory for Gram matrices decides how often a layer runs, not the result.
     config["sparsify"].pop("gram_gib")
@@ -48,6 +53,16 @@ def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torc
     tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
     run_as = {"micro_batch": size, "computed_in": str(dtype).removeprefix("torch.")}
     return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, **run_as}
+
+
+def hardware(ranks: Ranks) -> dict[str, str]:
+    """What last bits depend on beside the request: device and versions, of all ranks. All ranks call this together."""
+    if ranks.device.type == "cuda":
+        own = {"device": torch.cuda.get_device_name(ranks.device), "cuda": str(torch.version.cuda)}
+    else:
+        own = {"device": f"CPU {'with' if multiplies_bfloat16() else 'without'} fast bfloat16"}
+    everywhere = ranks.gather_objects(own | {"torch": torch.__version__})
+    return {name: " and ".join(sorted({each[name] for each in everywhere})) for name in everywhere[0]}
 
 
 def differences(old: object, new: object, where: str = "") -> list[str]:

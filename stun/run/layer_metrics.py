@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from stun.checkpoint.writer import Tensors
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.run.kurtosis import power_sums
@@ -28,7 +29,7 @@ def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int
     return counts
 
 
-def nonzero_by_kind(layout: LayerLayout, tensors: dict[str, torch.Tensor], workers: Workers) -> dict[str, int]:
+def nonzero_by_kind(layout: LayerLayout, tensors: Tensors, workers: Workers) -> dict[str, int]:
     """Number of non-zero entries of a layer's tensors that a rank writes, by kind."""
     counts: Counter[str] = Counter()
     for name, count in zip(tensors, workers.map(lambda tensor: int(tensor.count_nonzero()), tensors.values()), strict=True):

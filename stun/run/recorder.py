@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from stun.run.ledger import Ledger
 from stun.run.snapshots import Snapshots
 from stun.runtime.ranks import Ranks
+from stun.runtime.threads import threads_on
 from stun.runtime.units import duration, size
 from stun.stream.layer_stream import States
 from stun.stream.progress import on_disk
@@ -25,7 +26,7 @@ class Recorder:
         self.ranks, self.layers = ranks, layers
         self.ledger, self.snapshots = Ledger(run / "progress", stream), Snapshots(run / "hidden", stream, ranks)
         self.seconds = 0.0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pool = threads_on(ranks.device, 1, "write")
         self._pending: Future | None = None
 
     def finished(self) -> list[list[dict]]:

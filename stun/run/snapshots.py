@@ -11,7 +11,7 @@ from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
 from stun.files import digest
 from stun.run.ledger import REPEAT, part_name
-from stun.runtime.device_copies import to_device, to_host
+from stun.runtime.device_copies import memory_to_read_into
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States
 
@@ -33,13 +33,13 @@ class Snapshots:
         """Write this rank's states after a layer; returns the ledger's record of the file: name, digest and micro-batches."""
         rank, world = self.ranks.rank, self.ranks.world
         own = range(rank, states.total, world)
-        tensors = {str(number): to_host(hidden) for number, hidden in zip(own, states.hidden, strict=True)}
+        tensors = {str(number): hidden for number, hidden in zip(own, states.hidden, strict=True)}
         if states.dense is not None:
-            tensors |= {_DENSE + str(number): to_host(hidden) for number, hidden in zip(own, states.dense, strict=True)}
+            tensors |= {_DENSE + str(number): hidden for number, hidden in zip(own, states.dense, strict=True)}
         file = self._file(layer, rank, world)
-        write_tensors(file, tensors)
+        sha256 = write_tensors(file, tensors, is_hashed=True)
         self.nbytes += file.stat().st_size
-        return {"file": file.name, "sha256": digest(file), "micro_batches": list(own)}
+        return {"file": file.name, "sha256": sha256, "micro_batches": list(own)}
 
     def drop(self, layer: int) -> None:
         """Remove this rank's snapshot that no rank can need once `layer` is recorded."""
@@ -71,4 +71,8 @@ class Snapshots:
         info = read_header(file).get(name)
         if info is None or info.shape != like.shape or info.dtype is not like.dtype:
             raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
-        return to_device(Checkpoint(self.folder, {}, {name: info}).read(name), self.ranks.device)
+        memory = memory_to_read_into(self.ranks.device)
+        with Checkpoint(self.folder, {}, {name: info}).reading(memory) as read:
+            hidden = read(name)
+        memory.arrive()
+        return hidden

@@ -9,17 +9,17 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 import torch
 
-from stun.config import StunError
-from stun.runtime.threads import Workers
+from stun.config import Device, StunError
+from stun.runtime.gpus import own_device
+from stun.runtime.threads import Workers, threads_on
 from stun.runtime.timers import Meter
 
 T = TypeVar("T")
@@ -27,13 +27,21 @@ _WAIT_SECONDS = 30.0  # between signs of life to waiting ranks, whose collective
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
-def _environment() -> None:
-    """Set the variables that torchrun sets, under srun from Slurm's own. Without either, the job has one rank."""
+def _environment() -> bool:
+    """Set the variables that torchrun sets, under srun from Slurm's own; returns whether it did. Without either, the job has one
+    rank."""
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+        return True
+    return False
+
+
+def _local_world(world: int) -> int:
+    """Number of ranks on this node; the deepspeed launcher has a name of its own for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
 
 
 def _first_host(nodes: str) -> str:
@@ -43,13 +51,16 @@ def _first_host(nodes: str) -> str:
 
 def _start_deepspeed(on_gpu: bool) -> ModuleType:
     """Start DeepSpeed's communication; returns its module of collectives."""
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also where GPUs are there and not used
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.comm
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Otherwise CPU ranks compile this extension for more than a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not on_gpu:
+        # Otherwise CPU ranks compile this extension for more than a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
     return deepspeed.comm
@@ -86,25 +97,23 @@ def _shared(outcomes: list[tuple[T, StunError | None] | None]) -> T:
 class Ranks:
     """This process as rank `rank` of `world`, computing on `device`."""
 
-    def __init__(self) -> None:
-        _environment()
-        on_gpu = torch.cuda.is_available()
+    def __init__(self, device: Device = Device.auto) -> None:
+        by_slurm = _environment()
         is_alone = "RANK" not in os.environ
         self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), _local_world(self.world)
         self.is_first_of_node = local == 0
+        self.device = own_device(device, local, self.local_world, by_slurm)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world))
+        on_gpu = self.device.type == "cuda"
         if on_gpu:
-            local %= torch.cuda.device_count()
-            torch.cuda.set_device(local)
+            os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed binds its collectives to the GPU of this number
         else:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // self.local_world))
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks for reuse until `return_memory`. By default every large block
             # is returned to the system, which zeroes its pages at each new use (a third of a small run's time).
             _libc_call("mallopt", -3, 32 << 20)  # older versions of glibc accept no more
             _libc_call("mallopt", -3, 256 << 20)
             _libc_call("mallopt", -1, 256 << 20)
-        self.device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
         self.workers = Workers(self.device)
         self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
         self.started, self._peak = time.monotonic(), 0
@@ -200,7 +209,7 @@ class Ranks:
         rank returns the first rank's result or raises the first StunError."""
         if self.world == 1:
             return self.on_first(function)
-        with ThreadPoolExecutor(1) as pool:
+        with threads_on(self.device, 1, "wait") as pool:
             future = pool.submit(_outcome, function) if works else None
             while not all(self.gather_objects(future is None or bool(wait([future], _WAIT_SECONDS).done))):
                 pass
@@ -239,9 +248,20 @@ class Ranks:
         return out
 
 
-@cache
-def process_ranks() -> Ranks:
-    """Ranks of this process, started by the first call and ended with the process."""
-    ranks = Ranks()
-    atexit.register(ranks.end)
-    return ranks
+_started: list[Ranks] = []  # those of this process, once it has any
+
+
+def process_ranks(device: Device = Device.auto) -> Ranks:
+    """Ranks of this process, started by the first call and ended with the process. Raises StunError for another device than they
+    were started on."""
+    if not _started:
+        _started.append(Ranks(device))
+        atexit.register(_started[0].end)
+    if device not in (Device.auto, Device[_started[0].device.type]):
+        raise StunError(f"device={device.name}: this process has started on {_started[0].device.type}, and stays there")
+    return _started[0]
+
+
+def started_ranks() -> Ranks | None:
+    """Ranks of this process, if they have started."""
+    return next(iter(_started), None)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from stun.runtime.matmul import tf32
+from stun.runtime.matmul import product
 from stun.runtime.threads import one_thread
 from stun.sparsify.refit import conjugate_gradient
 from stun.sparsify.scores import unit_norm
@@ -21,9 +21,8 @@ def alps(weight_OD: torch.Tensor, gram_DD: torch.Tensor, total: int, pattern: Pa
     """
     gram_DD, norm_D = unit_norm(gram_DD)
     dense_OD = weight_OD.to(gram_DD.dtype) * norm_D
-    wanted_OD = dense_OD @ gram_DD
-    with tf32(gram_DD.is_cuda):  # which weights stay; their values are fitted in float32
-        sparse_OD = _support(dense_OD, gram_DD, wanted_OD, total, pattern)
+    wanted_OD = product(dense_OD, gram_DD)
+    sparse_OD = _support(dense_OD, gram_DD, wanted_OD, total, pattern)
     return conjugate_gradient(sparse_OD, gram_DD, wanted_OD, REFIT_STEPS) / norm_D
 
 
@@ -47,7 +46,7 @@ def _support(
     old_OD = sparse_OD == 0
     inverse_DD = inverse(rho)
     for step in range(1, ROUNDS + 1):
-        value_OD = (wanted_OD - dual_OD + rho * sparse_OD) @ inverse_DD
+        value_OD = product(wanted_OD - dual_OD + rho * sparse_OD, inverse_DD)
         sparse_OD = _project(value_OD + dual_OD / rho, total, pattern)
         dual_OD = dual_OD + rho * (value_OD - sparse_OD)
         if step % CHECK_EVERY:

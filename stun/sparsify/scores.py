@@ -3,6 +3,7 @@
 import torch
 
 from stun.config import StunError
+from stun.runtime.matmul import product
 
 
 def magnitude_scores(weight_OD: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,7 @@ def wanda_scores(weight_OD: torch.Tensor, squared_sum_D: torch.Tensor) -> torch.
 
 def output_error(change_OD: torch.Tensor, gram_DD: torch.Tensor) -> torch.Tensor:
     """Squared change of each output [O], summed over the tokens, for a change of the weights."""
-    return ((change_OD @ gram_DD) * change_OD).sum(1)
+    return (product(change_OD, gram_DD) * change_OD).sum(1)
 
 
 def require_finite(tensor: torch.Tensor, name: str) -> None:

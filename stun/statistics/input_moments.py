@@ -6,7 +6,7 @@ micro-batches in that order, and the owner of a dense matrix receives their part
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -29,12 +29,13 @@ def gram(rows_TD: torch.Tensor) -> torch.Tensor:
 
 def add_gram(sum_DD: torch.Tensor | None, rows_TD: torch.Tensor) -> torch.Tensor:
     """`sum_DD` plus `gram` of the rows, in place; None is zeros."""
-    # Products of bfloat16 are exact in TF32, which tensor cores multiply many times as fast as float32.
-    with tf32(rows_TD.is_cuda and rows_TD.dtype is torch.bfloat16):
-        rows_TD = rows_TD.float()
-        if sum_DD is None or not rows_TD.is_cuda:
-            return added(sum_DD, rows_TD.T @ rows_TD)
-        return sum_DD.addmm_(rows_TD.T, rows_TD)  # without a [D, D] of its own
+    is_exact = rows_TD.dtype is torch.bfloat16  # TF32 holds all bits of such inputs
+    rows_TD = rows_TD.float()
+    if not rows_TD.is_cuda:
+        return added(sum_DD, rows_TD.T @ rows_TD)
+    sum_DD = rows_TD.new_zeros(rows_TD.shape[1], rows_TD.shape[1]) if sum_DD is None else sum_DD
+    with tf32() if is_exact else nullcontext():
+        return sum_DD.addmm_(rows_TD.T, rows_TD)
 
 
 def added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:

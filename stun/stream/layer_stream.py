@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from stun.model.architecture import Architecture
+from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
 from stun.runtime.determinism import steady
-from stun.runtime.device_copies import to_device
+from stun.runtime.device_copies import Memory, memory_to_read_into
 from stun.runtime.ranks import Ranks
+from stun.runtime.threads import threads_on
 from stun.sparsify.scores import require_finite
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 
@@ -31,6 +32,32 @@ from stun.stream.expert_parallel import Exchange, Layer, Observer
 def even_owners(layout: LayerLayout, world: int) -> list[int]:
     """Owner of every expert of a layer, in contiguous blocks of nearly equal size."""
     return [number * world // layout.num_experts for number in range(layout.num_experts)]
+
+
+class _Room:
+    """Room on a GPU for the next layer beside the one that computes. What does not fit waits until that one is released."""
+
+    def __init__(self, memory: Memory):
+        self.memory, self.waited, self._left = memory, 0.0, 0.0
+        self._released = Event()
+        self.open()
+
+    def open(self) -> None:
+        """A layer starts to compute."""
+        self._left, self.waited = self.memory.room_ahead(), 0.0
+        self._released.clear()
+
+    def close(self) -> None:
+        """The layer is released: nothing waits any more."""
+        self._released.set()
+
+    def take(self, nbytes: int) -> None:
+        """Take room for a tensor, or wait."""
+        self._left -= nbytes
+        if self._left < 0:
+            start = time.perf_counter()
+            self._released.wait()
+            self.waited += time.perf_counter() - start
 
 
 class LayerStream:
@@ -41,20 +68,23 @@ class LayerStream:
         self, arch: Architecture, ranks: Ranks, layouts: list[LayerLayout], owners: list[list[int | None]], first: int = 0
     ):
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
-        self.dtype = compute_dtype(arch, ranks.device)
+        self.dtype, self.memory = compute_dtype(arch, ranks.device), memory_to_read_into(ranks.device)
         self.stays, self.held = 0, []  # the first `stays` layers are kept in `held` for the next iteration, ready to run
         self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            pending = pool.submit(self._read, first) if first < len(self.layouts) else None
+        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory)) as room:
+            pending = pool.submit(self._read, first, room) if first < len(self.layouts) else None
             yield from self.held
             for index in range(first, len(self.layouts)):
                 self.ranks.meter.enter("read")
+                room.close()
                 tensors, experts, seconds = pending.result()
+                self.memory.arrive()
                 if index + 1 < len(self.layouts):
-                    pending = pool.submit(self._read, index + 1)
+                    room.open()
+                    pending = pool.submit(self._read, index + 1, room)
                 layer = self._spread(index, tensors, experts, seconds)
                 # Only the layer may hold them, so that releasing it frees the memory.
                 del tensors, experts
@@ -78,17 +108,20 @@ class LayerStream:
         names = [*layout.copied, *layout.fused_names.values()]
         return {name: j % self.ranks.world for j, name in enumerate(names)}
 
-    def _read(self, index: int) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
+    def _read(self, index: int, room: _Room) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]], float]:
         """This rank's part of a layer, from disk: tensors outside the experts, experts, seconds."""
         start, before, layout = time.perf_counter(), self.arch.source.bytes_read, self.layouts[index]
-        owners = self.writer_of(layout)
-        tensors = {name: self.arch.source.read(name) for name in layout.copied if owners[name] == self.ranks.rank}
-        experts = {
-            number: self.arch.read_expert(layout, number)
-            for number in range(layout.num_experts)
-            if self.owners[index][number] == self.ranks.rank
-        }
-        seconds = time.perf_counter() - start
+        owners, tensors, experts = self.writer_of(layout), {}, {}
+        expert_bytes = sum(info.nbytes for info in expert_infos(self.arch, layout))
+        with self.arch.source.reading(self.memory) as read:
+            for name in (name for name in layout.copied if owners[name] == self.ranks.rank):
+                room.take(self.arch.info(name).nbytes)
+                tensors[name] = read(name)
+            for number in (number for number, owner in enumerate(self.owners[index]) if owner == self.ranks.rank):
+                room.take(expert_bytes)
+                experts[number] = self.arch.read_expert(layout, number, read)
+        self.memory.trim()
+        seconds = time.perf_counter() - start - room.waited
         self.ranks.meter.bytes_read += self.arch.source.bytes_read - before
         self.ranks.meter.read_seconds += seconds
         return tensors, experts, seconds
@@ -105,13 +138,12 @@ class LayerStream:
         owners, dense = self.writer_of(layout), {}
         for name in sorted(layout.dense):
             info = self.arch.info(name)
-            tensor = to_device(local[name], device) if name in local else torch.empty(info.shape, dtype=info.dtype, device=device)
+            tensor = local[name] if name in local else torch.empty(info.shape, dtype=info.dtype, device=device)
             dense[name] = self.ranks.broadcast(tensor, owners[name])
-        placed = {number: {part: to_device(t, device) for part, t in expert.items()} for number, expert in experts.items()}
         kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
         unused = {name: local[name] for name in layout.unused if name in local}
         owner = [self.owners[index][number] for number in kept]
-        return Layer(layout, dense, placed, unused, kept, owner, seconds={"read": seconds})
+        return Layer(layout, dense, experts, unused, kept, owner, seconds={"read": seconds})
 
     def keep(self, layer: Layer, kept: list[int]) -> None:
         """Remove all experts of `layer` but `kept`, with their rows of the router."""

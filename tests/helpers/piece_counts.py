@@ -115,8 +115,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    device.start()
-    import stun  # noqa: F401
+    if "torch.cuda" not in sys.modules or not sys.modules["torch"].cuda.is_available():
+        device.start()
+        import stun  # noqa: F401
 
-    device.connect()
+        device.connect()
     main()

@@ -23,7 +23,7 @@ ORDER = (
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}
 PURE_IMPORTS |= {"threading", "typing"}
-PURE_FROM_STUN = {"stun.config", "stun.runtime.threads", "stun.planning.plan"}
+PURE_FROM_STUN = {"stun.config", "stun.runtime.matmul", "stun.runtime.threads", "stun.planning.plan"}
 
 
 def imported(file: Path) -> set[str]:

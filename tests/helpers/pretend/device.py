@@ -25,6 +25,8 @@ _attention = torch.nn.functional.scaled_dot_product_attention
 
 def missing() -> str:
     """Why there can be no pretend device here; "" if there can."""
+    if torch.version.cuda:
+        return "a torch with CUDA has no place for a pretend device"
     return "" if shutil.which("g++") else "g++ compiles the pretend device's guard, and is not installed"
 
 

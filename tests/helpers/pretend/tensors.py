@@ -18,9 +18,10 @@ _SYNCS = {"_local_scalar_dense": 1, "nonzero": 1, "masked_select": 1, "bincount"
 _SYNCS |= {"equal": 1, "is_nonzero": 1, "linalg_eigh": 1, "_linalg_eigh": 1}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # their indices may be on the host
 _MOVES = {"copy_", "_to_copy"}
-_NO_KERNEL = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "detach", "alias", "view"}
-_NO_KERNEL |= {"_unsafe_view", "_reshape_alias", "is_same_size"}
+_NEW = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
+_NO_KERNEL = {*_NEW, "detach", "alias", "view", "_unsafe_view", "_reshape_alias", "is_same_size"}
 _UNORDERED = {"index_add", "index_add_", "scatter_add", "scatter_add_", "put_"}  # atomic additions, of floats in any order
+_POISON = 0xFF  # of new memory, in every byte: NaN, or -1; what is never written shows
 _pinned: dict[int, weakref.finalize] = {}
 
 
@@ -141,6 +142,8 @@ def _dispatch(function, arguments: tuple, keywords: dict):
         streams.catch_up()
         note("kernels", name)
     found = _run(function, arguments, keywords)
+    if name in _NEW:
+        found.flatten().view(torch.uint8).fill_(_POISON)
     return _result(name, found, flat, arguments, ours, index, keywords.get("non_blocking", False))
 
 
@@ -212,9 +215,11 @@ def _copy(arguments: tuple, keywords: dict):
     non_blocking = keywords.get("non_blocking", arguments[2] if len(arguments) > 2 else False)
     inner, values = _inside(target), _inside(source)
     to_host, from_host = not isinstance(target, PretendTensor), not isinstance(source, PretendTensor)
-    streams.catch_up()
+    is_queued = (to_host or from_host) and non_blocking and is_pinned(target if to_host else source)
+    if not is_queued or streams.of_thread() is streams.DEFAULT:
+        streams.catch_up()  # a copy on another stream comes after those before it all the same, and may be as late as they
     note("kernels", "copy_")
-    if (to_host or from_host) and non_blocking and is_pinned(target if to_host else source):
+    if is_queued:
         is_late = to_host and streams.of_thread() is streams.DEFAULT  # what was computed by now, seen after a sync
         values = values.clone() if is_late else values
         streams.queue_copy(lambda: _plain_copy(inner, values), to_host)

@@ -96,6 +96,18 @@ def test_layer_by_magnitude(tmp_path, ranks):
     assert found["phases"]["measure"].keys() == {"seconds"} and found["phases"]["mask"]["limit"] > 0
 
 
+@pytest.mark.slow
+def test_io(tmp_path, ranks):
+    """Every operation beside a bare loop; more threads beside one; all of the file."""
+    found = measured("io", tmp_path / "run", ranks, "threads=[1,2]")
+    assert list(found["runs"]) == ["1", "2"] and 0 < found["bytes"] - bytes_of(qwen3_moe(SHAPE)) < 10_000
+    for row in found["runs"].values():
+        assert list(row) == ["read", "write", "write with its checksum"]
+        assert all(cell["rate"] > 0 and cell["ratio"] == cell["rate"] / cell["bare"] for cell in row.values())
+        assert row["write"]["bare"] == row["write with its checksum"]["bare"]
+    assert found["dd"].keys() == {"read", "write"} and min(found["dd"].values()) > 0
+
+
 def test_weights(tmp_path, ranks):
     found = measured("weights", tmp_path / "run", ranks, methods={"magnitude": ["sparsify.method=magnitude"], "wanda": []})
     assert list(found["methods"]) == ["magnitude", "wanda"] and found["bytes"] == bytes_of(qwen3_moe(SHAPE))
@@ -264,6 +276,7 @@ def test_every_case_has_a_configuration(case):
         ("layer", ["depth=0"], "depth=0"),
         ("layer", ["shape.expert_width=1000000000"], "GiB of disk are needed"),
         ("weights", ["methods.wanda=['sparsify.swops=1']"], "swops"),
+        ("io", ["threads=[0]"], "threads"),
         ("growth", ["factors=[]"], "factors"),
         ("growth", ["factors=[100000]"], "calibration"),
         ("ranks", ["worlds=[0]"], "worlds"),

@@ -24,6 +24,7 @@ from stun.evaluation.config import EvaluateConfig, HarnessConfig, TaskConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.resume import Partial
 from stun.evaluation.task import completion, extract, task_rows
+from stun.run.lock import let_go
 
 MODEL = REFERENCE / "model"
 PACKED = CalibrationConfig(path=str(TEXT), samples=4, length=24)
@@ -128,9 +129,19 @@ def test_fewer_rows_at_once_after_a_launch_that_was_killed(checkpoint, ranks, ro
     fewer = replace(asked, task=replace(asked.task, batch=2))
     assert evaluate(fewer, ranks)["batch"] == 2 and "sequences, 2 at once" in capsys.readouterr().out
     partial = Partial(str(tmp_path / "b.json"))
-    partial.open({})
+    partial.open({}, {})
     assert [partial.batch("score", 8, True), partial.batch("score", 4, False), partial.batch("score", 3, True)] == [8, 8, 3]
     assert partial.batch("score", 8, True) == 3
+
+
+def test_an_interrupted_evaluation_stays_on_its_hardware(tmp_path):
+    partial = Partial(str(tmp_path / "a.json"))
+    for device in ("H200", "H200"):
+        partial.open({}, {"device": device})
+        let_go()
+    with pytest.raises(StunError, match=r"a\.json\.partial: began on other hardware \(device: H200 there, A100 now\)"):
+        partial.open({}, {"device": "A100"})
+    let_go()
 
 
 def test_one_launch_at_a_time(checkpoint, ranks, rows, tmp_path):

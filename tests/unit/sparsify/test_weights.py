@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.naive import naive_mask
 from helpers.select_cases import cases
 from stun.config import SparsifyConfig, SparsifyMethod, StunError
-from stun.sparsify.alps import alps
+from stun.runtime.matmul import _in_three
+from stun.sparsify.alps import _by_cholesky, _by_eigenvectors, alps
 from stun.sparsify.matrix import sparsify
 from stun.sparsify.ratios import BINS, LOWEST, OCTAVE, meet, owl, score_histogram, share_above
 from stun.sparsify.refit import refit
-from stun.sparsify.scores import damped, output_error
+from stun.sparsify.scores import damped, output_error, unit_norm
 from stun.sparsify.select import Pattern, quotas, smallest_of_matrix, smallest_of_pattern
-from stun.sparsify.sparsegpt import BLOCK, sparsegpt
+from stun.sparsify.sparsegpt import BLOCK, _by_outer_products, sparsegpt
 
 TWO_OF_FOUR = Pattern(2, 4)
 
@@ -303,3 +306,66 @@ def test_ratios_meet_any_total(seed):
 def test_output_error_is_the_trace():
     weight, gram = case(1)
     assert float(output_error(weight, gram).sum()) == pytest.approx(error(weight, torch.zeros_like(weight), gram))
+
+
+def test_cholesky_is_eigenvectors():
+    """The inverses of ALPS' rounds on a GPU and on a CPU, in float32."""
+    for seed, rho in itertools.product(range(5), (1e-3, 0.1, 3.0, 200.0)):
+        _, gram = case(seed, columns=64, tokens=40)
+        scaled, _ = unit_norm(gram.float())
+        one, other = (inverse(scaled)(rho) for inverse in (_by_cholesky, _by_eigenvectors))
+        exact = torch.linalg.inv(scaled.double() + rho * torch.eye(64))
+        for found in (one, other):
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
+
+
+class Tf32(TorchDispatchMode):
+    """Products as tensor cores make them, of 10 bits of fraction."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            *added, left, right = arguments
+            arguments = (*added, *map(self._rounded, (left, right)))
+        return function(*arguments, **(keywords or {}))
+
+    @staticmethod
+    def _rounded(matrix: torch.Tensor) -> torch.Tensor:
+        return ((matrix.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_three_products_in_tf32_are_exact():
+    left, right = torch.randn(40, 300), torch.randn(300, 50)
+    exact = left.double() @ right.double()
+    with Tf32():
+        plain, three = left @ right, _in_three(left, right)
+    errors = [float((found - exact).abs().max() / exact.abs().max()) for found in (plain, three, left @ right)]
+    assert errors[1] < 2 * errors[2] + 1e-6 and errors[0] > 20 * errors[1]
+
+
+@pytest.mark.parametrize("pattern", [None, TWO_OF_FOUR])
+def test_what_a_gpu_computes_is_as_good(monkeypatch, pattern):
+    """SparseGPT, ALPS and refits by a GPU's ways, TF32 as tensor cores have it, beside a CPU's: outputs as near."""
+    errors = {"cpu": [], "gpu": []}
+    for seed in range(6):
+        weight, gram = (tensor.float() for tensor in case(seed, rows=32, columns=64, tokens=200))
+        total = pattern.zeros(weight.numel()) if pattern else weight.numel() * 6 // 10
+        for kind, found in errors.items():
+            with monkeypatch.context() as patched:
+                if kind == "gpu":
+                    as_on_a_gpu(patched)
+                pruned = [solve(weight, gram, total, pattern) for solve in (sparsegpt, alps)]
+                pruned.append(refit(weight.masked_fill(pruned[0] == 0, 0), weight, gram))
+            assert all(int((own == 0).sum()) == total for own in pruned)
+            found.append([error(own.double(), weight.double(), gram.double()) for own in pruned])
+    for cpu, gpu in zip(*(zip(*found, strict=True) for found in errors.values()), strict=True):
+        assert sum(gpu) < 1.01 * sum(cpu), (cpu, gpu)
+
+
+def as_on_a_gpu(patched: pytest.MonkeyPatch) -> None:
+    """The ways of GPUs in the place of those of CPUs."""
+
+    patched.setattr("stun.sparsify.alps._by_eigenvectors", _by_cholesky)
+    for module in ("alps", "refit", "scores"):
+        patched.setattr(f"stun.sparsify.{module}.product", _in_three)
+    patched.setattr("stun.sparsify.sparsegpt._column_by_column", _by_outer_products)
+    patched.setattr("stun.runtime.matmul.tf32", Tf32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,7 @@ from helpers.tensors import load_tensors
 from stun.checkpoint.reader import Checkpoint
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
+from stun.runtime.device_copies import HostMemory
 from stun.runtime.threads import Workers
 from stun.statistics.input_moments import Moments
 from stun.statistics.observe import Watcher
@@ -54,6 +57,22 @@ def test_hidden_states_and_statistics(checkpoint, ranks, tmp_path, family, chang
         routed = next(name for name in load_tensors(folder) if f"layers.{index}." in name and name.endswith("gate.weight"))
         assert torch.equal(statistics["router_distance"], router_distance(load_tensors(folder)[routed]))
         assert (statistics["powers"][0, :, 0, 0] > 0).sum() >= 5, "routing must reach most experts, or this proves nothing"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_does_not_fit_beside_a_layer_waits_for_it(checkpoint, ranks, monkeypatch, share):
+    """... and a stream that is left early ends."""
+    arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
+    nbytes = sum(info.nbytes for name, info in arch.source.tensors.items() if ".layers.1." in name)
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: share * nbytes)
+    stream = iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers]))
+    for count, layer in enumerate(stream, 1):
+        time.sleep(0.1)  # in which the whole next layer would have been read
+        assert count * nbytes <= arch.source.bytes_read <= (count + share) * nbytes
+        assert layer.experts[7]["down_proj"].equal(arch.source.read(arch.layers[count - 1].experts[7]["down_proj"][0]))
+        arch.source.bytes_read = count * nbytes
+        if count == 2:
+            stream.close()
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""Whole runs on pretend GPUs (helpers/pretend): the bytes of a CPU's run, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.forms import fp8
+from helpers.gpu_runs import FAMILY, METHODS
+from helpers.launches import run_pretend, run_warm
+from helpers.tensors import same_tensors
+from helpers.zoo import FAMILIES, make_checkpoint
+
+pytestmark = pytest.mark.ranks
+SCRIPT = ["-m", "helpers.gpu_runs"]
+ALL = ["families", "methods", "resume", "evaluate"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A checkpoint of every family."""
+    folder = tmp_path_factory.mktemp("sources")
+    for family in FAMILIES:
+        make_checkpoint(folder / family, family)
+    fp8(folder / "fp8", "deepseek_v3", 8, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cpu(sources, tmp_path_factory):
+    """Runs of one rank on the CPU."""
+    folder = tmp_path_factory.mktemp("cpu")
+    run_warm([*SCRIPT, sources, folder, *ALL], 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(sources, tmp_path_factory):
+    """Runs of two ranks with a GPU each."""
+    folder = tmp_path_factory.mktemp("two")
+    run_pretend([*SCRIPT, sources, folder, *ALL], 2, gpus=2)
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "fp8"])
+def test_two_ranks_write_the_bytes_of_the_cpu(cpu, two, family):
+    same_tensors(cpu / "families" / family / "model", two / "families" / family / "model")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_writes_the_bytes_of_the_cpu(cpu, two, name):
+    same_tensors(cpu / "methods" / name / "model", two / "methods" / name / "model")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(cpu, two):
+    same_tensors(cpu / "families" / FAMILY / "model", two / "resume" / "stopped" / "model")
+
+
+def test_an_evaluation_gives_the_result_of_the_cpu(cpu, two):
+    one, other = (json.loads((folder / "evaluate" / "result.json").read_text()) for folder in (cpu, two))
+    assert one["perplexity"] == other["perplexity"] and one["average"] == other["average"]
+
+
+def test_one_rank_writes_the_bytes_of_two(sources, two, tmp_path):
+    run_pretend([*SCRIPT, sources, tmp_path, "resume", "evaluate"], 0)
+    same_tensors(tmp_path / "resume" / "stopped" / "model", two / "resume" / "stopped" / "model")
+    one, other = (json.loads((folder / "evaluate" / "result.json").read_text()) for folder in (tmp_path, two))
+    assert one["perplexity"] == other["perplexity"]
+
+
+def test_a_rank_has_a_context_on_its_own_gpu_alone(two):
+    assert [record["device"] for record in records(two)] == ["cuda:0", "cuda:1"]
+    assert [set(record["contexts"]) for record in records(two)] == [{"0"}, {"1"}], records(two)
+
+
+def test_ranks_call_the_same_collectives_in_the_same_order(two):
+    first, second = (record["collectives"] for record in records(two))
+    meet = {case: [name for name in names if not name.startswith(("send", "recv"))] for case, names in first.items()}
+    assert meet == {case: [name for name in names if not name.startswith(("send", "recv"))] for case, names in second.items()}
+    assert all(len(meet[case]) > 100 for case in ("families", "methods", "resume")), "the ranks must have met"

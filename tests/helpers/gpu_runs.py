@@ -1,0 +1,92 @@
+"""The runs of tests/gpu, on whatever device the ranks have, in one launch: -m helpers.gpu_runs SOURCES RUNS CASE ...
+
+A case is `families`, `methods`, `evaluate` or `resume`. Each rank writes to RUNS/rank-R.json on which GPUs it had a context, by
+which threads, and the names of the collectives it has called, by case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from helpers.paths import HELDOUT, TEXT
+from helpers.pretend import records
+from helpers.stops import stopped_after
+from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
+from stun.config import SparsifyMethod as Method
+from stun.evaluation.config import EvaluateConfig, TaskConfig
+from stun.evaluation.job import evaluate
+from stun.pruning.job import prune
+from stun.runtime.ranks import Ranks
+
+CALIBRATION = CalibrationConfig(path=str(TEXT), samples=5, length=12, micro_batch=2)
+FAMILY = "mixtral"  # of the cases that need one
+METHODS = {
+    "owl": SparsifyConfig(method=Method.moe_pruner, ratios="owl"),
+    "sparsegpt": SparsifyConfig(method=Method.sparsegpt, pattern="2:4"),
+    "alps": SparsifyConfig(method=Method.alps, reconstruct=True),
+    "pattern": SparsifyConfig(pattern="2:4"),
+}
+
+
+def request(source: Path, run_dir: Path, sparsify: SparsifyConfig | None = None) -> PruneConfig:
+    """Experts and weights removed, by the paper's methods where no other is given."""
+    experts = ExpertsConfig(fraction=0.4)
+    if sparsify:
+        experts = replace(experts, method=ExpertsMethod.rank, budget=Budget["global"])
+    target = 0.55 if sparsify and sparsify.pattern else 0.4
+    return PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, sparsify or SparsifyConfig(), target, str(run_dir))
+
+
+def families(sources: Path, runs: Path, ranks: Ranks) -> None:
+    """Every family in SOURCES."""
+    for source in sorted(sources.iterdir()):
+        prune(request(source, runs / source.name), ranks)
+
+
+def methods(sources: Path, runs: Path, ranks: Ranks) -> None:
+    for name, sparsify in METHODS.items():
+        prune(request(sources / FAMILY, runs / name, sparsify), ranks)
+
+
+def resume(sources: Path, runs: Path, ranks: Ranks) -> None:
+    """A run that ends in the first stream, then in the second, and goes on."""
+    again = request(sources / FAMILY, runs / "stopped")
+    with stopped_after("observe", 1):
+        prune(again, ranks)
+    with stopped_after("prune", 0):
+        prune(again, ranks)
+    prune(again, ranks)
+
+
+def evaluated(sources: Path, runs: Path, ranks: Ranks) -> None:
+    """Completions and perplexity."""
+    rows = runs / "rows.jsonl"
+    ranks.on_first(lambda: rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:5])))
+    text = replace(CALIBRATION, samples=3)
+    task = TaskConfig(path=str(rows), max_new_tokens=4, batch=2)
+    evaluate(EvaluateConfig(ModelConfig(str(sources / FAMILY)), task, text, output=str(runs / "result.json")), ranks)
+
+
+CASES = {"families": families, "methods": methods, "resume": resume, "evaluate": evaluated}
+
+
+def main(sources: str, runs: str, *names: str) -> None:
+    called = {}
+    with Ranks() as ranks:
+        ranks.log = lambda message: None
+        for name in names:
+            records.COLLECTIVES.clear()
+            folder = Path(runs) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            CASES[name](Path(sources), folder, ranks)
+            called[name] = [line.split()[0] for line in records.COLLECTIVES]
+        contexts = {number: sorted(threads) for number, threads in records.CONTEXTS.items()}
+        found = {"device": str(ranks.device), "contexts": contexts, "collectives": called}
+        (Path(runs) / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
