@@ -1,4 +1,4 @@
-"""The sbatch files on a real Slurm of three virtual nodes: nodes, requeue, preemption, time limit, cancel, a lost task, sweeps."""
+"""The sbatch files on a real Slurm of three nodes: ranks, requeue, preemption, time limit, cancel, a lost task, sweeps."""
 
 from __future__ import annotations
 
