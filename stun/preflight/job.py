@@ -35,7 +35,7 @@ class Estimate:
         self.note = ZEROS if job.plan.zeros else ""
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
-        self.read = bytes_read(arch, job.plan, launch.world, streams)
+        self.read = bytes_read(job, launch.world)
         self.written, self.snapshots = model_bytes(arch, job.plan), states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node

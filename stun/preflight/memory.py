@@ -95,7 +95,8 @@ class Footprint:
         owned = self._most_dealt([info.nbytes for info in infos.values()])
         joined = self._most_dealt([arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]) * len(plan.clusters)
         expert = sum(info.nbytes for info in expert_infos(arch, layout))
-        whole, needed, local = (-(-count // world) for count in (layout.num_experts, len(plan.needed), len(plan.clusters)))
+        needs = layout.num_experts if self.job.refits and not layout.is_mtp else len(plan.needed)
+        whole, needed, local = (-(-count // world) for count in (layout.num_experts, needs, len(plan.clusters)))
         return Weights(dense, owned, expert * whole, expert * needed, expert * local, local, joined)
 
     def _most_dealt(self, sizes: list[int]) -> int:
@@ -202,10 +203,35 @@ class Footprint:
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
+        if self.job.refits:
+            beside_states = idle + 2 * self.states  # the dense model's, before and after the layer
+            device["dense"] = weights.dense + weights.experts + run + 2 * self.states
+            device["joint refit"] = kept + beside_states + self._joint(layout, index)
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
         beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
         return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
+
+    def _joint(self, layout: LayerLayout, index: int) -> int:
+        """Bytes of a joint refit (stun.pruning.joint_refit): inner states of all tokens, what is missing in the outputs and
+        what a step adds; a change, a direction and a slope an expert, and a factor; and the rows of a micro-batch."""
+        if not layout.experts:
+            return 0
+        height, width = self.down(layout)
+        hidden, local = self.arch.config.hidden_size, self.layers[index].local
+        tokens = self.states // self.token
+        rows = min(tokens, self.cfg.calibration.micro_batch * self.cfg.calibration.length) * self.arch.top_k
+        held = tokens * (self.arch.top_k * width * self.dtype.itemsize + 2 * 4 * hidden)
+        return (
+            held
+            + local * 4 * (3 * height * width + width**2)
+            + max(self.activations.layers[index], 3 * 4 * rows * hidden + workers_on(self.launch.device) * 12 * width**2)
+        )
+
+    def down(self, layout: LayerLayout) -> tuple[int, int]:
+        """Rows and columns of an expert's down projection."""
+        shape = self.arch.piece(layout, 0, "down_proj")[0].shape
+        return (shape[1], shape[0]) if layout.is_transposed else (shape[0], shape[1])
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""

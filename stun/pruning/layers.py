@@ -55,7 +55,8 @@ def prune_layers(
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
-    owners = [cluster_owners(plan, ranks.world, job.refits) for plan in plans]
+    owners = [cluster_owners(layer, ranks.world, job.refits) for layer in plan.layers]
+    owners += [cluster_owners(head, ranks.world) for head in plan.mtp]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)

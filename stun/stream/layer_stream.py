@@ -208,8 +208,8 @@ class LayerStream:
 class States:
     """Hidden states [B, T, D] of this rank's micro-batches; `total` is their number over all ranks.
 
-    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them. `dense` are
-    the hidden states of the dense model, where a pruned one is compared with it.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them. `dense`
+    are the hidden states of the dense model, where a pruned one is compared with it.
     """
 
     hidden: list[torch.Tensor]
