@@ -8,6 +8,7 @@ from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.preflight.activations import trace_layers
 from stun.preflight.hardware import free_memory
+from stun.runtime.device_copies import AHEAD
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 from stun.stream.embeddings import outside_bytes
@@ -40,13 +41,15 @@ def _converted_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> i
 
 
 def _free_bytes(arch: Architecture, ranks: Ranks, models: int = 1) -> int:
-    """Bytes free for each of `models` beside layers, embedding, final norm and output head. A GPU holds the layer that runs, and
-    the host what is read; a CPU holds both."""
+    """Bytes free for each of `models` beside layers, embedding, final norm and output head. A CPU holds the layer that runs and
+    the next one; a GPU as much of the next one as it has room for."""
     sizes, outside = [_layer_bytes(arch, layout, ranks) for layout in arch.layers], outside_bytes(arch, ranks.device)
     usable = int(_USED * free_memory(ranks))
     if ranks.device.type == "cuda":
         converted = (_converted_bytes(arch, layout, ranks) for layout in arch.layers)
-        return usable // models - max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True)) - outside
+        running = max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True))
+        free = usable // models - running - outside
+        return free - min(max(stored for stored, *_ in sizes), int(AHEAD * max(0, free)))
     return (usable - 2 * max(stored + computed for stored, computed, _ in sizes) - outside) // models
 
 
