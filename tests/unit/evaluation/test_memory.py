@@ -52,6 +52,6 @@ def test_a_gpu_holds_one_layer(source, monkeypatch):
 
 
 def test_converted_weights_count_where_the_dtype_differs(source, monkeypatch):
-    give(monkeypatch, 54e9)
+    give(monkeypatch, 46e9)
     sizes = [scoring_batch(Architecture(source, p), 1, [1024] * 64, 0, GPU) for p in (Precision.auto, Precision.float32)]
     assert sizes[0] > sizes[1]
