@@ -8,6 +8,7 @@ from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.preflight.activations import trace_layers
 from stun.preflight.hardware import free_memory
+from stun.runtime.device_copies import AHEAD
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 from stun.stream.embeddings import outside_bytes
@@ -40,14 +41,21 @@ def _converted_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> i
 
 
 def _free_bytes(arch: Architecture, ranks: Ranks, models: int = 1) -> int:
-    """Bytes free for each of `models` beside layers, embedding, final norm and output head. A GPU holds the layer that runs, and
-    the host what is read; a CPU holds both."""
+    """Bytes free for each of `models` beside layers, embedding, final norm and output head. A CPU holds the layer that runs and
+    the next one; for a GPU see `_without_next`."""
     sizes, outside = [_layer_bytes(arch, layout, ranks) for layout in arch.layers], outside_bytes(arch, ranks.device)
     usable = int(_USED * free_memory(ranks))
     if ranks.device.type == "cuda":
         converted = (_converted_bytes(arch, layout, ranks) for layout in arch.layers)
-        return usable // models - max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True)) - outside
+        running = max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True))
+        return usable // models - running - outside
     return (usable - 2 * max(stored + computed for stored, computed, _ in sizes) - outside) // models
+
+
+def _without_next(free: float, arch: Architecture, ranks: Ranks) -> float:
+    """Bytes free beside what a GPU reads ahead: as much of the next layer as fits a share of them."""
+    largest = max(_layer_bytes(arch, layout, ranks)[0] for layout in arch.layers)
+    return free - min(largest, AHEAD * max(0, free)) if ranks.device.type == "cuda" else free
 
 
 def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:
@@ -66,6 +74,7 @@ def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested
     if free < 0:
         raise StunError(f"out of memory: the hidden states of {len(lengths)} sequences take {size(states)}; use fewer")
     peak = max(trace_layers(arch, 1, max(lengths), ranks.device, ranks.world, use_cache=True).layers)
+    # The other half of a GPU is what is read ahead.
     return _batch(requested, free / 2, peak + 2 * width * max(lengths), len(lengths), f"{max(lengths)} tokens")
 
 
@@ -93,6 +102,9 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
     while held_layers < len(sizes) and held_bytes + sizes[held_layers][1] <= min(free / 2, free - 2 * row):
         held_bytes += sizes[held_layers][1]
         held_layers += 1
-    batch = _batch(requested, (free - held_bytes) / 2, row, len(prompts), f"{longest + new} tokens")
-    turns = 1 if held_layers == len(sizes) else max(1, int((free - held_bytes) / 2 / max(1, batch * traced.caches)))
+    left = free - held_bytes
+    if held_layers < len(sizes):
+        left = _without_next(left, arch, ranks)
+    batch = _batch(requested, left / 2, row, len(prompts), f"{longest + new} tokens")
+    turns = 1 if held_layers == len(sizes) else max(1, int(left / 2 / max(1, batch * traced.caches)))
     return Capacity(batch, turns, held_layers, sum(whole for _, _, whole in sizes[held_layers:]))

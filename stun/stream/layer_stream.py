@@ -199,8 +199,9 @@ class LayerStream:
             for observer in observers:
                 observer.round_ends(turn)
         # NaN and infinity survive a sum. They are looked for once a layer, since a GPU is waited for then.
-        for turn in (~torch.stack(sums).isfinite()).nonzero().flatten().tolist() if sums else ():
-            require_finite(outputs[turn], f"layer {layer.layout.index}: output of micro-batch {turn}")
+        for turn, is_finite in enumerate(torch.stack(sums).isfinite().tolist() if sums else ()):
+            if not is_finite:
+                require_finite(outputs[turn], f"layer {layer.layout.index}: output of micro-batch {turn}")
         return outputs
 
 

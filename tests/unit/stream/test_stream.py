@@ -18,6 +18,7 @@ from helpers.naive import (
 from helpers.stock import observed
 from helpers.tensors import load_tensors
 from stun.checkpoint.reader import Checkpoint
+from stun.config import StunError
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 from stun.runtime.device_copies import HostMemory
@@ -103,3 +104,16 @@ def test_the_number_of_threads_does_not_matter(checkpoint, ranks, monkeypatch, f
         found.append(sums)
     torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+def test_outputs_that_are_not_finite_name_the_first_micro_batch(checkpoint, ranks):
+    """Looked for once a layer, in outputs that are all there by then."""
+    arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
+    states = embed(arch, ranks, list(torch.ones(4, 2, 16, dtype=torch.int64)), arch.source.read)
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
+    layer = next(iter(stream))
+    stream.build(layer)
+    for turn in (1, 3):
+        states.hidden[turn] = states.hidden[turn].index_fill(1, torch.tensor([5]), torch.inf)
+    with pytest.raises(StunError, match=r"layer 0: output of micro-batch 1: not finite"):
+        stream.run(layer, states)
