@@ -75,6 +75,12 @@ def pytest_configure(config) -> None:
         torch.set_num_threads(len(own))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One more than cores: some tests wait for Slurm, a browser or other processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
+
+
 def unit(nodeid: str) -> str:
     """What one worker runs as a whole: a file's tests, which share fixtures, or those of a function in LONG."""
     file, _, test = nodeid.partition("::")

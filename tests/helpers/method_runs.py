@@ -1,4 +1,4 @@
-"""Every way to remove single weights, one run each, in one launch: -m helpers.method_runs SOURCE RUNS."""
+"""Ways to remove single weights, one run each, in one launch: -m helpers.method_runs SOURCE RUNS NAME ..."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def request(source: str, run_dir: Path, name: str) -> PruneConfig:
 
 if __name__ == "__main__":
     with Ranks() as ranks:
-        for name in METHODS:
+        for name in sys.argv[3:]:
             prune(request(sys.argv[1], Path(sys.argv[2]), name), ranks)

@@ -39,17 +39,16 @@ def stun(tmp_path_factory) -> list[str]:
     return [str(folder / "env" / "bin" / "stun")]
 
 
-def run(command: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess:
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     own = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, env={**own, "COLUMNS": "100"}, capture_output=True, text=True, timeout=900)
-    assert not check or done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.mark.slow
 def test_prune_from_an_empty_folder(stun, tmp_path):
     """A run with the files that travel with the wheel, and none of the repository's."""
-    assert run([*stun, "--version"], tmp_path).stdout.startswith("stun ")
     assert "experts.keep=" in run([*stun, "prune", "--help"], tmp_path).stdout
     small = ["calibration.samples=8", "calibration.length=32", "calibration.micro_batch=2", "run_dir=run"]
     done = run([*stun, "prune", "model=reference", "calibration=reference", "target=0.5", *small], tmp_path)
@@ -59,8 +58,6 @@ def test_prune_from_an_empty_folder(stun, tmp_path):
     )
     where = run([str(Path(stun[0]).with_name("python")), "-c", loaded], tmp_path).stdout
     assert "site-packages" in where and not where.startswith(str(ROOT))
-    refused = run([*stun, "prune", "+sparsity=0.5"], tmp_path, check=False)
-    assert refused.returncode == 2 and refused.stderr.strip() == "error: sparsity: no such setting; did you mean target?"
 
 
 @pytest.mark.slow

@@ -18,10 +18,9 @@ NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     ("given", "found"),
     [
         ({}, ["expandable_segments:True", None]),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:99"}, ["max_split_size_mb:99", None]),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:99"}, [None, "max_split_size_mb:99"]),
     ],
-    ids=["nothing", "the older name", "the newer name"],
+    ids=["nothing", "another setting"],
 )
 def test_the_allocators_setting(given, found):
     env = {key: value for key, value in os.environ.items() if key not in NAMES} | given
