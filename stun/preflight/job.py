@@ -119,6 +119,7 @@ def _advice(job: Job, launch: Launch) -> list[str]:
     unit = "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
     found = {
         f"{{}} {unit}": next((n for n in (2**power for power in range(13)) if _fits(job, spread(n))), 0),
+        "experts.refit={}": "false" if job.refits and fits(experts=replace(job.cfg.experts, refit=False)) else "",
         "calibration.micro_batch={}": next((n for n in batches if fits(calibration=replace(calibration, micro_batch=n))), 0),
     }
     advice = [f"{text.format(value)} would do" for text, value in found.items() if value]

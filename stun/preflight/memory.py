@@ -18,6 +18,7 @@ from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
 from stun.runtime.device_copies import AHEAD, BUFFERS, PIECE
 from stun.runtime.threads import workers_on
+from stun.sparsify.joint_refit import held_bytes
 
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
 # Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
@@ -209,29 +210,19 @@ class Footprint:
             device["joint refit"] = kept + beside_states + self._joint(layout, index)
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
         beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
+        beside += self._joint(layout, index) if self.job.refits else 0
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
         return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
 
     def _joint(self, layout: LayerLayout, index: int) -> int:
-        """Bytes of a joint refit (stun.pruning.joint_refit): inner states of all tokens, what is missing in the outputs and
-        what a step adds; a change, a direction and a slope an expert, and a factor; and the rows of a micro-batch."""
+        """Bytes of a joint refit: the problem, and the rows of a micro-batch on their way."""
         if not layout.experts:
             return 0
-        height, width = self.down(layout)
-        hidden, local = self.arch.config.hidden_size, self.layers[index].local
-        tokens = self.states // self.token
-        rows = min(tokens, self.cfg.calibration.micro_batch * self.cfg.calibration.length) * self.arch.top_k
-        held = tokens * (self.arch.top_k * width * self.dtype.itemsize + 2 * 4 * hidden)
-        return (
-            held
-            + local * 4 * (3 * height * width + width**2)
-            + max(self.activations.layers[index], 3 * 4 * rows * hidden + workers_on(self.launch.device) * 12 * width**2)
-        )
-
-    def down(self, layout: LayerLayout) -> tuple[int, int]:
-        """Rows and columns of an expert's down projection."""
-        shape = self.arch.piece(layout, 0, "down_proj")[0].shape
-        return (shape[1], shape[0]) if layout.is_transposed else (shape[0], shape[1])
+        shape, tokens, top_k = self.arch.down_shape(layout), self.states // self.token, self.arch.top_k
+        rows = min(tokens, self.cfg.calibration.micro_batch * self.cfg.calibration.length) * top_k
+        passing = 3 * 4 * rows * shape[0] + workers_on(self.launch.device) * 12 * shape[1] ** 2
+        held = held_bytes(shape, self.layers[index].local, tokens, tokens * top_k, self.dtype.itemsize)
+        return held + max(self.activations.layers[index], passing)
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""

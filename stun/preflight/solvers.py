@@ -20,7 +20,7 @@ def solvers_flop(footprint: Footprint) -> Flop:
     for layout, plan in zip(job.arch.layers, job.plan.layers, strict=True):
         experts = len(plan.clusters)
         if job.refits and experts:
-            totals.append((joint_flop(*footprint.down(layout), tokens * job.arch.top_k, experts), 0))
+            totals.append((joint_flop(*footprint.arch.down_shape(layout), tokens * job.arch.top_k, experts), 0))
         if not (config.reads_grams and job.plan.zeros):
             continue
         matrices = [(1, shape, tokens, layout.closes(name)) for name, shape in footprint.matrices(layout).items()]

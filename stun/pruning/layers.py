@@ -20,6 +20,7 @@ from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
 from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
+from stun.sparsify.joint_refit import held_bytes
 from stun.sparsify.saliency import Saliency
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
@@ -58,6 +59,7 @@ def prune_layers(
     owners = [cluster_owners(layer, ranks.world, job.refits) for layer in plan.layers]
     owners += [cluster_owners(head, ranks.world) for head in plan.mtp]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
+    stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
     states = recorder.restore(finished, states) if states is not None else None
@@ -77,6 +79,18 @@ def prune_layers(
     recorder.close()
     progress.close()
     return recorder.finished()
+
+
+def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
+    """Most bytes that the joint refit of a layer holds on a rank."""
+    world, calibration, arch = stream.ranks.world, job.cfg.calibration, job.arch
+    tokens = calibration.samples * calibration.length // world
+    shares = [(layout, -(-len(layer.clusters) // world)) for layout, layer in zip(arch.layers, plan.layers, strict=True)]
+    return max(
+        held_bytes(arch.down_shape(layout), share, tokens, tokens * arch.top_k, stream.dtype.itemsize)
+        for layout, share in shares
+        if layout.experts
+    )
 
 
 def _prune_layer(

@@ -6,6 +6,13 @@ STEPS = 8  # most steps; on trained models the sixth was within 1 % of the exact
 DAMPING = 1e-3  # of the mean square of an input, added to every input's
 
 
+def held_bytes(shape_DI: tuple[int, int], matrices: int, tokens: int, rows: int, itemsize: int) -> int:
+    """Bytes of a problem with as many matrices [D, I]: inner states of all `rows` (tokens times the matrices of each), what is
+    missing in the outputs of all `tokens` and what a step adds there, a change, a direction, a slope and a factor a matrix."""
+    height, width = shape_DI
+    return rows * width * itemsize + 8 * tokens * height + 4 * matrices * (3 * height * width + width**2)
+
+
 class Problem(Protocol):
     """Matrices X that minimise |R - F X|^2 + damping * |X|^2: R is what is missing in some outputs, and F X what a change X of
     the matrices adds to them. X starts at zero. The problem holds X, the direction P of the next step, and the gradient."""

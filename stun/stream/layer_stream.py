@@ -37,14 +37,14 @@ def even_owners(layout: LayerLayout, world: int) -> list[int]:
 class _Room:
     """Room on a GPU for the next layer beside the one that computes. What does not fit waits until that one is released."""
 
-    def __init__(self, memory: Memory):
-        self.memory, self.waited, self._left = memory, 0.0, 0.0
+    def __init__(self, memory: Memory, reserved: int):
+        self.memory, self.reserved, self.waited, self._left = memory, reserved, 0.0, 0.0
         self._released = Event()
         self.open()
 
     def open(self) -> None:
         """A layer starts to compute."""
-        self._left, self.waited = self.memory.room_ahead(), 0.0
+        self._left, self.waited = self.memory.room_ahead(self.reserved), 0.0
         self._released.clear()
 
     def close(self) -> None:
@@ -69,12 +69,13 @@ class LayerStream:
     ):
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype, self.memory = compute_dtype(arch, ranks.device), memory_to_read_into(ranks.device)
+        self.reserved = 0  # bytes that work on a layer takes on a GPU beside what is there when the layer starts
         self.stays, self.held = 0, []  # the first `stays` layers are kept in `held` for the next iteration, ready to run
         self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
-        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory)) as room:
+        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory, self.reserved)) as room:
             pending = pool.submit(self._read, first, room) if first < len(self.layouts) else None
             yield from self.held
             for index in range(first, len(self.layouts)):
