@@ -203,6 +203,9 @@ class ExpertsConfig:
     keep_at_least: int = 1
     """Fewest experts of a layer; never fewer than the model's top-k."""
     protect: ProtectConfig = field(default_factory=ProtectConfig)
+    refit: bool = False
+    """At last, fit the down projections of the experts kept together to the output of the dense layer: they take over what was
+    removed. Reads all experts in the second stream too."""
 
     @property
     def is_counted(self) -> bool:

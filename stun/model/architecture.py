@@ -81,6 +81,11 @@ class Architecture:
         infos = [self.info(name) for name in layout.experts[expert][part]]
         return [info.row(expert) for info in infos] if part in layout.fused else infos
 
+    def down_shape(self, layout: LayerLayout) -> tuple[int, int]:
+        """Rows and columns of an expert's down projection."""
+        rows, columns = self.piece(layout, 0, "down_proj")[0].shape
+        return (columns, rows) if layout.is_transposed else (rows, columns)
+
     def read_expert(
         self, layout: LayerLayout, expert: int, read: Callable[..., torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:

@@ -62,12 +62,17 @@ class Job:
         return bool(chooses or (self.plan.zeros and self.cfg.sparsify.counts_outliers) or self.fractions)
 
     @property
+    def refits(self) -> bool:
+        """Whether the experts kept are fitted to the dense layers' outputs, which run beside the pruned ones."""
+        return bool(self.cfg.experts.refit and (any(self.drops) or self.plan.zeros))
+
+    @property
     def streams(self) -> dict[str, bool]:
         """Streams over the layers still to run, and whether each of them runs the model's forward."""
         is_taken = self.cfg.statistics or self.statistics.complete
         first = {"observe": True} if self.reads_statistics and not is_taken else {}
         search = {"search": True} if self.fractions else {}
-        return first | search | {"prune": bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
+        return first | search | {"prune": self.refits or bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
 
     @property
     def is_finished(self) -> bool:

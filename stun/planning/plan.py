@@ -108,13 +108,16 @@ def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
     return plan
 
 
-def cluster_owners(plan: LayerPlan, world: int) -> list[int | None]:
+def cluster_owners(plan: LayerPlan, world: int, reads_all: bool = False) -> list[int | None]:
     """Rank that owns each expert in the second stream: one rank per cluster, clusters spread evenly.
 
-    An expert whose weights are not needed has no owner and is not read.
+    An expert whose weights are not needed has no owner and is not read; with `reads_all`, these are spread evenly too.
     """
     owners: list[int | None] = [None] * plan.experts
     for place, cluster in enumerate(plan.clusters):
         for expert in plan.needed.intersection(cluster):
             owners[expert] = place * world // len(plan.clusters)
+    others = [expert for expert, owner in enumerate(owners) if owner is None] if reads_all else []
+    for place, expert in enumerate(others):
+        owners[expert] = place * world // len(others)
     return owners

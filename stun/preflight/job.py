@@ -35,7 +35,7 @@ class Estimate:
         self.note = ZEROS if job.plan.zeros else ""
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
-        self.read = bytes_read(arch, job.plan, launch.world, streams)
+        self.read = bytes_read(job, launch.world)
         self.written, self.snapshots = model_bytes(arch, job.plan), states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
@@ -119,6 +119,7 @@ def _advice(job: Job, launch: Launch) -> list[str]:
     unit = "GPUs" if launch.gpu_memory else "ranks, each on a node of its own"
     found = {
         f"{{}} {unit}": next((n for n in (2**power for power in range(13)) if _fits(job, spread(n))), 0),
+        "experts.refit={}": "false" if job.refits and fits(experts=replace(job.cfg.experts, refit=False)) else "",
         "calibration.micro_batch={}": next((n for n in batches if fits(calibration=replace(calibration, micro_batch=n))), 0),
     }
     advice = [f"{text.format(value)} would do" for text, value in found.items() if value]

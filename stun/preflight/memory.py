@@ -18,6 +18,7 @@ from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
 from stun.runtime.device_copies import AHEAD, BUFFERS, PIECE
 from stun.runtime.threads import workers_on
+from stun.sparsify.joint_refit import held_bytes
 
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
 # Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
@@ -95,7 +96,8 @@ class Footprint:
         owned = self._most_dealt([info.nbytes for info in infos.values()])
         joined = self._most_dealt([arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]) * len(plan.clusters)
         expert = sum(info.nbytes for info in expert_infos(arch, layout))
-        whole, needed, local = (-(-count // world) for count in (layout.num_experts, len(plan.needed), len(plan.clusters)))
+        needs = layout.num_experts if self.job.refits and not layout.is_mtp else len(plan.needed)
+        whole, needed, local = (-(-count // world) for count in (layout.num_experts, needs, len(plan.clusters)))
         return Weights(dense, owned, expert * whole, expert * needed, expert * local, local, joined)
 
     def _most_dealt(self, sizes: list[int]) -> int:
@@ -202,10 +204,25 @@ class Footprint:
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
+        if self.job.refits:
+            beside_states = idle + 2 * self.states  # the dense model's, before and after the layer
+            device["dense"] = weights.dense + weights.experts + run + 2 * self.states
+            device["joint refit"] = kept + beside_states + self._joint(layout, index)
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
         beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
+        beside += self._joint(layout, index) if self.job.refits else 0
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
         return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
+
+    def _joint(self, layout: LayerLayout, index: int) -> int:
+        """Bytes of a joint refit: the problem, and the rows of a micro-batch on their way."""
+        if not layout.experts:
+            return 0
+        shape, tokens, top_k = self.arch.down_shape(layout), self.states // self.token, self.arch.top_k
+        rows = min(tokens, self.cfg.calibration.micro_batch * self.cfg.calibration.length) * top_k
+        passing = 3 * 4 * rows * shape[0] + workers_on(self.launch.device) * 12 * shape[1] ** 2
+        held = held_bytes(shape, self.layers[index].local, tokens, tokens * top_k, self.dtype.itemsize)
+        return held + max(self.activations.layers[index], passing)
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:
         """Rows and columns of the dense matrices in scope."""

@@ -3,6 +3,7 @@
 from stun.config import SparsifyConfig, SparsifyMethod
 from stun.preflight.memory import Footprint
 from stun.sparsify.alps import CHECK_EVERY, REFIT_STEPS
+from stun.sparsify.joint_refit import STEPS as JOINT_STEPS
 from stun.sparsify.refit import STEPS
 
 ROUNDS = 30  # of ALPS' ADMM, by matrix: docs/performance.md
@@ -15,18 +16,27 @@ def solvers_flop(footprint: Footprint) -> Flop:
     """FLOP of all layers, on all ranks together."""
     job, totals, times = footprint.job, [], IN_TF32 if footprint.is_gpu else 1
     calibration, config = job.cfg.calibration, job.cfg.sparsify
-    if not (config.reads_grams and job.plan.zeros):
-        return 0, 0
     tokens = calibration.samples * calibration.length
     for layout, plan in zip(job.arch.layers, job.plan.layers, strict=True):
         experts = len(plan.clusters)
+        if job.refits and experts:
+            totals.append((joint_flop(*footprint.arch.down_shape(layout), tokens * job.arch.top_k, experts), 0))
+        if not (config.reads_grams and job.plan.zeros):
+            continue
         matrices = [(1, shape, tokens, layout.closes(name)) for name, shape in footprint.matrices(layout).items()]
         for part, shape in footprint.parts(layout).items():
             matrices.append((experts, shape, tokens * job.arch.top_k / experts, part == "down_proj"))
         for count, shape, inputs, closes in matrices:
             float32, products, grams = matrix_flop(config, *shape, inputs, closes)
             totals.append((count * float32, count * (times * products + grams)))
-    return tuple(map(sum, zip(*totals, strict=True)))
+    return tuple(map(sum, zip(*totals, strict=True))) or (0, 0)
+
+
+def joint_flop(rows: int, columns: int, tokens: int, experts: int) -> float:
+    """FLOP of the joint refit of a layer's down projections [rows, columns], `tokens` in all: Gram matrices, their factors, then
+    steps of an output, a gradient and two solves with a factor."""
+    step = 4 * tokens * rows * columns + 2 * experts * rows * columns**2
+    return 2 * tokens * columns**2 + experts * FACTOR * columns**3 + JOINT_STEPS * step
 
 
 def matrix_flop(config: SparsifyConfig, rows: int, columns: int, tokens: float, closes: bool) -> tuple[float, float, float]:

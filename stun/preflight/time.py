@@ -29,12 +29,12 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
     whole, inputs = (forward_flop(footprint.arch, tokens, length, gives_outputs) for gives_outputs in (True, False))
     if stream == "observe":
         return whole
-    measured = 0
-    if job.streams["prune"]:
-        measured = footprint.passes * inputs
+    if not job.streams["prune"]:
+        return 0
+    measured = (footprint.passes * inputs if job.plan.zeros else 0) + (2 * whole if job.refits else 0)
     if stream == "search":
         return len(job.fractions) * (measured + whole)
-    return measured + (whole * (layers - 1) / layers if job.streams["prune"] else 0)  # the pruned last layer is not run
+    return measured + whole * (layers - 1) / layers  # the pruned last layer is not run
 
 
 def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:

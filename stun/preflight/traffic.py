@@ -4,7 +4,8 @@ from pathlib import Path
 
 from stun.model.architecture import Architecture, expert_infos, stored_bytes
 from stun.model.layer_layout import LayerLayout
-from stun.planning.plan import Plan, cluster_owners
+from stun.planning.job import Job
+from stun.planning.plan import cluster_owners
 from stun.run.snapshots import KEPT
 from stun.sparsify.ratios import BINS
 from stun.stream.layer_stream import even_owners
@@ -20,15 +21,18 @@ def _add_layer(read: list[int], arch: Architecture, layout: LayerLayout, owners:
             read[owner] += expert
 
 
-def bytes_read(arch: Architecture, plan: Plan, world: int, streams: dict[str, bool]) -> dict[str, list[int]]:
+def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
     """Bytes that each rank reads, by stream. The experts of one layer are equally large."""
-    by_stream = {}
-    for stream in streams:
+    by_stream, arch, plan = {}, job.arch, job.plan
+    for stream in job.streams:
         is_last = stream == "prune"
         layouts, plans = (arch.layers, plan.layers) if not is_last else ([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp])
         total = [0] * world
         for layout, layer in zip(layouts, plans, strict=True):
-            owners = cluster_owners(layer, world) if is_last else even_owners(layout, world) if layout.experts else []
+            if is_last:
+                owners = cluster_owners(layer, world, job.refits and not layout.is_mtp)
+            else:
+                owners = even_owners(layout, world) if layout.experts else []
             _add_layer(total, arch, layout, owners)
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
         total[0] += sum(stored_bytes(arch.info(name)) for name in outer)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from stun.config import SparsifyConfig, StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, cluster_owners
+from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
@@ -18,6 +20,7 @@ from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
 from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
+from stun.sparsify.joint_refit import held_bytes
 from stun.sparsify.saliency import Saliency
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
@@ -53,8 +56,10 @@ def prune_layers(
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
-    owners = [cluster_owners(plan, ranks.world) for plan in plans]
+    owners = [cluster_owners(layer, ranks.world, job.refits) for layer in plan.layers]
+    owners += [cluster_owners(head, ranks.world) for head in plan.mtp]
     stream = LayerStream(arch, ranks, layouts, owners, len(finished))
+    stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
     states = recorder.restore(finished, states) if states is not None else None
@@ -76,12 +81,28 @@ def prune_layers(
     return recorder.finished()
 
 
+def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
+    """Most bytes that the joint refit of a layer holds on a rank."""
+    world, calibration, arch = stream.ranks.world, job.cfg.calibration, job.arch
+    tokens = calibration.samples * calibration.length // world
+    shares = [(layout, -(-len(layer.clusters) // world)) for layout, layer in zip(arch.layers, plan.layers, strict=True)]
+    return max(
+        held_bytes(arch.down_shape(layout), share, tokens, tokens * arch.top_k, stream.dtype.itemsize)
+        for layout, share in shares
+        if layout.experts
+    )
+
+
 def _prune_layer(
     stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None, config: SparsifyConfig
 ) -> tuple[dict, States | None]:
     """Remove experts and then weights in place, and run the layer. Returns measurements for the ledger's entry, and the states
     after the layer."""
-    meter = stream.ranks.meter
+    meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
+    is_refitted = states is not None and states.dense is not None and not layer.layout.is_mtp
+    if is_refitted:
+        meter.enter("dense")
+        states = replace(states, dense=_dense_outputs(stream, layer, states))
     meter.enter("choose")
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan)
@@ -91,12 +112,22 @@ def _prune_layer(
         if states is not None:
             stream.build(layer)
         unseen, saliency = mask_layer(stream, layer, states, quota, config)
-        if states is not None and layer.layout.index + 1 < len(stream.arch.layers):  # nothing reads the last one's output
+        if is_refitted and layer.layout.experts:
+            meter.enter("refit")
+            stream.build(layer)
+            refit_jointly(stream, layer, states, states.dense)
+        if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
             stream.build(layer)
             states = stream.run(layer, states)
     powers.weights_removed()
     return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json()}, states
+
+
+def _dense_outputs(stream: LayerStream, layer: Layer, states: States) -> list[torch.Tensor]:
+    """Hidden states of the dense model after a layer that is still whole."""
+    stream.build(layer)
+    return stream.run(layer, replace(states, hidden=states.dense)).hidden
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

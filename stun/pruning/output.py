@@ -47,9 +47,10 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     finished = ranks.on_first(recorder.ledger.finished)
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
     states = None
-    if plan.zeros and cfg.sparsify.reads_inputs:
+    if job.streams["prune"]:
         batches = job.samples.batches(cfg.calibration.micro_batch)
         states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
+        states.dense = states.hidden if job.refits else None
     outer.clear()
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))

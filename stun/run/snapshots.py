@@ -15,6 +15,7 @@ from stun.runtime.device_copies import memory_to_read_into
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States
 
+_DENSE = "dense "  # before the number of a micro-batch: its states in the dense model
 KEPT = 3  # snapshots per rank: another rank may still be writing the layer before the last
 
 
@@ -31,11 +32,14 @@ class Snapshots:
     def save(self, layer: int, states: States) -> dict:
         """Write this rank's states after a layer; returns the ledger's record of the file: name, digest and micro-batches."""
         rank, world = self.ranks.rank, self.ranks.world
-        tensors = {str(turn * world + rank): hidden for turn, hidden in enumerate(states.hidden)}
+        own = range(rank, states.total, world)
+        tensors = {str(number): hidden for number, hidden in zip(own, states.hidden, strict=True)}
+        if states.dense is not None:
+            tensors |= {_DENSE + str(number): hidden for number, hidden in zip(own, states.dense, strict=True)}
         file = self._file(layer, rank, world)
         sha256 = write_tensors(file, tensors, is_hashed=True)
         self.nbytes += file.stat().st_size
-        return {"file": file.name, "sha256": sha256, "micro_batches": sorted(map(int, tensors))}
+        return {"file": file.name, "sha256": sha256, "micro_batches": list(own)}
 
     def drop(self, layer: int) -> None:
         """Remove this rank's snapshot that no rank can need once `layer` is recorded."""
@@ -58,7 +62,10 @@ class Snapshots:
                 raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {REPEAT}")
         files = [(self.folder / home[number]["file"], str(number)) for number in mine]
         hidden = [self._read(*where, before) for where, before in zip(files, states.hidden, strict=True)]
-        return replace(states, hidden=hidden)
+        if states.dense is None:
+            return replace(states, hidden=hidden)
+        dense = [self._read(file, _DENSE + name, before) for (file, name), before in zip(files, states.dense, strict=True)]
+        return replace(states, hidden=hidden, dense=dense)
 
     def _read(self, file: Path, name: str, like: torch.Tensor) -> torch.Tensor:
         info = read_header(file).get(name)

@@ -47,8 +47,8 @@ class HostMemory:
         finalize(content, free.append, pages).atexit = False
         return torch.from_numpy(content)
 
-    def room_ahead(self) -> float:
-        """Bytes of the next layer that may be read beside the one that computes."""
+    def room_ahead(self, reserved: int = 0) -> float:
+        """Bytes of the next layer that may be read beside the one that computes, if that needs `reserved` bytes more."""
         return math.inf
 
     def trim(self) -> None:
@@ -90,9 +90,9 @@ class DeviceMemory:
         self.depart()  # the allocator may have given memory that work queued on the computing stream still uses
         return content_N
 
-    def room_ahead(self) -> float:
+    def room_ahead(self, reserved: int = 0) -> float:
         allocator = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return (torch.cuda.mem_get_info(self.device)[0] + allocator) * AHEAD
+        return (torch.cuda.mem_get_info(self.device)[0] + allocator - reserved) * AHEAD
 
     def trim(self) -> None:
         """Nothing: the allocator of the GPU uses freed blocks again, for whatever needs them."""

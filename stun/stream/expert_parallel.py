@@ -7,7 +7,10 @@ Shapes: T tokens of a micro-batch, K top-k, D hidden, I expert width, E experts,
 rows with padding after the first n, R ranks, e this rank's experts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -72,6 +75,40 @@ def tokens_together(device: torch.device, width: int, top_k: int) -> int:
     return max(1, (1 << 18 if device.type == "cpu" else 1 << 26) // (max(1, top_k) * width))
 
 
+@dataclass(frozen=True)
+class Route:
+    """Ways of a round's rows: `order_N` sorts the chosen experts of this rank's tokens by owner and expert, `place_TK` are their
+    places then, `send` the rows for every rank, and `counts_Re` the rows of this rank's experts from every rank."""
+
+    order_N: torch.Tensor
+    place_TK: torch.Tensor
+    send: list[int]
+    counts_Re: torch.Tensor
+
+    @cached_property
+    def receive(self) -> list[int]:
+        return self.counts_Re.sum(1).tolist()
+
+    @cached_property
+    def _ends_eR(self) -> list[list[int]]:
+        return self.counts_Re.flatten().cumsum(0).view_as(self.counts_Re).T.tolist()
+
+    def rows(self, token_TD: torch.Tensor) -> torch.Tensor:
+        """A row for every chosen expert of every token, in the order of sending: [N, D]."""
+        return token_TD.index_select(0, self.order_N // max(1, self.place_TK.shape[1]))
+
+    def ends(self, place: int) -> list[tuple[int, int]]:
+        """(end, number) of the rows received for this rank's expert at `place`, by rank."""
+        return list(zip(self._ends_eR[place], self.counts_Re[:, place].tolist(), strict=True))
+
+    def sums(self, back_ND: torch.Tensor) -> torch.Tensor:
+        """Sum of every token's rows, in top-k order: [T, D]."""
+        total_TD = back_ND.new_zeros(len(self.place_TK), back_ND.shape[1])
+        for place_T in self.place_TK.T:
+            total_TD += back_ND.index_select(0, place_T)
+        return total_TD
+
+
 class Exchange:
     """Exchange of a micro-batch's tokens and outputs with the owners of a layer's experts."""
 
@@ -92,37 +129,39 @@ class Exchange:
     ) -> torch.Tensor:
         """Sum over a token's K experts, in top-k order, of weight times output: [T, D]. NaN where outputs are not computed, so
         that no result can silently depend on them."""
+        self.route = route = self._route(index_TK)
+        send, receive = route.send, route.receive
+        rows_ND = self.ranks.exchange(route.rows(hidden_TD), send, receive)
+        needs_gates = any(observer.reads_gates for observer in self.observers)
+        gates_N = self.ranks.exchange(weights_TK.flatten()[route.order_N].float(), send, receive) if needs_gates else None
+        for observer in self.observers if len(index_TK) else ():
+            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, weights_TK)
+        served_ND = self._serve(module, rows_ND, gates_N, route)
+        if served_ND is None:
+            return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
+        back_ND = self.ranks.exchange(served_ND, receive, send)
+        return self._combine(back_ND, route.place_TK, weights_TK)
+
+    def _route(self, index_TK: torch.Tensor) -> Route:
+        """Route of a micro-batch's tokens to the owners of their chosen experts."""
         place_N = self.place_E[index_TK.flatten()]
         order_N = torch.argsort(place_N, stable=True)
         # Not bincount, for which a GPU is waited for twice. This one wait is the micro-batch's only one.
         counts_E = torch.zeros_like(self.place_E).index_add_(0, place_N, torch.ones_like(place_N))
         counts_RE = self.ranks.all_gather(counts_E).cpu()
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
-        mine_Re = counts_RE[:, self.first : self.first + len(self.mine)]
-        receive = mine_Re.sum(1).tolist()
-        rows_ND = self.ranks.exchange(hidden_TD.index_select(0, order_N // index_TK.shape[1]), send, receive)
-        needs_gates = any(observer.reads_gates for observer in self.observers)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[order_N].float(), send, receive) if needs_gates else None
-        for observer in self.observers if len(index_TK) else ():
-            observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, weights_TK)
-        served_ND = self._serve(module, rows_ND, gates_N, mine_Re)
-        if served_ND is None:
-            return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
-        back_ND = self.ranks.exchange(served_ND, receive, send)
+        counts_Re = counts_RE[:, self.first : self.first + len(self.mine)]
         back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        return self._combine(back_ND, back_N.view_as(index_TK), weights_TK)
+        return Route(order_N, back_N.view_as(index_TK), send, counts_Re)
 
-    def _serve(
-        self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, counts_Re: torch.Tensor
-    ) -> torch.Tensor | None:
+    def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route) -> torch.Tensor | None:
         """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are
         not computed."""
         output_ND = torch.empty_like(rows_ND) if self.gives_outputs else None
-        ends_eR = counts_Re.flatten().cumsum(0).view_as(counts_Re).T.tolist()
 
         def serve(place: int) -> None:
             number = self.mine[place]
-            for end, count in zip(ends_eR[place], counts_Re[:, place].tolist(), strict=True):
+            for end, count in route.ends(place):
                 if count:
                     rows = slice(end - count, end)
                     input_mD = stretched(rows_ND, end - count, count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 
@@ -37,14 +37,14 @@ def even_owners(layout: LayerLayout, world: int) -> list[int]:
 class _Room:
     """Room on a GPU for the next layer beside the one that computes. What does not fit waits until that one is released."""
 
-    def __init__(self, memory: Memory):
-        self.memory, self.waited, self._left = memory, 0.0, 0.0
+    def __init__(self, memory: Memory, reserved: int):
+        self.memory, self.reserved, self.waited, self._left = memory, reserved, 0.0, 0.0
         self._released = Event()
         self.open()
 
     def open(self) -> None:
         """A layer starts to compute."""
-        self._left, self.waited = self.memory.room_ahead(), 0.0
+        self._left, self.waited = self.memory.room_ahead(self.reserved), 0.0
         self._released.clear()
 
     def close(self) -> None:
@@ -69,12 +69,13 @@ class LayerStream:
     ):
         self.arch, self.ranks, self.layouts, self.owners, self.first = arch, ranks, layouts, owners, first
         self.dtype, self.memory = compute_dtype(arch, ranks.device), memory_to_read_into(ranks.device)
+        self.reserved = 0  # bytes that work on a layer takes on a GPU beside what is there when the layer starts
         self.stays, self.held = 0, []  # the first `stays` layers are kept in `held` for the next iteration, ready to run
         self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
-        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory)) as room:
+        with threads_on(self.ranks.device, 1, "read") as pool, closing(_Room(self.memory, self.reserved)) as room:
             pending = pool.submit(self._read, first, room) if first < len(self.layouts) else None
             yield from self.held
             for index in range(first, len(self.layouts)):
@@ -167,7 +168,7 @@ class LayerStream:
 
     def run(self, layer: Layer, states: States, *observers: Observer) -> States:
         """States after `layer`, for every micro-batch of this rank; all ranks take part in every round."""
-        return States(self._rounds(layer, states, observers, True), states.arguments, states.total)
+        return replace(states, hidden=self._rounds(layer, states, observers, True))
 
     def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
         """Run `layer` only for the observers: experts stop before their last matrix."""
@@ -209,12 +210,14 @@ class LayerStream:
 class States:
     """Hidden states [B, T, D] of this rank's micro-batches; `total` is their number over all ranks.
 
-    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them. `dense`
+    are the hidden states of the dense model, where a pruned one is compared with it.
     """
 
     hidden: list[torch.Tensor]
     arguments: list[list[dict]]
     total: int
+    dense: list[torch.Tensor] | None = None
 
 
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:

@@ -20,17 +20,19 @@ METHODS = {
     **{method.name: SparsifyConfig(method=method) for method in Method},
     "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
     "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
+    "refit": SparsifyConfig(),
     "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl"),
     **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
     "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", reconstruct=True),
 }
+REFITTED = ("refit", "everything")  # jointly
 
 
 def request(source: str, run_dir: Path, name: str) -> PruneConfig:
     """The run of `METHODS` with that name."""
     how = METHODS[name]
     target = {"": TARGET, "2:4": 0.6, "1:4": 0.8}[how.pattern]
-    experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"])
+    experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"], refit=name in REFITTED)
     shared = "" if name == OBSERVED else str(run_dir / OBSERVED)
     return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name), statistics=shared)
 

@@ -65,7 +65,7 @@ def test_what_does_not_fit_beside_a_layer_waits_for_it(checkpoint, ranks, monkey
     """... and a stream that is left early ends."""
     arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
     nbytes = sum(info.nbytes for name, info in arch.source.tensors.items() if ".layers.1." in name)
-    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: share * nbytes)
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory, reserved: share * nbytes)
     stream = iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers]))
     for count, layer in enumerate(stream, 1):
         time.sleep(0.1)  # in which the whole next layer would have been read

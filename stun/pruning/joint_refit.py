@@ -1,0 +1,269 @@
+"""Joint refit: the down projections of a layer's experts kept, fitted together to the dense layer's output.
+
+The output of a layer is linear in all of them: y = sum over experts of g W h, with h an expert's inner state and g its gate. So
+those that are kept can take over what removed experts and weights did, and make up for the errors of earlier layers: minimised is
+the squared difference from the hidden states of the dense model, on the inputs that the pruned model gives the layer. Every
+expert's owner holds its matrices and inner states; what is missing in the outputs stays with the tokens and travels to the owners
+like the tokens themselves.
+
+Shapes: T tokens of a micro-batch, D hidden, I expert width, N routed rows of a rank, n rows of one expert in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from stun.config import StunError
+from stun.model.tensor_names import experts_of
+from stun.sparsify.joint_refit import DAMPING, descend
+from stun.statistics.input_moments import gram
+from stun.stream.expert_parallel import Exchange, Layer, Observer
+from stun.stream.layer_stream import LayerStream, States
+
+T = TypeVar("T")
+HELD_OUT = 8  # one micro-batch in so many decides when to stop
+_LOUD = 64.0  # factor of the experts' output that lets it stand out of the hidden states, whose dtype rounds the sum of both
+
+
+def refit_jointly(stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor]) -> dict:
+    """Refit in place the down projections of the experts kept of a built layer, so that its outputs for `states` come nearer to
+    the `dense` ones. Returns the number of steps, and the squared error before and after. All ranks call this together.
+
+    Never raises the error on these tokens: otherwise the weights stay. Raises StunError if the layer does more with the output of
+    its experts than to add a multiple of it.
+    """
+    problem = _Refit(stream, layer, states, dense)
+    before, taken = problem.error(), descend(problem)
+    after = problem.round_off() if taken else before
+    if after < before:
+        problem.install()
+    return {"steps": taken if after < before else 0, "error": [before, min(before, after)]}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of an expert from one micro-batch: their places among those that its rank received in the round, inner states and
+    gates."""
+
+    micro_batch: int
+    rows: slice
+    inner_nI: torch.Tensor
+    gate_n: torch.Tensor
+
+    @property
+    def gated_nI(self) -> torch.Tensor:
+        return self.inner_nI.float() * self.gate_n[:, None]
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.micro_batch % HELD_OUT == HELD_OUT - 1
+
+
+class _Inputs(Observer):
+    """Observer that keeps the route of every round, and the pieces of this rank's experts by round and number."""
+
+    reads_gates = True
+
+    def __init__(self, exchange: Exchange):
+        self.exchange, self.routes, self.pieces = exchange, [], []
+        self._round: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+
+    def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
+        self._round[expert].append((inner_nI, gate_n))
+
+    def round_ends(self, turn) -> None:
+        route, first, pieces = self.exchange.route, turn * self.exchange.ranks.world, {}
+        for place, number in enumerate(self.exchange.mine):
+            filled = [(first + rank, slice(end - count, end)) for rank, (end, count) in enumerate(route.ends(place)) if count]
+            pieces[number] = [_Piece(*where, *rows) for where, rows in zip(filled, self._round[number], strict=True)]
+        self.routes.append(route)
+        self.pieces.append(pieces)
+        self._round.clear()
+
+
+class _Refit:
+    """The problem of stun.sparsify.joint_refit for a layer.
+
+    `change` (X), `direction` (P) and `slope` (the gradient, then its preconditioned form) hold a matrix [D, I] for each of this
+    rank's experts, by number; `missing` what the outputs [T, D] of each of its micro-batches lack, and `added` what P adds there.
+    """
+
+    def __init__(self, stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor]):
+        self.layer, self.ranks, self.width = layer, stream.ranks, stream.arch.config.hidden_size
+        _, experts = experts_of(layer.module)
+        inputs, self.mine = _Inputs(experts.exchange), experts.exchange.mine
+        scale = _scale(stream, layer, experts, states)
+        outputs = stream.run(layer, states, inputs).hidden
+        self.missing = [((d.float() - o.float()) / scale).flatten(0, -2) for d, o in zip(dense, outputs, strict=True)]
+        self.added: list[torch.Tensor] = []
+        self.routes, self.pieces, self.holds_out = inputs.routes, inputs.pieces, states.total >= HELD_OUT
+        self.change = {n: torch.zeros_like(self._weight(n), dtype=torch.float32) for n in self.mine}
+        self.direction = {number: torch.zeros_like(change_DI) for number, change_DI in self.change.items()}
+        self.slope: dict[int, torch.Tensor] = {}
+        self.damping, self.factors = self._factors()
+
+    def _weight(self, number: int) -> torch.Tensor:
+        """Down projection [D, I] of an expert kept."""
+        return self.layer.layout.oriented(self.layer.experts[self.layer.kept[number]]["down_proj"])
+
+    def _map(self, function: Callable[[int], T]) -> dict[int, T]:
+        """Results of a function for this rank's experts, which run in parallel."""
+        return dict(zip(self.mine, self.ranks.workers.map(function, self.mine), strict=True))
+
+    def _fitted(self, number: int, turn: int) -> list[_Piece]:
+        """Pieces of an expert in a round that are not held out."""
+        return [piece for piece in self.pieces[turn][number] if not (self.holds_out and piece.is_held_out)]
+
+    def _factors(self) -> tuple[float, dict[int, torch.Tensor]]:
+        """Damping, and Cholesky factors [I, I] of every expert's damped Gram matrix, a diagonal block of the whole problem's."""
+
+        def gram_of(number: int) -> torch.Tensor:
+            width = self.change[number].shape[1]
+            total_II = torch.zeros(width, width, device=self.ranks.device)
+            for turn in range(len(self.routes)):
+                for piece in self._fitted(number, turn):
+                    total_II += gram(piece.gated_nI)
+            return total_II
+
+        grams = self._map(gram_of)
+        mean = self._by_number({n: float(total_II.diagonal().double().mean()) for n, total_II in grams.items()})
+        damping = DAMPING * mean / len(self.layer.kept) or 1.0
+
+        def factor(number: int) -> torch.Tensor:
+            total_II = grams.pop(number).double()  # float32 could find a matrix with one large input to be indefinite
+            total_II.diagonal().add_(damping)
+            return torch.linalg.cholesky(total_II).float()
+
+        return damping, self._map(factor)
+
+    def _by_number(self, parts: dict[int, float]) -> float:
+        """Sum of numbers of all ranks' experts or micro-batches, in their order."""
+        everywhere = {number: part for gathered in self.ranks.gather_objects(parts) for number, part in gathered.items()}
+        return math.fsum(everywhere[number] for number in sorted(everywhere))
+
+    def _squared(self, rows: Callable[[int], torch.Tensor], held_out: bool | None) -> float:
+        """Sum of squares of the rows [T, D] of all micro-batches, of those held out, or of the others."""
+        world, rank = self.ranks.world, self.ranks.rank
+        mine = [(turn * world + rank, turn) for turn in range(len(self.missing))]
+        is_out = {batch: self.holds_out and batch % HELD_OUT == HELD_OUT - 1 for batch, _ in mine}
+        return self._by_number({b: _inner(rows(turn), rows(turn)) for b, turn in mine if held_out in (None, is_out[b])})
+
+    def _outputs(self, matrix: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I]."""
+        return [self._round(turn, matrix) for turn in range(len(self.routes))][: len(self.missing)]
+
+    def _round(self, turn: int, matrix: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        route = self.routes[turn]
+        rows_ND = torch.empty(sum(route.receive), self.width, device=self.ranks.device)
+
+        def serve(number: int) -> None:
+            matrix_DI = matrix(number)
+            for piece in self.pieces[turn][number]:
+                rows_ND[piece.rows] = piece.gated_nI @ matrix_DI.T
+
+        self._map(serve)
+        return route.sums(self.ranks.exchange(rows_ND, route.receive, route.send))
+
+    def gradient(self) -> None:
+        self.slope = {number: change_DI.mul(-self.damping) for number, change_DI in self.change.items()}
+        none_TD = torch.empty(0, self.width, device=self.ranks.device)
+        for turn, route in enumerate(self.routes):
+            missing_TD = self.missing[turn] if turn < len(self.missing) else none_TD
+            rows_ND = self.ranks.exchange(route.rows(missing_TD), route.send, route.receive)
+
+            def add(number: int, turn: int = turn, rows_ND: torch.Tensor = rows_ND) -> None:
+                for piece in self._fitted(number, turn):
+                    self.slope[number].addmm_(rows_ND[piece.rows].T, piece.gated_nI)
+
+            self._map(add)
+
+    def precondition(self) -> float:
+        def solve(number: int) -> float:
+            kept_DI = self._weight(number) != 0  # removed weights stay zero
+            slope_DI = self.slope[number].mul_(kept_DI)
+            self.slope[number] = torch.cholesky_solve(slope_DI.T, self.factors[number]).T.mul(kept_DI)
+            return _inner(slope_DI, self.slope[number])
+
+        return self._by_number(self._map(solve))
+
+    def turn(self, share: float) -> None:
+        self._map(lambda number: self.direction[number].mul_(share).add_(self.slope[number]))
+
+    def curvature(self) -> float:
+        self.added = self._outputs(self.direction.__getitem__)
+        size = self._by_number(self._map(lambda number: _inner(self.direction[number], self.direction[number])))
+        return self._squared(self.added.__getitem__, False) + self.damping * size
+
+    def held_out(self, size: float = 0.0) -> float:
+        rows = self.missing.__getitem__ if not size else lambda turn: self.missing[turn] - size * self.added[turn]
+        return self._squared(rows, self.holds_out)
+
+    def step(self, size: float) -> None:
+        self._map(lambda number: self.change[number].add_(self.direction[number], alpha=size))
+        for missing_TD, added_TD in zip(self.missing, self.added, strict=True):
+            missing_TD.sub_(added_TD, alpha=size)
+
+    def error(self) -> float:
+        """Squared error of the outputs."""
+        return self._squared(self.missing.__getitem__, None)
+
+    def _refitted(self, number: int) -> torch.Tensor:
+        weight_DI = self._weight(number)
+        return (weight_DI.float() + self.change[number]).to(weight_DI.dtype)
+
+    def round_off(self) -> float:
+        """Squared error of the outputs once the changed weights are rounded to their dtype."""
+
+        def rounding(number: int) -> torch.Tensor:
+            return self._refitted(number).float() - self._weight(number).float() - self.change[number]
+
+        for missing_TD, added_TD in zip(self.missing, self._outputs(rounding), strict=True):
+            missing_TD.sub_(added_TD)
+        return self.error()
+
+    def install(self) -> None:
+        """Give the experts their new weights."""
+        for number in self.mine:
+            self._weight(number).copy_(self._refitted(number))
+
+
+def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Inner product in float64: over each row, then over the rows, which no number of threads changes."""
+    return math.fsum((left * right).sum(1, dtype=torch.float64).tolist())
+
+
+def _scale(stream: LayerStream, layer: Layer, experts: torch.nn.Module, states: States) -> float:
+    """What the layer multiplies the output of its experts by before it adds it, found on the first round of micro-batches."""
+    ranks, first = stream.ranks, States(states.hidden[:1], states.arguments[:1], min(states.total, stream.ranks.world))
+    seen: list[torch.Tensor] = []
+
+    def with_factor(factor: float) -> list[torch.Tensor]:
+        def change(module, arguments, output):
+            seen.append(output)
+            return output * factor
+
+        hook = experts.register_forward_hook(change)
+        try:
+            return [hidden.float() for hidden in stream.run(layer, first).hidden]
+        finally:
+            hook.remove()
+
+    loud, silent = with_factor(_LOUD), with_factor(0.0)
+    found = None
+    if ranks.is_first:
+        change_TD = ((loud[0] - silent[0]) / _LOUD).flatten(0, -2)
+        output_TD = seen[0].float().view_as(change_TD)
+        scale = _inner(output_TD, change_TD) / (_inner(output_TD, output_TD) or 1.0)
+        rest_TD = change_TD - scale * output_TD
+        found = (scale, _inner(rest_TD, rest_TD) <= 0.05**2 * _inner(change_TD, change_TD))
+    scale, is_added = ranks.broadcast_object(found)
+    if not is_added or not math.isfinite(scale) or scale == 0:
+        where = f"layer {layer.layout.index} does more with the output of its experts than to add it"
+        raise StunError(f"experts.refit=true: {where}; use experts.refit=false")
+    return scale

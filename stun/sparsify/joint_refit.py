@@ -1,0 +1,58 @@
+"""Least-squares refit of many matrices at once, by conjugate gradients that held-out data stop."""
+
+from typing import Protocol
+
+STEPS = 8  # most steps; on trained models the sixth was within 1 % of the exact solution's error
+DAMPING = 1e-3  # of the mean square of an input, added to every input's
+
+
+def held_bytes(shape_DI: tuple[int, int], matrices: int, tokens: int, rows: int, itemsize: int) -> int:
+    """Bytes of a problem with as many matrices [D, I]: inner states of all `rows` (tokens times the matrices of each), what is
+    missing in the outputs of all `tokens` and what a step adds there, a change, a direction, a slope and a factor a matrix."""
+    height, width = shape_DI
+    return rows * width * itemsize + 8 * tokens * height + 4 * matrices * (3 * height * width + width**2)
+
+
+class Problem(Protocol):
+    """Matrices X that minimise |R - F X|^2 + damping * |X|^2: R is what is missing in some outputs, and F X what a change X of
+    the matrices adds to them. X starts at zero. The problem holds X, the direction P of the next step, and the gradient."""
+
+    def gradient(self) -> None:
+        """Set the gradient F^T R - damping * X, over the rows that are not held out."""
+
+    def precondition(self) -> float:
+        """Inner product of the gradient and the preconditioned gradient."""
+
+    def turn(self, share: float) -> None:
+        """P = preconditioned gradient + share * P."""
+
+    def curvature(self) -> float:
+        """|F P|^2 + damping * |P|^2 over the rows that are not held out."""
+
+    def held_out(self, size: float = 0.0) -> float:
+        """|R - size * F P|^2 over the rows that are held out."""
+
+    def step(self, size: float) -> None:
+        """X += size * P and R -= size * F P."""
+
+
+def descend(problem: Problem, steps: int = STEPS) -> int:
+    """Take steps until the error of the held-out rows rises; returns their number.
+
+    Stopping there does what a well chosen damping would: few calibration tokens determine few directions, and these come first.
+    """
+    problem.gradient()
+    product, share, error = problem.precondition(), 0.0, problem.held_out()
+    for taken in range(steps):
+        if product <= 0:
+            return taken
+        problem.turn(share)
+        size = product / problem.curvature()
+        now = problem.held_out(size)
+        if not now < error:
+            return taken
+        problem.step(size)
+        problem.gradient()
+        before, product, error = product, problem.precondition(), now
+        share = product / before
+    return steps

@@ -1,0 +1,140 @@
+"""The joint refit against the exact solution in float64, and what it promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.naive import tokens_of
+from helpers.zoo import FAMILIES
+from stun.checkpoint.reader import Checkpoint
+from stun.config import StunError
+from stun.model.architecture import Architecture
+from stun.model.tensor_names import experts_of
+from stun.pruning import joint_refit
+from stun.pruning.joint_refit import refit_jointly
+from stun.sparsify.joint_refit import DAMPING, descend
+from stun.stream.layer_stream import LayerStream, States, embed, even_owners
+
+KEPT = [0, 2, 3, 5, 6]
+
+
+def pruned_layer(folder, ranks, batch: int, removes_weights: bool = False, tokens: torch.Tensor | None = None):
+    """A stream, its first layer with experts, of which five are kept, the states before it, and the dense layer's outputs."""
+    arch = Architecture(Checkpoint.open(folder))
+    tokens = tokens_of(folder) if tokens is None else tokens
+    states = embed(arch, ranks, tokens.split(batch), arch.source.read)
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
+    layer = next(layer for layer in stream if layer.kept)
+    stream.build(layer)
+    dense = stream.run(layer, states).hidden
+    stream.keep(layer, KEPT)
+    for expert in layer.experts.values() if removes_weights else ():
+        weight_DI = layer.layout.oriented(expert["down_proj"])
+        weight_DI[torch.rand(weight_DI.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    stream.build(layer)
+    return stream, layer, states, dense
+
+
+def matrices(layer) -> list[torch.Tensor]:
+    return [layer.layout.oriented(layer.experts[number]["down_proj"]) for number in layer.kept]
+
+
+def outputs(stream, layer, states: States) -> torch.Tensor:
+    return torch.cat([hidden.flatten(0, 1) for hidden in stream.run(layer, states).hidden]).double()
+
+
+def features(stream, layer, states) -> torch.Tensor:
+    """Gated inner states [T, experts, I], seen through the layer alone: with columns of an identity for a down projection, its
+    output shows them."""
+    weights, columns = matrices(layer), []
+    saved = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.zero_()
+    base_TD = outputs(stream, layer, states)
+    for weight in weights:
+        height, width = weight.shape
+        for start in range(0, width, height):
+            part = slice(start, min(start + height, width))
+            weight[:, part] = torch.eye(height)[:, : part.stop - part.start]
+            columns.append((outputs(stream, layer, states) - base_TD)[:, : part.stop - part.start])
+            weight.zero_()
+    for weight, before in zip(weights, saved, strict=True):
+        weight.copy_(before)
+    return torch.cat(columns, 1).view(len(base_TD), len(weights), -1)
+
+
+@pytest.mark.parametrize("removes_weights", [False, True])
+@pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_moe"])
+def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weights):
+    """... row by row, over the weights that are not zero, with groups, shared experts, biases and scaled outputs."""
+    monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
+    stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, removes_weights)
+    problem = joint_refit._Refit(stream, layer, states, dense)
+    feature_TX = features(stream, layer, states).flatten(1) / (0.5 if family == "granitemoe" else 1)
+    missing_TD = torch.cat(problem.missing).double()
+    before = outputs(stream, layer, states)
+    wanted = torch.cat([hidden.flatten(0, 1) for hidden in dense]).double()
+    scale = 0.5 if family == "granitemoe" else 1
+    torch.testing.assert_close(missing_TD, (wanted - before) / scale, atol=1e-4, rtol=1e-4)
+    gram_XX = feature_TX.T @ feature_TX
+    damping = DAMPING * float(gram_XX.diagonal().mean())
+    assert problem.damping == pytest.approx(damping, rel=1e-4)
+    support_DX = torch.cat([weight != 0 for weight in matrices(layer)], 1)
+    wanted_XD, exact_DX = feature_TX.T @ missing_TD, torch.zeros(support_DX.shape, dtype=torch.float64)
+    for row, free in enumerate(support_DX):
+        damped = gram_XX[free][:, free] + damping * torch.eye(int(free.sum()), dtype=torch.float64)
+        exact_DX[row, free] = torch.linalg.solve(damped, wanted_XD[free, row])
+    descend(problem, 400)
+    found_DX = torch.cat([problem.change[number] for number in range(len(KEPT))], 1).double()
+    assert (found_DX[~support_DX] == 0).all()
+
+    def cost(change_DX: torch.Tensor) -> float:
+        left_TD = missing_TD - feature_TX @ change_DX.T
+        return float(left_TD.square().sum() + damping * change_DX.square().sum())
+
+    least, start = cost(exact_DX), cost(torch.zeros_like(exact_DX))
+    assert least < 0.9 * start and cost(found_DX) - least < 1e-3 * (start - least)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(checkpoint, ranks, family):
+    """The layer's own outputs come nearer to the dense ones, by what is reported."""
+    stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 2)
+    wanted = torch.cat([hidden.flatten(0, 1) for hidden in dense]).double()
+    before = float((wanted - outputs(stream, layer, states)).square().sum())
+    told = refit_jointly(stream, layer, states, dense)
+    stream.build(layer)
+    after = float((wanted - outputs(stream, layer, states)).square().sum())
+    assert told["steps"] and after < before
+    assert after / before == pytest.approx(told["error"][1] / told["error"][0], rel=1e-3)
+
+
+def test_held_out_text_stops_it(checkpoint, ranks):
+    """Each step lowers the error of the micro-batches that are not fitted, and one step more would raise it."""
+    tokens = torch.randint(0, 260, (16, 120), generator=torch.Generator().manual_seed(0))
+    stream, layer, states, dense = pruned_layer(checkpoint("mixtral"), ranks, 1, tokens=tokens)
+    problem, errors = joint_refit._Refit(stream, layer, states, dense), []
+    own = problem.held_out
+    problem.held_out = lambda size=0.0: errors.append(own(size)) or errors[-1]
+    taken = descend(problem, 100)
+    assert 0 < taken < 100 and len(errors) == taken + 2
+    assert errors[: taken + 1] == sorted(errors[: taken + 1], reverse=True) and errors[taken + 1] >= errors[taken]
+    assert problem.held_out() == pytest.approx(errors[taken], rel=1e-4)
+
+
+def test_nothing_to_make_up_for(checkpoint, ranks):
+    stream, layer, states, _ = pruned_layer(checkpoint("mixtral"), ranks, 2)
+    saved = [weight.clone() for weight in matrices(layer)]
+    assert refit_jointly(stream, layer, states, stream.run(layer, states).hidden)["steps"] == 0
+    assert all(map(torch.equal, saved, matrices(layer)))
+
+
+def test_a_layer_that_changes_what_its_experts_add(checkpoint, ranks):
+    stream, layer, states, dense = pruned_layer(checkpoint("mixtral"), ranks, 2)
+    path = experts_of(layer.module)[0].rpartition(".")[0]
+    layer.module.get_submodule(path).register_forward_hook(lambda module, arguments, output: output.tanh())
+    with pytest.raises(
+        StunError, match=r"layer 0 does more with the output of its experts than to add it; use experts.refit=false"
+    ):
+        refit_jointly(stream, layer, states, dense)
