@@ -38,10 +38,11 @@ STEPS = {
 }
 ORDER = (1, 2, 4, 6, 7, 3, 8, 5)
 TOTAL = 590  # seconds of everything
+_NO_TIME = {"status": "no time left", "seconds": 0.0, "rows": []}
 
 
 def main() -> int:
-    """0 unless a step has failed."""
+    """0 if all steps went well; on a pretend GPU, also where one needs a real one."""
     options = _options()
     file, started = options.json.resolve(), time.monotonic()
     os.chdir(_TESTS.parent)
@@ -55,10 +56,8 @@ def main() -> int:
         file.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{number} {name}: {outcome['status']}, {outcome['seconds']:.1f} s", flush=True)
     print(f"\n{_table(found)}")
-    return int(any(outcome["status"] not in ("ok", "needs a GPU") for outcome in found["steps"].values()))
-
-
-_NO_TIME = {"status": "no time left", "seconds": 0.0, "rows": []}
+    good = {"ok", "needs a GPU"} if options.pretend else {"ok"}
+    return int(any(outcome["status"] not in good for outcome in found["steps"].values()))
 
 
 def _options() -> argparse.Namespace:
