@@ -39,6 +39,7 @@ LONG = {
     "test_peers.py": 25,
     "test_peers": 25,
     "test_report.py": 25,
+    "test_accept.py": 30,
     "test_masks.py": 20,
     "test_pretend_faults.py": 20,
     "test_ranks": 20,

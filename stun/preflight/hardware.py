@@ -94,10 +94,15 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
         ranks.return_memory()
         return Launch("cpu", *place, 0, host, flops, float32, float32, *disk, base)
     properties = torch.cuda.get_device_properties(ranks.device)
-    alike = [gpu for name, gpu in GPUS.items() if name.split("-")[0] in properties.name.lower()] or [GPUS["a100"]]
-    _, *tflops = min(alike, key=lambda gpu: abs(gpu[0] - properties.total_memory))
+    _, *tflops = data_sheet(properties.name, properties.total_memory)
     rates = (1e12 * rate for rate in tflops)
     return Launch(properties.name, *place, properties.total_memory, host, *rates, *disk, base)
+
+
+def data_sheet(name: str, nbytes: int) -> tuple[float, ...]:
+    """Entry of GPUS for a GPU of that name and memory; an A100's for one that is not in the table."""
+    alike = [gpu for known, gpu in GPUS.items() if known.split("-")[0] in name.lower()] or [GPUS["a100"]]
+    return min(alike, key=lambda gpu: abs(gpu[0] - nbytes))
 
 
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:

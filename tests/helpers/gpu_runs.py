@@ -52,22 +52,31 @@ def methods(sources: Path, runs: Path, ranks: Ranks) -> None:
 
 
 def resume(sources: Path, runs: Path, ranks: Ranks) -> None:
+    """An interrupted run."""
+    prune_with_stops(request(sources / FAMILY, runs / "stopped"), ranks)
+
+
+def prune_with_stops(cfg: PruneConfig, ranks: Ranks) -> None:
     """A run that ends in the first stream, then in the second, and goes on."""
-    again = request(sources / FAMILY, runs / "stopped")
     with stopped_after("observe", 1):
-        prune(again, ranks)
+        prune(cfg, ranks)
     with stopped_after("prune", 0):
-        prune(again, ranks)
-    prune(again, ranks)
+        prune(cfg, ranks)
+    prune(cfg, ranks)
 
 
 def evaluated(sources: Path, runs: Path, ranks: Ranks) -> None:
-    """Completions and perplexity."""
+    """Completions and perplexity of a dense model."""
+    evaluate_briefly(sources / FAMILY, runs, ranks)
+
+
+def evaluate_briefly(model: Path, runs: Path, ranks: Ranks) -> dict:
+    """Result of a few completions and of the perplexity of a short text, in RUNS/result.json too."""
     rows = runs / "rows.jsonl"
     ranks.on_first(lambda: rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:5])))
     text = replace(CALIBRATION, samples=3)
     task = TaskConfig(path=str(rows), max_new_tokens=4, batch=2)
-    evaluate(EvaluateConfig(ModelConfig(str(sources / FAMILY)), task, text, output=str(runs / "result.json")), ranks)
+    return evaluate(EvaluateConfig(ModelConfig(str(model)), task, text, output=str(runs / "result.json")), ranks)
 
 
 CASES = {"families": families, "methods": methods, "resume": resume, "evaluate": evaluated}

@@ -1,7 +1,7 @@
 """Kernels and host syncs of the pieces of a run on a GPU, counted on a pretend one: `cd tests && python -m helpers.piece_counts`.
 
 Sums are counted at the shapes of an expert of Arctic, and what loops over columns or rounds at fewer rows and columns: the counts
-that are given, by column or by round, are those of any shape.
+by column are those of any shape, and those of ALPS grow with its rounds, about thirty.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def pieces() -> dict[str, tuple[Callable[[], object], float]]:
         "sums of weights, an expert": (lambda: weight_sums(expert), 1),
         "powers of weights, a matrix": (lambda: power_sums(expert), 2),
         "powers of non-zero weights, a matrix": (lambda: power_sums(expert, without_zeros=True), 2),
+        "masks by Wanda with their histograms, an expert": (partial(_mask, [weight_OD[:ROWS] for weight_OD in expert]), 1),
         "2:4 of scores, a matrix": (lambda: smallest_of_pattern(scores, pattern), 1),
         "smallest scores of a matrix": (lambda: smallest_of_matrix(scores, half), 1),
         "SparseGPT, a column": (lambda: sparsegpt(weight, gram, half), COLUMNS),
@@ -49,9 +50,24 @@ def pieces() -> dict[str, tuple[Callable[[], object], float]]:
     }
 
 
+def _mask(expert: list) -> None:
+    """Masks of an expert's matrices by Wanda, and the histograms of their scores."""
+    import torch
+
+    from stun.config import SparsifyConfig
+    from stun.sparsify.matrix import sparsify
+    from stun.sparsify.saliency import Saliency
+
+    saliency, config = Saliency(), SparsifyConfig()
+    for weight_OD in expert:
+        moment_D = torch.ones(weight_OD.shape[1], dtype=torch.float64, device="cuda")
+        sparse_OD = sparsify(config, weight_OD, moment_D, weight_OD.numel() * 2 // 5, "x")
+        saliency.add(config, weight_OD, sparse_OD == 0, moment_D)
+
+
 def micro_batches(folder: Path) -> dict[str, list[float]]:
-    """Kernels an expert and syncs a micro-batch of a layer of Arctic's kind, plain, observed, and measured for masks: what one
-    more micro-batch takes, and what more experts take in it."""
+    """Kernels and syncs of a layer of Arctic's kind, plain, observed, and measured for masks: what one more micro-batch takes
+    with the fewest experts, and what one more expert takes in it."""
     import torch
 
     from helpers.zoo import make_checkpoint
@@ -73,10 +89,9 @@ def micro_batches(folder: Path) -> dict[str, list[float]]:
                     run = partial(Moments(stream, layer, [], list(range(number)), "grams" in name, False).measure, own)
                 with counted() as counts[number, batches]:
                     run()
-        few, many = EXPERTS
-        of_one = {number: counts[number, 2] - counts[number, 1] for number in EXPERTS}
-        kernels = (of_one[many]["kernels"] - of_one[few]["kernels"]) / (many - few)
-        found[f"{name}: kernels an expert, syncs a micro-batch"] = [kernels, of_one[many]["syncs"]]
+        few, many = ([counts[n, 2][kind] - counts[n, 1][kind] for kind in ("kernels", "syncs")] for n in EXPERTS)
+        found[f"{name}: a micro-batch"] = few
+        found[f"{name}: an expert in it"] = [(b - a) / (EXPERTS[1] - EXPERTS[0]) for a, b in zip(few, many, strict=True)]
     return found
 
 
