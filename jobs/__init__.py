@@ -98,7 +98,7 @@ def _main(name: str, work: Work) -> Callable[[], None]:
 
 
 def _start(work: Work, cfg: object) -> None:
-    work(cfg, process_ranks(getattr(cfg, "device", Device.auto)))
+    work(cfg, process_ranks(getattr(cfg, "device", Device.cpu)))  # a job without that setting computes nothing
 
 
 @contextmanager

@@ -286,7 +286,7 @@ class PruneConfig:
     error."""
     allow_other_hardware: bool = False
     """Whether an interrupted run goes on where the GPU's or CPU's type, torch or CUDA differ from those it began with; its layers
-    may then differ in last bits. config.yaml in the run folder records both."""
+    may then differ in last bits, and must be computed in the same dtype. config.yaml in the run folder records both."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     fit: str = ""
     """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is

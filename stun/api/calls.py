@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stun.api.words import Names
 from stun.checkpoint.hub import fetched, folder
-from stun.config import Device, ModelConfig, PruneConfig, StunError
+from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.tokenizer import load_tokenizer
 from stun.evaluation import job as evaluation
 from stun.files import load_yaml
@@ -22,7 +22,7 @@ from stun.planning.from_statistics import Described, plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
 from stun.run.lock import let_go
-from stun.runtime.ranks import Ranks, process_ranks
+from stun.runtime.ranks import Ranks, any_ranks, process_ranks
 from stun.settings.compose import composed
 from stun.stream.progress import close_view
 
@@ -92,7 +92,7 @@ def load(model: File, **options: object) -> tuple[PreTrainedModel, PreTrainedTok
 
     `options` are those of `from_pretrained`; weights keep the dtype they are stored in. Raises StunError.
     """
-    with _on_ranks([]) as ranks:
+    with _on_ranks([], any_ranks()) as ranks:
         place = Path(folder(fetched(PruneConfig(ModelConfig(fspath(model))), ranks).model.path))
         return load_whole(place, **{"dtype": "auto", **options}), load_tokenizer(place)
 
@@ -106,15 +106,14 @@ def _job(
         raise StunError(f"{name}: is given twice")
     words = [*Names(job).words({**given, **settings}), *overrides]
     cfg = composed(job, words)
-    with _on_ranks([f"jobs/{job}.py", *words], getattr(cfg, "device", Device.auto)) as ranks:
+    with _on_ranks([f"jobs/{job}.py", *words], process_ranks(cfg.device)) as ranks:
         yield cfg, ranks
 
 
 @contextmanager
-def _on_ranks(command: list[str], device: Device = Device.auto) -> Iterator[Ranks]:
-    """Ranks of this process for one call, with the command that does the same, for records. A call that fails or is interrupted
-    leaves neither a view on the screen nor a lock on the run folder."""
-    ranks = process_ranks(device)
+def _on_ranks(command: list[str], ranks: Ranks) -> Iterator[Ranks]:
+    """Ranks for one call, with the command that does the same, for records. A call that fails or is interrupted leaves neither a
+    view on the screen nor a lock on the run folder."""
     ranks.command, ranks.started = command, time.monotonic()
     try:
         yield ranks

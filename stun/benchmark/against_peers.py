@@ -128,7 +128,7 @@ class Bench:
     def _peer(self, python: str, script: str, *arguments: object) -> dict:
         """Row of a script; its output is deleted."""
         forget(self.model)
-        row = run_peer(python, script, self.folder, self.model, self.tokens, *arguments)
+        row = run_peer(python, script, self.folder, self.ranks.device, self.model, self.tokens, *arguments)
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         return row
 

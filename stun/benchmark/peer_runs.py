@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 from stun.benchmark.runs import run_alone
 
 _SCRIPTS = Path(__file__).absolute().parent / "peers"
@@ -11,14 +13,15 @@ _BEFORE = ("load", "trial")  # phases before the measured work
 _ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*")
 
 
-def run_peer(python: str, script: str, folder: Path, *arguments: object) -> dict:
-    """Run a script with the interpreter `python` in `folder`, where it may write files.
+def run_peer(python: str, script: str, folder: Path, device: torch.device, *arguments: object) -> dict:
+    """Run a script with the interpreter `python` in `folder`, where it may write files. It sees no GPU where `device` is a CPU.
 
     Returns its report with the `seconds` of its work, of its `phases`, and `wall_seconds` of the process. A peer's failure is a
     result too: the `reason` alone.
     """
+    variables = {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
     try:
-        done, seconds = run_alone([python, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)], folder, HF_HUB_OFFLINE="1")
+        done, seconds = run_alone([python, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)], folder, **variables)
     except OSError as error:
         return {"reason": f"failed: {error}"}
     if done.returncode:

@@ -19,7 +19,7 @@ from stun.model.architecture import Architecture
 from stun.preflight.time import forward_flop
 from stun.run.identity import plain
 
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_alone(command: list[str], folder: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, float]:

@@ -27,7 +27,8 @@ from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copie
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE = "_scale_inv"
-
+_BAND = 2**22  # weights of an fp8 matrix that one thread dequantises at once
+DEQUANTISED = 9 * THREADS * _BAND  # most bytes of that beside the result: weights, their scales and products in float32
 
 Headers = dict[str, dict[str, TensorInfo]]  # by file name
 
@@ -188,7 +189,8 @@ class Checkpoint:
                 parts = raw.split([info.nbytes for info in infos])
                 for name, info, part in zip(names, infos, parts, strict=True):
                     if info.scale is not None:
-                        pieces.append(pool.submit(self._dequantise, memory, part, name, info))
+                        target_OD = part.view(info.dtype).view(info.shape)
+                        pieces.extend(pool.submit(self._dequantise, memory, target_OD, name, info, rows) for rows in _bands(info))
                         continue
                     for start in range(0, info.nbytes, PIECE):
                         pieces.append(pool.submit(self._fill, memory, part[start : start + PIECE], name, info, start))
@@ -221,17 +223,27 @@ class Checkpoint:
         except OSError as error:
             raise StunError(f"{file}: {name} cannot be read: {error}") from error
 
-    def _dequantise(self, memory: Memory, target_N: torch.Tensor, name: str, info: TensorInfo) -> None:
-        """Read an fp8 matrix [rows, columns], and multiply every entry, in float32, with the scale of its block."""
+    def _dequantise(self, memory: Memory, target_OD: torch.Tensor, name: str, info: TensorInfo, rows: range) -> None:
+        """Read a band of rows of an fp8 matrix [O, D], and multiply every entry, in float32, with the scale of its block."""
+        shape, row_bytes = (len(rows), info.shape[1]), info.scale.nbytes // info.scale.shape[0]
+        blocks = range(rows.start // info.block[0], -(-rows.stop // info.block[0]))
         with memory.computing():
-            raw, scales = memory.empty(info.numel), memory.empty(info.scale.nbytes)
-            self._fill(memory, raw, name, info)
-            self._fill(memory, scales, name + SCALE, info.scale)
-            scale_OD = scales.view(info.scale.dtype).view(info.scale.shape).float()
-            for dim, size in enumerate(info.shape):
+            raw, scales = memory.empty(shape[0] * shape[1]), memory.empty(len(blocks) * row_bytes)
+            self._fill(memory, raw, name, info, rows.start * shape[1])
+            self._fill(memory, scales, name + SCALE, info.scale, blocks.start * row_bytes)
+            scale_OD = scales.view(info.scale.dtype).view(len(blocks), info.scale.shape[1]).float()
+            for dim, size in enumerate(shape):
                 scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
-            product_OD = raw.view(torch.float8_e4m3fn).view(info.shape).float().mul_(scale_OD)
-            target_N.view(info.dtype).view(info.shape).copy_(product_OD)
+            product_OD = raw.view(torch.float8_e4m3fn).view(shape).float().mul_(scale_OD)
+            target_OD[rows.start : rows.stop].copy_(product_OD)
+
+
+def _bands(info: TensorInfo) -> list[range]:
+    """Rows of an fp8 matrix by band: whole blocks, with as many weights as are dequantised at once, but a block at least."""
+    rows, columns = info.shape
+    height = max(1, min(info.block[0], rows))
+    step = height * max(1, _BAND // max(1, height * columns))
+    return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

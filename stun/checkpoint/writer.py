@@ -64,7 +64,7 @@ def _write(path: Path, tensors: Tensors, digest: hashlib._Hash | None, threads: 
     memory, start, pieces = memory_to_write_from(device), len(header), []
     memory.depart()
     with path.open("wb", buffering=0) as handle, copiers(device, threads) as pool:
-        handle.write(header)
+        _write_at(handle.fileno(), memoryview(header), 0)
         if digest:
             digest.update(header)
         for piece_n in (piece_n for entry_N in entries for piece_n in entry_N.split(PIECE)):
@@ -93,14 +93,19 @@ def _entries(tensors: list[tuple[str, torch.Tensor | Stacked]]) -> list[torch.Te
     return [entry.contiguous().reshape(-1).view(torch.uint8) for entry in entries]
 
 
+def _write_at(file: int, view: memoryview, start: int) -> None:
+    """Write all bytes of a view, from the file's byte `start` on. The system may take a part of them at a time."""
+    written = 0
+    while written < len(view):
+        written += os.pwrite(file, view[written:], start + written)
+
+
 def _put(
     file: int, memory: Memory, piece_n: torch.Tensor, start: int, digest: hashlib._Hash | None, before: Future | None
 ) -> None:
     """Write a piece at its place; `digest` takes it up after the one `before`."""
     with memory.view(piece_n) as view:
-        written = 0
-        while written < len(view):
-            written += os.pwrite(file, view[written:], start + written)
+        _write_at(file, view, start)
         if digest:
             if before:
                 before.result()

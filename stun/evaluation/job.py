@@ -21,6 +21,7 @@ from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
+from stun.model.precision import compute_dtype
 from stun.preflight.speeds import read_speed
 from stun.run.identity import hardware, model_digest, plain
 from stun.runtime.gpus import is_out_of_gpu_memory
@@ -50,7 +51,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
         ranks.log(f"{cfg.output} is complete already")
         return earlier
     dense = _dense(cfg.dense, reference, arch, ranks) if reference else None
-    machine = hardware(ranks)
+    machine = hardware(ranks, compute_dtype(arch, ranks.device))
     ranks.on_first(lambda: partial.open(inputs.request, machine))
     result: dict = {"model": cfg.model.path}
     if inputs.sequences:

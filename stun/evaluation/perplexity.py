@@ -48,6 +48,7 @@ def score(
         states[name] = recorders[name].restore(finished[name][:first], states[name])
         owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in model.layers]
         streams[name] = LayerStream(model, ranks, model.layers, owners, first)
+        streams[name].beside = len(models)
     progress = Progress("score", len(arch.layers), ranks, first)
     for layers in zip(*streams.values(), strict=True):
         ranks.doing = f"score layer {layers[0].layout.index}"

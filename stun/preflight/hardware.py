@@ -83,8 +83,8 @@ def described(cluster: ClusterConfig, arch: Architecture, base: int) -> Launch:
 
 def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -> Launch:
     """Launch that is running, measured. All ranks call this together; on CPUs they measure at the same time, as they compute."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    place, host = (ranks.world // local, local), host_memory(local)
+    local = ranks.local_world
+    place, host = (-(-ranks.world // local), local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
         speeds = [

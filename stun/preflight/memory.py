@@ -8,6 +8,7 @@ evenly over the ranks, and tokens evenly over the experts.
 from dataclasses import dataclass
 from functools import cached_property
 
+from stun.checkpoint.reader import DEQUANTISED
 from stun.config import Scope, SparsifyConfig, SparsifyMethod
 from stun.model.architecture import expert_infos
 from stun.model.layer_layout import LayerLayout
@@ -150,10 +151,11 @@ class Footprint:
         return before.owned + (before.joined or before.kept) if index else 0
 
     def _read_ahead(self, ahead: int, beside: int) -> tuple[int, int]:
-        """Bytes of the next layer, `ahead`, that are held on the GPU `beside` others, and bytes on the host."""
+        """Bytes of the next layer, `ahead`, that are held on the GPU `beside` others, and on the host; with those of reading."""
+        reading = DEQUANTISED if self.arch.source.is_fp8 else 0
         if not self.is_gpu:
-            return 0, ahead
-        return min(ahead, int(AHEAD * max(0, self.launch.gpu_memory - beside))), 2 * BUFFERS * PIECE
+            return 0, ahead + reading
+        return min(ahead, int(AHEAD * max(0, self.launch.gpu_memory - beside))) + reading, 2 * BUFFERS * PIECE
 
     def _dense_read_ahead(self, index: int, beside: int) -> tuple[int, int]:
         """The same while a dense layer runs."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stun.config import PruneConfig, StunError
 from stun.files import load_json, load_yaml, write_json
+from stun.model.precision import compute_dtype
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan
 from stun.planning.plan import Plan
@@ -55,7 +56,7 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     job = with_weights(resolve_statistics(cfg, ranks), ranks)
     outliers = {"outliers": cfg.sparsify.counts_outliers}
     identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | outliers})
-    machine = hardware(ranks)
+    machine = hardware(ranks, compute_dtype(job.arch, ranks.device))
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity, machine, cfg.allow_other_hardware))
     samples, tokens = count(len(job.samples.tokens_ST), "sample"), count(cfg.calibration.length, "token")
     ranks.log(f"observe {job.cfg.model.path} | {samples} of {tokens}")
@@ -73,7 +74,7 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
 
     A run that an earlier launch finished has its summary. Raises StunError if the folder holds something else.
     """
-    cfg, machine = job.cfg, hardware(ranks)
+    cfg, machine = job.cfg, hardware(ranks, compute_dtype(job.arch, ranks.device))
 
     def opened() -> Run:
         return Run.open(cfg.run_dir, fingerprint(cfg, job.arch.source, job.samples), machine, cfg.allow_other_hardware)

@@ -20,7 +20,7 @@ import yaml
 
 from stun.config import StunError
 from stun.files import load_json, load_yaml, write_atomically, write_json
-from stun.run.identity import differences
+from stun.run.identity import COMPUTED_IN, differences
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import MARK, discard, own_part, release
 
@@ -36,11 +36,15 @@ _OUTPUT = {".out", ".err", ".log"}  # output of a Slurm job
 
 def _check_hardware(run_dir: str, used: object, now: dict, allow_other: bool) -> None:
     """Raise StunError if an interrupted run has `used` other hardware alone, and must not go on elsewhere."""
-    if not isinstance(used, list):
-        raise StunError(f"run_dir={run_dir}: config.yaml: hardware: must be a list")
-    if used and now not in used and not allow_other:
-        changes = "; ".join(differences(used[-1], now))
-        raise StunError(f"run_dir={run_dir}: began on other hardware ({changes}); go on there, or with allow_other_hardware=true")
+    if not isinstance(used, list) or not all(isinstance(entry, dict) for entry in used):
+        raise StunError(f"run_dir={run_dir}: config.yaml: hardware: must be a list of records")
+    if not used or now in used:
+        return
+    changes = f"run_dir={run_dir}: began on other hardware ({'; '.join(differences(used[-1], now))}); go on there"
+    if not allow_other:
+        raise StunError(f"{changes}, or with allow_other_hardware=true")
+    if used[-1].get(COMPUTED_IN, now.get(COMPUTED_IN)) != now.get(COMPUTED_IN):  # records of older versions have none
+        raise StunError(f"{changes}, or where layers are computed in {used[-1][COMPUTED_IN]}: its hidden states are")
 
 
 class Run:

@@ -11,9 +11,10 @@ import torch
 from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig
 from stun.data.samples import Samples
-from stun.runtime.cpu import multiplies_bfloat16
+from stun.runtime.cpu import cpu_type
 from stun.runtime.ranks import Ranks
 
+COMPUTED_IN = "computed_in"  # name of the compute dtype in records
 # Settings on which the result does not depend; hardware is checked for itself.
 _WITHOUT_EFFECT = ("run_dir", "statistics", "tracking", "device", "allow_other_hardware")
 
@@ -51,18 +52,25 @@ def observed(cfg: PruneConfig, source: Checkpoint, samples: Samples, dtype: torc
     """Identity of the first stream's statistics, computed in `dtype`, except whether they include outliers."""
     identity = fingerprint(cfg, source, samples)
     tokens, size = identity["calibration_tokens"], cfg.calibration.micro_batch
-    run_as = {"micro_batch": size, "computed_in": str(dtype).removeprefix("torch.")}
+    run_as = {"micro_batch": size, COMPUTED_IN: _name(dtype)}
     return {"model": identity["source"], "sources": samples.sources, "calibration_tokens": tokens, **run_as}
 
 
-def hardware(ranks: Ranks) -> dict[str, str]:
-    """What last bits depend on beside the request: device and versions, of all ranks. All ranks call this together."""
+def hardware(ranks: Ranks, dtype: torch.dtype) -> dict[str, str]:
+    """What bits depend on beside the request: device, versions, and the `dtype` that is computed in, of all ranks. All ranks call
+    this together."""
     if ranks.device.type == "cuda":
         own = {"device": torch.cuda.get_device_name(ranks.device), "cuda": str(torch.version.cuda)}
     else:
-        own = {"device": f"CPU {'with' if multiplies_bfloat16() else 'without'} fast bfloat16"}
-    everywhere = ranks.gather_objects(own | {"torch": torch.__version__})
-    return {name: " and ".join(sorted({each[name] for each in everywhere})) for name in everywhere[0]}
+        own = {"device": cpu_type()}
+    own |= {"torch": torch.__version__, COMPUTED_IN: _name(dtype)}
+    everywhere = ranks.gather_objects(own)
+    names = {name: None for each in everywhere for name in each}  # in this order
+    return {name: " and ".join(sorted({each[name] for each in everywhere if name in each})) for name in names}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def differences(old: object, new: object, where: str = "") -> list[str]:

@@ -25,8 +25,8 @@ def is_out_of_gpu_memory(error: Exception) -> bool:
 
 def own_device(wanted: Device, local: int, local_world: int, has_one: bool) -> torch.device:
     """Device of rank `local` of the `local_world` ranks on this node. `has_one` says whether every rank may see one GPU, its own
-    (srun --gpus-per-task=1). Raises StunError where a GPU is there, or asked for, and cannot be used, and for more ranks than
-    GPUs."""
+    (a task of srun --gpus-per-task=1). Raises StunError where a GPU is there, or asked for, and cannot be used, and for more
+    ranks than GPUs."""
     if wanted is Device.cpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():

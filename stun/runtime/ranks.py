@@ -6,10 +6,12 @@ import atexit
 import ctypes
 import logging
 import os
+import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -28,20 +30,31 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 
 
 def _environment() -> bool:
-    """Set the variables that torchrun sets, under srun from Slurm's own; returns whether it did. Without either, the job has one
-    rank."""
-    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    """Set the variables of torchrun that are missing, under srun from Slurm's own; returns whether this rank is a task of srun.
+    Without either launcher, the job has one rank."""
+    if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        return False
+    if "RANK" not in os.environ:
         os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM.items()})
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0])
         os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
-        return True
-    return False
+    # A script may have set them for its tasks; torchrun, if a task starts it, has set others.
+    is_task = all(os.environ.get(name) == os.environ.get(_SLURM[name]) for name in ("RANK", "WORLD_SIZE"))
+    if is_task:
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here()))
+    return is_task
 
 
-def _local_world(world: int) -> int:
-    """Number of ranks on this node; the deepspeed launcher has a name of its own for it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+def _tasks_here() -> int:
+    """Number of srun's tasks on this node, from those of all nodes: `4(x2),3`."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    return [int(tasks) for tasks, nodes in found for _ in range(int(nodes or 1))][int(os.environ["SLURM_NODEID"])]
+
+
+def _local_world() -> int:
+    """Number of ranks on this node, 0 if the launcher does not say. The deepspeed launcher has a name of its own for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
 
 
 def _first_host(nodes: str) -> str:
@@ -71,6 +84,17 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
+@contextmanager
+def _own_gpus() -> Iterator[None]:
+    """Context of the first collective, in which NCCL notices ranks that were given the same GPU. Raises StunError for them."""
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise StunError("two ranks were given the same GPU: each rank needs its own; start fewer ranks, or device=cpu") from error
+
+
 def _libc_call(name: str, *arguments: int) -> None:
     function = getattr(ctypes.CDLL(None), name, None)  # C libraries other than glibc may lack mallopt and malloc_trim
     if function:
@@ -98,13 +122,11 @@ class Ranks:
     """This process as rank `rank` of `world`, computing on `device`."""
 
     def __init__(self, device: Device = Device.auto) -> None:
-        by_slurm = _environment()
-        is_alone = "RANK" not in os.environ
+        is_task, is_alone = _environment(), "RANK" not in os.environ
         self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        local, self.local_world = int(os.environ.get("LOCAL_RANK", 0)), _local_world(self.world)
+        local, told = int(os.environ.get("LOCAL_RANK", 0)), 1 if is_alone else _local_world()
         self.is_first_of_node = local == 0
-        self.device = own_device(device, local, self.local_world, by_slurm)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world))
+        self.device = own_device(device, local, told or local + 1, is_task)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed binds its collectives to the GPU of this number
@@ -114,14 +136,24 @@ class Ranks:
             _libc_call("mallopt", -3, 32 << 20)  # older versions of glibc accept no more
             _libc_call("mallopt", -3, 256 << 20)
             _libc_call("mallopt", -1, 256 << 20)
-        self.workers = Workers(self.device)
         self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
+        with _own_gpus():
+            here, sharing = self._neighbours()
+        self.local_world = told or here
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(sharing, self.local_world)))
+        self.workers = Workers(self.device)
         self.started, self._peak = time.monotonic(), 0
         self.doing = ""  # current step, for the log of a failure: "prune layer 3"
         self.command: list[str] | None = None  # words that start this job, in the form of sys.argv, where these are others
         self.meter = Meter()
         # Replaced by stun.tracking.tracker where a job is tracked.
         self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
+
+    def _neighbours(self) -> tuple[int, int]:
+        """Number of ranks on this node, and of those that share cores with this one: launchers may bind each to its own."""
+        node, cores = platform.node(), os.sched_getaffinity(0)
+        here = [theirs for place, theirs in self.gather_objects((node, cores)) if place == node]
+        return len(here), sum(not cores.isdisjoint(theirs) for theirs in here)
 
     @property
     def is_first(self) -> bool:
@@ -260,6 +292,13 @@ def process_ranks(device: Device = Device.auto) -> Ranks:
     if device not in (Device.auto, Device[_started[0].device.type]):
         raise StunError(f"device={device.name}: this process has started on {_started[0].device.type}, and stays there")
     return _started[0]
+
+
+def any_ranks() -> Ranks:
+    """Ranks of this process for work that has no device. A process on its own that has not started gets others for this work
+    alone, and may start on any device later."""
+    _environment()
+    return started_ranks() or (process_ranks() if "RANK" in os.environ else Ranks(Device.cpu))
 
 
 def started_ranks() -> Ranks | None:

@@ -33,7 +33,7 @@ def test_an_interrupted_run_stays_on_its_hardware(checkpoint, tmp_path):
     said = f"error: run_dir={run_dir}: began on other hardware (device: NVIDIA H200 there, NVIDIA A100 now); go on there, or with"
     assert done.returncode == 2 and said in done.stderr
     done = run_pretend([*prune, "device=cpu"], check=False)
-    assert done.returncode == 2 and "device: NVIDIA H200 there, CPU with" in done.stderr and "cuda: 13.0 there" in done.stderr
+    assert done.returncode == 2 and "device: NVIDIA H200 there, CPU " in done.stderr and "cuda: 13.0 there" in done.stderr
     assert hardware(run_dir) == ["NVIDIA H200"]
     run_pretend([*prune, "allow_other_hardware=true"], PRETEND_GPU="NVIDIA A100")
     assert hardware(run_dir) == ["NVIDIA H200", "NVIDIA A100"]

@@ -27,8 +27,16 @@ import os
 for key, value in {"SLURM_PROCID": os.environ["RANK"], "SLURM_LOCALID": os.environ["RANK"], "SLURM_NTASKS": "2"}.items():
     os.environ[key] = value
 os.environ |= {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1"}
-for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+os.environ |= {"SLURM_NODEID": "0"}
+for key in DELETED:
     del os.environ[key]
+"""
+UNSAID = ["LOCAL_WORLD_SIZE"]  # by scripts that set torchrun's variables themselves
+# A rank of two, each alone on its node.
+NODES = """
+import os
+del os.environ["LOCAL_WORLD_SIZE"]
+os.environ["LOCAL_RANK"] = "0"
 """
 
 
@@ -45,11 +53,18 @@ def test_two_ranks_share_the_cores_and_print_no_warnings(tmp_path):
     assert "compatibility check failed" not in done.stdout + done.stderr
 
 
-def test_slurm_gives_every_task_a_gpu_of_its_own(tmp_path):
-    (tmp_path / "show.py").write_text(SRUN + SHOW)
+@pytest.mark.parametrize("deleted", [["RANK", "LOCAL_RANK", "WORLD_SIZE", *UNSAID], UNSAID], ids=["srun", "a script for srun"])
+def test_slurm_gives_every_task_a_gpu_of_its_own(tmp_path, deleted):
+    (tmp_path / "show.py").write_text(f"DELETED = {deleted}\n{SRUN}{SHOW}")
     run_pretend([tmp_path / "show.py", tmp_path], 2, gpus=1)
     found = shown(tmp_path)
     assert [(entry["device"], entry["bound"], entry["first"]) for entry in found] == [("cuda:0", 0, True), ("cuda:0", 0, False)]
+
+
+def test_ranks_of_other_nodes_need_no_gpu_here(tmp_path):
+    (tmp_path / "show.py").write_text(NODES + SHOW)
+    run_pretend([tmp_path / "show.py", tmp_path], 2, gpus=1)
+    assert [(entry["device"], entry["first"]) for entry in shown(tmp_path)] == [("cuda:0", True)] * 2
 
 
 def test_more_ranks_than_gpus_are_refused(checkpoint, tmp_path):

@@ -22,13 +22,14 @@ from stun.benchmark.cases import benchmark
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe, write_checkpoint
 from stun.benchmark.config import BenchmarkCase, CheckpointShape
 from stun.benchmark.peer_runs import run_peer
-from stun.benchmark.runs import digests
+from stun.benchmark.runs import digests, run_alone
 from stun.benchmark.table import benchmark_table
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
 
 D, I, E, K, V, LENGTH, SAMPLES = 128, 64, 8, 2, 512, 32, 6
 TOKENS = LENGTH * SAMPLES
+CPU = torch.device("cpu")
 SHAPE = CheckpointShape(hidden=D, expert_width=I, experts=E, top_k=K, layers=1, vocabulary=V)
 
 
@@ -211,12 +212,26 @@ def test_without_an_interpreter_llmcompressor_is_not_run(tmp_path, ranks):
     ],
 )
 def test_a_peer_that_fails_says_why(tmp_path, script, reason):
-    assert run_peer(program(tmp_path / "python", script), "naive", tmp_path) == {"reason": f"failed: {reason}"}
+    assert run_peer(program(tmp_path / "python", script), "naive", tmp_path, CPU) == {"reason": f"failed: {reason}"}
 
 
 def test_a_peer_that_cannot_start_says_why(tmp_path):
     (tmp_path / "python").touch()
-    assert "Permission denied" in run_peer(str(tmp_path / "python"), "naive", tmp_path)["reason"]
+    assert "Permission denied" in run_peer(str(tmp_path / "python"), "naive", tmp_path, CPU)["reason"]
+
+
+def test_a_peer_computes_where_stun_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    script = """echo "{\\"seconds\\": {}, \\"peak_bytes\\": 0, \\"visible\\": \\"$CUDA_VISIBLE_DEVICES\\"}\""""
+    python = program(tmp_path / "python", script)
+    found = [run_peer(python, "naive", tmp_path, device).get("visible") for device in (CPU, torch.device("cuda", 0))]
+    assert found == ["", "3"]
+
+
+def test_what_runs_alone_hears_of_no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert not re.search("^(RANK|LOCAL_.*)=", run_alone(["env"])[0].stdout, re.M)
 
 
 @pytest.mark.slow

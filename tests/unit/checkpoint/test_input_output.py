@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +80,23 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch, is_hashed
     with pytest.raises(StunError, match=r"model: cannot be written: .*No space left"):
         write_tensors(tmp_path / "model", {"a": torch.ones(20_000)}, is_hashed)
     assert not list(tmp_path.iterdir()) and len(threads) > 1
+
+
+def test_a_system_that_takes_few_bytes_at_a_time(tmp_path, monkeypatch):
+    """... as one does whose disk is nearly full."""
+    pwrite, opened = os.pwrite, Path.open
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:100])
+
+    monkeypatch.setattr(os, "pwrite", lambda file, view, start: pwrite(file, view[:100], start))
+    monkeypatch.setattr(
+        Path, "open", lambda file, mode="r", **how: Slow(file, mode) if "w" in mode else opened(file, mode, **how)
+    )
+    own = {f"tensor {number}": torch.randn(30) for number in range(9)}
+    write_tensors(tmp_path / "ours", own)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in load_file(tmp_path / "ours").items())
 
 
 @pytest.fixture

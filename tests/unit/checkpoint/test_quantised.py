@@ -12,7 +12,10 @@ from helpers.forms import fp8, rewrite, run
 from helpers.stock import load_stock
 from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
+from stun.checkpoint.reader import _BAND, DEQUANTISED, Checkpoint
 from stun.config import StunError
+from stun.preflight.activations import Allocations
+from stun.runtime.device_copies import THREADS, HostMemory
 
 
 @pytest.mark.slow
@@ -33,6 +36,34 @@ def test_fp8_is_dequantised(tmp_path, ranks, block):
     pruned, _, summary = run(source, tmp_path / "pruned", ranks)
     assert abs(summary["sparsity"] - 0.4) < 1e-4
     load_stock(pruned)
+
+
+@pytest.mark.parametrize("block", [(8, 8), (20, 12), (4096, 4096)])
+def test_fp8_is_dequantised_a_few_rows_at_a_time(tmp_path, monkeypatch, block):
+    """... and the scales of every block are read once."""
+    exact = fp8(tmp_path, "deepseek_v3", *block)
+    sizes, empty = [], HostMemory.empty
+    source = Checkpoint.open(tmp_path)
+    quantised = {name: info for name, info in source.tensors.items() if info.scale}
+    monkeypatch.setattr("stun.checkpoint.reader._BAND", 300)
+    monkeypatch.setattr(HostMemory, "empty", lambda memory, nbytes: sizes.append(nbytes) or empty(memory, nbytes))
+    assert len(quantised) > 10 and all(torch.equal(source.read(name), exact[name]) for name in quantised)
+    assert source.bytes_read == sum(info.numel + info.scale.nbytes for info in quantised.values())
+    results = sum(info.nbytes for info in quantised.values())
+    assert sum(sizes) == results + source.bytes_read, "results, weights and scales are all there is"
+    weights = [nbytes for nbytes in sizes if nbytes not in {info.nbytes for info in quantised.values()}]
+    assert max(weights) <= max(300, max(min(block[0], info.shape[0]) * info.shape[1] for info in quantised.values()))
+
+
+def test_what_dequantising_takes(tmp_path):
+    """Bytes beside the result, of all threads at once."""
+    fp8(tmp_path, "deepseek_v3", 32, 32)
+    source = Checkpoint.open(tmp_path)
+    name, info = max(((name, info) for name, info in source.tensors.items() if info.scale), key=lambda entry: entry[1].numel)
+    with Allocations() as counted:  # without the weights as stored, one byte each, which are in pages of their own
+        source._dequantise(HostMemory(), torch.empty(info.shape, dtype=info.dtype), name, info, range(info.shape[0]))
+    taken = counted.peak - info.nbytes + info.numel
+    assert 0.9 < DEQUANTISED / (THREADS * _BAND) / (taken / info.numel) < 1.1
 
 
 def test_fp8_without_its_scales_is_refused(tmp_path, ranks):

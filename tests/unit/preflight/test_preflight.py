@@ -6,6 +6,7 @@ import json
 import re
 import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import stun.preflight.job
+from helpers.forms import fp8
 from helpers.launches import launch_job, run_job, settings
 from helpers.pages import commands, here, page, run
 from helpers.paths import REFERENCE, TEXT
@@ -38,7 +40,7 @@ from stun.model.architecture import Architecture
 from stun.planning.job import resolve, resolve_model
 from stun.preflight.activations import Allocations, trace_layers
 from stun.preflight.config import ClusterConfig
-from stun.preflight.hardware import GIB, GPUS, Launch, described, gpu_base
+from stun.preflight.hardware import GIB, GPUS, Launch, described, gpu_base, this_launch
 from stun.preflight.job import SURE, Estimate, check, fitting_grams, report
 from stun.preflight.memory import Footprint, transient_costs
 from stun.preflight.solvers import matrix_flop
@@ -157,6 +159,32 @@ def test_refusals(checkpoint, ranks, tmp_path, monkeypatch):
     with pytest.raises(StunError, match=r"does not fit: disk: about [\d.]+ .iB needed, 97.7 KiB .*run_dir=.* is on that disk"):
         prune(cfg, ranks)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_nodes_of_a_launch(checkpoint, ranks, tmp_path, monkeypatch):
+    """... whatever the launcher calls the number of ranks on one."""
+    cfg, measured = asked(checkpoint("mixtral"), tmp_path), "stun.preflight.hardware"
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    monkeypatch.setattr(f"{measured}._disk_speeds", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(f"{measured}.product_speed", lambda *_: 1e9)
+    for world, nodes in ((8, 1), (16, 2), (15, 2)):
+        several = SimpleNamespace(world=world, local_world=8, device=ranks.device, workers=None)
+        several.on_first, several.gather_objects, several.return_memory = lambda made: made(), lambda own: [own], lambda: None
+        launch = this_launch(several, resolve_model(cfg).arch, cfg, 0)
+        assert (launch.nodes, launch.per_node) == (nodes, 8)
+
+
+def test_dequantising_is_counted(checkpoint, tmp_path, monkeypatch):
+    """... as many bytes as it takes, which are as many for every matrix."""
+    fp8(tmp_path / "fp8", "deepseek_v3", 8, 8)
+    peaks = {}
+    for count in (0, 10**12):
+        monkeypatch.setattr("stun.preflight.memory.DEQUANTISED", count)
+        for source in (tmp_path / "fp8", checkpoint("deepseek_v3")):
+            job = resolve_model(asked(source, tmp_path / "run"))
+            peaks[count, source.name] = [sum((p.host, p.gpu)) for p in (Footprint(job, launch).peak() for launch in (CPU, GPU))]
+    assert peaks[0, "model"] == peaks[10**12, "model"]
+    assert [after - before for before, after in zip(peaks[0, "fp8"], peaks[10**12, "fp8"], strict=True)] == [10**12] * 2
 
 
 def test_advice_is_what_fits(checkpoint, tmp_path):

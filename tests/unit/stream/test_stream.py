@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from helpers.stock import observed
 from helpers.tensors import load_tensors
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
+from stun.evaluation.perplexity import score
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 from stun.runtime.device_copies import HostMemory
@@ -74,6 +78,48 @@ def test_what_does_not_fit_beside_a_layer_waits_for_it(checkpoint, ranks, monkey
         arch.source.bytes_read = count * nbytes
         if count == 2:
             stream.close()
+
+
+def test_a_stream_that_is_left_waits_for_nobody(checkpoint, ranks, monkeypatch):
+    """An error keeps the frames that it has passed, and so the stream; a process that ends waits for its threads."""
+    arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: 0)
+    stream = iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers]))
+    next(stream)
+    deadline = time.monotonic() + 2
+    while at_work("read") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not at_work("read")
+    stream.close()
+
+
+def at_work(name: str) -> list[str]:
+    """Functions of the stream in which threads of that name are."""
+    own = {thread.ident for thread in threading.enumerate() if thread.name.startswith(name)}
+    stacks = [traceback.extract_stack(frame) for ident, frame in sys._current_frames().items() if ident in own]
+    return [frame.name for stack in stacks for frame in stack if frame.filename.endswith("layer_stream.py")]
+
+
+def test_streams_side_by_side_share_the_room(checkpoint, ranks, monkeypatch, tmp_path):
+    """Each layer of a scored model leaves the other one's reading its half."""
+    folder, read = checkpoint("mixtral"), []
+    own, dense = (Architecture(Checkpoint.open(folder)) for _ in range(2))
+    layer = [sum(i.nbytes for n, i in own.source.tensors.items() if f".layers.{number}." in n) for number in (0, 1)]
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: layer[1])
+    outside = sum(info.nbytes for name, info in own.source.tensors.items() if name == own.embedding)
+    run = LayerStream.run
+
+    def noted(stream, current, states):
+        if current.layout.index == 0:
+            time.sleep(0.2)  # in which a whole layer would be read
+            read.append(stream.arch.source.bytes_read)
+        return run(stream, current, states)
+
+    monkeypatch.setattr(LayerStream, "run", noted)
+    for part in ("progress", "hidden"):
+        (tmp_path / part).mkdir()
+    score(own, dense, [[5, 6, 7, 8]], 1, ranks, tmp_path)
+    assert len(read) == 2 and all(layer[0] < nbytes - outside <= layer[0] + layer[1] / 2 for nbytes in read)
 
 
 @pytest.mark.slow
