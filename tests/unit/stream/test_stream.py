@@ -83,7 +83,7 @@ def test_what_does_not_fit_beside_a_layer_waits_for_it(checkpoint, ranks, monkey
 def test_a_stream_that_is_left_waits_for_nobody(checkpoint, ranks, monkeypatch):
     """An error keeps the frames that it has passed, and so the stream; a process that ends waits for its threads."""
     arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
-    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: 0)
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory, reserved: 0)
     stream = iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers]))
     next(stream)
     deadline = time.monotonic() + 2
@@ -105,7 +105,7 @@ def test_streams_side_by_side_share_the_room(checkpoint, ranks, monkeypatch, tmp
     folder, read = checkpoint("mixtral"), []
     own, dense = (Architecture(Checkpoint.open(folder)) for _ in range(2))
     layer = [sum(i.nbytes for n, i in own.source.tensors.items() if f".layers.{number}." in n) for number in (0, 1)]
-    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory: layer[1])
+    monkeypatch.setattr(HostMemory, "room_ahead", lambda memory, reserved: layer[1])
     outside = sum(info.nbytes for name, info in own.source.tensors.items() if name == own.embedding)
     run = LayerStream.run
 
