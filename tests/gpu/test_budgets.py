@@ -7,6 +7,7 @@ import json
 import pytest
 
 from helpers.launches import run_pretend
+from helpers.pages import commands, page
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def counts():
-    """What helpers/piece_counts.py counts."""
+    """What the command of docs/performance.md counts."""
+    assert commands("counts", page("performance"))[0].endswith("-m helpers.piece_counts")
     return json.loads(run_pretend(["-m", "helpers.piece_counts", "--json"]).stdout.splitlines()[-1])
 
 
