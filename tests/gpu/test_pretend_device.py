@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from helpers.launches import run_pretend
+from helpers.pretend import streams
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +47,19 @@ def faults(tmp_path_factory):
     file.write_text(f"CASES = {[code for code, _ in CASES.values()]}\n{PROGRAM}")
     lines = run_pretend([file], gpus=2).stdout.splitlines()
     return dict(zip(CASES, lines, strict=True))
+
+
+def test_an_event_is_not_over_while_its_copy_runs():
+    stream, event, runs, may_end = streams.Stream("cuda:0"), streams.Event(), threading.Event(), threading.Event()
+    stream.queue.append(lambda: (runs.set(), may_end.wait(20)))
+    event.record(stream)
+    thread = threading.Thread(target=stream.synchronize)
+    thread.start()
+    runs.wait(20)
+    was_over = event.query()
+    may_end.set()
+    thread.join()
+    assert not was_over and event.query()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,24 +18,27 @@ _awaited: list[tuple[Stream, int]] = []  # what the default stream waits for, ru
 
 
 class Stream:
-    """Queue of copies; `done` counts those that have run."""
+    """Queue of copies; `taken` counts those that have left it, `done` those that have run: another thread must not see the end of
+    one that is running."""
 
     def __init__(self, device: object = None, priority: int = 0, **_):
         self.device = torch.device("cuda", current()) if device is None else torch.device(device)
         self.queue: list[Callable[[], None]] = []
-        self.done = 0
+        self.taken = self.done = 0
 
     @property
     def mark(self) -> int:
         """Place behind all that is queued."""
-        return self.done + len(self.queue)
+        with LOCK:
+            return self.taken + len(self.queue)
 
     def run_to(self, mark: int) -> None:
         """Run what is queued before that place."""
         with LOCK:
-            while self.done < mark and self.queue:
-                self.done += 1
+            while self.taken < mark and self.queue:
+                self.taken += 1
                 self.queue.pop(0)()
+                self.done += 1
 
     def wait(self, other: Stream, mark: int) -> None:
         """Later work of this stream comes after what `other` has before that place."""
