@@ -20,7 +20,9 @@ with Ranks() as ranks, stopped_after("observe", 1):
 
 
 def hardware(run_dir) -> list[str]:
-    return [used["device"] for used in yaml.safe_load((run_dir / "config.yaml").read_text())["hardware"]]
+    used = yaml.safe_load((run_dir / "config.yaml").read_text())["hardware"]
+    assert all(record["computed_in"] == "float32" for record in used)
+    return [record["device"] for record in used]
 
 
 def test_an_interrupted_run_stays_on_its_hardware(checkpoint, tmp_path):

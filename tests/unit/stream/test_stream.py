@@ -81,7 +81,7 @@ def test_what_does_not_fit_beside_a_layer_waits_for_it(checkpoint, ranks, monkey
 
 
 def test_a_stream_that_is_left_waits_for_nobody(checkpoint, ranks, monkeypatch):
-    """An error keeps the frames that it has passed, and so the stream; a process that ends waits for its threads."""
+    """... while somebody holds it: a process that ends waits for its threads."""
     arch = Architecture(Checkpoint.open(checkpoint("mixtral")))
     monkeypatch.setattr(HostMemory, "room_ahead", lambda memory, reserved: 0)
     stream = iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers]))
