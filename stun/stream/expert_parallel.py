@@ -77,13 +77,19 @@ def tokens_together(device: torch.device, width: int, top_k: int) -> int:
 
 @dataclass(frozen=True)
 class Route:
-    """Ways of a round's rows: `order_N` sorts the chosen experts of this rank's tokens by owner and expert, `place_TK` are their
-    places then, `send` the rows for every rank, and `counts_Re` the rows of this rank's experts from every rank."""
+    """Ways of a round's rows: `order_N` sorts the chosen experts, `top_k` a token, of this rank's tokens by owner and expert;
+    `send` are the rows for every rank, and `counts_Re` the rows of this rank's experts from every rank."""
 
     order_N: torch.Tensor
-    place_TK: torch.Tensor
+    top_k: int
     send: list[int]
     counts_Re: torch.Tensor
+
+    @cached_property
+    def place_TK(self) -> torch.Tensor:
+        """Places of the chosen experts in that order."""
+        places_N = torch.arange(len(self.order_N), device=self.order_N.device)
+        return torch.empty_like(self.order_N).scatter_(0, self.order_N, places_N).view(-1, self.top_k)
 
     @cached_property
     def receive(self) -> list[int]:
@@ -95,7 +101,7 @@ class Route:
 
     def rows(self, token_TD: torch.Tensor) -> torch.Tensor:
         """A row for every chosen expert of every token, in the order of sending: [N, D]."""
-        return token_TD.index_select(0, self.order_N // max(1, self.place_TK.shape[1]))
+        return token_TD.index_select(0, self.order_N // self.top_k)
 
     def ends(self, place: int) -> list[tuple[int, int]]:
         """(end, number) of the rows received for this rank's expert at `place`, by rank."""
@@ -151,8 +157,7 @@ class Exchange:
         counts_RE = self.ranks.all_gather(counts_E).cpu()
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
         counts_Re = counts_RE[:, self.first : self.first + len(self.mine)]
-        back_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-        return Route(order_N, back_N.view_as(index_TK), send, counts_Re)
+        return Route(order_N, index_TK.shape[1], send, counts_Re)
 
     def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route) -> torch.Tensor | None:
         """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are

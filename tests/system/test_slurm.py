@@ -235,14 +235,15 @@ def test_submitit_multirun(cluster, source, tmp_path):
     (tools / "sacct").chmod(0o755)
     words = shlex.split(commands("submitit", page("runs"))[0])
     given = dict(word.split("=", 1) for word in words[3:])
-    own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2", calibration__samples=10))
+    own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2,0.5", calibration__samples=10))
     own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2", "hydra.launcher.cpus_per_task": "1"}
     command = [sys.executable, "-m", "stun", "prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
     environment = {**cluster.environment, "PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert words[:4] == ["stun", "prune", "-m", "launcher=slurm"] and done.returncode == 0, done.stderr
-    check_sweep(root, ["0.2"])
-    assert json.loads((root / "experts.fraction-0.2" / "manifest.json").read_text())["summary"]["ranks"] == 2
+    check_sweep(root, ["0.2", "0.5"])
+    for fraction in ("0.2", "0.5"):
+        assert json.loads((root / f"experts.fraction-{fraction}" / "manifest.json").read_text())["summary"]["ranks"] == 2
 
 
 def test_goes_on_after_its_time_limit(cluster, limited, whole):

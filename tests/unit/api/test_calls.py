@@ -26,7 +26,7 @@ from stun.pruning.job import prune
 
 pytestmark = pytest.mark.slow
 SMALL = {"calibration": {"path": TEXT, "samples": 8, "length": 40, "micro_batch": 2}, "target": 0.4, "sparsify": "wanda"}
-PAPER = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global"}
+PAPER = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global", "refit": False}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ import stun
 
 model, output, text = sys.argv[1:]
 calibration = {"path": text, "samples": 8, "length": 40, "micro_batch": 2}
-experts = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global"}
+experts = {"method": "stun", "score": "reap", "fraction": 0.5, "budget": "global", "refit": False}
 summary = stun.prune(model, output=output, target=0.4, calibration=calibration, experts=experts, sparsify="wanda")
 result = stun.evaluate(f"{output}/model", text={"path": text, "samples": 2, "length": 16}, output=f"{output}/text.json")
 print("ranks", summary["ranks"], result["tokens"])
