@@ -74,7 +74,8 @@ def prune_layers(
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        _show(progress, stream, layer, f"experts {plans[index].experts}->{len(layer.kept)}", sum(nonzero.values()))
+        experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry.pop('refit', None))}"
+        _show(progress, stream, layer, experts, sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
     progress.close()
@@ -107,7 +108,7 @@ def _prune_layer(
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
-    unseen, saliency = 0, Saliency()
+    unseen, saliency, refit = 0, Saliency(), {}
     if not layer.layout.is_mtp:
         if states is not None:
             stream.build(layer)
@@ -115,19 +116,27 @@ def _prune_layer(
         if is_refitted and layer.layout.experts:
             meter.enter("refit")
             stream.build(layer)
-            refit_jointly(stream, layer, states, states.dense)
+            refit = {"refit": refit_jointly(stream, layer, states, states.dense)}
         if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
             stream.build(layer)
             states = stream.run(layer, states)
     powers.weights_removed()
-    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json()}, states
+    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), **refit}, states
 
 
 def _dense_outputs(stream: LayerStream, layer: Layer, states: States) -> list[torch.Tensor]:
     """Hidden states of the dense model after a layer that is still whole."""
     stream.build(layer)
     return stream.run(layer, replace(states, hidden=states.dense)).hidden
+
+
+def _refitted(told: dict | None) -> str:
+    """Words for the log: what the joint refit left of the layer's error."""
+    if not told:
+        return ""
+    before, after = told["error"]
+    return f" | refit leaves {after / before if before else 1:.3f} of the error"
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from helpers.naive import tokens_of
+from helpers.selections import config
 from helpers.zoo import FAMILIES
 from stun.checkpoint.reader import Checkpoint
-from stun.config import StunError
+from stun.config import ExpertsConfig, ExpertsMethod, Score, StunError
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 from stun.pruning import joint_refit
+from stun.pruning.job import prune
 from stun.pruning.joint_refit import refit_jointly
 from stun.sparsify.joint_refit import DAMPING, descend
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
@@ -108,6 +112,13 @@ def test_every_family(checkpoint, ranks, family):
     after = float((wanted - outputs(stream, layer, states)).square().sum())
     assert told["steps"] and after < before
     assert after / before == pytest.approx(told["error"][1] / told["error"][0], rel=1e-3)
+
+
+def test_a_run_says_what_it_leaves_of_the_error(checkpoint, ranks, tmp_path, capsys):
+    experts = ExpertsConfig(method=ExpertsMethod.rank, score=Score.energy, keep=5, refit=True)
+    prune(config(checkpoint("mixtral"), tmp_path / "run", target=None, experts=experts), ranks)
+    shares = re.findall(r"prune 0./3 \| experts 8->5 \| refit leaves (\S+) of the error \|", capsys.readouterr().out)
+    assert len(shares) == 3 and all(0 < float(share) <= 1 for share in shares) and float(shares[0]) < 1
 
 
 def test_held_out_text_stops_it(checkpoint, ranks):
