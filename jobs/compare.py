@@ -15,7 +15,7 @@ from stun.report.write import write_reports
 
 
 def work(cfg, ranks) -> None:
-    if cfg.target is None or cfg.experts.is_counted or cfg.fit or cfg.plan:
+    if cfg.target is None or cfg.is_counted or cfg.plan:
         raise StunError("stun compare: splits a target; give target, and leave out experts.keep, experts.drop, fit and plan")
     if cfg.sparsify.pattern:
         raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: fixes the number of experts removed; nothing to compare")

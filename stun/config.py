@@ -292,6 +292,11 @@ class PruneConfig:
     """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
     removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether `experts` or `fit` say how many experts are kept, and not the target."""
+        return self.experts.is_counted or bool(self.fit)
+
 
 @dataclass
 class PushConfig(PruneConfig):

@@ -87,7 +87,7 @@ def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
 
 def _check_request(cfg: BenchmarkConfig) -> None:
     """Raises StunError unless the runs are given by a target, which fits checkpoints of every size."""
-    if cfg.target is None or cfg.experts.is_counted or cfg.fit:
+    if cfg.target is None or cfg.is_counted:
         raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
 
 

@@ -91,7 +91,7 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
 def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     """Configuration of one method, target and seed; if it needs a plan, with one from the statistics in `base`."""
     experts = cell.experts
-    if not (experts.fraction or experts.is_counted or cell.fit or cell.sparsify.counts_outliers):
+    if not (experts.fraction or cell.is_counted or cell.sparsify.counts_outliers):
         return cell
     plan = Path(f"{cell.run_dir}.plan.json")
     ranks.on_first(lambda: plan_from_run(replace(cell, run_dir=base), plan) and None)

@@ -121,3 +121,8 @@ def cluster_owners(plan: LayerPlan, world: int, reads_all: bool = False) -> list
     for place, expert in enumerate(others):
         owners[expert] = place * world // len(others)
     return owners
+
+
+def owners(plan: Plan, world: int, reads_all: bool) -> list[list[int | None]]:
+    """Owners of the experts of all layers, with `reads_all` of those too that are not needed, then of prediction heads."""
+    return [*(cluster_owners(layer, world, reads_all) for layer in plan.layers), *(cluster_owners(h, world) for h in plan.mtp)]

@@ -206,13 +206,13 @@ class Footprint:
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
+        joint = self._joint(layout, index) if self.job.refits else 0
         if self.job.refits:
-            beside_states = idle + 2 * self.states  # the dense model's, before and after the layer
-            device["dense"] = weights.dense + weights.experts + run + 2 * self.states
-            device["joint refit"] = kept + beside_states + self._joint(layout, index)
+            dense = 2 * self.states  # the dense model's, before and after the layer
+            device["dense"] = weights.dense + weights.experts + run + dense
+            device["joint refit"] = kept + idle + dense + joint
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
-        beside = unwritten + weights.dense + weights.experts + (held if is_run else 0)
-        beside += self._joint(layout, index) if self.job.refits else 0
+        beside = unwritten + weights.dense + weights.experts + (held if is_run else 0) + joint
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
         return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
 

@@ -12,14 +12,14 @@ IN_TF32 = 3  # products on a GPU for one of float32 (stun.runtime.matmul)
 Flop = tuple[float, float]  # in float32, and in TF32 where the device has it
 
 
-def solvers_flop(footprint: Footprint) -> Flop:
-    """FLOP of all layers, on all ranks together."""
+def solvers_flop(footprint: Footprint, refits: bool = True) -> Flop:
+    """FLOP of all layers, on all ranks together, with or without the joint refit, which the search leaves out."""
     job, totals, times = footprint.job, [], IN_TF32 if footprint.is_gpu else 1
     calibration, config = job.cfg.calibration, job.cfg.sparsify
     tokens = calibration.samples * calibration.length
     for layout, plan in zip(job.arch.layers, job.plan.layers, strict=True):
         experts = len(plan.clusters)
-        if job.refits and experts:
+        if refits and job.refits and experts:
             totals.append((joint_flop(*footprint.arch.down_shape(layout), tokens * job.arch.top_k, experts), 0))
         if not (config.reads_grams and job.plan.zeros):
             continue

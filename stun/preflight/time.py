@@ -15,7 +15,7 @@ def durations(footprint: Footprint, read: dict[str, list[int]], written: int, sn
         node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
         out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
         times = {"prune": 1, "search": len(job.fractions)}.get(name, 0)
-        float32, tf32 = (times * flop / launch.world for flop in solvers_flop(footprint))
+        float32, tf32 = (times * flop / launch.world for flop in solvers_flop(footprint, refits=name == "prune"))
         compute = stream_flop(footprint, name) / launch.world / launch.flops + float32 / launch.float32 + tf32 / launch.tf32
         write = out_bytes / launch.nodes / launch.write
         by_stream[name] = {"read": node_bytes / launch.read, "compute": compute, "write": write}
@@ -29,12 +29,12 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
     whole, inputs = (forward_flop(footprint.arch, tokens, length, gives_outputs) for gives_outputs in (True, False))
     if stream == "observe":
         return whole
-    if not job.streams["prune"]:
-        return 0
-    measured = (footprint.passes * inputs if job.plan.zeros else 0) + (2 * whole if job.refits else 0)
+    measured = footprint.passes * inputs if job.plan.zeros and cfg.sparsify.reads_inputs else 0
     if stream == "search":
         return len(job.fractions) * (measured + whole)
-    return measured + whole * (layers - 1) / layers  # the pruned last layer is not run
+    if not job.streams["prune"]:
+        return 0
+    return measured + (2 * whole if job.refits else 0) + whole * (layers - 1) / layers  # the pruned last layer is not run
 
 
 def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from stun.model.architecture import Architecture, expert_infos, stored_bytes
 from stun.model.layer_layout import LayerLayout
 from stun.planning.job import Job
-from stun.planning.plan import cluster_owners
+from stun.planning.plan import owners
 from stun.run.snapshots import KEPT
 from stun.sparsify.ratios import BINS
 from stun.stream.layer_stream import even_owners
@@ -23,17 +23,14 @@ def _add_layer(read: list[int], arch: Architecture, layout: LayerLayout, owners:
 
 def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
     """Bytes that each rank reads, by stream. The experts of one layer are equally large."""
-    by_stream, arch, plan = {}, job.arch, job.plan
+    by_stream, arch = {}, job.arch
     for stream in job.streams:
         is_last = stream == "prune"
-        layouts, plans = (arch.layers, plan.layers) if not is_last else ([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp])
+        layouts = [*arch.layers, *arch.mtp] if is_last else arch.layers
+        even = (even_owners(layout, world) if layout.experts else [] for layout in layouts)
         total = [0] * world
-        for layout, layer in zip(layouts, plans, strict=True):
-            if is_last:
-                owners = cluster_owners(layer, world, job.refits and not layout.is_mtp)
-            else:
-                owners = even_owners(layout, world) if layout.experts else []
-            _add_layer(total, arch, layout, owners)
+        for layout, own in zip(layouts, owners(job.plan, world, job.refits) if is_last else even, strict=True):
+            _add_layer(total, arch, layout, own)
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
         total[0] += sum(stored_bytes(arch.info(name)) for name in outer)
         by_stream[stream] = total

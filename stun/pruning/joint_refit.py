@@ -60,10 +60,6 @@ class _Piece:
     def gated_nI(self) -> torch.Tensor:
         return self.inner_nI.float() * self.gate_n[:, None]
 
-    @property
-    def is_held_out(self) -> bool:
-        return self.micro_batch % HELD_OUT == HELD_OUT - 1
-
 
 class _Inputs(Observer):
     """Observer that keeps the route of every round, and the pieces of this rank's experts by round and number."""
@@ -116,9 +112,12 @@ class _Refit:
         """Results of a function for this rank's experts, which run in parallel."""
         return dict(zip(self.mine, self.ranks.workers.map(function, self.mine), strict=True))
 
+    def _is_held_out(self, micro_batch: int) -> bool:
+        return self.holds_out and micro_batch % HELD_OUT == HELD_OUT - 1
+
     def _fitted(self, number: int, turn: int) -> list[_Piece]:
         """Pieces of an expert in a round that are not held out."""
-        return [piece for piece in self.pieces[turn][number] if not (self.holds_out and piece.is_held_out)]
+        return [piece for piece in self.pieces[turn][number] if not self._is_held_out(piece.micro_batch)]
 
     def _factors(self) -> tuple[float, dict[int, torch.Tensor]]:
         """Damping, and Cholesky factors [I, I] of every expert's damped Gram matrix, a diagonal block of the whole problem's."""
@@ -151,8 +150,8 @@ class _Refit:
         """Sum of squares of the rows [T, D] of all micro-batches, of those held out, or of the others."""
         world, rank = self.ranks.world, self.ranks.rank
         mine = [(turn * world + rank, turn) for turn in range(len(self.missing))]
-        is_out = {batch: self.holds_out and batch % HELD_OUT == HELD_OUT - 1 for batch, _ in mine}
-        return self._by_number({b: _inner(rows(turn), rows(turn)) for b, turn in mine if held_out in (None, is_out[b])})
+        chosen = [(batch, turn) for batch, turn in mine if held_out in (None, self._is_held_out(batch))]
+        return self._by_number({batch: _inner(rows(turn), rows(turn)) for batch, turn in chosen})
 
     def _outputs(self, matrix: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
         """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I]."""

@@ -11,7 +11,7 @@ from stun.checkpoint.writer import Tensors
 from stun.config import SparsifyConfig, StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
-from stun.planning.plan import LayerPlan, Plan, cluster_owners
+from stun.planning.plan import LayerPlan, Plan, owners
 from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
@@ -56,9 +56,7 @@ def prune_layers(
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
-    owners = [cluster_owners(layer, ranks.world, job.refits) for layer in plan.layers]
-    owners += [cluster_owners(head, ranks.world) for head in plan.mtp]
-    stream = LayerStream(arch, ranks, layouts, owners, len(finished))
+    stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.refits), len(finished))
     stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
@@ -113,13 +111,13 @@ def _prune_layer(
         if states is not None:
             stream.build(layer)
         unseen, saliency = mask_layer(stream, layer, states, quota, config)
+        if states is not None and (is_refitted or not is_last):
+            stream.build(layer)
         if is_refitted and layer.layout.experts:
             meter.enter("refit")
-            stream.build(layer)
             refit = {"refit": refit_jointly(stream, layer, states, states.dense)}
         if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
-            stream.build(layer)
             states = stream.run(layer, states)
     powers.weights_removed()
     return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), **refit}, states

@@ -78,7 +78,7 @@ def composed(job: str, overrides: list[str]) -> object:
         raise StunError(f"{error.full_key}: is needed") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise StunError(_explained(job, error)) from error
-    if "experts.fraction" in {parsed(word).key_or_group for word in overrides} and (cfg.experts.is_counted or cfg.fit):
+    if "experts.fraction" in {parsed(word).key_or_group for word in overrides} and cfg.is_counted:
         raise StunError(
             "experts.fraction: is not used beside experts.keep, experts.drop or fit; an experiment's: experts.keep=null"
         )
