@@ -1,7 +1,7 @@
 """STUN: structured-then-unstructured pruning of Mixture-of-Experts language models.
 
 Importing the package registers with transformers' `AutoConfig` and `AutoModelForCausalLM` what transformers lacks: Snowflake
-Arctic, and checkpoints of any supported family whose layers keep different numbers of experts.
+Arctic, and checkpoints of any supported family whose layers keep different numbers of experts, or constants in place of some.
 
 `stun.prune`, `stun.evaluate`, `stun.plan` and `stun.load` are the Python API (docs/python-api.md); what they need is imported at
 their first use.
@@ -33,6 +33,7 @@ if not torch.cuda.is_available():
 from stun.config import StunError as StunError
 from stun.model import arctic as _arctic
 from stun.model import heterogeneous as _heterogeneous
+from stun.model import novices as _novices
 
 if TYPE_CHECKING:
     from stun import reference as reference
@@ -45,6 +46,7 @@ __version__ = "0.3.0"
 
 _arctic.register()
 _heterogeneous.register()
+_novices.register()
 
 
 def __getattr__(name: str) -> object:

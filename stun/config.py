@@ -39,9 +39,18 @@ class Score(Enum):
     frequency = "frequency"
     weighted_frequency = "weighted_frequency"
     energy = "energy"
+    residual = "residual"
     aimer = "aimer"
     random = "random"
     index = "index"
+
+
+class Dropped(Enum):
+    """What becomes of an expert that is not kept. reroute: its row of the router goes too, and its tokens go to their next best
+    experts; novice: the router stays whole, and a constant vector is its output (MoNE, arXiv 2507.00390)."""
+
+    reroute = "reroute"
+    novice = "novice"
 
 
 class Representative(Enum):
@@ -203,6 +212,9 @@ class ExpertsConfig:
     keep_at_least: int = 1
     """Fewest experts of a layer; never fewer than the model's top-k."""
     protect: ProtectConfig = field(default_factory=ProtectConfig)
+    dropped: Dropped = Dropped.reroute
+    """What becomes of the others. reroute: the router loses their rows; novice: it stays whole, and each of them gives a constant
+    vector, so that layers may keep any number of experts and vLLM still loads the result."""
     refit: bool = False
     """At last, fit the down projections of the experts kept together to the output of the dense layer: they take over what was
     removed. Reads all experts in the second stream too."""
@@ -211,6 +223,11 @@ class ExpertsConfig:
     def is_counted(self) -> bool:
         """Whether the number of experts to keep is given, and not found from the target."""
         return self.keep is not None or self.drop is not None
+
+    @property
+    def sums_outputs(self) -> bool:
+        """Whether the first stream must add up the experts' outputs."""
+        return self.score is Score.residual
 
     @property
     def reads_statistics(self) -> bool:

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.checkpoint.hub import fetched
-from stun.config import ModelConfig, StunError, with_overrides
+from stun.config import ModelConfig, Score, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.task import scores
@@ -36,9 +36,11 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
     outliers = any(method_cfg.sparsify.counts_outliers for method_cfg in method_cfgs.values())
     base_sparsify = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
+    sums = any(method_cfg.experts.sums_outputs for method_cfg in method_cfgs.values())
+    base_experts = replace(cfg.experts, score=Score.residual) if sums else cfg.experts
     for seed in cfg.seeds:
         calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
-        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_sparsify), ranks)
+        take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_sparsify, experts=base_experts), ranks)
         for target, (method, method_cfg) in itertools.product(cfg.targets, method_cfgs.items()):
             cell = replace(method_cfg, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
             identity = {"task": task, "overrides": list(cfg.methods[method])}

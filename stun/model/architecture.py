@@ -20,8 +20,9 @@ from stun.checkpoint.reader import Checkpoint
 from stun.config import Precision, StunError
 from stun.model import heterogeneous
 from stun.model.empty import without_weights
-from stun.model.families import COUNT_FIELDS, family_of
+from stun.model.families import COUNT_FIELDS, NOVICES, family_of
 from stun.model.layer_layout import LayerLayout
+from stun.model.novices import stock
 from stun.model.tensor_names import NameMap, experts_of
 
 EXPERTS_IMPLEMENTATION = "stun"
@@ -46,7 +47,7 @@ class Architecture:
         folder, self.is_nested = source.folder, isinstance(source.config.get("text_config"), dict)
         self.model_type, self.family = family_of(folder, source.config)
         try:
-            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+            self.config = stock(AutoConfig.from_pretrained(folder, trust_remote_code=False)).get_text_config(decoder=True)
             self.config.__dict__.pop("quantization_config", None)  # the reader dequantises
             # A named implementation could be code that transformers fetches from the hub.
             self.config._attn_implementation = None
@@ -83,7 +84,7 @@ class Architecture:
 
     def down_shape(self, layout: LayerLayout) -> tuple[int, int]:
         """Rows and columns of an expert's down projection."""
-        rows, columns = self.piece(layout, 0, "down_proj")[0].shape
+        rows, columns = self.piece(layout, layout.whole[0], "down_proj")[0].shape
         return (columns, rows) if layout.is_transposed else (rows, columns)
 
     def read_expert(
@@ -94,10 +95,14 @@ class Architecture:
         parts, read = layout.experts[expert], read or self.source.read
         return {part: read(*names, row=expert if part in layout.fused else None) for part, names in parts.items()}
 
+    def novice_dtype(self, layout: LayerLayout) -> torch.dtype:
+        """Dtype of a layer's constants: that of its down projections."""
+        return self.piece(layout, 0, "down_proj")[0].dtype
+
     def parameters_of(self, layout: LayerLayout) -> int:
         """Number of parameters of a decoder layer in the checkpoint."""
         experts = {name for expert in layout.experts for names in expert.values() for name in names}
-        return sum(self.info(name).numel for name in [*layout.copied, *experts])
+        return sum(self.info(name).numel for name in [*layout.copied, *experts, *layout.novices.values()])
 
     def _groups(self) -> tuple[int, int]:
         """Routing groups (1: none), and the fewest experts a group may keep. Raises StunError."""
@@ -243,13 +248,16 @@ class Architecture:
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
         return f"{self.source.config['model_type']} wraps its text model in another" if self.is_nested else ""
 
-    def pruned_config(self, counts: list[int]) -> dict:
+    def pruned_config(self, counts: list[int], novices: dict[int, list[int]] | None = None) -> dict:
         """config.json for `counts` experts per layer (0: none): the source's with the new number of experts, under one name
-        without aliases, and without its fp8 settings."""
+        without aliases, and without its fp8 settings. With `novices` by layer the number stays, and they are listed."""
         written = copy.deepcopy(self.source.config)
         text = written["text_config"] if self.is_nested else written
         for config in (written, text):
             config.pop("quantization_config", None)
+        if novices:
+            text[NOVICES] = {str(layer): experts for layer, experts in sorted(novices.items()) if experts}
+            return written
         if counts == [layout.num_experts for layout in self.layers]:
             return written
         present = [name for name in COUNT_FIELDS if name in text]
@@ -270,7 +278,8 @@ def _move_buffers(root: nn.Module, device: torch.device) -> None:
 
 def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
     """Tensors that make up one expert of a layer."""
-    return [info for part in (layout.experts[0] if layout.experts else ()) for info in arch.piece(layout, 0, part)]
+    some = layout.whole[0] if layout.experts else -1
+    return [info for part in (layout.experts[some] if layout.experts else ()) for info in arch.piece(layout, some, part)]
 
 
 def stored_bytes(info: TensorInfo) -> int:

@@ -7,6 +7,8 @@ from stun.checkpoint.config_check import entries
 from stun.config import StunError
 
 HETEROGENEOUS = "stun_"  # prefix of the model type where layers keep different numbers of experts
+# Lists, in config.json, each layer's experts that are novices, in the form that vLLM reads (its design/expert_substitution.md).
+NOVICES = "approximate_experts"
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -53,32 +53,33 @@ def _classes(family: str, count: str) -> tuple[type, type]:
             super().__init__(config, *arguments, **keywords)
             for index, layer in enumerate(self.base_model.layers):
                 if config.experts_per_layer[index]:
-                    self.base_model.layers[index] = _with_experts(type(layer), config, index, count)
+                    self.base_model.layers[index] = with_experts(
+                        type(layer), config, index, count, config.experts_per_layer[index]
+                    )
             self.post_init()
 
-        # transformers decides both by searching this file for its usual code; the family's answer is the right one.
-        @classmethod
-        def _can_set_attn_implementation(cls) -> bool:
-            return base_model._can_set_attn_implementation()
-
-        @classmethod
-        def _can_set_experts_implementation(cls) -> bool:
-            return base_model._can_set_experts_implementation()
-
     config_class = type(_class_name(base_config.__name__), (base_config,), {"model_type": model_type, "__module__": __name__})
-    Model.__name__ = Model.__qualname__ = _class_name(base_model.__name__)
-    Model.config_class = config_class
-    AutoModelForCausalLM.register(config_class, Model)
+    register_model(config_class, Model, base_model, _class_name(base_model.__name__))
     names = get_checkpoint_conversion_mapping(family)
     if names is not None:
         register_checkpoint_conversion_mapping(model_type, names)
     return config_class, Model
 
 
-def _with_experts(layer_class: type, config: PreTrainedConfig, index: int, count: str):
-    """Decoder layer `index` with its number of experts."""
+def register_model(config_class: type, model: type, base_model: type, name: str) -> None:
+    """Make `AutoModelForCausalLM` take `model`, derived from a family's class and called `name`, for a configuration class."""
+    # transformers decides both by searching the class's file for its usual code; the family's answer is the right one.
+    model._can_set_attn_implementation = classmethod(lambda cls: base_model._can_set_attn_implementation())
+    model._can_set_experts_implementation = classmethod(lambda cls: base_model._can_set_experts_implementation())
+    model.__name__ = model.__qualname__ = name
+    model.config_class = config_class
+    AutoModelForCausalLM.register(config_class, model)
+
+
+def with_experts(layer_class: type, config: PreTrainedConfig, index: int, name: str, count: int):
+    """Decoder layer `index` with `count` experts; `name` is the family's field for the count."""
     layer_config = copy.copy(config)
-    setattr(layer_config, count, config.experts_per_layer[index])
+    setattr(layer_config, name, count)
     layer = layer_class(layer_config, index)
     # Later changes of the model's configuration must reach this layer.
     for module in layer.modules():

@@ -8,6 +8,7 @@ import torch
 from stun.config import Scope
 
 EXPERT_NUMBER = re.compile(r"(\.experts\.)(\d+)(\.)")
+CONSTANT = "approx_value"  # last part of the name of a novice's constant (vLLM's design/expert_substitution.md)
 # Small projections that control others and are never pruned: the gate of a shared expert, Mamba's time step, the decay of
 # linear attention.
 GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
@@ -22,9 +23,10 @@ class LayerLayout:
 
     `dense` maps a name to the tensor inside the layer. `experts[e]` maps a parameter of the experts module (`gate_up_proj`,
     `down_proj`, ...) to the tensors whose rows, in order, make up expert e's part of it; for the parts in `fused` it is one
-    tensor that holds all experts, and e is an index into it. `routed` maps dense names with an entry per expert to the dimension
-    of these entries; `router` is the one with the router's rows. `unused` are tensors without a parameter in the model, which
-    are copied; `linears` maps the matrices that may be pruned to their scope. `is_transposed`: experts' matrices are [D, O].
+    tensor that holds all experts, and e is an index into it. `novices` maps experts without parts to their constants. `routed`
+    maps dense names with an entry per expert to the dimension of these entries; `router` is the one with the router's rows.
+    `unused` are tensors without a parameter in the model, which are copied; `linears` maps the matrices that may be pruned to
+    their scope. `is_transposed`: experts' matrices are [D, O].
 
     A multi-token-prediction head with experts has a layout too (`is_mtp`), of experts and router; its forward is never run.
     """
@@ -37,12 +39,18 @@ class LayerLayout:
     router: str = ""
     unused: list[str] = field(default_factory=list)
     linears: dict[str, Scope] = field(default_factory=dict)
+    novices: dict[int, str] = field(default_factory=dict)
     is_transposed: bool = False
     is_mtp: bool = False
 
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def whole(self) -> list[int]:
+        """Experts that are no novices."""
+        return [number for number, parts in enumerate(self.experts) if parts]
 
     @property
     def copied(self) -> list[str]:
@@ -66,6 +74,13 @@ class LayerLayout:
 def renumber(name: str, expert: int) -> str:
     """Source name of an expert's tensor with the expert's number after pruning."""
     return EXPERT_NUMBER.sub(rf"\g<1>{expert}\g<3>", name, count=1)
+
+
+def novice_name(layout: LayerLayout, expert: int) -> str:
+    """Name of the constant [D] that a novice gives, beside the tensors of experts."""
+    (some, *_) = layout.experts[expert]["down_proj"]
+    match = EXPERT_NUMBER.search(some)
+    return f"{some[: match.end(2)]}.{CONSTANT}"
 
 
 def scope_of(path: str) -> Scope:

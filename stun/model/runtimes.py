@@ -5,10 +5,17 @@ VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
 
 
-def runtimes(model_type: str, counts: list[int]) -> dict[str, str]:
-    """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none)."""
+def runtimes(model_type: str, counts: list[int], has_novices: bool = False) -> dict[str, str]:
+    """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none), beside novices or none."""
     distinct, only_here = {count for count in counts if count}, model_type in ONLY_HERE
     after_import = "after `import stun` only, since it has no such family"
+    if has_novices:
+        transformers = "after `import stun` only; without, it would fill the missing experts with random weights"
+        return {
+            "this package": "yes",
+            "transformers": after_import if only_here else transformers,
+            "vLLM": "0.33 and later, where it has the family: constants in place of experts; tensor and pipeline parallel only",
+        }
     if len(distinct) > 1:
         uneven = "layers keep different numbers of experts; experts.budget=uniform makes one that loads"
         transformers = after_import if only_here else f"after `import stun` only, since {uneven} without"

@@ -16,11 +16,26 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
-from stun.model.layer_layout import EXPERT_NUMBER, GATES, LayerLayout, scope_of
+from stun.model.families import NOVICES
+from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, GATES, LayerLayout, scope_of
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Tensors of one block of experts: part -> number of the expert (None: a tensor that holds all) -> (place in it, source name).
 Pieces = dict[str, dict[int | None, list[tuple[int, str]]]]
+
+
+def novices_of(source: Checkpoint) -> dict[int, list[int]]:
+    """Novices of each layer that config.json lists, ascending. Raises StunError if it lists anything else."""
+    listed = source.config.get(NOVICES, {})
+    try:
+        novices = {int(layer): sorted(map(int, experts)) for layer, experts in listed.items()}
+        is_valid = all(list(experts) == novices[int(layer)] for layer, experts in listed.items())
+    except (AttributeError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        file = source.folder / "config.json"
+        raise StunError(f"{file}: {NOVICES}: must map numbers of layers to ascending lists of experts, is {str(listed)[:80]}")
+    return {layer: experts for layer, experts in novices.items() if experts}
 
 
 def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
@@ -34,7 +49,7 @@ class NameMap:
 
     def __init__(self, source: Checkpoint, model: PreTrainedModel, build: Callable[[int, int], nn.Module]):
         """`build(i, n)` builds decoder layer i with n experts."""
-        self.source, self.decoder = source, model.base_model
+        self.source, self.decoder, self.novices = source, model.base_model, novices_of(source)
         self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
         self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
         self.mtp: list[LayerLayout] = []
@@ -44,8 +59,9 @@ class NameMap:
         for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
             path, experts = experts_of(layer) or ("", None)
             if experts is not None:
-                pieces, where = blocks.pop(f"{self.prefix}{layout.index}.{path}", {}), f"layer {layout.index}"
-                self._place_experts(layout, pieces, experts, experts.num_experts, f"{source.folder}: {where}")
+                block, where = f"{self.prefix}{layout.index}.{path}", f"{source.folder}: layer {layout.index}"
+                self._place_novices(layout, self._constants.pop(block, {}), where)
+                self._place_experts(layout, blocks.pop(block, {}), experts, experts.num_experts, where)
             grown = {} if experts is None else build(layout.index, experts.num_experts + 1).state_dict()
             self._describe(layout, layer, grown)
         for block, pieces in sorted(blocks.items()):
@@ -60,11 +76,14 @@ class NameMap:
         order = {pattern: rank for t in converters for rank, pattern in enumerate(t.source_patterns)}
         parameters, within = model.state_dict(), re.compile(rf"{re.escape(self.prefix)}(\d+)\.(.+)")
         blocks: dict[str, Pieces] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        self._constants: dict[str, dict[int, str]] = defaultdict(dict)  # by the path of their experts' module
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
             block, is_expert, part = target.partition(".experts.")
             match, number = within.fullmatch(target), EXPERT_NUMBER.search(name)
-            if is_expert:
+            if is_expert and number and self.novices and part == f"{number[2]}.{CONSTANT}":
+                self._constants[f"{block}.experts"][int(number[2])] = name
+            elif is_expert:
                 blocks[f"{block}.experts"][part][int(number[2]) if number and pattern else None].append(
                     (order.get(pattern, 0), name)
                 )
@@ -102,7 +121,7 @@ class NameMap:
             raise StunError(f"{where}: {stray} belongs to an expert, but the model has no such parameter")
         numbers = {number for numbered in pieces.values() for number in numbered if number is not None}
         layout.fused = frozenset(part for part in wanted if None in pieces.get(part, {}))
-        if (numbers or not layout.fused) and len(numbers) != count:
+        if (numbers or not layout.fused) and len(numbers) != count - len(layout.novices):
             numbered = f", numbered {min(numbers)} to {max(numbers)}" if numbers else ""
             raise StunError(f"{where} holds {len(numbers)} experts{numbered}; config.json says {count}")
         for part in layout.fused:
@@ -112,10 +131,19 @@ class NameMap:
             self._check(name, (count, *wanted[part]))
         layout.experts = [{} for _ in range(count)]
         for part, shape in wanted.items():
-            for number, expert in enumerate(layout.experts):
+            for number, expert in ((n, expert) for n, expert in enumerate(layout.experts) if n not in layout.novices):
                 is_fused = part in layout.fused
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
+
+    def _place_novices(self, layout: LayerLayout, constants: dict[int, str], where: str) -> None:
+        """Fill in a layout's novices, which must be those of config.json."""
+        listed = self.novices.get(layout.index, [])
+        if sorted(constants) != listed:
+            raise StunError(f"{where}: has constants of experts {sorted(constants)}; config.json lists {listed} as {NOVICES}")
+        for name in constants.values():
+            self._check(name, (self.decoder.config.hidden_size,))
+        layout.novices = dict(sorted(constants.items()))
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
         """Tensors whose rows, in order, make up one part of an expert."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from stun.config import Budget, PruneConfig, Scope, SparsifyConfig, StunError
+from stun.config import Budget, Dropped, PruneConfig, Scope, SparsifyConfig, StunError
 from stun.model.architecture import Architecture, expert_infos
 from stun.planning.plan import Plan
 from stun.sparsify.select import Pattern, quotas
@@ -20,8 +20,9 @@ class LayerSize:
     dense: dict[str, int]
 
 
-def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
-    """Sizes of every decoder layer, from the checkpoint's headers. Only an expert's matrices are in scope, not its biases."""
+def measure_layers(arch: Architecture, scope: list[Scope], dropped: Dropped = Dropped.reroute) -> list[LayerSize]:
+    """Sizes of every decoder layer, from the checkpoint's headers. Only an expert's matrices are in scope, not its biases. A
+    novice keeps its router rows and a constant, which so are no part of `expert`."""
     sizes = []
     for layout in arch.layers:
         parts: dict[str, int] = {}
@@ -33,14 +34,29 @@ def measure_layers(arch: Architecture, scope: list[Scope]) -> list[LayerSize]:
                 matrices[part] = parts[part]
         rows = sum(arch.info(name).numel for name in layout.routed) // max(1, layout.num_experts)
         dense = {name: arch.info(name).numel for name, kind in layout.linears.items() if kind in scope}
+        rows = -arch.config.hidden_size if dropped is Dropped.novice else rows
         size = LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, matrices, dense)
         sizes.append(size)
     return sizes
 
 
 def floor_of(cfg: PruneConfig, arch: Architecture) -> int:
-    """Fewest experts a layer may keep: top-k, `keep_at_least`, and enough in every group where routing is limited to groups."""
+    """Fewest experts a layer may keep: top-k, `keep_at_least`, and enough in every group where routing is limited to groups.
+    Beside novices, which are routed to, one will do."""
+    if cfg.experts.dropped is Dropped.novice:
+        return max(1, cfg.experts.keep_at_least)
     return arch.groups * max(arch.group_floor, -(-cfg.experts.keep_at_least // arch.groups))
+
+
+def groups_of(cfg: PruneConfig, arch: Architecture) -> int:
+    """Routing groups that must keep equal numbers of experts (1: none)."""
+    return 1 if cfg.experts.dropped is Dropped.novice else arch.groups
+
+
+def count_of_heads(cfg: PruneConfig, counts: set[int]) -> int | None:
+    """Experts that a multi-token-prediction head keeps where the layers keep these: as many as every layer, because runtimes
+    build both from one number. None is all: where layers differ, or novices leave the number as it is."""
+    return counts.copy().pop() if len(counts) == 1 and cfg.experts.dropped is not Dropped.novice else None
 
 
 def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
@@ -52,7 +68,7 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     moe = [size for size in sizes if size.experts]
     if not moe:
         raise StunError("model.path: no decoder layer of this checkpoint has experts")
-    floor, groups, is_global = floor_of(cfg, arch), arch.groups, cfg.experts.budget is Budget["global"]
+    floor, groups, is_global = floor_of(cfg, arch), groups_of(cfg, arch), cfg.experts.budget is Budget["global"]
     if cfg.experts.keep is not None:
         _check_kept(cfg, arch, moe)
         drops = [max(0, size.experts - cfg.experts.keep) for size in sizes]
@@ -78,8 +94,9 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
 def _check_kept(cfg: PruneConfig, arch: Architecture, moe: list[LayerSize]) -> None:
     """Raises StunError if layers cannot keep `experts.keep` experts."""
     keep, least, most = cfg.experts.keep, floor_of(cfg, arch), min(size.experts for size in moe)
-    if not least <= keep <= most or keep % arch.groups:
-        step = f", a multiple of {arch.groups}, the routing groups" if arch.groups > 1 else ""
+    groups = groups_of(cfg, arch)
+    if not least <= keep <= most or keep % groups:
+        step = f", a multiple of {groups}, the routing groups" if groups > 1 else ""
         raise StunError(f"experts.keep={keep}: must be {least} to {most}{step} (top-k is {arch.top_k})")
 
 
@@ -212,12 +229,14 @@ def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> l
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 
 
-def model_bytes(arch: Architecture, plan: Plan) -> int:
+def model_bytes(arch: Architecture, plan: Plan, dropped: Dropped = Dropped.reroute) -> int:
     """Bytes of all tensors of the pruned checkpoint, zeros included."""
     total = sum(info.nbytes for info in arch.source.tensors.values())
     for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
         if layout.experts:
             entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
+            if dropped is Dropped.novice:  # the router stays whole, and a constant is added
+                entries = -arch.config.hidden_size * arch.novice_dtype(layout).itemsize
             removed = layer.experts - len(layer.clusters)
             total -= removed * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
     return total

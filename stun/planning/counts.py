@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerSize, experts_to_drop, floor_of, make_budget, model_bytes
+from stun.planning.budget import LayerSize, count_of_heads, experts_to_drop, floor_of, groups_of, make_budget, model_bytes
 from stun.planning.plan import LayerPlan, Plan
 from stun.runtime.units import size
 
@@ -46,7 +46,7 @@ def _keeping(cfg: PruneConfig, arch: Architecture, keep: int) -> PruneConfig:
 
 def _kept_of(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> int:
     """Experts a layer keeps of which `experts.drop` are removed, the same in every routing group."""
-    setting, groups = f"experts.drop={cfg.experts.drop}", arch.groups
+    setting, groups = f"experts.drop={cfg.experts.drop}", groups_of(cfg, arch)
     experts, floor = _experts(setting, sizes), floor_of(cfg, arch)
     keep = experts - groups * round(cfg.experts.drop * experts / groups)
     if not floor <= keep < experts:
@@ -72,11 +72,11 @@ def _fitting(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Pr
     if not number or not number[1].replace(".", "", 1).isdecimal():
         raise StunError(f"fit={cfg.fit}: must be a number of bytes, such as 24GiB or 80GB")
     memory, experts = float(number[1]) * _BYTES[number[2]], _experts(f"fit={cfg.fit}", sizes)
-    counts = range(floor_of(cfg, arch), experts + 1, arch.groups)
+    counts = range(floor_of(cfg, arch), experts + 1, groups_of(cfg, arch))
 
     def served(keep: int) -> float:
         kept = replace(_keeping(cfg, arch, keep), target=0.0)
-        return SERVED * model_bytes(arch, plan_of_counts(kept, arch, sizes))
+        return SERVED * model_bytes(arch, plan_of_counts(kept, arch, sizes), cfg.experts.dropped)
 
     fitting = bisect_right(counts, memory, key=served)
     if not fitting:
@@ -97,8 +97,9 @@ def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize])
     layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     counts = {len(layer.clusters) for layer in layers if layer.experts}
-    are_alike = len(counts) == 1 and not (cfg.experts.budget is Budget["global"] and any(drops))
-    heads = [(head.num_experts, head.num_experts - counts.copy().pop() if are_alike else 0) for head in arch.mtp]
+    may_differ = cfg.experts.budget is Budget["global"] and any(drops)
+    common = None if may_differ else count_of_heads(cfg, counts)
+    heads = [(head.num_experts, 0 if common is None else head.num_experts - common) for head in arch.mtp]
     plan.layers, plan.mtp = layers, [_layer(experts, drop, True) for experts, drop in heads]
     return plan
 

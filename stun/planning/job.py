@@ -7,10 +7,11 @@ from pathlib import Path
 
 from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint, Headers
-from stun.config import Budget, ModelConfig, PruneConfig, StunError
+from stun.config import Budget, Dropped, ModelConfig, PruneConfig, StunError
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
+from stun.model.families import NOVICES
 from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
@@ -67,12 +68,22 @@ class Job:
         return bool(self.cfg.experts.refit and (any(self.drops) or self.plan.zeros))
 
     @property
+    def has_novices(self) -> bool:
+        """Whether experts that are removed become novices."""
+        return self.cfg.experts.dropped is Dropped.novice and any(self.drops)
+
+    @property
+    def runs_dense(self) -> bool:
+        """Whether the dense layers run beside the pruned ones."""
+        return self.refits or self.has_novices
+
+    @property
     def streams(self) -> dict[str, bool]:
         """Streams over the layers still to run, and whether each of them runs the model's forward."""
         is_taken = self.cfg.statistics or self.statistics.complete
         first = {"observe": True} if self.reads_statistics and not is_taken else {}
         search = {"search": True} if self.fractions else {}
-        return first | search | {"prune": self.refits or bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
+        return first | search | {"prune": self.runs_dense or bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
 
     @property
     def is_finished(self) -> bool:
@@ -150,7 +161,8 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: He
     """
     validate(cfg, sources)
     arch = _architecture(cfg, remote)
-    sizes = measure_layers(arch, cfg.sparsify.scope)
+    _check_novices(cfg, arch)
+    sizes = measure_layers(arch, cfg.sparsify.scope, cfg.experts.dropped)
     check_ratios(cfg.sparsify, arch)
     check_pattern(cfg.sparsify, arch)
     cfg = settle(cfg, arch, sizes)
@@ -180,6 +192,21 @@ def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
     ):
         reason = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
         raise StunError(f"experts.budget=global: {reason}. Use experts.budget=uniform")
+
+
+def _check_novices(cfg: PruneConfig, arch: Architecture) -> None:
+    """Raises StunError if the checkpoint has novices, or its form can hold none that are asked for."""
+    if any(layout.novices for layout in arch.layers):
+        raise StunError(f"{arch.source.folder}: has experts that are constants already ({NOVICES}); prune what it was made from")
+    if cfg.experts.dropped is Dropped.reroute:
+        return
+    reason = f"{arch.source.config['model_type']} wraps its text model in another" if arch.is_nested else ""
+    if any(layout.fused for layout in arch.layers):
+        reason = "this checkpoint has all experts of a layer in one tensor"
+    if reason:
+        raise StunError(f"experts.dropped=novice: {reason}, a form that holds no constants. Use experts.dropped=reroute")
+    if cfg.experts.fraction == "auto":
+        raise StunError("experts.fraction=auto: the search tries experts.dropped=reroute alone; give a number")
 
 
 def _samples(job: Job, ranks: Ranks) -> Samples:

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from stun.config import Budget, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, Dropped, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
-from stun.planning.budget import floor_of, make_budget
+from stun.planning.budget import count_of_heads, floor_of, groups_of, make_budget
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import score_experts
 from stun.planning.experts.select import Evidence, select_experts
@@ -32,8 +32,9 @@ def make_plan(job: Job, stats: Statistics | None) -> Plan:
         most = [max(0, sizes[index].experts - floor_of(cfg, arch)) for index in moe]
         one_threshold = experts.budget is Budget["global"]
         evidence = gather_evidence(cfg, arch, moe, stats)
+        kappa = 0 if experts.dropped is Dropped.novice else experts.kappa  # a mean would need rows of the router to go
         selected = select_experts(
-            experts.method, evidence, removed, most, one_threshold, arch.groups, experts.representative, experts.kappa
+            experts.method, evidence, removed, most, one_threshold, groups_of(cfg, arch), experts.representative, kappa
         )
         for index, plan in zip(moe, selected, strict=True):
             layers[index] = plan
@@ -74,7 +75,11 @@ def weigh(cfg: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics,
     coactivation_EE = (layer["coactivation"].double() * weights_S[:, None, None]).sum(0)
     powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
     distance_EE = expert_distance(layer["router_distance"], coactivation_EE, cfg.lambda1, cfg.lambda2)
-    return distance_EE, score_experts(cfg.score, powers_E33, layer["weights"], index, cfg.seed)
+    if cfg.sums_outputs and "outputs" not in layer:
+        lacking = "its statistics have no sums of outputs; a run with experts.score=residual collects them"
+        raise StunError(f"{stats.folder}: {lacking}")
+    outputs_ED = (layer["outputs"].double() * weights_S[:, None, None]).sum(0) if cfg.sums_outputs else None
+    return distance_EE, score_experts(cfg.score, powers_E33, layer["weights"], index, cfg.seed, outputs_ED)
 
 
 def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:
@@ -84,12 +89,8 @@ def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) ->
 
 
 def _plan_heads(cfg: PruneConfig, arch: Architecture, counts: list[int]) -> list[LayerPlan]:
-    """Plans of the multi-token-prediction heads, from their routers' rows, since no forward runs a head.
-
-    A head keeps as many experts as every decoder layer, because runtimes build both from one number. If the layers keep
-    different numbers, a head keeps all.
-    """
-    common = min(counts) if len(set(counts)) == 1 else None
+    """Plans of the multi-token-prediction heads, from their routers' rows, since no forward runs a head."""
+    common = count_of_heads(cfg, set(counts))
     method = ExpertsMethod.stun if cfg.experts.method is ExpertsMethod.rank else cfg.experts.method
     plans = []
     for layout in arch.mtp:

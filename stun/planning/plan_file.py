@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from stun.config import PruneConfig, StunError
+from stun.config import Dropped, PruneConfig, StunError
 from stun.model.architecture import Architecture
-from stun.planning.budget import LayerSize, floor_of, make_budget, unit_of
+from stun.planning.budget import LayerSize, count_of_heads, floor_of, groups_of, make_budget, unit_of
 from stun.planning.plan import LayerPlan, Plan, read_layers
 
 
@@ -21,14 +21,16 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
             raise StunError(f"{where}: layer {layout.index}: {layer.experts} experts; the model has {layout.num_experts}")
         if layer.experts and len(layer.clusters) < floor and len(layer.clusters) < layer.experts:
             raise StunError(f"{where}: layer {layout.index} keeps {len(layer.clusters)} experts; at least {floor} are needed")
-        _check_groups(layer, arch.groups, f"{where}: layer {layout.index}")
+        _check_groups(layer, groups_of(cfg, arch), f"{where}: layer {layout.index}")
     if cfg.sparsify.pattern and any(layer.ratio is not None for layer in layers):
         raise StunError(f"{where}: has ratios, and sparsify.pattern={cfg.sparsify.pattern} fixes every matrix; set only one")
     counts = {len(layer.clusters) for layer in layers if layer.experts}
+    if cfg.experts.dropped is Dropped.novice and any(layer.mean for layer in layers):
+        raise StunError(f"{where}: a layer has mean: its experts' means need experts.dropped=reroute")
     if len(counts) > 1 and arch.cannot_differ:
         raise StunError(f"{where}: layers keep different numbers of experts; {arch.cannot_differ}, so they cannot")
     for layer in heads:
-        wanted = min(counts) if len(counts) == 1 else layer.experts
+        wanted = count_of_heads(cfg, counts) or layer.experts
         if len(layer.clusters) != wanted:
             raise StunError(
                 f"{where}: a prediction head must keep {wanted} experts, as every layer does, or all where layers differ"
@@ -36,7 +38,7 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
     target = own_target if target is None else target
     plan = make_budget(replace(cfg, target=target), sizes, [len(layer.clusters) for layer in layers])
     removed = plan.dropped + plan.zeros
-    if cfg.sparsify.pattern and abs(removed - target * plan.parameters) > 0.51 * arch.groups * unit_of(cfg, sizes):
+    if cfg.sparsify.pattern and abs(removed - target * plan.parameters) > 0.51 * groups_of(cfg, arch) * unit_of(cfg, sizes):
         total = f"with sparsify.pattern={cfg.sparsify.pattern} it removes {removed / plan.parameters:.7f}"
         raise StunError(f"{where}: {total}, not target={target}; set the target to that")
     if plan.dropped > round(target * plan.parameters):

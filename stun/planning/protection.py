@@ -7,7 +7,7 @@ import torch
 
 from stun.config import Budget, ExpertsMethod, PruneConfig, StunError
 from stun.model.architecture import Architecture
-from stun.planning.budget import floor_of
+from stun.planning.budget import floor_of, groups_of
 from stun.statistics.store import Statistics
 
 _FORM = re.compile(r"L([0-9]{1,6})E([0-9]{1,6})")
@@ -30,10 +30,10 @@ def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None
     listed, rooms = listed_experts(cfg, arch), []
     alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # a cluster keeps one member
     for layout in arch.layers:
-        size = max(1, layout.num_experts // arch.groups)
+        size = max(1, layout.num_experts // groups_of(cfg, arch))
         homes = [expert // size for layer, expert in listed if layer == layout.index]
-        movable = min(max(0, size - homes.count(group) - alone) for group in range(arch.groups))
-        rooms.append(min(arch.groups * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
+        movable = min(max(0, size - homes.count(group) - alone) for group in range(groups_of(cfg, arch)))
+        rooms.append(min(groups_of(cfg, arch) * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
     needs = [(f"layer {number}: ", *need) for number, need in enumerate(zip(rooms, drops, strict=True))]
     if cfg.experts.budget is Budget["global"]:
         needs = [("", sum(rooms), sum(drops))]

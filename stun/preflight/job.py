@@ -36,11 +36,10 @@ class Estimate:
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
-        self.written, self.snapshots = model_bytes(arch, job.plan), states * (self.layers - 1) * recorded
+        self.written, self.snapshots = model_bytes(arch, job.plan, cfg.experts.dropped), states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
-        sources, outliers = len(cfg.calibration.sources), cfg.sparsify.counts_outliers
-        self.statistics = statistics_bytes(arch, sources, outliers) if "observe" in streams else 0
+        self.statistics = statistics_bytes(job) if "observe" in streams else 0
         whole = self.written + states * snapshots_on_disk(self.layers, recorded) + self.statistics
         self.disk, self.free = max(0, whole - existing_bytes(cfg.run_dir)), disk_free(cfg.run_dir)
         self.durations = durations(footprint, self.read, self.written, self.snapshots)

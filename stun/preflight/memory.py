@@ -97,7 +97,7 @@ class Footprint:
         owned = self._most_dealt([info.nbytes for info in infos.values()])
         joined = self._most_dealt([arch.piece(layout, 0, part)[0].nbytes for part in layout.fused_names]) * len(plan.clusters)
         expert = sum(info.nbytes for info in expert_infos(arch, layout))
-        needs = layout.num_experts if self.job.refits and not layout.is_mtp else len(plan.needed)
+        needs = layout.num_experts if self.job.runs_dense and not layout.is_mtp else len(plan.needed)
         whole, needed, local = (-(-count // world) for count in (layout.num_experts, needs, len(plan.clusters)))
         return Weights(dense, owned, expert * whole, expert * needed, expert * local, local, joined)
 
@@ -207,9 +207,10 @@ class Footprint:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
         joint = self._joint(layout, index) if self.job.refits else 0
-        if self.job.refits:
-            dense = 2 * self.states  # the dense model's, before and after the layer
+        dense = 2 * self.states  # the dense model's, before and after the layer
+        if self.job.runs_dense:
             device["dense"] = weights.dense + weights.experts + run + dense
+        if self.job.refits:
             device["joint refit"] = kept + idle + dense + joint
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
         beside = unwritten + weights.dense + weights.experts + (held if is_run else 0) + joint

@@ -14,7 +14,10 @@ ZEROS = (
 
 def result_line(job: Job) -> str:
     """Experts a layer and bytes, before and after."""
-    before, after = sum(info.nbytes for info in job.arch.source.tensors.values()), model_bytes(job.arch, job.plan)
+    before, after = (
+        sum(info.nbytes for info in job.arch.source.tensors.values()),
+        model_bytes(job.arch, job.plan, job.cfg.experts.dropped),
+    )
     if job.fractions:
         share = f"{job.fractions[0]:g} to {job.fractions[-1]:g} of the target as experts"
         return f"the search decides how much is removed: {share}; {size(before)} -> at most {size(after)} on disk"
@@ -57,7 +60,7 @@ def _may_differ(job: Job) -> bool:
 def loads_line(job: Job) -> str:
     """Runtimes that load the result."""
     kept = [layer.num_experts - drop for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
-    if _may_differ(job):
+    if _may_differ(job) and not job.has_novices:
         return "layers differ, so that transformers loads it after `import stun`, and vLLM does not"
-    loads = runtimes.runtimes(job.arch.model_type, kept)
+    loads = runtimes.runtimes(job.arch.model_type, kept, job.has_novices)
     return f"transformers: {loads['transformers']}; vLLM: {loads['vLLM']}"

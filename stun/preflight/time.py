@@ -34,7 +34,7 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
         return len(job.fractions) * (measured + whole)
     if not job.streams["prune"]:
         return 0
-    return measured + (2 * whole if job.refits else 0) + whole * (layers - 1) / layers  # the pruned last layer is not run
+    return measured + whole * (job.runs_dense + job.refits) + whole * (layers - 1) / layers  # the pruned last layer is not run
 
 
 def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:

@@ -29,7 +29,7 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
         layouts = [*arch.layers, *arch.mtp] if is_last else arch.layers
         even = (even_owners(layout, world) if layout.experts else [] for layout in layouts)
         total = [0] * world
-        for layout, own in zip(layouts, owners(job.plan, world, job.refits) if is_last else even, strict=True):
+        for layout, own in zip(layouts, owners(job.plan, world, job.runs_dense) if is_last else even, strict=True):
             _add_layer(total, arch, layout, own)
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
         total[0] += sum(stored_bytes(arch.info(name)) for name in outer)
@@ -37,13 +37,15 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
     return by_stream
 
 
-def statistics_bytes(arch: Architecture, sources: int, outliers: bool) -> int:
+def statistics_bytes(job: Job) -> int:
     """Bytes of the first stream's statistics (stun.statistics.store)."""
-    total = 0
+    total, sources, arch = 0, len(job.cfg.calibration.sources), job.arch
+    outliers, outputs = job.cfg.sparsify.counts_outliers, job.cfg.experts.sums_outputs
     for layout in arch.layers:
         experts, counted = layout.num_experts, len(layout.linears) + layout.num_experts
         total += 8 * (experts**2 * (1 + sources) + experts * (10 * sources + 3))
         total += counted * (4 * BINS + 8) if outliers else 0
+        total += 4 * sources * experts * arch.config.hidden_size if outputs else 0
     return total
 
 

@@ -54,8 +54,8 @@ def take_statistics(cfg: PruneConfig, ranks: Ranks) -> None:
     All ranks call this together. Raises StunError before any work starts if the request cannot be met.
     """
     job = with_weights(resolve_statistics(cfg, ranks), ranks)
-    outliers = {"outliers": cfg.sparsify.counts_outliers}
-    identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | outliers})
+    requested = {"outliers": cfg.sparsify.counts_outliers, "outputs": cfg.experts.sums_outputs}
+    identity = ranks.on_first(lambda: {"statistics": statistics_identity(job, ranks) | requested})
     machine = hardware(ranks, compute_dtype(job.arch, ranks.device))
     run = ranks.on_first(lambda: Run.open(cfg.run_dir, identity, machine, cfg.allow_other_hardware))
     samples, tokens = count(len(job.samples.tokens_ST), "sample"), count(cfg.calibration.length, "token")
@@ -113,7 +113,7 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, job.samples.batches(size), arch.source.read)
         recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)
-        observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers)
+        observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers, cfg.experts.sums_outputs)
         ranks.on_first(lambda: stats.finish(statistics_identity(job, ranks)))
 
 

@@ -21,6 +21,7 @@ import torch
 
 from stun.config import StunError
 from stun.model.tensor_names import experts_of
+from stun.pruning.constants import Constants
 from stun.sparsify.joint_refit import DAMPING, descend
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
@@ -62,22 +63,30 @@ class _Piece:
 
 
 class _Inputs(Observer):
-    """Observer that keeps the route of every round, and the pieces of this rank's experts by round and number."""
+    """Observer that keeps the route of every round, the pieces of this rank's experts by round and number, and the gate weights
+    [T, X] of novices in this rank's micro-batches."""
 
     reads_gates = True
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.routes, self.pieces = exchange, [], []
-        self._round: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self.exchange, self.routes, self.pieces, self.gates = exchange, [], [], []
+        self._round: dict[int, list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
-    def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
-        self._round[expert].append((inner_nI, gate_n))
+    def routed(self, micro_batch, index_TK, weights_TK) -> None:
+        kept, novices = len(self.exchange.layer.kept), len(self.exchange.layer.novices)
+        place_TK = self.exchange.place_E[index_TK] - kept
+        gates_TX = torch.zeros(len(index_TK), novices + 1, device=index_TK.device)  # the last column is that of experts kept
+        gates_TX.scatter_(1, place_TK.masked_fill(place_TK < 0, novices), weights_TK.float())
+        self.gates.append(gates_TX[:, :novices].contiguous())
+
+    def expert(self, expert, micro_batch, input_nD, inner_nI, gate_n) -> None:
+        self._round[expert].append((micro_batch, inner_nI, gate_n))
 
     def round_ends(self, turn) -> None:
-        route, first, pieces = self.exchange.route, turn * self.exchange.ranks.world, {}
+        route, pieces = self.exchange.route, {}
         for place, number in enumerate(self.exchange.mine):
-            filled = [(first + rank, slice(end - count, end)) for rank, (end, count) in enumerate(route.ends(place)) if count]
-            pieces[number] = [_Piece(*where, *rows) for where, rows in zip(filled, self._round[number], strict=True)]
+            parts = zip(route.pieces(place), self._round[number], strict=True)
+            pieces[number] = [_Piece(batch, rows, inner_nI, gate_n) for (_, rows), (batch, inner_nI, gate_n) in parts]
         self.routes.append(route)
         self.pieces.append(pieces)
         self._round.clear()
@@ -103,6 +112,9 @@ class _Refit:
         self.direction = {number: torch.zeros_like(change_DI) for number, change_DI in self.change.items()}
         self.slope: dict[int, torch.Tensor] = {}
         self.damping, self.factors = self._factors()
+        fitted = lambda turn: not self._is_held_out(turn * self.ranks.world + self.ranks.rank)  # noqa: E731
+        rounds = len(self.routes)
+        self.constants = Constants(layer, self.ranks, inputs.gates, rounds, fitted) if layer.novices else None
 
     def _weight(self, number: int) -> torch.Tensor:
         """Down projection [D, I] of an expert kept."""
@@ -153,9 +165,13 @@ class _Refit:
         chosen = [(batch, turn) for batch, turn in mine if held_out in (None, self._is_held_out(batch))]
         return self._by_number({batch: _inner(rows(turn), rows(turn)) for batch, turn in chosen})
 
-    def _outputs(self, matrix: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I]."""
-        return [self._round(turn, matrix) for turn in range(len(self.routes))][: len(self.missing)]
+    def _outputs(self, matrix: Callable[[int], torch.Tensor], constants_XD: torch.Tensor | None) -> list[torch.Tensor]:
+        """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I] and the
+        novices' constants are those given."""
+        outputs = [self._round(turn, matrix) for turn in range(len(self.routes))][: len(self.missing)]
+        for turn, output_TD in enumerate(outputs if self.constants else ()):
+            output_TD += self.constants.outputs(turn, constants_XD)
+        return outputs
 
     def _round(self, turn: int, matrix: Callable[[int], torch.Tensor]) -> torch.Tensor:
         route = self.routes[turn]
@@ -170,6 +186,8 @@ class _Refit:
         return route.sums(self.ranks.exchange(rows_ND, route.receive, route.send))
 
     def gradient(self) -> None:
+        if self.constants:
+            self.constants.gradient(self.missing)
         self.slope = {number: change_DI.mul(-self.damping) for number, change_DI in self.change.items()}
         none_TD = torch.empty(0, self.width, device=self.ranks.device)
         for turn, route in enumerate(self.routes):
@@ -189,21 +207,30 @@ class _Refit:
             self.slope[number] = torch.cholesky_solve(slope_DI.T, self.factors[number]).T.mul(kept_DI)
             return _inner(slope_DI, self.slope[number])
 
-        return self._by_number(self._map(solve))
+        return self._by_number(self._map(solve)) + self._of_constants(lambda c: c.precondition())
+
+    def _of_constants(self, products: Callable[[Constants], torch.Tensor]) -> float:
+        """Sum of products of the novices' constants, the same on every rank; 0 without novices."""
+        return math.fsum(products(self.constants).sum(1, dtype=torch.float64).tolist()) if self.constants else 0.0
 
     def turn(self, share: float) -> None:
+        if self.constants:
+            self.constants.turn(share)
         self._map(lambda number: self.direction[number].mul_(share).add_(self.slope[number]))
 
     def curvature(self) -> float:
-        self.added = self._outputs(self.direction.__getitem__)
+        self.added = self._outputs(self.direction.__getitem__, self.constants and self.constants.direction)
         size = self._by_number(self._map(lambda number: _inner(self.direction[number], self.direction[number])))
-        return self._squared(self.added.__getitem__, False) + self.damping * size
+        damped = self.damping * size + self._of_constants(lambda c: c.damping * c.direction.square())
+        return self._squared(self.added.__getitem__, False) + damped
 
     def held_out(self, size: float = 0.0) -> float:
         rows = self.missing.__getitem__ if not size else lambda turn: self.missing[turn] - size * self.added[turn]
         return self._squared(rows, self.holds_out)
 
     def step(self, size: float) -> None:
+        if self.constants:
+            self.constants.step(size)
         self._map(lambda number: self.change[number].add_(self.direction[number], alpha=size))
         for missing_TD, added_TD in zip(self.missing, self.added, strict=True):
             missing_TD.sub_(added_TD, alpha=size)
@@ -222,7 +249,9 @@ class _Refit:
         def rounding(number: int) -> torch.Tensor:
             return self._refitted(number).float() - self._weight(number).float() - self.change[number]
 
-        for missing_TD, added_TD in zip(self.missing, self._outputs(rounding), strict=True):
+        for missing_TD, added_TD in zip(
+            self.missing, self._outputs(rounding, self.constants and self.constants.rounding), strict=True
+        ):
             missing_TD.sub_(added_TD)
         return self.error()
 
@@ -230,6 +259,8 @@ class _Refit:
         """Give the experts their new weights."""
         for number in self.mine:
             self._weight(number).copy_(self._refitted(number))
+        if self.constants:
+            self.constants.install()
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:

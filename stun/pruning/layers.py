@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from stun.checkpoint.writer import Tensors
-from stun.config import SparsifyConfig, StunError
+from stun.config import StunError
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, owners
@@ -22,6 +22,7 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.sparsify.joint_refit import held_bytes
 from stun.sparsify.saliency import Saliency
+from stun.statistics.output_sums import OutputSums
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 from stun.stream.progress import Progress
@@ -56,7 +57,7 @@ def prune_layers(
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
-    stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.refits), len(finished))
+    stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.runs_dense), len(finished))
     stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
@@ -64,7 +65,7 @@ def prune_layers(
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
-        entry, states = _prune_layer(stream, layer, plans[index], quotas[index], states, job.cfg.sparsify)
+        entry, states = _prune_layer(job, stream, layer, plans[index], quotas[index], states)
         tensors = own_tensors(stream, layer)
         nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
         layer.seconds["compute"] = time.perf_counter() - start
@@ -93,24 +94,24 @@ def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
 
 
 def _prune_layer(
-    stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None, config: SparsifyConfig
+    job: Job, stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None
 ) -> tuple[dict, States | None]:
     """Remove experts and then weights in place, and run the layer. Returns measurements for the ledger's entry, and the states
     after the layer."""
     meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
-    is_refitted = states is not None and states.dense is not None and not layer.layout.is_mtp
-    if is_refitted:
+    is_refitted, constants_ED = job.refits and not layer.layout.is_mtp, None
+    if job.runs_dense and not layer.layout.is_mtp:
         meter.enter("dense")
-        states = replace(states, dense=_dense_outputs(stream, layer, states))
+        states, constants_ED = _through_dense(stream, layer, states, job.has_novices)
     meter.enter("choose")
     powers = WeightPowers(stream, layer)
-    kept = keep_representatives(stream, layer, plan)
+    kept = keep_representatives(stream, layer, plan, constants_ED)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
     unseen, saliency, refit = 0, Saliency(), {}
     if not layer.layout.is_mtp:
         if states is not None:
             stream.build(layer)
-        unseen, saliency = mask_layer(stream, layer, states, quota, config)
+        unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
         if states is not None and (is_refitted or not is_last):
             stream.build(layer)
         if is_refitted and layer.layout.experts:
@@ -123,10 +124,13 @@ def _prune_layer(
     return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), **refit}, states
 
 
-def _dense_outputs(stream: LayerStream, layer: Layer, states: States) -> list[torch.Tensor]:
-    """Hidden states of the dense model after a layer that is still whole."""
+def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novices: bool) -> tuple[States, torch.Tensor | None]:
+    """States with those of the dense model after a layer that is still whole, and the experts' best constants [E, D] if experts
+    that are removed become novices."""
     stream.build(layer)
-    return stream.run(layer, replace(states, hidden=states.dense)).hidden
+    sums = [OutputSums(stream, layer, [0] * states.total)] if has_novices and layer.kept else []
+    dense = stream.run(layer, replace(states, hidden=states.dense), *sums).hidden
+    return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
 
 
 def _refitted(told: dict | None) -> str:

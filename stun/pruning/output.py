@@ -50,7 +50,7 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     if job.streams["prune"]:
         batches = job.samples.batches(cfg.calibration.micro_batch)
         states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
-        states.dense = states.hidden if job.refits else None
+        states.dense = states.hidden if job.runs_dense else None
     outer.clear()
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))
@@ -87,6 +87,11 @@ def _write_around(job: Job, written: Written, run: Run) -> None:
         (run.model / file).rename(run.model / name)
     copy_extras(arch.source.folder, run.model, skip=(CARD,))
     keep_source_card(arch.source.folder, run.model)
-    write_json(run.model / "config.json", arch.pruned_config([len(kept) for kept in written.kept[: len(arch.layers)]]))
+    kept = written.kept[: len(arch.layers)]
+    novices = {
+        layout.index: sorted(set(range(layout.num_experts)) - set(own)) for layout, own in zip(arch.layers, kept, strict=True)
+    }
+    config = arch.pruned_config([len(own) for own in kept], novices if job.has_novices else None)
+    write_json(run.model / "config.json", config)
     shards = {names[entry["file"]]: entry["tensors"] for entry in written.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())))

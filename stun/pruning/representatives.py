@@ -21,12 +21,15 @@ def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
     return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
 
 
-def keep_representatives(stream: LayerStream, layer: Layer, plan: LayerPlan) -> list[int]:
-    """Remove all experts of a layer but one of every cluster; returns the experts kept. All ranks call this together."""
+def keep_representatives(
+    stream: LayerStream, layer: Layer, plan: LayerPlan, constants_ED: torch.Tensor | None = None
+) -> list[int]:
+    """Remove all experts of a layer but one of every cluster, with their rows of the router unless `constants_ED` are their
+    outputs; returns the experts kept. All ranks call this together."""
     kept = _choose(layer, plan, stream.ranks)
     if plan.mean:
         _reconstruct(layer, plan, kept)
-    stream.keep(layer, kept)
+    stream.keep(layer, kept, constants_ED)
     return kept
 
 

@@ -8,24 +8,28 @@ import torch
 from stun.checkpoint.headers import read_header
 from stun.checkpoint.writer import Stacked, Tensors, write_tensors
 from stun.config import StunError
-from stun.model.layer_layout import renumber
+from stun.model.layer_layout import novice_name, renumber
 from stun.run.ledger import REPEAT
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
-    """Tensors of a layer that this rank writes, by source name, the experts kept renumbered. All ranks call this together."""
+    """Tensors of a layer that this rank writes, by source name, the experts kept renumbered; beside novices they keep their
+    numbers. All ranks call this together."""
     writers, rank, layout = stream.writer_of(layer.layout), stream.ranks.rank, layer.layout
     tensors: dict[str, torch.Tensor | Stacked] = {n: tensor for n, tensor in layer.dense.items() if writers[n] == rank}
     tensors |= layer.unused
-    for number, expert in enumerate(layer.kept):
-        if layer.owner[number] == rank:
+    for place, expert in enumerate(layer.kept):
+        if layer.owner[place] == rank:
+            number = expert if layer.novices else place
             for part in layout.experts[expert].keys() - layout.fused:
                 names = layout.experts[expert][part]
                 rows = [stream.arch.info(name).shape[0] for name in names]
                 pieces = layer.experts[expert][part].split(rows)
                 tensors |= {renumber(name, number): piece for name, piece in zip(names, pieces, strict=True)}
+    names = {expert: novice_name(layout, expert) for expert in layer.novices} if rank == 0 else {}
+    tensors |= {name: layer.novices[expert] for expert, name in names.items()}
     for part, name in layout.fused_names.items():
         entries = _entries(stream, layer, part, writers[name])
         if writers[name] == rank:

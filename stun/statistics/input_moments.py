@@ -69,7 +69,7 @@ class Sums(Observer):
         """Shape and dtype of the sums of a dense matrix [rows, columns]."""
         raise NotImplementedError
 
-    def expert(self, expert, input_nD, inner_nI, gate_n) -> None:
+    def expert(self, expert, micro_batch, input_nD, inner_nI, gate_n) -> None:
         self.tokens[expert] += len(input_nD)
         if expert in self.numbers:
             self.add_expert(self.experts[expert], expert, input_nD, inner_nI, gate_n)

@@ -11,6 +11,7 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.statistics.accumulators import CoActivation, OutputPowers, norms, weight_sums
 from stun.statistics.outliers import OutlierCounter
+from stun.statistics.output_sums import OutputSums
 from stun.statistics.router import router_distance
 from stun.stream.expert_parallel import Layer, Observer
 from stun.stream.layer_stream import LayerStream, States, even_owners
@@ -68,11 +69,13 @@ def observe(
     save: Callable[[int, dict[str, torch.Tensor]], None],
     sources: list[int],
     outliers: bool = False,
+    sums_outputs: bool = False,
 ) -> None:
     """Run the dense model layer by layer and call `save(layer, statistics)` on the first rank: for every layer with experts, or
     for every layer if `outliers` among the scores are counted. An interrupted stream is resumed.
 
-    `sources` has the calibration source of every micro-batch. stun.statistics.store describes the statistics.
+    `sources` has the calibration source of every micro-batch. stun.statistics.store describes the statistics; two of them are
+    taken on request only (hence seven parameters).
     """
     ranks, finished = recorder.ranks, recorder.finished()
     states = recorder.restore(finished, states)
@@ -82,7 +85,9 @@ def observe(
     for layer in stream:
         ranks.doing = f"observe layer {layer.layout.index}"
         ranks.meter.enter("observe")
-        watchers = [Watcher(layer.layout.num_experts, sources, ranks)] if layer.kept else []
+        watcher = Watcher(layer.layout.num_experts, sources, ranks) if layer.kept else None
+        outputs = OutputSums(stream, layer, sources) if layer.kept and sums_outputs else None
+        watchers = [observer for observer in (watcher, outputs) if observer]
         stream.build(layer)
         start = time.perf_counter()
         if outliers:
@@ -90,7 +95,8 @@ def observe(
             states = counter.run(states, *watchers)
         else:
             states = stream.run(layer, states, *watchers)
-        totals = {name: tensor for watcher in watchers for name, tensor in watcher.totals(layer).items()}
+        totals = watcher.totals(layer) if watcher else {}
+        totals |= {"outputs": outputs.totals()[0].float()} if outputs else {}
         totals |= counter.totals() if outliers else {}
         powers = {"dense": {"experts": expert_powers(layer, ranks.workers)}}
         layer.seconds["compute"] = time.perf_counter() - start

@@ -20,7 +20,8 @@ class Statistics:
     """Statistics in the folder `stats` of a run: one file per layer, and about.json, which is written last.
 
     A layer's tensors, for S calibration sources: `router_distance` [E, E] float64, `coactivation` [S, E, E] int64, `powers`
-    [S, E, 3, 3] and `peak` [S, E] float64 (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums).
+    [S, E, 3, 3] and `peak` [S, E] float64 (accumulators.OutputPowers), `weights` [E, 3] float64 (accumulators.weight_sums); on
+    request `outputs` [S, E, D] float32 (output_sums).
     If outliers were counted, every layer, with or without experts, also has histograms of Wanda's scores per token and the sums
     of these scores (stun.statistics.outliers): `outliers` [E, bins] and `outlier_sums` [E] of the experts, `outliers of NAME`
     [bins] and `sum of NAME` [] of every dense matrix.
@@ -94,17 +95,19 @@ def _check_statistics(file: Path, tensors: dict[str, torch.Tensor], sources: int
     """Raise StunError if a tensor is missing, has another shape or dtype, or has a negative or infinite entry."""
     count = len(tensors["router_distance"]) if experts is None else experts
     by_expert = (sources, count)
+    hidden = tensors["outputs"].shape[-1] if "outputs" in tensors else 0
     wanted = {
         "router_distance": ((count, count), torch.float64),
         "coactivation": ((*by_expert, count), torch.int64),
         "powers": ((*by_expert, 3, 3), torch.float64),
         "peak": (by_expert, torch.float64),
         "weights": ((count, 3), torch.float64),
+        **({"outputs": ((*by_expert, hidden), torch.float32)} if hidden else {}),
     }
     for name, (shape, dtype) in wanted.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != shape or tensor.dtype is not dtype:
             is_now = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise StunError(f"{file}: {name}: must be {shape} of {dtype}, is {is_now}; {_RETAKE}")
-        if not torch.isfinite(tensor).all() or (tensor < 0).any():
+        if not torch.isfinite(tensor).all() or (name != "outputs" and (tensor < 0).any()):
             raise StunError(f"{file}: {name}: has negative or infinite entries; {_RETAKE}")

@@ -41,7 +41,9 @@ class Observer(Protocol):
     def combined(self, tokens: slice, output_tKD: torch.Tensor) -> None:
         """Outputs of the chosen experts for some of these tokens. Called from several threads at once."""
 
-    def expert(self, expert: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, gate_n: torch.Tensor | None) -> None:
+    def expert(
+        self, expert: int, micro_batch: int, input_nD: torch.Tensor, inner_nI: torch.Tensor, gate_n: torch.Tensor | None
+    ) -> None:
         """Inputs of one of this rank's experts, and of its `down_proj`, for n tokens of a micro-batch, and their gate
         weights. Called from several threads at once, each with another expert; the micro-batches of one are in order."""
 
@@ -52,6 +54,7 @@ class Layer:
 
     `dense` (on every rank) and `experts` (of this rank, by number in the source) hold tensors in their stored dtype. `unused`
     are the tensors that this rank copies. `kept` lists the experts kept, by number in the source; rank `owner[i]` has `kept[i]`.
+    `novices` has, on every rank, a constant output [D] for each expert that was removed but is still routed to.
     """
 
     layout: LayerLayout
@@ -60,13 +63,19 @@ class Layer:
     unused: dict[str, torch.Tensor]
     kept: list[int]
     owner: list[int]
+    novices: dict[int, torch.Tensor] = field(default_factory=dict)
     module: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def routed(self) -> list[int]:
+        """Experts that the router chooses from, by number in the source."""
+        return sorted([*self.kept, *self.novices])
 
     def release(self) -> None:
         """Free all tensors, even while references to the layer remain."""
         self.module = None
-        for tensors in (self.dense, self.experts, self.unused):
+        for tensors in (self.dense, self.experts, self.unused, self.novices):
             tensors.clear()
 
 
@@ -77,13 +86,15 @@ def tokens_together(device: torch.device, width: int, top_k: int) -> int:
 
 @dataclass(frozen=True)
 class Route:
-    """Ways of a round's rows: `order_N` sorts the chosen experts, `top_k` a token, of this rank's tokens by owner and expert;
-    `send` are the rows for every rank, and `counts_Re` the rows of this rank's experts from every rank."""
+    """Ways of a round's rows: `order_N` sorts the chosen experts, `top_k` a token, of this rank's tokens by owner and expert,
+    novices last; `send` are the rows for every rank, and `counts_Re` the rows of this rank's experts from every rank. `novice_x`
+    are the novices, by place among them, of the rows that are not sent."""
 
     order_N: torch.Tensor
     top_k: int
     send: list[int]
     counts_Re: torch.Tensor
+    novice_x: torch.Tensor
 
     @cached_property
     def place_TK(self) -> torch.Tensor:
@@ -99,16 +110,24 @@ class Route:
     def _ends_eR(self) -> list[list[int]]:
         return self.counts_Re.flatten().cumsum(0).view_as(self.counts_Re).T.tolist()
 
-    def rows(self, token_TD: torch.Tensor) -> torch.Tensor:
-        """A row for every chosen expert of every token, in the order of sending: [N, D]."""
-        return token_TD.index_select(0, self.order_N // self.top_k)
+    @property
+    def sent_N(self) -> torch.Tensor:
+        """The part of `order_N` that is sent."""
+        return self.order_N[: sum(self.send)]
 
-    def ends(self, place: int) -> list[tuple[int, int]]:
-        """(end, number) of the rows received for this rank's expert at `place`, by rank."""
-        return list(zip(self._ends_eR[place], self.counts_Re[:, place].tolist(), strict=True))
+    def rows(self, token_TD: torch.Tensor) -> torch.Tensor:
+        """A row for every chosen expert, but novices, of every token, in the order of sending: [N, D]."""
+        return token_TD.index_select(0, self.sent_N // self.top_k)
+
+    def pieces(self, place: int) -> list[tuple[int, slice]]:
+        """(rank, its rows) of the rows received for this rank's expert at `place`."""
+        ends = enumerate(zip(self._ends_eR[place], self.counts_Re[:, place].tolist(), strict=True))
+        return [(rank, slice(end - count, end)) for rank, (end, count) in ends if count]
 
     def sums(self, back_ND: torch.Tensor) -> torch.Tensor:
-        """Sum of every token's rows, in top-k order: [T, D]."""
+        """Sum of every token's rows that were sent, in top-k order: [T, D]."""
+        if len(self.novice_x):
+            back_ND = torch.cat([back_ND, back_ND.new_zeros(len(self.novice_x), back_ND.shape[1])])
         total_TD = back_ND.new_zeros(len(self.place_TK), back_ND.shape[1])
         for place_T in self.place_TK.T:
             total_TD += back_ND.index_select(0, place_T)
@@ -125,7 +144,9 @@ class Exchange:
         self.gives_outputs = True  # False: experts stop before their last matrix
         owner_E = torch.tensor(layer.owner, dtype=torch.int64)
         self.by_owner_E = torch.argsort(owner_E, stable=True)
-        self.place_E = torch.argsort(self.by_owner_E).to(ranks.device)
+        places = dict(zip((layer.kept[number] for number in self.by_owner_E.tolist()), range(len(layer.kept)), strict=True))
+        places |= {expert: len(places) + place for place, expert in enumerate(layer.novices)}
+        self.place_E = torch.tensor([places[expert] for expert in layer.routed], device=ranks.device)
         self.per_rank = torch.bincount(owner_E, minlength=ranks.world).tolist()
         self.first = sum(self.per_rank[: ranks.rank])
         self.mine = self.by_owner_E[self.first : self.first + self.per_rank[ranks.rank]].tolist()
@@ -139,13 +160,16 @@ class Exchange:
         send, receive = route.send, route.receive
         rows_ND = self.ranks.exchange(route.rows(hidden_TD), send, receive)
         needs_gates = any(observer.reads_gates for observer in self.observers)
-        gates_N = self.ranks.exchange(weights_TK.flatten()[route.order_N].float(), send, receive) if needs_gates else None
+        gates_N = self.ranks.exchange(weights_TK.flatten()[route.sent_N].float(), send, receive) if needs_gates else None
         for observer in self.observers if len(index_TK) else ():
             observer.routed(self.turn * self.ranks.world + self.ranks.rank, index_TK, weights_TK)
         served_ND = self._serve(module, rows_ND, gates_N, route)
         if served_ND is None:
             return hidden_TD.new_full((), torch.nan).expand_as(hidden_TD)
         back_ND = self.ranks.exchange(served_ND, receive, send)
+        if self.layer.novices:
+            constants_XD = torch.stack(list(self.layer.novices.values())).to(back_ND.dtype)
+            back_ND = torch.cat([back_ND, constants_XD.index_select(0, route.novice_x)])
         return self._combine(back_ND, route.place_TK, weights_TK)
 
     def _route(self, index_TK: torch.Tensor) -> Route:
@@ -154,10 +178,12 @@ class Exchange:
         order_N = torch.argsort(place_N, stable=True)
         # Not bincount, for which a GPU is waited for twice. This one wait is the micro-batch's only one.
         counts_E = torch.zeros_like(self.place_E).index_add_(0, place_N, torch.ones_like(place_N))
-        counts_RE = self.ranks.all_gather(counts_E).cpu()
+        kept = sum(self.per_rank)
+        counts_RE = self.ranks.all_gather(counts_E).cpu()[:, :kept]
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
         counts_Re = counts_RE[:, self.first : self.first + len(self.mine)]
-        return Route(order_N, index_TK.shape[1], send, counts_Re)
+        novice_x = place_N[order_N[sum(send) :]] - kept
+        return Route(order_N, index_TK.shape[1], send, counts_Re, novice_x)
 
     def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route) -> torch.Tensor | None:
         """Outputs of this rank's experts: one product per expert and micro-batch; experts run in parallel. None if outputs are
@@ -166,15 +192,14 @@ class Exchange:
 
         def serve(place: int) -> None:
             number = self.mine[place]
-            for end, count in route.ends(place):
-                if count:
-                    rows = slice(end - count, end)
-                    input_mD = stretched(rows_ND, end - count, count)
-                    inner_mI, gate_n = self.inner(module, number, input_mD), None if gates_N is None else gates_N[rows]
-                    for observer in self.observers:
-                        observer.expert(number, input_mD[:count], inner_mI[:count], gate_n)
-                    if output_ND is not None:
-                        output_ND[rows] = self.project(number, "down_proj", inner_mI)[:count]
+            for rank, rows in route.pieces(place):
+                count = rows.stop - rows.start
+                input_mD = stretched(rows_ND, rows.start, count)
+                inner_mI, gate_n = self.inner(module, number, input_mD), None if gates_N is None else gates_N[rows]
+                for observer in self.observers:
+                    observer.expert(number, self.turn * self.ranks.world + rank, input_mD[:count], inner_mI[:count], gate_n)
+                if output_ND is not None:
+                    output_ND[rows] = self.project(number, "down_proj", inner_mI)[:count]
 
         self.ranks.workers.map(serve, range(len(self.mine)))
         return output_ND

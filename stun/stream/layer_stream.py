@@ -30,9 +30,11 @@ from stun.sparsify.scores import require_finite
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 
 
-def even_owners(layout: LayerLayout, world: int) -> list[int]:
-    """Owner of every expert of a layer, in contiguous blocks of nearly equal size."""
-    return [number * world // layout.num_experts for number in range(layout.num_experts)]
+def even_owners(layout: LayerLayout, world: int) -> list[int | None]:
+    """Owner of every expert of a layer, in contiguous blocks of nearly equal size; None for novices."""
+    whole = layout.whole
+    places = {number: place * world // len(whole) for place, number in enumerate(whole)}
+    return [places.get(number) for number in range(layout.num_experts)]
 
 
 class _Part:
@@ -90,7 +92,7 @@ class LayerStream:
 
     def writer_of(self, layout: LayerLayout) -> dict[str, int]:
         """Rank that writes each tensor of a layer that is not one expert's; it also reads those outside the experts."""
-        names = [*layout.copied, *layout.fused_names.values()]
+        names = [*layout.copied, *layout.fused_names.values(), *layout.novices.values()]
         return {name: j % self.ranks.world for j, name in enumerate(names)}
 
     def _read_ahead(self, pool: ThreadPoolExecutor, index: int) -> Future[_Part] | None:
@@ -99,7 +101,8 @@ class LayerStream:
         if index == len(self.layouts):
             return None
         owners, rank = self.writer_of(self.layouts[index]), self.ranks.rank
-        missing: list[str | int] = [name for name in self.layouts[index].copied if owners[name] == rank]
+        copied = [*self.layouts[index].copied, *self.layouts[index].novices.values()]
+        missing: list[str | int] = [name for name in copied if owners[name] == rank]
         missing += [number for number, owner in enumerate(self.owners[index]) if owner == rank]
         return pool.submit(self._read, index, _Part(missing), self.memory.room_ahead(self.reserved) / self.beside)
 
@@ -132,30 +135,36 @@ class LayerStream:
         layer takes 1.48 and 2.69, four times the traffic and more memory.
         """
         layout, device, local = self.layouts[index], self.ranks.device, part.tensors
-        owners, dense = self.writer_of(layout), {}
-        for name in sorted(layout.dense):
+        owners, spread = self.writer_of(layout), {}
+        for name in [*sorted(layout.dense), *layout.novices.values()]:
             info = self.arch.info(name)
             tensor = local[name] if name in local else torch.empty(info.shape, dtype=info.dtype, device=device)
-            dense[name] = self.ranks.broadcast(tensor, owners[name])
+            spread[name] = self.ranks.broadcast(tensor, owners[name])
+        novices = {number: spread.pop(name) for number, name in layout.novices.items()}
         kept = [number for number in range(layout.num_experts) if self.owners[index][number] is not None]
         unused = {name: local[name] for name in layout.unused if name in local}
         owner = [self.owners[index][number] for number in kept]
-        return Layer(layout, dense, part.experts, unused, kept, owner, seconds={"read": part.seconds})
+        return Layer(layout, spread, part.experts, unused, kept, owner, novices, seconds={"read": part.seconds})
 
-    def keep(self, layer: Layer, kept: list[int]) -> None:
-        """Remove all experts of `layer` but `kept`, with their rows of the router."""
+    def keep(self, layer: Layer, kept: list[int], constants_ED: torch.Tensor | None = None) -> None:
+        """Remove all experts of `layer` but `kept`, with their rows of the router; with `constants_ED` the rows are kept, and
+        these are their outputs."""
         owner = dict(zip(layer.kept, layer.owner, strict=True))
         layer.owner = [owner[number] for number in kept]
         layer.kept = kept
         layer.experts = {number: expert for number, expert in layer.experts.items() if number in set(kept)}
-        if kept != list(range(layer.layout.num_experts)):
+        if constants_ED is not None:
+            layer.novices = {
+                e: constants_ED[e].to(self.arch.novice_dtype(layer.layout)) for e in range(len(constants_ED)) if e not in kept
+            }
+        elif kept != list(range(layer.layout.num_experts)):
             entries = torch.tensor(kept, device=self.ranks.device)
             for name, dim in layer.layout.routed.items():
                 layer.dense[name] = layer.dense[name].index_select(dim, entries)
 
     def build(self, layer: Layer) -> None:
         """Build `layer.module` from the layer's current tensors."""
-        layer.module = self.arch.build_layer(layer.layout.index, len(layer.kept))
+        layer.module = self.arch.build_layer(layer.layout.index, len(layer.routed))
         tensors = {inside: layer.dense[name] for name, inside in layer.layout.dense.items()}
         self.arch.install(layer.module, tensors, self.dtype)
         _, experts = experts_of(layer.module) or ("", None)

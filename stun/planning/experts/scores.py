@@ -42,8 +42,26 @@ def random_score(experts: int, layer: int, seed: int) -> torch.Tensor:
     return torch.rand(experts, generator=generator, dtype=torch.float64)
 
 
-def score_experts(score: Score, powers_E33: torch.Tensor, weights_E3: torch.Tensor, layer: int, seed: int) -> torch.Tensor:
-    """[E] float64 scores of one layer's experts."""
+def residual_score(powers_E33: torch.Tensor, outputs_ED: torch.Tensor) -> torch.Tensor:
+    """[E] energy of an expert that no constant output can stand for: sum g^2 ||f||^2 - ||sum g^2 f||^2 / sum g^2, with
+    `outputs_ED` the sums of g^2 f (MoNE, arXiv 2507.00390). What is nearly constant, others easily take over."""
+    squares_E = powers_E33[:, 2, 0]
+    constant_E = outputs_ED.double().square().sum(1) / torch.where(squares_E > 0, squares_E, 1.0)
+    return (powers_E33[:, 2, 2] - constant_E).clamp_min(0.0)
+
+
+def score_experts(
+    score: Score,
+    powers_E33: torch.Tensor,
+    weights_E3: torch.Tensor,
+    layer: int,
+    seed: int,
+    outputs_ED: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[E] float64 scores of one layer's experts; the residual one reads `outputs_ED`."""
+    if score is Score.residual:
+        assert outputs_ED is not None
+        return residual_score(powers_E33, outputs_ED)
     if score is Score.aimer:
         return aimer_score(weights_E3)
     if score is Score.random:
