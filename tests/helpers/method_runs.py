@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 
 from helpers.paths import TEXT
-from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
+from stun.config import (
+    Budget,
+    CalibrationConfig,
+    Dropped,
+    ExpertsConfig,
+    ExpertsMethod,
+    ModelConfig,
+    PruneConfig,
+    Score,
+    SparsifyConfig,
+)
 from stun.config import SparsifyMethod as Method
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
@@ -21,18 +31,22 @@ METHODS = {
     "sparsegpt blocked": SparsifyConfig(method=Method.sparsegpt, gram_gib=TINY),
     "reconstruct": SparsifyConfig(reconstruct=True, gram_gib=TINY),
     "refit": SparsifyConfig(),
+    "novices": SparsifyConfig(),
+    "novices refitted": SparsifyConfig(),
     "everything": SparsifyConfig(method=Method.alps, reconstruct=True, ratios="owl"),
     **{f"2:4 {method.name}": SparsifyConfig(method=method, pattern="2:4") for method in Method},
     "1:4 everything": SparsifyConfig(method=Method.sparsegpt, pattern="1:4", reconstruct=True),
 }
-REFITTED = ("refit", "everything")  # jointly
+REFITTED = ("refit", "novices refitted", "everything")  # jointly
 
 
 def request(source: str, run_dir: Path, name: str) -> PruneConfig:
     """The run of `METHODS` with that name."""
     how = METHODS[name]
     target = {"": TARGET, "2:4": 0.6, "1:4": 0.8}[how.pattern]
-    experts = ExpertsConfig(method=ExpertsMethod.rank, budget=Budget["global"], refit=name in REFITTED)
+    dropped = Dropped.novice if name.startswith("novices") else Dropped.reroute
+    score = Score.residual if name in (OBSERVED, "novices refitted") else Score.reap
+    experts = ExpertsConfig(ExpertsMethod.rank, budget=Budget["global"], score=score, dropped=dropped, refit=name in REFITTED)
     shared = "" if name == OBSERVED else str(run_dir / OBSERVED)
     return PruneConfig(ModelConfig(source), CALIBRATION, experts, how, target, str(run_dir / name), statistics=shared)
 

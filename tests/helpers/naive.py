@@ -35,6 +35,7 @@ def compare_statistics(statistics, expected) -> None:
     torch.testing.assert_close(statistics["powers"][0], expected["powers"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics["peak"][0], expected["peak"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics["outputs"][0], expected["outputs"].float(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
     count, one = module.num_experts, torch.ones(1, 1)
     coactivation = torch.zeros(count, count, dtype=torch.int64)
     powers, peak = torch.zeros(count, 3, 3, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    squares = torch.zeros(count, calls[0][0][0].shape[-1], dtype=torch.float64)
     for (hidden, index, weights), _ in calls:
         for x, chosen, gates in zip(hidden.view(len(index), -1), index.tolist(), weights.double().tolist(), strict=True):
             outputs = [module(x[None], torch.tensor([[expert]]), one)[0].double() for expert in chosen]
@@ -52,11 +54,12 @@ def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
                 norm = float(f.norm())
                 powers[expert] += torch.tensor([[gate**a * norm**b for b in range(3)] for a in range(3)], dtype=torch.float64)
                 peak[expert] = max(float(peak[expert]), norm)
+                squares[expert] += gate**2 * f
     parts = [parameter.double().flatten(1) for parameter in module.parameters()]
     sums = [sum(part.abs().sum(1) for part in parts), sum(part.square().sum(1) for part in parts)]
     numbers = torch.full((count,), float(sum(part.shape[1] for part in parts)), dtype=torch.float64)
     weights = torch.stack([*sums, numbers], dim=1)
-    return {"coactivation": coactivation, "powers": powers, "peak": peak, "weights": weights}
+    return {"coactivation": coactivation, "powers": powers, "peak": peak, "weights": weights, "outputs": squares}
 
 
 def naive_inner(module, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def observed(arch, batches, ranks, folder) -> dict[int, dict]:
         (folder / part).mkdir(parents=True)
     collected: dict[int, dict] = {}
     states, recorder = embed(arch, ranks, batches, arch.source.read), Recorder(folder, "observe", ranks, len(arch.layers))
-    observe(arch, states, recorder, collected.__setitem__, [0] * states.total)
+    observe(arch, states, recorder, collected.__setitem__, [0] * states.total, sums_outputs=True)
     return collected
 
 

@@ -103,6 +103,21 @@ def test_scores_are_brute_force(score):
         assert found[expert].item() == pytest.approx(naive(own) if own else 0.0)
 
 
+def test_the_residual_is_what_the_best_constant_leaves():
+    """... of the squared gated outputs; an expert without tokens leaves nothing."""
+    rng = np.random.default_rng(0)
+    seen = [[(rng.uniform(0.1, 2), rng.normal(size=5) + 2) for _ in range(count)] for count in (4, 0, 1, 9)]
+    powers = [[[sum(g**a * np.linalg.norm(f) ** b for g, f in own) for b in range(3)] for a in range(3)] for own in seen]
+    sums = [sum((g**2 * f for g, f in own), np.zeros(5)) for own in seen]
+    tensors = torch.tensor(np.array(powers, dtype=np.float64)), torch.ones(4, 3), 0, 0, torch.tensor(np.array(sums))
+    found = score_experts(Score.residual, *tensors)
+    for expert, own in enumerate(seen):
+        columns = np.array([g for g, _ in own])[:, None], np.array([g * f for g, f in own]).reshape(len(own), 5)
+        best = np.linalg.lstsq(*columns, rcond=None)[0] if own else None
+        left = float(((columns[0] @ best - columns[1]) ** 2).sum()) if own else 0.0
+        assert found[expert].item() == pytest.approx(left, abs=1e-9)
+
+
 @pytest.mark.parametrize("score", list(PRESETS))
 def test_means_do_not_depend_on_the_scale_of_source_weights(score):
     """All weights times a constant change no order, and no mean at all; counts may be fractions below one."""

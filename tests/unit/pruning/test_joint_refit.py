@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from helpers.naive import tokens_of
+from helpers.naive import captured, naive_statistics, tokens_of
 from helpers.selections import config
+from helpers.stock import load_stock
 from helpers.zoo import FAMILIES
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, ExpertsMethod, Score, StunError
@@ -18,12 +19,15 @@ from stun.pruning import joint_refit
 from stun.pruning.job import prune
 from stun.pruning.joint_refit import refit_jointly
 from stun.sparsify.joint_refit import DAMPING, descend
+from stun.statistics.output_sums import OutputSums
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 
 KEPT = [0, 2, 3, 5, 6]
 
 
-def pruned_layer(folder, ranks, batch: int, removes_weights: bool = False, tokens: torch.Tensor | None = None):
+def pruned_layer(
+    folder, ranks, batch: int, removes_weights: bool = False, tokens: torch.Tensor | None = None, has_novices: bool = False
+):
     """A stream, its first layer with experts, of which five are kept, the states before it, and the dense layer's outputs."""
     arch = Architecture(Checkpoint.open(folder))
     tokens = tokens_of(folder) if tokens is None else tokens
@@ -31,8 +35,9 @@ def pruned_layer(folder, ranks, batch: int, removes_weights: bool = False, token
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
     layer = next(layer for layer in stream if layer.kept)
     stream.build(layer)
-    dense = stream.run(layer, states).hidden
-    stream.keep(layer, KEPT)
+    sums = OutputSums(stream, layer, [0] * states.total)
+    dense = stream.run(layer, states, sums).hidden
+    stream.keep(layer, KEPT, sums.constants() if has_novices else None)
     for expert in layer.experts.values() if removes_weights else ():
         weight_DI = layer.layout.oriented(expert["down_proj"])
         weight_DI[torch.rand(weight_DI.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
@@ -68,6 +73,19 @@ def features(stream, layer, states) -> torch.Tensor:
     return torch.cat(columns, 1).view(len(base_TD), len(weights), -1)
 
 
+def novice_gates(stream, layer, states) -> torch.Tensor:
+    """Gate weights [T, novices], seen likewise: what the output gains if a novice gives ones in place of zeros."""
+    saved, columns = dict(layer.novices), []
+    layer.novices.update({number: torch.zeros_like(constant) for number, constant in saved.items()})
+    base_TD = outputs(stream, layer, states)
+    for number, constant in saved.items():
+        layer.novices[number] = torch.ones_like(constant)
+        columns.append((outputs(stream, layer, states) - base_TD)[:, 0])
+        layer.novices[number] = torch.zeros_like(constant)
+    layer.novices.update(saved)
+    return torch.stack(columns, 1)
+
+
 @pytest.mark.parametrize("removes_weights", [False, True])
 @pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_moe"])
 def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weights):
@@ -99,6 +117,46 @@ def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weig
 
     least, start = cost(exact_DX), cost(torch.zeros_like(exact_DX))
     assert least < 0.9 * start and cost(found_DX) - least < 1e-3 * (start - least)
+
+
+@pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "granitemoe", "mixtral", "qwen3_moe"])
+def test_the_exact_solution_with_novices(checkpoint, ranks, monkeypatch, family):
+    """... whose constants are columns of the same least squares; they start at the best constant of each alone."""
+    monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
+    stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, has_novices=True)
+    problem, scale = joint_refit._Refit(stream, layer, states, dense), 0.5 if family == "granitemoe" else 1
+    gates_TX = novice_gates(stream, layer, states) / scale
+    assert (gates_TX > 0).any(0).all(), "every novice is chosen by some token"
+    feature_TX = torch.cat([features(stream, layer, states).flatten(1) / scale, gates_TX], 1)
+    missing_TD, gram_XX = torch.cat(problem.missing).double(), feature_TX.T @ feature_TX
+    diagonal_X, experts = gram_XX.diagonal(), feature_TX.shape[1] - gates_TX.shape[1]
+    damping_X = torch.full((len(gram_XX),), DAMPING * float(diagonal_X[:experts].mean()), dtype=torch.float64)
+    damping_X[experts:] = DAMPING * float(diagonal_X[experts:].mean())
+    exact_XD = torch.linalg.solve(gram_XX + damping_X.diag(), feature_TX.T @ missing_TD)
+    descend(problem, 400)
+    own = [problem.change[number].T for number in range(len(KEPT))]
+    found_XD = torch.cat([*own, problem.constants.change]).double()
+
+    def cost(change_XD: torch.Tensor) -> float:
+        return float((missing_TD - feature_TX @ change_XD).square().sum() + (damping_X[:, None] * change_XD.square()).sum())
+
+    least, start = cost(exact_XD), cost(torch.zeros_like(exact_XD))
+    assert least < 0.9 * start and cost(found_XD) - least < 1e-3 * (start - least)
+
+
+@pytest.mark.parametrize("family", ["arctic", "granitemoe", "qwen3_moe"])
+def test_a_constant_stands_best_for_its_expert(checkpoint, ranks, family):
+    """The constants before any refit: sum g^2 f over sum g^2, by transformers' own experts, token by token."""
+    folder = checkpoint(family)
+    _, layer, *_ = pruned_layer(folder, ranks, 4, has_novices=True)
+    model = load_stock(folder)
+    index = layer.layout.index
+    module = experts_of(model.base_model.layers[index])[1]
+    calls = captured(model, {"experts": module}, tokens_of(folder))["experts"]
+    expected = naive_statistics(module, calls)
+    for number, constant_D in layer.novices.items():
+        best_D = expected["outputs"][number] / expected["powers"][number, 2, 0]
+        torch.testing.assert_close(constant_D, best_D.to(constant_D.dtype), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
