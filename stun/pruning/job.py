@@ -8,6 +8,7 @@ from pathlib import Path
 from stun.config import PruneConfig, StunError
 from stun.files import load_json, load_yaml, write_json
 from stun.model.precision import compute_dtype
+from stun.planning import usage
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan
 from stun.planning.plan import Plan
@@ -103,6 +104,9 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
         ranks.log(notice)
     if job.reads_statistics:
         _observe(job, run, ranks)
+        rarely = ranks.on_first(lambda: usage.warning(job.arch, job.statistics)) if any(job.drops) else ""
+        if rarely:
+            ranks.log(rarely)
     return job
 
 

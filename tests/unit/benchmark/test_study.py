@@ -76,10 +76,10 @@ def test_best_beats_the_paper():
                 mean = lambda rows, half=half: sum(row[half] for row in rows) / len(rows)  # noqa: E731
                 assert mean(ours["best"][target]) > mean(theirs["paper"][target]), (best, target, half)
     page, cfg = (ROOT / "docs" / "weights.md").read_text(), composed("prune", ["experiment=best"])
-    for setting in ("method=rank", "score=energy", "fraction=0.4", "method=alps", "reconstruct=true"):
+    for setting in ("method=rank", "score=residual", "fraction=0.4", "method=alps", "reconstruct=true"):
         assert setting in page
     experts, weights = cfg.experts, cfg.sparsify
-    assert (experts.method.name, experts.score.name, experts.fraction) == ("rank", "energy", 0.4)
+    assert (experts.method.name, experts.score.name, experts.fraction) == ("rank", "residual", 0.4)
     assert (weights.method.name, weights.reconstruct) == ("alps", True)
 
 
