@@ -25,8 +25,8 @@ def warning(arch: Architecture, stats: Statistics) -> str:
     more = f"raise the weight of its sources ({', '.join(helps)})" if helps else "add text of other kinds (calibration.mixture)"
     counts = f"{rare} of {experts} experts, {unseen} of them never"
     return (
-        f"warning: the calibration text rarely reaches {counts}: what they do elsewhere is not judged. If the model is for more than "
-        f"this text, {more}, or choose by the routers' rows alone (experts=stun)"
+        f"warning: the calibration text rarely reaches {counts}: what they do elsewhere is not judged. If the model is for "
+        f"more than this text, {more}, or choose by the routers' rows alone (experts=stun)"
     )
 
 
