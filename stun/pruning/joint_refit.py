@@ -1,4 +1,5 @@
-"""Joint refit: the down projections of a layer's experts kept, fitted together to the dense layer's output.
+"""Joint refit: the down projections of a layer's experts kept, fitted together to the dense layer's output, with those of shared
+experts and the constants of novices (stun.pruning.replicated).
 
 The output of a layer is linear in all of them: y = sum over experts of g W h, with h an expert's inner state and g its gate. So
 those that are kept can take over what removed experts and weights did, and make up for the errors of earlier layers: minimised is
@@ -21,7 +22,7 @@ import torch
 
 from stun.config import StunError
 from stun.model.tensor_names import experts_of
-from stun.pruning.constants import Constants
+from stun.pruning.replicated import Gated, Replicated, Shared, constants
 from stun.sparsify.joint_refit import DAMPING, descend
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
@@ -48,18 +49,12 @@ def refit_jointly(stream: LayerStream, layer: Layer, states: States, dense: list
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Rows of an expert from one micro-batch: their places among those that its rank received in the round, inner states and
-    gates."""
+class _Piece(Gated):
+    """Rows of an expert from one micro-batch: inner states [n, I], gates, and places among those that its rank received in the
+    round."""
 
     micro_batch: int
     rows: slice
-    inner_nI: torch.Tensor
-    gate_n: torch.Tensor
-
-    @property
-    def gated_nI(self) -> torch.Tensor:
-        return self.inner_nI.float() * self.gate_n[:, None]
 
 
 class _Inputs(Observer):
@@ -86,7 +81,7 @@ class _Inputs(Observer):
         route, pieces = self.exchange.route, {}
         for place, number in enumerate(self.exchange.mine):
             parts = zip(route.pieces(place), self._round[number], strict=True)
-            pieces[number] = [_Piece(batch, rows, inner_nI, gate_n) for (_, rows), (batch, inner_nI, gate_n) in parts]
+            pieces[number] = [_Piece(inner_nI, gate_n, batch, rows) for (_, rows), (batch, inner_nI, gate_n) in parts]
         self.routes.append(route)
         self.pieces.append(pieces)
         self._round.clear()
@@ -104,7 +99,8 @@ class _Refit:
         _, experts = experts_of(layer.module)
         inputs, self.mine = _Inputs(experts.exchange), experts.exchange.mine
         scale = _scale(stream, layer, experts, states)
-        outputs = stream.run(layer, states, inputs).hidden
+        shared = Shared(layer)
+        outputs = shared.run(stream, states, inputs)
         self.missing = [((d.float() - o.float()) / scale).flatten(0, -2) for d, o in zip(dense, outputs, strict=True)]
         self.added: list[torch.Tensor] = []
         self.routes, self.pieces, self.holds_out = inputs.routes, inputs.pieces, states.total >= HELD_OUT
@@ -112,9 +108,11 @@ class _Refit:
         self.direction = {number: torch.zeros_like(change_DI) for number, change_DI in self.change.items()}
         self.slope: dict[int, torch.Tensor] = {}
         self.damping, self.factors = self._factors()
-        fitted = lambda turn: not self._is_held_out(turn * self.ranks.world + self.ranks.rank)  # noqa: E731
-        rounds = len(self.routes)
-        self.constants = Constants(layer, self.ranks, inputs.gates, rounds, fitted) if layer.novices else None
+        self.replicated = [*constants(layer, inputs.gates), *shared.replicated(stream, states, outputs, scale)]
+        for matrix in self.replicated:
+            matrix.prepare(
+                self.ranks, len(self.routes), lambda turn: not self._is_held_out(turn * self.ranks.world + self.ranks.rank)
+            )
 
     def _weight(self, number: int) -> torch.Tensor:
         """Down projection [D, I] of an expert kept."""
@@ -139,7 +137,7 @@ class _Refit:
             total_II = torch.zeros(width, width, device=self.ranks.device)
             for turn in range(len(self.routes)):
                 for piece in self._fitted(number, turn):
-                    total_II += gram(piece.gated_nI)
+                    total_II += gram(piece.product_TX)
             return total_II
 
         grams = self._map(gram_of)
@@ -165,12 +163,15 @@ class _Refit:
         chosen = [(batch, turn) for batch, turn in mine if held_out in (None, self._is_held_out(batch))]
         return self._by_number({batch: _inner(rows(turn), rows(turn)) for batch, turn in chosen})
 
-    def _outputs(self, matrix: Callable[[int], torch.Tensor], constants_XD: torch.Tensor | None) -> list[torch.Tensor]:
-        """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I] and the
-        novices' constants are those given."""
+    def _outputs(
+        self, matrix: Callable[[int], torch.Tensor], replicated: Callable[[Replicated], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I], and of each
+        replicated one [D, X] what the other function says."""
         outputs = [self._round(turn, matrix) for turn in range(len(self.routes))][: len(self.missing)]
-        for turn, output_TD in enumerate(outputs if self.constants else ()):
-            output_TD += self.constants.outputs(turn, constants_XD)
+        for own in self.replicated:
+            for turn, output_TD in enumerate(outputs):
+                output_TD += own.outputs(turn, replicated(own))
         return outputs
 
     def _round(self, turn: int, matrix: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -180,14 +181,14 @@ class _Refit:
         def serve(number: int) -> None:
             matrix_DI = matrix(number)
             for piece in self.pieces[turn][number]:
-                rows_ND[piece.rows] = piece.gated_nI @ matrix_DI.T
+                rows_ND[piece.rows] = piece.product_TX @ matrix_DI.T
 
         self._map(serve)
         return route.sums(self.ranks.exchange(rows_ND, route.receive, route.send))
 
     def gradient(self) -> None:
-        if self.constants:
-            self.constants.gradient(self.missing)
+        for own in self.replicated:
+            own.gradient(self.missing)
         self.slope = {number: change_DI.mul(-self.damping) for number, change_DI in self.change.items()}
         none_TD = torch.empty(0, self.width, device=self.ranks.device)
         for turn, route in enumerate(self.routes):
@@ -196,7 +197,7 @@ class _Refit:
 
             def add(number: int, turn: int = turn, rows_ND: torch.Tensor = rows_ND) -> None:
                 for piece in self._fitted(number, turn):
-                    self.slope[number].addmm_(rows_ND[piece.rows].T, piece.gated_nI)
+                    self.slope[number].addmm_(rows_ND[piece.rows].T, piece.product_TX)
 
             self._map(add)
 
@@ -207,21 +208,21 @@ class _Refit:
             self.slope[number] = torch.cholesky_solve(slope_DI.T, self.factors[number]).T.mul(kept_DI)
             return _inner(slope_DI, self.slope[number])
 
-        return self._by_number(self._map(solve)) + self._of_constants(lambda c: c.precondition())
+        return self._by_number(self._map(solve)) + self._of_replicated(lambda own: own.precondition())
 
-    def _of_constants(self, products: Callable[[Constants], torch.Tensor]) -> float:
-        """Sum of products of the novices' constants, the same on every rank; 0 without novices."""
-        return math.fsum(products(self.constants).sum(1, dtype=torch.float64).tolist()) if self.constants else 0.0
+    def _of_replicated(self, products: Callable[[Replicated], torch.Tensor]) -> float:
+        """Sum of products of the replicated matrices, the same on every rank."""
+        return math.fsum(number for own in self.replicated for number in products(own).sum(1, dtype=torch.float64).tolist())
 
     def turn(self, share: float) -> None:
-        if self.constants:
-            self.constants.turn(share)
+        for own in self.replicated:
+            own.turn(share)
         self._map(lambda number: self.direction[number].mul_(share).add_(self.slope[number]))
 
     def curvature(self) -> float:
-        self.added = self._outputs(self.direction.__getitem__, self.constants and self.constants.direction)
+        self.added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
         size = self._by_number(self._map(lambda number: _inner(self.direction[number], self.direction[number])))
-        damped = self.damping * size + self._of_constants(lambda c: c.damping * c.direction.square())
+        damped = self.damping * size + self._of_replicated(lambda own: own.damping * own.direction.square())
         return self._squared(self.added.__getitem__, False) + damped
 
     def held_out(self, size: float = 0.0) -> float:
@@ -229,8 +230,8 @@ class _Refit:
         return self._squared(rows, self.holds_out)
 
     def step(self, size: float) -> None:
-        if self.constants:
-            self.constants.step(size)
+        for own in self.replicated:
+            own.step(size)
         self._map(lambda number: self.change[number].add_(self.direction[number], alpha=size))
         for missing_TD, added_TD in zip(self.missing, self.added, strict=True):
             missing_TD.sub_(added_TD, alpha=size)
@@ -249,9 +250,8 @@ class _Refit:
         def rounding(number: int) -> torch.Tensor:
             return self._refitted(number).float() - self._weight(number).float() - self.change[number]
 
-        for missing_TD, added_TD in zip(
-            self.missing, self._outputs(rounding, self.constants and self.constants.rounding), strict=True
-        ):
+        added = self._outputs(rounding, lambda own: own.rounding_DX)
+        for missing_TD, added_TD in zip(self.missing, added, strict=True):
             missing_TD.sub_(added_TD)
         return self.error()
 
@@ -259,8 +259,8 @@ class _Refit:
         """Give the experts their new weights."""
         for number in self.mine:
             self._weight(number).copy_(self._refitted(number))
-        if self.constants:
-            self.constants.install()
+        for own in self.replicated:
+            own.install()
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:

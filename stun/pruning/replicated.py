@@ -1,0 +1,183 @@
+"""Matrices of the joint refit that all ranks hold: constants of novices, and the down projections of shared experts.
+
+They are further columns of the least squares in stun.pruning.joint_refit. Each rank has the inputs of its own tokens; sums over
+tokens are those of the micro-batches of all ranks, added in their order, so that every rank computes the same.
+
+Shapes: T tokens of a micro-batch, X inputs of a matrix (for constants: one a novice, its gate weight), D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stun.config import Scope, StunError
+from stun.runtime.ranks import Ranks
+from stun.sparsify.joint_refit import DAMPING
+from stun.stream.expert_parallel import Layer
+from stun.stream.layer_stream import LayerStream, States
+
+_LOUD = 16.0  # factor of a shared expert's output that lets it stand out of the hidden states
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Inputs of a matrix for some tokens, and what its outputs are multiplied by before they are added."""
+
+    inner_TX: torch.Tensor
+    gate_T: torch.Tensor
+
+    @property
+    def product_TX(self) -> torch.Tensor:
+        return self.inner_TX.float() * self.gate_T[:, None]
+
+
+class Replicated:
+    """A matrix [D, X] of the problem of stun.sparsify.joint_refit.
+
+    `inputs[turn]` are its inputs in this rank's micro-batches, and `is_fitted(turn)` says whether one of them is not held out;
+    `install` gives the layer the refitted matrix. With `keeps_zeros` its zeros are removed weights, which are kept zero.
+    """
+
+    def __init__(self, weight_DX: torch.Tensor, inputs: list[Gated], install: Callable[[torch.Tensor], None], keeps_zeros: bool):
+        self.weight_DX, self.inputs, self._install = weight_DX, inputs, install
+        self.kept_DX = weight_DX != 0 if keeps_zeros else torch.ones_like(weight_DX, dtype=torch.bool)
+        self.change = torch.zeros_like(weight_DX, dtype=torch.float32)
+        self.direction, self.slope = torch.zeros_like(self.change), torch.zeros_like(self.change)
+
+    def prepare(self, ranks: Ranks, rounds: int, is_fitted: Callable[[int], bool]) -> None:
+        """Set damping and preconditioner, from the inputs of all ranks in so many rounds."""
+        self.ranks, self.rounds, self.is_fitted = ranks, rounds, is_fitted
+        width = self.change.shape[1]
+
+        def gram(turn: int) -> torch.Tensor:
+            rows_TX = self.inputs[turn].product_TX
+            return rows_TX.T @ rows_TX
+
+        gram_XX = self._sum(gram, (width, width)).double()
+        self.damping = DAMPING * float(gram_XX.diagonal().mean()) or 1.0
+        gram_XX.diagonal().add_(self.damping)
+        (self.factor_XX,) = ranks.workers.map(lambda gram_XX: torch.linalg.cholesky(gram_XX).float(), [gram_XX])
+
+    def _sum(self, part: Callable[[int], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Sum over the micro-batches of all ranks that are fitted, in their order."""
+        total = torch.zeros(shape, device=self.ranks.device)
+        for turn in range(self.rounds):
+            mine = torch.zeros_like(total)
+            if turn < len(self.inputs) and self.is_fitted(turn):
+                (mine,) = self.ranks.workers.map(part, [turn])
+            for rank_part in self.ranks.all_gather(mine):
+                total += rank_part
+        return total
+
+    def outputs(self, turn: int, matrix_DX: torch.Tensor) -> torch.Tensor:
+        """What a matrix in place of this one adds to the outputs [T, D] of a micro-batch."""
+        return self.ranks.workers.map(lambda turn: self.inputs[turn].product_TX @ matrix_DX.T, [turn])[0]
+
+    def gradient(self, missing: list[torch.Tensor]) -> None:
+        self.slope = self._sum(lambda turn: missing[turn].T @ self.inputs[turn].product_TX, self.change.shape)
+        self.slope.sub_(self.change, alpha=self.damping)
+
+    def precondition(self) -> torch.Tensor:
+        """Products [D, X] of the gradient and the preconditioned gradient, entry by entry."""
+        slope_DX = self.slope.mul_(self.kept_DX)
+        (solved_XD,) = self.ranks.workers.map(lambda slope_DX: torch.cholesky_solve(slope_DX.T, self.factor_XX), [slope_DX])
+        self.slope = solved_XD.T.mul(self.kept_DX)
+        return slope_DX * self.slope
+
+    def turn(self, share: float) -> None:
+        self.direction.mul_(share).add_(self.slope)
+
+    def step(self, size: float) -> None:
+        self.change.add_(self.direction, alpha=size)
+
+    @property
+    def refitted_DX(self) -> torch.Tensor:
+        """The matrix with its change, in the dtype that it is stored in."""
+        return (self.weight_DX.float() + self.change).to(self.weight_DX.dtype)
+
+    @property
+    def rounding_DX(self) -> torch.Tensor:
+        """What rounding to that dtype adds."""
+        return self.refitted_DX.float() - self.weight_DX.float() - self.change
+
+    def install(self) -> None:
+        """Give the layer the refitted matrix."""
+        self._install(self.refitted_DX)
+
+
+def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:
+    """The constants of a layer's novices, whose gate weights [T, X] in this rank's micro-batches are `gates`."""
+    if not layer.novices:
+        return []
+
+    def install(matrix_DX: torch.Tensor) -> None:
+        layer.novices.update(zip(layer.novices, matrix_DX.T.contiguous(), strict=True))
+
+    inputs = [Gated(gates_TX, torch.ones_like(gates_TX[:, 0])) for gates_TX in gates]
+    return [Replicated(torch.stack(list(layer.novices.values()), 1), inputs, install, keeps_zeros=False)]
+
+
+class Shared:
+    """The matrices that close a layer's shared experts, with their inputs and outputs while the layer runs."""
+
+    def __init__(self, layer: Layer):
+        self.layer, layout = layer, layer.layout
+        closing = [name for name, scope in layout.linears.items() if scope is Scope.shared and layout.closes(name)]
+        self.modules = {name: layer.module.get_submodule(layout.dense[name].rpartition(".")[0]) for name in sorted(closing)}
+        self._inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.modules}
+        self._outputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.modules}
+
+    def run(self, stream: LayerStream, states: States, *observers) -> list[torch.Tensor]:
+        """Hidden states after the layer, whose shared experts are watched."""
+
+        def watch(name: str):
+            def seen(module, arguments, output_TD) -> None:
+                self._inputs[name].append(arguments[0].flatten(0, -2))
+                self._outputs[name].append(output_TD.flatten(0, -2))
+
+            return seen
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in self.modules.items()]
+        try:
+            return stream.run(self.layer, states, *observers).hidden
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def replicated(self, stream: LayerStream, states: States, outputs: list[torch.Tensor], scale: float) -> list[Replicated]:
+        """The matrices. Their outputs' factor, a number for every token, is found by a run in which they are louder than in
+        the one that gave `outputs`; it is relative to that of the routed experts, `scale`. Raises StunError if there is none."""
+        found = []
+        for name, module in self.modules.items():
+            gates, is_added = self._factors(stream, states, outputs, name)
+            if not all(stream.ranks.gather_objects(is_added)):
+                raise StunError(f"experts.refit=true: the layer does more with {name} than to add it; use experts.refit=false")
+
+            def install(matrix_DX: torch.Tensor, name: str = name, module: torch.nn.Module = module) -> None:
+                self.layer.dense[name].copy_(matrix_DX)
+                module.weight.copy_(matrix_DX)
+
+            inputs = [Gated(inner, gate_T / scale) for inner, gate_T in zip(self._inputs[name], gates, strict=True)]
+            found.append(Replicated(self.layer.dense[name], inputs, install, keeps_zeros=True))
+        return found
+
+    def _factors(
+        self, stream: LayerStream, states: States, outputs: list[torch.Tensor], name: str
+    ) -> tuple[list[torch.Tensor], bool]:
+        """Factor of every token in this rank's micro-batches, and whether the output is multiplied by it and added."""
+        hook = self.modules[name].register_forward_hook(lambda module, arguments, output: output * _LOUD)
+        try:
+            loud = stream.run(self.layer, states).hidden
+        finally:
+            hook.remove()
+        factors, is_added = [], True
+        for louder, plain, own_TD in zip(loud, outputs, self._outputs[name], strict=True):
+            change_TD, own_TD = ((louder.float() - plain.float()) / (_LOUD - 1)).flatten(0, -2), own_TD.float()
+            factor_T = (change_TD * own_TD).sum(1) / own_TD.square().sum(1).clamp_min(1e-30)
+            rest_TD = change_TD - factor_T[:, None] * own_TD
+            is_added = is_added and float(rest_TD.square().sum()) <= 0.05**2 * float(change_TD.square().sum())
+            factors.append(factor_T)
+        return factors, is_added
