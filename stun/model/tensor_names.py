@@ -60,7 +60,7 @@ class NameMap:
             path, experts = experts_of(layer) or ("", None)
             if experts is not None:
                 block, where = f"{self.prefix}{layout.index}.{path}", f"{source.folder}: layer {layout.index}"
-                self._place_novices(layout, self._constants.pop(block, {}), where)
+                self._place_novices(layout, self._constants.pop(block, {}), experts.num_experts, where)
                 self._place_experts(layout, blocks.pop(block, {}), experts, experts.num_experts, where)
             grown = {} if experts is None else build(layout.index, experts.num_experts + 1).state_dict()
             self._describe(layout, layer, grown)
@@ -136,11 +136,15 @@ class NameMap:
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed
 
-    def _place_novices(self, layout: LayerLayout, constants: dict[int, str], where: str) -> None:
+    def _place_novices(self, layout: LayerLayout, constants: dict[int, str], count: int, where: str) -> None:
         """Fill in a layout's novices, which must be those of config.json."""
         listed = self.novices.get(layout.index, [])
         if sorted(constants) != listed:
             raise StunError(f"{where}: has constants of experts {sorted(constants)}; config.json lists {listed} as {NOVICES}")
+        if len(listed) >= count or max(listed, default=0) >= count:
+            raise StunError(
+                f"{where}: config.json lists {listed} as {NOVICES}; they must be some of its {count} experts, not all"
+            )
         for name in constants.values():
             self._check(name, (self.decoder.config.hidden_size,))
         layout.novices = dict(sorted(constants.items()))

@@ -148,6 +148,7 @@ def test_refused(made, checkpoint, tmp_path):
     for change, message in [
         ({"approximate_experts": {"0": [1, 0]}}, "must map numbers of layers to ascending lists of experts"),
         ({"approximate_experts": [3]}, "must map numbers of layers"),
+        ({"approximate_experts": {"0": list(range(8))}}, "has constants of experts"),
         ({"approximate_experts": {"0": []}}, "belongs to an expert, but the model has no such parameter|no such parameter"),
     ]:
         (folder / "config.json").write_text(json.dumps(json.loads(text) | change))
