@@ -128,6 +128,7 @@ TASKS: dict[str, Task] = {
     "upper_casing": _of_letters("Upper case", 8, lambda letters: map(str.upper, letters)),
     "maximum": _maximum,
 }
+STRINGS = ("reversing", "sorting", "counting", "upper_casing", "maximum")  # the tasks without arithmetic
 
 
 def generate(seed: int, exclude: frozenset[str] = frozenset()) -> Iterator[Sample]:
