@@ -66,6 +66,11 @@ class LayerLayout:
         """Whether a dense matrix produces its block's output."""
         return self.dense[name].split(".")[-2] in CLOSING
 
+    @property
+    def shared_outputs(self) -> list[str]:
+        """Names of the matrices that produce the output of shared experts."""
+        return sorted(name for name, scope in self.linears.items() if scope is Scope.shared and self.closes(name))
+
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
         """View [O, D] of an expert's matrix, whichever way it is stored."""
         return weight.T if self.is_transposed else weight

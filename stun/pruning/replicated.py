@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stun.config import Scope, StunError
+from stun.config import StunError
 from stun.runtime.ranks import Ranks
 from stun.sparsify.joint_refit import DAMPING
 from stun.stream.expert_parallel import Layer
@@ -125,8 +125,8 @@ class Shared:
 
     def __init__(self, layer: Layer):
         self.layer, layout = layer, layer.layout
-        closing = [name for name, scope in layout.linears.items() if scope is Scope.shared and layout.closes(name)]
-        self.modules = {name: layer.module.get_submodule(layout.dense[name].rpartition(".")[0]) for name in sorted(closing)}
+        paths = {name: layout.dense[name].rpartition(".")[0] for name in layout.shared_outputs}
+        self.modules = {name: layer.module.get_submodule(path) for name, path in paths.items()}
         self._inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.modules}
         self._outputs: dict[str, list[torch.Tensor]] = {name: [] for name in self.modules}
 

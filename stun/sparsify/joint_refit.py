@@ -13,6 +13,13 @@ def held_bytes(shape_DI: tuple[int, int], matrices: int, tokens: int, rows: int,
     return rows * width * itemsize + 8 * tokens * height + 4 * matrices * (3 * height * width + width**2)
 
 
+def replicated_bytes(shape_DX: tuple[int, int], tokens: int, itemsize: int, world: int) -> int:
+    """Bytes of a matrix [D, X] that all ranks hold: inputs of all `tokens` of a rank, a change, a direction, a slope, what a sum
+    over the ranks gathers, and a factor."""
+    height, width = shape_DX
+    return tokens * width * itemsize + 4 * ((4 + world) * height * width + 2 * width**2)
+
+
 class Problem(Protocol):
     """Matrices X that minimise |R - F X|^2 + damping * |X|^2: R is what is missing in some outputs, and F X what a change X of
     the matrices adds to them. X starts at zero. The problem holds X, the direction P of the next step, and the gradient."""

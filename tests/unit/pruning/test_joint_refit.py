@@ -12,7 +12,7 @@ from helpers.selections import config
 from helpers.stock import load_stock
 from helpers.zoo import FAMILIES
 from stun.checkpoint.reader import Checkpoint
-from stun.config import ExpertsConfig, ExpertsMethod, Scope, Score, StunError
+from stun.config import ExpertsConfig, ExpertsMethod, Score, StunError
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
 from stun.pruning import joint_refit
@@ -48,9 +48,7 @@ def pruned_layer(
 def matrices(layer) -> list[torch.Tensor]:
     """Down projections of the experts kept, then of shared ones."""
     routed = [layer.layout.oriented(layer.experts[number]["down_proj"]) for number in layer.kept]
-    layout = layer.layout
-    closing = [name for name, scope in sorted(layout.linears.items()) if scope is Scope.shared and layout.closes(name)]
-    return routed + [layer.dense[name] for name in closing]
+    return routed + [layer.dense[name] for name in layer.layout.shared_outputs]
 
 
 def outputs(stream, layer, states: States) -> torch.Tensor:

@@ -1,0 +1,16 @@
+"""Print a study's tables over several models: python -m jobs.tables docs/quality experts"""
+
+import sys
+from pathlib import Path
+
+from stun.benchmark.across import across, read_scores
+
+
+def main(folder: str, kind: str) -> None:
+    scores = read_scores(Path(folder), kind)
+    for share in next(iter(next(iter(scores.values()))["results"].values())):
+        print(across(scores, share), end="\n\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

@@ -1,0 +1,31 @@
+"""Tables of one study on several models: a row per method, a column per model."""
+
+import json
+from pathlib import Path
+from statistics import mean
+
+
+def read_scores(folder: Path, kind: str) -> dict[str, dict]:
+    """Scores of a study by model, from the files KIND-MODEL.json of a folder."""
+    files = sorted(folder.glob(f"{kind}-*.json"), key=lambda file: ORDER.index(file.stem.removeprefix(f"{kind}-")))
+    return {file.stem.removeprefix(f"{kind}-"): json.loads(file.read_text()) for file in files}
+
+
+ORDER = ["reference", "qwen3_moe", "deepseek_v3", "gpt_oss"]  # methods were chosen on the first two
+
+
+def exact_match(results: list[dict]) -> float:
+    """Exact match on all rows, mean over the seeds."""
+    return mean((result["odd"] + result["even"]) / 2 for result in results)
+
+
+def across(scores: dict[str, dict], share: str) -> str:
+    """Markdown table at one share removed: exact match, and in brackets the percentage of the dense model's that is kept."""
+    dense = {model: exact_match([own["dense"]]) for model, own in scores.items()}
+    lines = [f"| {share} removed | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+    lines.append(f"| dense | {' | '.join(f'{value:.3f}' for value in dense.values())} |")
+    methods = list(next(iter(scores.values()))["results"])
+    for method in methods:
+        kept = {model: exact_match(own["results"][method][share]) for model, own in scores.items()}
+        lines.append(f"| {method} | {' | '.join(f'{kept[m]:.3f} ({kept[m] / dense[m]:.1%})' for m in scores)} |")
+    return "\n".join(lines)
