@@ -182,7 +182,8 @@ class Exchange:
         counts_RE = self.ranks.all_gather(counts_E).cpu()[:, :kept]
         send = [int(c.sum()) for c in counts_RE[self.ranks.rank].split(self.per_rank)]
         counts_Re = counts_RE[:, self.first : self.first + len(self.mine)]
-        novice_x = place_N[order_N[sum(send) :]] - kept
+        unsent_x = order_N[sum(send) :]  # empty without novices
+        novice_x = place_N[unsent_x] - kept if self.layer.novices else unsent_x
         return Route(order_N, index_TK.shape[1], send, counts_Re, novice_x)
 
     def _serve(self, module: nn.Module, rows_ND: torch.Tensor, gates_N: torch.Tensor | None, route: Route) -> torch.Tensor | None:
