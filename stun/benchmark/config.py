@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from stun.config import PruneConfig
+from stun.config import CalibrationConfig, PruneConfig
 from stun.evaluation.config import TaskConfig
 
 
@@ -16,12 +16,16 @@ class CompareConfig(PruneConfig):
 
 @dataclass
 class StudyConfig(CompareConfig):
-    """Comparison of pruning methods. Each runs at every target, with the calibration text shuffled by every seed."""
+    """Comparison of pruning methods. Each runs at every target or drop, with the calibration text shuffled by every seed."""
 
     methods: dict[str, list[str]] = field(default_factory=dict)
     """Names of methods, each with overrides of the configuration."""
     targets: list[float] = field(default_factory=list)
     """Total sparsities."""
+    drops: list[float] = field(default_factory=list)
+    """Shares of every layer's experts to remove, and no single weight, in place of `targets`."""
+    text: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Text whose perplexity is measured; without it, that of the task's questions and answers."""
     seeds: list[int] = field(default_factory=list)
     """Seeds of the calibration text."""
     measures: list[str] = field(default_factory=lambda: ["odd", "even"])

@@ -1,4 +1,4 @@
-"""Comparison of pruning methods at several sparsities and seeds of the calibration text.
+"""Comparison of pruning methods at several sparsities, or numbers of experts alone, and seeds of the calibration text.
 
 The task's rows are split into two halves, so that a choice made on one half can be checked on the other.
 """
@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from stun.benchmark.config import CompareConfig, StudyConfig
+from stun.benchmark.config import StudyConfig
 from stun.checkpoint.hub import fetched
-from stun.config import ModelConfig, Score, StunError, with_overrides
+from stun.config import CalibrationConfig, ModelConfig, Score, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.task import scores
@@ -26,14 +26,14 @@ from stun.runtime.ranks import Ranks
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     """Run or resume the study in `cfg.run_dir`; returns its scores, from which `markdown` makes tables.
 
-    All methods and sparsities share the statistics of a seed. Finished results are not computed again.
+    All methods and shares share the statistics of a seed. Finished results are not computed again.
     """
     cfg = fetched(cfg, ranks)
     folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
-    task = asdict(cfg.task)
-    evaluation = EvaluateConfig(cfg.model, cfg.task, output=f"{folder}/dense-result.json")
-    dense = _once(folder / "dense.json", {"task": task}, lambda: evaluate(evaluation, ranks), ranks)
-    results: dict[str, dict[str, list]] = {m: {str(t): [] for t in cfg.targets} for m in cfg.methods}
+    task = {"task": asdict(cfg.task)} | ({"text": asdict(cfg.text)} if cfg.text != CalibrationConfig() else {})
+    evaluation = EvaluateConfig(cfg.model, cfg.task, cfg.text, output=f"{folder}/dense-result.json")
+    dense = _once(folder / "dense.json", task, lambda: evaluate(evaluation, ranks), ranks)
+    results: dict[str, dict[str, list]] = {m: {str(share): [] for share in _shares(cfg)} for m in cfg.methods}
     outliers = any(method_cfg.sparsify.counts_outliers for method_cfg in method_cfgs.values())
     base_sparsify = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
     sums = any(method_cfg.experts.sums_outputs for method_cfg in method_cfgs.values())
@@ -41,33 +41,46 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     for seed in cfg.seeds:
         calibration, base = replace(cfg.calibration, seed=seed), str(folder / f"seed-{seed}")
         take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_sparsify, experts=base_experts), ranks)
-        for target, (method, method_cfg) in itertools.product(cfg.targets, method_cfgs.items()):
-            cell = replace(method_cfg, calibration=calibration, target=target, run_dir=f"{base}/{target} {method}")
-            identity = {"task": task, "overrides": list(cfg.methods[method])}
+        for share, (method, method_cfg) in itertools.product(_shares(cfg), method_cfgs.items()):
+            cell = replace(_removing(method_cfg, share), calibration=calibration, run_dir=f"{base}/{share} {method}")
+            identity = task | {"overrides": list(cfg.methods[method])}
             compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
             ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
-            results[method][str(target)].append(_measures(result))
-            ranks.log(f"{method} at {target}, seed {seed}: {_measures(result)['odd']:.3f}")
-    return {"dense": _measures(dense), "seeds": list(cfg.seeds), "results": results}
+            results[method][str(share)].append(_measures(result))
+            ranks.log(f"{method} at {share}, seed {seed}: {_measures(result)['odd']:.3f}")
+    removed = "total sparsity" if cfg.targets else "experts removed"
+    return {"dense": _measures(dense), "seeds": list(cfg.seeds), "removed": removed, "results": results}
+
+
+def _shares(cfg: StudyConfig) -> list[float]:
+    """Shares to remove: of all weights, or of the experts alone."""
+    return cfg.targets or cfg.drops
+
+
+def _removing(cfg: StudyConfig, share: float) -> StudyConfig:
+    """Configuration that removes one of the shares."""
+    if cfg.targets:
+        return replace(cfg, target=share)
+    return replace(cfg, target=None, experts=replace(cfg.experts, drop=share))
 
 
 def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
-    """Configuration of every method. Raises StunError, before anything is computed, if a method cannot reach a target."""
-    if not (cfg.methods and cfg.targets and cfg.seeds):
-        raise StunError("study: methods, targets and seeds are needed")
+    """Configuration of every method. Raises StunError, before anything is computed, if a method cannot remove a share."""
+    if not (cfg.methods and cfg.seeds and bool(cfg.targets) != bool(cfg.drops)):
+        raise StunError("study: methods, seeds and either targets or drops are needed")
     method_cfgs = {method: with_overrides(cfg, overrides) for method, overrides in cfg.methods.items()}
     unknown = sorted(set(cfg.measures) - TITLES.keys())
     if unknown:
         raise StunError(f"study: measures={unknown}: must be among {', '.join(TITLES)}")
-    fixed = ("model", "calibration", "target", "run_dir", "plan", "task")
+    fixed = ("model", "calibration", "target", "run_dir", "plan", "task", "text")
     for method, method_cfg in method_cfgs.items():
         if any(getattr(method_cfg, key) != getattr(cfg, key) for key in fixed):
             raise StunError(f"study: methods.{method} may change experts and sparsify only")
     for seed in cfg.seeds:
-        validate(replace(cfg, target=cfg.targets[0], calibration=replace(cfg.calibration, seed=seed)))
-    for method_cfg, target in itertools.product(method_cfgs.values(), cfg.targets):
-        resolve_model(replace(method_cfg, target=target))
+        validate(replace(_removing(cfg, _shares(cfg)[0]), calibration=replace(cfg.calibration, seed=seed)))
+    for method_cfg, share in itertools.product(method_cfgs.values(), _shares(cfg)):
+        resolve_model(_removing(method_cfg, share))
         if method_cfg.experts.fraction == "auto":
             raise StunError("study: experts.fraction=auto is not allowed; give a number")
     return method_cfgs
@@ -91,7 +104,7 @@ def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
 
 
 def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
-    """Configuration of one method, target and seed; if it needs a plan, with one from the statistics in `base`."""
+    """Configuration of one method, share and seed; if it needs a plan, with one from the statistics in `base`."""
     experts = cell.experts
     if not (experts.fraction or cell.is_counted or cell.sparsify.counts_outliers):
         return cell
@@ -101,10 +114,10 @@ def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     return replace(given, sparsify=replace(cell.sparsify, ratios="uniform"))  # the plan has the ratios
 
 
-def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "") -> dict:
-    """Result of the pruned model, compared with that in the file `dense` if given; the run's summary is under `prune`."""
+def prune_and_evaluate(cfg: StudyConfig, ranks: Ranks) -> dict:
+    """Result of the pruned model; the run's summary is under `prune`."""
     summary, model = prune(cfg, ranks), ModelConfig(f"{cfg.run_dir}/model")
-    result = evaluate(EvaluateConfig(model, cfg.task, dense=dense, output=f"{cfg.run_dir}/result.json"), ranks)
+    result = evaluate(EvaluateConfig(model, cfg.task, cfg.text, output=f"{cfg.run_dir}/result.json"), ranks)
     return result | {"prune": summary}
 
 
@@ -129,13 +142,13 @@ TITLES = {
 
 
 def markdown(scores: dict, measures: list[str]) -> str:
-    """Markdown table per measure (a key of `TITLES`): a row per method, a column per sparsity, mean ± deviation over seeds."""
+    """Markdown table per measure (a key of `TITLES`): rows are methods, columns shares removed; mean ± deviation over seeds."""
     lines, seeds = [], ", ".join(map(str, scores["seeds"]))
     targets = list(next(iter(scores["results"].values())))
     for measure in measures:
         dense = f" Dense: {scores['dense'][measure]:.3f}." if measure in scores["dense"] else ""
         lines += [f"{TITLES[measure]}.{dense} Seeds of the calibration text: {seeds}.", ""]
-        lines += [f"| total sparsity | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
+        lines += [f"| {scores.get('removed', 'total sparsity')} | {' | '.join(targets)} |", "|---" * (len(targets) + 1) + "|"]
         for method, by_target in scores["results"].items():
             cells = [_cell_text([result[measure] for result in by_target[target]], measure) for target in targets]
             lines.append(f"| {method} | {' | '.join(cells)} |")

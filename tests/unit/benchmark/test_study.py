@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 
 from helpers.configs import composed
 from helpers.launches import run_job
-from helpers.paths import HELDOUT, ROOT
+from helpers.paths import HELDOUT, ROOT, TEXT
+from helpers.selections import config
 from helpers.zoo import make_checkpoint
-from stun.benchmark.study import markdown
+from stun.benchmark.config import StudyConfig
+from stun.benchmark.study import _method_configs, markdown, study
+from stun.config import CalibrationConfig, StunError
+from stun.evaluation.config import EvaluateConfig, TaskConfig
+from stun.evaluation.job import evaluate
 
 
 @pytest.mark.parametrize("name", ["selection", "selection-qwen3"])
@@ -90,6 +97,34 @@ def test_markdown():
     assert "| a | 0.300 ± 0.141 |" in table and "| a | 0.200 ± 0.141 |" in table
     assert table.index("0.300") < table.index("0.200") and "Dense: 0.800" in table
     assert "| a | 1.5 |" in table
+
+
+@pytest.mark.parametrize("name", ["study_experts", "study_high"])
+def test_every_method_of_a_study_can_do_what_is_asked(name):
+    """... on the model that it names."""
+    cfg = OmegaConf.to_object(composed(name, []))
+    assert _method_configs(cfg).keys() == cfg.methods.keys()
+
+
+@pytest.mark.slow
+def test_experts_alone(checkpoint, ranks, tmp_path):
+    """`drops` removes that share of the experts and no single weight; perplexity is that of `text`."""
+    (tmp_path / "rows.jsonl").write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
+    base = config(checkpoint("mixtral"), tmp_path / "study", None)
+    text = CalibrationConfig(path=str(TEXT), samples=2, length=30)
+    own = {key: getattr(base, key) for key in ("model", "calibration", "experts", "run_dir")}
+    task = TaskConfig(str(tmp_path / "rows.jsonl"), max_new_tokens=2)
+    cfg = StudyConfig(**own, task=task, text=text, methods={"REAP": ["experts.method=rank"]}, drops=[0.5], seeds=[0])
+    scores = study(cfg, ranks)
+    dense = evaluate(EvaluateConfig(base.model, text=text, output=str(tmp_path / "text.json")), ranks)
+    assert scores["dense"]["perplexity"] == dense["perplexity"]
+    (cell,) = scores["results"]["REAP"]["0.5"]
+    pruned = json.loads((tmp_path / "study" / "seed-0" / "0.5 REAP.json").read_text())["result"]["prune"]
+    assert pruned["kept"] == [4, 4, 4] and pruned["ratio"] == 0 < cell["sparsity"] == pruned["sparsity"]
+    assert "| experts removed | 0.5 |" in markdown(scores, ["odd"])
+    for changes in ({"targets": [0.5]}, {"drops": []}):
+        with pytest.raises(StunError, match="either targets or drops"):
+            study(replace(cfg, **changes), ranks)
 
 
 @pytest.mark.ranks
