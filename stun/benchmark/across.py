@@ -24,8 +24,10 @@ def across(scores: dict[str, dict], share: str) -> str:
     dense = {model: exact_match([own["dense"]]) for model, own in scores.items()}
     lines = [f"| {share} removed | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     lines.append(f"| dense | {' | '.join(f'{value:.3f}' for value in dense.values())} |")
-    methods = list(next(iter(scores.values()))["results"])
-    for method in methods:
-        kept = {model: exact_match(own["results"][method][share]) for model, own in scores.items()}
-        lines.append(f"| {method} | {' | '.join(f'{kept[m]:.3f} ({kept[m] / dense[m]:.1%})' for m in scores)} |")
+    for method in next(iter(scores.values()))["results"]:
+        cells = []
+        for model, own in scores.items():
+            kept = exact_match(own["results"][method][share]) if method in own["results"] else None  # a form that is refused
+            cells.append("" if kept is None else f"{kept:.3f} ({kept / dense[model]:.1%})")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -33,6 +33,7 @@ def method_line(job: Job, forwards: int, grams: int) -> str:
     if job.fractions:
         way = f"{way}, as many as the search finds best"
     chosen = "given by the plan" if job.is_given else way if any(job.drops) or job.fractions else "all kept"
+    chosen += ", the others constants" if job.has_novices else ""
     chosen += ", those kept refitted together" if job.refits else ""
     if not job.plan.zeros:
         return f"experts {chosen}; no single weight is removed"

@@ -34,6 +34,7 @@ def notices(job: Job) -> list[str]:
         lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
+        keep = "all experts" if job.has_novices else keep
         heads = count(len(arch.mtp), "multi-token-prediction head")
         lines.append(f"{heads}: {keep} are kept; no single weights are removed")
     return lines

@@ -116,9 +116,10 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
         else f"{experts.get('method')}, score {experts.get('score')}, budget {experts.get('budget')}"
     )
     source = _text(_name(summary))
+    constants = "; each of the others gives a constant vector" if experts.get("dropped") == "novice" and kept < whole else ""
     lines = [
         f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
-        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}.",
+        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}.",
         f"- Single weights: {_text(weights.get('method'))}"
         + (
             f", pattern {_text(weights['pattern'])}"
