@@ -134,11 +134,10 @@ def main(kind: str = "") -> None:
 
     if kind:
         device.start()
-    import jobs.evaluate
-    import jobs.prune  # noqa: F401
+    import jobs  # noqa: F401
+    import stun.pruning.evaluated
+    import stun.pruning.push  # noqa: F401
 
-    for name in ("jobs.prune", "jobs.evaluate"):
-        del sys.modules[name]  # they are run as programs
     get_ready()
     if kind:
         device.connect()
