@@ -69,7 +69,7 @@ def _launch_by_hydra(name: str, argv: list[str], words: list[str], work: Work, o
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are printed like others
     program, *arguments = argv
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    register()
+    register(name)
     parts = [(work, arguments)]
     with _ends_clearly():
         if is_sweep:

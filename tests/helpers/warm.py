@@ -97,6 +97,7 @@ def _become_rank(request: dict, told: dict[str, str]) -> NoReturn:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
             runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
