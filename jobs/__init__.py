@@ -1,10 +1,13 @@
-"""Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library."""
+"""Entry points. Each one composes its configuration with Hydra, starts the ranks, and calls the library.
+
+What computes is imported when it is called: torch and transformers take seconds, which help and refused settings need not wait.
+"""
 
 import signal
 import sys
 
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The imports below take seconds, in which Ctrl-C would end `python -m jobs.prune` in a traceback.
+    # The imports below take a moment, in which Ctrl-C would end `python -m jobs.prune` in a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import errno
@@ -14,10 +17,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import stun  # noqa: F401  # isort: skip  (before torch: it sets how OpenMP's threads wait)
 import hydra
-import transformers
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,14 +27,16 @@ from omegaconf.errors import OmegaConfBaseException
 from stun.config import Device, StunError
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
-from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.interrupts import interruptible
-from stun.runtime.ranks import Ranks, is_lost, process_ranks, started_ranks
+from stun.runtime.process import process_ranks, started_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
 from stun.settings.describe import help_text
 from stun.stream.progress import close_view, reached
 
-Work = Callable[[object, Ranks], None]
+if TYPE_CHECKING:
+    from stun.runtime.ranks import Ranks
+
+Work = Callable[[object, "Ranks"], None]
 # Seconds in which the launcher ends a rank, once another has failed: after errors that all ranks raise, and after other ones.
 ALIKE, OWN = 10.0, 2.0
 _DETAIL = re.compile(r"\s*(full_key|reference_type|object_type|To append to your config|Config search path|provider=|$)")
@@ -48,7 +52,6 @@ def launch(name: str, work: Work, observe: Work | None = None, about: str = "") 
     print one line on the first rank and exit with 130 and 143.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
-    transformers.utils.logging.disable_progress_bar()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
     flags, overrides = [a for a in arguments if a.startswith("-")], [a for a in arguments if not a.startswith("-")]
@@ -66,7 +69,7 @@ def _launch_by_hydra(name: str, argv: list[str], words: list[str], work: Work, o
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which are printed like others
     program, *arguments = argv
     is_sweep = bool({"-m", "--multirun"} & set(arguments))
-    register()
+    register(name)
     parts = [(work, arguments)]
     with _ends_clearly():
         if is_sweep:
@@ -98,7 +101,11 @@ def _main(name: str, work: Work) -> Callable[[], None]:
 
 
 def _start(work: Work, cfg: object) -> None:
-    work(cfg, process_ranks(getattr(cfg, "device", Device.cpu)))  # a job without that setting computes nothing
+    ranks = process_ranks(getattr(cfg, "device", Device.cpu))  # a job without that setting computes nothing
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    work(cfg, ranks)
 
 
 @contextmanager
@@ -115,6 +122,8 @@ def _ends_clearly() -> Iterator[None]:
             _give_way(ALIKE if is_alike else OWN)
             _fail(f"{'' if is_alike and _is_first() else _where()}{_line(error)}", 2)
         except Exception as error:
+            from stun.runtime.ranks import is_lost
+
             if is_lost(error):
                 time.sleep(ALIKE)  # the rank that ended first says why, or the launcher does
             _give_way(OWN)
@@ -157,6 +166,8 @@ def _line(error: Exception) -> str:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
+    from stun.runtime.gpus import is_out_of_gpu_memory
+
     is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
     is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
     return isinstance(error, MemoryError) or is_out_of_gpu_memory(error) or is_kernel or is_allocator

@@ -1,11 +1,12 @@
 """Measure time and memory of pruning: python -m jobs.benchmark case=layer run_dir=runs/benchmark [shape.hidden=2048 ...]"""
 
 from jobs import launch
-from stun.benchmark.cases import benchmark
-from stun.benchmark.table import benchmark_table
 
 
 def work(cfg, ranks) -> None:
+    from stun.benchmark.cases import benchmark
+    from stun.benchmark.table import benchmark_table
+
     result = benchmark(cfg, ranks)
     ranks.on_first(lambda: print(benchmark_table(result)))
 

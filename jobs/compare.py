@@ -4,14 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs import launch
-from stun.benchmark.study import prune_and_evaluate
-from stun.checkpoint.hub import fetched
 from stun.config import StunError
 from stun.evaluation.config import EvaluateConfig
-from stun.evaluation.job import evaluate
 from stun.files import write_json
-from stun.report.tables import results_table
-from stun.report.write import write_reports
 
 
 def work(cfg, ranks) -> None:
@@ -19,6 +14,12 @@ def work(cfg, ranks) -> None:
         raise StunError("stun compare: splits a target; give target, and leave out experts.keep, experts.drop, fit and plan")
     if cfg.sparsify.pattern:
         raise StunError(f"sparsify.pattern={cfg.sparsify.pattern}: fixes the number of experts removed; nothing to compare")
+    from stun.benchmark.study import prune_and_evaluate
+    from stun.checkpoint.hub import fetched
+    from stun.evaluation.job import evaluate
+    from stun.report.tables import results_table
+    from stun.report.write import write_reports
+
     cfg = fetched(cfg, ranks)
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
     dense = f"{cfg.run_dir}/dense.json"

@@ -3,12 +3,13 @@ calibration.path=... run_dir=runs/statistics"""
 
 from jobs import launch
 from stun.config import StunError
-from stun.pruning.evaluated import prepare_sweep
 
 
 def work(cfg, ranks) -> None:
     if cfg.push_to:
         raise StunError(f"push_to={cfg.push_to}: statistics are not uploaded; stun prune uploads the checkpoint that it makes")
+    from stun.pruning.evaluated import prepare_sweep
+
     prepare_sweep(cfg, ranks)
 
 

@@ -4,12 +4,13 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.checkpoint.hub import fetched
-from stun.planning.from_statistics import plan_from_run
-from stun.report.tables import plan_table
 
 
 def work(cfg, ranks) -> None:
+    from stun.checkpoint.hub import fetched
+    from stun.planning.from_statistics import plan_from_run
+    from stun.report.tables import plan_table
+
     cfg = fetched(cfg, ranks)
     ranks.on_first(lambda: print(plan_table(plan_from_run(cfg, Path(cfg.output), cfg.compare))))
 

@@ -2,12 +2,13 @@
 cluster.nodes=8 cluster.gpus=8"""
 
 from jobs import launch
-from stun.planning.job import resolve
-from stun.preflight.job import preflight
-from stun.pruning.push import check_push
 
 
 def work(cfg, ranks) -> None:
+    from stun.planning.job import resolve
+    from stun.preflight.job import preflight
+    from stun.pruning.push import check_push
+
     check_push(cfg, ranks)
     preflight(resolve(cfg, ranks, runs_here=not cfg.cluster.nodes), ranks, cfg.cluster)
 

@@ -2,12 +2,13 @@
 [task.path=rows.jsonl]"""
 
 from jobs import launch
-from stun.pruning.evaluated import prepare_sweep, prune_then_evaluate
-from stun.pruning.push import check_push, push
-from stun.report.tables import results_table, summary_table
 
 
 def work(cfg, ranks) -> None:
+    from stun.pruning.evaluated import prune_then_evaluate
+    from stun.pruning.push import check_push, push
+    from stun.report.tables import results_table, summary_table
+
     check_push(cfg, ranks)
     summary, results = prune_then_evaluate(cfg, ranks)
     if results:
@@ -16,8 +17,14 @@ def work(cfg, ranks) -> None:
     push(cfg, ranks)
 
 
+def observe(cfg, ranks) -> None:
+    from stun.pruning.evaluated import prepare_sweep
+
+    prepare_sweep(cfg, ranks)
+
+
 def main() -> None:
-    launch("prune", work, prepare_sweep, about=__doc__)
+    launch("prune", work, observe, about=__doc__)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.report.write import report
-from stun.tracking.tracker import track_report
 
 
 def work(cfg, ranks) -> None:
+    from stun.report.write import report
+    from stun.tracking.tracker import track_report
+
     pages, text = ranks.on_first(lambda: report(Path(cfg.folder)))
     ranks.on_first(lambda: print(text))
     for page in pages:

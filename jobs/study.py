@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from jobs import launch
-from stun.benchmark.study import markdown, study
 from stun.files import write_json
 
 
 def work(cfg, ranks) -> None:
+    from stun.benchmark.study import markdown, study
+
     scores = study(cfg, ranks)
 
     def report() -> None:

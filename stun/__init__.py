@@ -1,7 +1,8 @@
 """STUN: structured-then-unstructured pruning of Mixture-of-Experts language models.
 
-Importing the package registers with transformers' `AutoConfig` and `AutoModelForCausalLM` what transformers lacks: Snowflake
-Arctic, and checkpoints of any supported family whose layers keep different numbers of experts, or constants in place of some.
+Importing the package registers with transformers' `AutoConfig` and `AutoModelForCausalLM`, now or once these are imported, what
+transformers lacks: Snowflake Arctic, and checkpoints of any supported family whose layers keep different numbers of experts, or
+constants in place of some.
 
 `stun.prune`, `stun.evaluate`, `stun.plan` and `stun.load` are the Python API (docs/python-api.md); what they need is imported at
 their first use.
@@ -19,21 +20,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import torch
-
 # MKL's products must not depend on the number of threads a rank has; it reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # Whether there is a GPU is asked of the driver's library alone: CUDA itself could not be used in processes forked later.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed, or it guesses, and says so
-
 from stun.config import StunError as StunError
-from stun.model import arctic as _arctic
-from stun.model import heterogeneous as _heterogeneous
-from stun.model import novices as _novices
+from stun.runtime.imports import after_import
 
 if TYPE_CHECKING:
     from stun import reference as reference
@@ -44,9 +38,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.0"
 
-_arctic.register()
-_heterogeneous.register()
-_novices.register()
+
+def _prepare_deepspeed() -> None:
+    """Where there is no GPU, say so before anything imports deepspeed, or it guesses, and prints that."""
+    if not importlib.import_module("torch").cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _register() -> None:
+    importlib.import_module("stun.model.registration").register()
+
+
+# Neither is imported here: they take seconds, which the command's help and refusals do not need.
+after_import("torch", _prepare_deepspeed)
+after_import("transformers.models.auto.configuration_auto", _register)
 
 
 def __getattr__(name: str) -> object:

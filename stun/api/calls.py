@@ -22,7 +22,8 @@ from stun.planning.from_statistics import Described, plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
 from stun.run.lock import let_go
-from stun.runtime.ranks import Ranks, any_ranks, process_ranks
+from stun.runtime.process import any_ranks, process_ranks
+from stun.runtime.ranks import Ranks
 from stun.settings.compose import composed
 from stun.stream.progress import close_view
 

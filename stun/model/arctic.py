@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -187,9 +187,6 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         self.post_init()
 
 
-def register() -> None:
-    """Register Arctic with `AutoConfig` and `AutoModelForCausalLM`, with Mixtral's map of expert names."""
-    AutoConfig.register("arctic", ArcticConfig)
-    AutoModelForCausalLM.register(ArcticConfig, ArcticForCausalLM)
-    experts = get_checkpoint_conversion_mapping("mixtral")[1:]  # without the renaming block_sparse_moe -> mlp
-    register_checkpoint_conversion_mapping("arctic", experts)
+# With Mixtral's map of expert names, without the renaming block_sparse_moe -> mlp. stun.model.registration registers the name.
+AutoModelForCausalLM.register(ArcticConfig, ArcticForCausalLM)
+register_checkpoint_conversion_mapping("arctic", get_checkpoint_conversion_mapping("mixtral")[1:])

@@ -9,12 +9,12 @@ reads a list in `num_local_experts` instead, as in the models that the STUN auth
 import copy
 import functools
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from stun.model.families import FAMILIES, HETEROGENEOUS
+from stun.model.families import HETEROGENEOUS
 
 _PER_LAYER = "experts_per_layer"
 
@@ -42,7 +42,7 @@ def _class_name(name: str) -> str:
 
 
 @functools.cache
-def _classes(family: str, count: str) -> tuple[type, type]:
+def classes(family: str, count: str) -> tuple[type, type]:
     """Configuration and model class of a family's heterogeneous checkpoints, registered with the Auto classes."""
     base_config = CONFIG_MAPPING[family]
     base_model = AutoModelForCausalLM._model_mapping[base_config]
@@ -86,23 +86,3 @@ def with_experts(layer_class: type, config: PreTrainedConfig, index: int, name: 
         if getattr(module, "config", None) is layer_config:
             module.config = config
     return layer
-
-
-def register() -> None:
-    """Register the heterogeneous form of each family with `AutoConfig`."""
-    for name, family in FAMILIES.items():
-
-        class Lazy(PreTrainedConfig):
-            """Placeholder that creates the class at first use; its instances are of that class."""
-
-            model_type = HETEROGENEOUS + name
-            _names = (name, family.count)
-
-            def __new__(cls, *arguments, **keywords):
-                return _classes(*cls._names)[0](*arguments, **keywords)
-
-            @classmethod
-            def from_dict(cls, config_dict, **keywords):
-                return _classes(*cls._names)[0].from_dict(config_dict, **keywords)
-
-        AutoConfig.register(HETEROGENEOUS + name, Lazy)

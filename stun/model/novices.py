@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.model.families import FAMILIES, NOVICES
 from stun.model.heterogeneous import register_model, with_experts
@@ -73,9 +72,9 @@ def _put_novices(layer: nn.Module, config: PreTrainedConfig, index: int, novices
 
 
 @functools.cache
-def _classes(family: str) -> type:
+def config_class(base_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Configuration class of a family's checkpoints with novices, whose model class is registered with the Auto class."""
-    base_config, count = CONFIG_MAPPING[family], FAMILIES[family].count
+    count = FAMILIES[base_config.model_type].count
     base_model = AutoModelForCausalLM._model_mapping[base_config]
 
     class Model(base_model):
@@ -94,9 +93,9 @@ def _classes(family: str) -> type:
             named = {_own_name(name, kept): tensor for name, tensor in tensors.items()}
             super().save_pretrained(folder, state_dict=named, save_original_format=False, **keywords)
 
-    config_class = type(f"Novice{base_config.__name__}", (base_config,), {"__module__": __name__})
-    register_model(config_class, Model, base_model, base_model.__name__)
-    return config_class
+    own_config = type(f"Novice{base_config.__name__}", (base_config,), {"__module__": __name__})
+    register_model(own_config, Model, base_model, base_model.__name__)
+    return own_config
 
 
 def _own_name(name: str, kept: dict[int, list[int]]) -> str:
@@ -105,16 +104,3 @@ def _own_name(name: str, kept: dict[int, list[int]]) -> str:
     if not expert or name.endswith(CONSTANT) or not layer.isdecimal() or int(layer) not in kept:
         return name
     return renumber(name, kept[int(layer)][int(expert[2])])
-
-
-def register() -> None:
-    """Make configurations that list novices be of the classes that know them."""
-    original = PreTrainedConfig.from_dict.__func__
-
-    def from_dict(cls, config_dict, **keywords):
-        family = config_dict.get("model_type")
-        if config_dict.get(NOVICES) and family in FAMILIES and cls is CONFIG_MAPPING[family]:
-            cls = _classes(family)
-        return original(cls, config_dict, **keywords)
-
-    PreTrainedConfig.from_dict = classmethod(functools.wraps(original)(from_dict))

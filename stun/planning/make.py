@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from stun.config import Budget, Dropped, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, StunError
+from stun.config import Budget, Dropped, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, Score, StunError
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.planning.budget import count_of_heads, floor_of, groups_of, make_budget
@@ -60,17 +60,19 @@ def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats:
     for index in moe:
         layout = arch.layers[index]
         if stats:
-            distance_EE, score_E = weigh(cfg.experts, stats.load(index, layout.num_experts), stats, index)
+            distance_EE, score_E, scale = weigh(cfg.experts, stats.load(index, layout.num_experts), stats, index)
         else:
-            distance_EE, score_E = _by_router(arch, layout, cfg.experts.lambda1)
+            distance_EE, score_E, scale = *_by_router(arch, layout, cfg.experts.lambda1), 0.0
         if not (np.isfinite(distance_EE).all() and torch.isfinite(score_E).all()):
             raise StunError(f"layer {index}: an expert's score or distance is not finite; a lambda is too large")
-        pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index])))
+        pooled.append(Evidence(distance_EE, score_E, frozenset(protected[index]), scale))
     return pooled
 
 
-def weigh(cfg: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Distances [E, E] and scores [E] of one layer's experts, from its statistics `layer`."""
+def weigh(
+    cfg: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics, index: int
+) -> tuple[np.ndarray, torch.Tensor, float]:
+    """Distances [E, E] and scores [E] of one layer's experts, and the scale of the scores, from its statistics `layer`."""
     weights_S = torch.tensor([cfg.source_weights.get(name, 1.0) for name in stats.sources], dtype=torch.float64)
     coactivation_EE = (layer["coactivation"].double() * weights_S[:, None, None]).sum(0)
     powers_E33 = (layer["powers"] * weights_S[:, None, None, None]).sum(0)
@@ -79,7 +81,10 @@ def weigh(cfg: ExpertsConfig, layer: dict[str, torch.Tensor], stats: Statistics,
         lacking = "its statistics have no sums of outputs; a run with experts.score=residual collects them"
         raise StunError(f"{stats.folder}: {lacking}")
     outputs_ED = (layer["outputs"].double() * weights_S[:, None, None]).sum(0) if cfg.sums_outputs else None
-    return distance_EE, score_experts(cfg.score, powers_E33, layer["weights"], index, cfg.seed, outputs_ED)
+    score_E = score_experts(cfg.score, powers_E33, layer["weights"], index, cfg.seed, outputs_ED)
+    # What is lost of a layer's output counts beside all of it, also where most of it is constant.
+    scale = float(powers_E33[:, 2, 2].mean()) if cfg.score is Score.residual else 0.0
+    return distance_EE, score_E, scale
 
 
 def _by_router(arch: Architecture, layout: LayerLayout, lambda1: float = 1.0) -> tuple[np.ndarray, torch.Tensor]:

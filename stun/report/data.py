@@ -52,7 +52,7 @@ def selection(run: RunFolder, layer: int) -> Selection | None:
     if run.stats is None:
         return None
     plan = run.plan[layer]
-    distance_EE, score_E = weigh(run.experts, run.stats.load(layer, plan.experts), run.stats, layer)
+    distance_EE, score_E, _ = weigh(run.experts, run.stats.load(layer, plan.experts), run.stats, layer)
     is_ranked = run.config.get("plan") or run.experts.method is ExpertsMethod.rank
     merges: list[Merge] = []
     groups = 1 if is_ranked else run.summary.get("groups", 1)

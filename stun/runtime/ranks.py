@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import logging
 import os
@@ -29,7 +28,7 @@ _WAIT_SECONDS = 30.0  # between signs of life to waiting ranks, whose collective
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
-def _environment() -> bool:
+def take_environment() -> bool:
     """Set the variables of torchrun that are missing, under srun from Slurm's own; returns whether this rank is a task of srun.
     Without either launcher, the job has one rank."""
     if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
@@ -122,7 +121,7 @@ class Ranks:
     """This process as rank `rank` of `world`, computing on `device`."""
 
     def __init__(self, device: Device = Device.auto) -> None:
-        is_task, is_alone = _environment(), "RANK" not in os.environ
+        is_task, is_alone = take_environment(), "RANK" not in os.environ
         self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         local, told = int(os.environ.get("LOCAL_RANK", 0)), 1 if is_alone else _local_world()
         self.is_first_of_node = local == 0
@@ -278,29 +277,3 @@ class Ranks:
         out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))
         self._comm.all_to_all_single(out, rows_ND.contiguous(), receive, send)
         return out
-
-
-_started: list[Ranks] = []  # those of this process, once it has any
-
-
-def process_ranks(device: Device = Device.auto) -> Ranks:
-    """Ranks of this process, started by the first call and ended with the process. Raises StunError for another device than they
-    were started on."""
-    if not _started:
-        _started.append(Ranks(device))
-        atexit.register(_started[0].end)
-    if device not in (Device.auto, Device[_started[0].device.type]):
-        raise StunError(f"device={device.name}: this process has started on {_started[0].device.type}, and stays there")
-    return _started[0]
-
-
-def any_ranks() -> Ranks:
-    """Ranks of this process for work that has no device. A process on its own that has not started gets others for this work
-    alone, and may start on any device later."""
-    _environment()
-    return started_ranks() or (process_ranks() if "RANK" in os.environ else Ranks(Device.cpu))
-
-
-def started_ranks() -> Ranks | None:
-    """Ranks of this process, if they have started."""
-    return next(iter(_started), None)

@@ -55,10 +55,10 @@ _ELSEWHERE = {
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def register() -> None:
-    """Store the schemas, and the resolver of the embedded reference model's files, under the names that `conf/` uses."""
-    for schema in SCHEMAS.values():
-        ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
+def register(job: str) -> None:
+    """Store the job's schema, and the resolver of the embedded reference model's files, under the names that `conf/` uses."""
+    schema = SCHEMAS[job]
+    ConfigStore.instance().store(name=f"{schema.__name__.removesuffix('Config').lower()}_schema", node=schema)
     OmegaConf.register_new_resolver("reference", reference_file, replace=True)
 
 
@@ -72,7 +72,7 @@ def composed(job: str, overrides: list[str]) -> object:
     """Configuration of a job, an object of its dataclass. Raises StunError for a setting that does not exist or a bad value."""
     check_overrides(job, overrides)
     try:
-        with own_hydra():
+        with own_hydra(job):
             cfg = OmegaConf.to_object(compose(job, overrides))
     except MissingMandatoryValue as error:
         raise StunError(f"{error.full_key}: is needed") from error
@@ -86,18 +86,18 @@ def composed(job: str, overrides: list[str]) -> object:
 
 
 @contextmanager
-def own_hydra() -> Iterator[None]:
-    """Hydra on `conf/`. An application that itself runs under Hydra finds all of its state again."""
-    store, base, job, hydra = ConfigStore.instance(), VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
-    before = dict(store.repo), base.version_base, job.conf.copy(), hydra.hydra
+def own_hydra(job: str) -> Iterator[None]:
+    """Hydra on `conf/` with the job's schema. An application that itself runs under Hydra finds all of its state again."""
+    store, base, runtime, hydra = ConfigStore.instance(), VersionBase.instance(), JobRuntime.instance(), GlobalHydra.instance()
+    before = dict(store.repo), base.version_base, runtime.conf.copy(), hydra.hydra
     hydra.clear()
     try:
-        register()
+        register(job)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             yield
     finally:
         GlobalHydra.set_instance(hydra)  # Hydra's own end puts a copy in its place
-        store.repo, base.version_base, job.conf, hydra.hydra = before
+        store.repo, base.version_base, runtime.conf, hydra.hydra = before
 
 
 def check_overrides(job: str, overrides: list[str], is_sweep: bool = False) -> None:

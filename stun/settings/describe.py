@@ -31,7 +31,7 @@ class Setting:
 @cache
 def settings(job: str) -> list[Setting]:
     """Settings of a job in the order of its dataclass, with the defaults of its YAML file."""
-    with own_hydra():
+    with own_hydra(job):
         defaults = compose(job)
     return _settings(SCHEMAS[job], defaults)
 

@@ -1,8 +1,11 @@
 """Progress of a stream: one line per layer, and on a terminal a live view below these lines."""
 
+from __future__ import annotations
+
 import sys
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,12 +13,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
-from stun.stream.expert_parallel import Layer
+
+if TYPE_CHECKING:  # jobs end by `close_view`, also before torch is imported
+    from stun.runtime.ranks import Ranks
+    from stun.stream.expert_parallel import Layer
 
 _view: Live | None = None  # the live view on the screen
-_current: "Progress | None" = None  # of the stream at work
+_current: Progress | None = None  # of the stream at work
 
 
 def close_view() -> None:

@@ -9,7 +9,7 @@ import jobs
 import stun
 from stun.config import Device, StunError
 from stun.report.config import ReportConfig
-from stun.runtime import gpus, ranks
+from stun.runtime import gpus, process
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def unusable(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(gpus, "_FILES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ranks, "_started", [])
+    monkeypatch.setattr(process, "_started", [])
     with pytest.raises(StunError, match="device=cpu computes on the CPU"):
-        ranks.process_ranks()
+        process.process_ranks()
 
 
 def test_a_report_is_written():
@@ -31,4 +31,4 @@ def test_a_report_is_written():
 
 def test_a_model_is_loaded_and_the_device_stays_open(checkpoint):
     assert stun.load(checkpoint("mixtral"))[0].dtype is torch.float32
-    assert not ranks._started and ranks.process_ranks(Device.cpu).device.type == "cpu"
+    assert not process._started and process.process_ranks(Device.cpu).device.type == "cpu"

@@ -9,6 +9,6 @@ from stun.settings.compose import register
 
 
 def composed(job: str, overrides: list[str]):
-    register()
+    register(job.partition("_")[0])  # study_weights has the schema of study
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(job, overrides)

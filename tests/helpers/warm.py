@@ -97,6 +97,7 @@ def _become_rank(request: dict, told: dict[str, str]) -> NoReturn:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
             runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -134,11 +135,10 @@ def main(kind: str = "") -> None:
 
     if kind:
         device.start()
-    import jobs.evaluate
-    import jobs.prune  # noqa: F401
+    import jobs  # noqa: F401
+    import stun.pruning.evaluated
+    import stun.pruning.push  # noqa: F401
 
-    for name in ("jobs.prune", "jobs.evaluate"):
-        del sys.modules[name]  # they are run as programs
     get_ready()
     if kind:
         device.connect()

@@ -48,9 +48,17 @@ def interrupted(checkpoint, tmp_path, ranks):
     return get
 
 
+@pytest.fixture(scope="module")
+def whole(checkpoint, tmp_path_factory, ranks):
+    """The model of the same run, made in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    prune(request(str(checkpoint("arctic")), folder), ranks)
+    return folder / "model"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stream, layer", [("observe", 0), ("observe", 2), ("prune", 0), ("prune", 1), ("prune", 2)])
-def test_continues_after_the_last_finished_layer(interrupted, checkpoint, tmp_path, ranks, capsys, stream, layer):
+def test_continues_after_the_last_finished_layer(interrupted, whole, ranks, capsys, stream, layer):
     cfg, folder = interrupted(stream, layer)
     capsys.readouterr()
     assert prune(cfg, ranks)["sparsity"] == pytest.approx(0.5, abs=1e-4)
@@ -58,8 +66,7 @@ def test_continues_after_the_last_finished_layer(interrupted, checkpoint, tmp_pa
     streams = ["observe", "prune"]
     expected = [(s, f"{n + 1:02d}") for s in streams for n in range(3) if (streams.index(s), n) > (streams.index(stream), layer)]
     assert lines == expected
-    prune(request(str(checkpoint("arctic")), tmp_path / "whole"), ranks)
-    same_tensors(tmp_path / "whole" / "model", folder / "model")
+    same_tensors(whole, folder / "model")
 
 
 @pytest.mark.slow

@@ -103,7 +103,6 @@ def test_every_launcher_and_repeat(checkpoint, tmp_path):
     script = [sys.executable, "-m"]
     arguments = lambda name: ["jobs.prune", *settings(source, tmp_path / name)]  # noqa: E731
     commands = {
-        "plain": [*script, *arguments("plain")],
         "torchrun": [*script, "torch.distributed.run", "--nproc-per-node=2", "-m", *arguments("torchrun")],
         "accelerate": [
             *script, "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
@@ -113,6 +112,7 @@ def test_every_launcher_and_repeat(checkpoint, tmp_path):
             *script, "deepspeed.launcher.runner", "--num_gpus=2", "--master_port=29731", "--module", *arguments("deepspeed"),
         ],
     }  # fmt: skip
+    run_job("prune", settings(source, tmp_path / "plain"))
     for name, command in commands.items():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (name, done.stdout, done.stderr)

@@ -21,11 +21,13 @@ from stun.planning.plan import LayerPlan
 
 @dataclass(frozen=True)
 class Evidence:
-    """Distances [E, E] and scores [E] (higher is kept) of one layer's experts, and the protected ones."""
+    """Distances [E, E] and scores [E] (higher is kept) of one layer's experts, and the protected ones. Scores over `scale` can be
+    compared with other layers' (0: over their mean)."""
 
     distance_EE: np.ndarray
     score_E: torch.Tensor
     protected: frozenset[int] = frozenset()
+    scale: float = 0.0
 
     @property
     def experts(self) -> int:
@@ -60,8 +62,8 @@ def _merge_steps(evidence: Evidence, groups: int, merges_of: Callable[[np.ndarra
 
 
 def _rank_steps(evidence: Evidence, groups: int) -> list[Step]:
-    """Steps of removals by ascending score. Heights are relative to the layer's mean score, to compare layers."""
-    scale = float(evidence.score_E.abs().mean()) or 1.0
+    """Steps of removals by ascending score. Heights are relative to the layer's scale, to compare layers."""
+    scale = evidence.scale or float(evidence.score_E.abs().mean()) or 1.0
     sequences = [evidence.by_worth(members)[::-1] for members in evidence.movable(groups)]
     return [
         Step(max(float(evidence.score_E[e]) for e in removed) / scale, removed=list(removed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from dataclasses import replace
 
@@ -43,13 +44,18 @@ def request(case: str, run_dir, *overrides: str):
 
 @pytest.fixture
 def warm(monkeypatch):
-    """Runs of jobs.prune need not import the package first (helpers.warm); `test_ranks` launches them as they are."""
+    """What this interpreter runs need not import the package first (helpers.warm). test_peers.py starts peers as they are, and
+    runs/test_world.py launches."""
 
-    def run_alone(command, *_):
+    def warmly(command, *where, **variables):
+        if command[0] != sys.executable:
+            return run_alone(command, *where, **variables)
         start = time.perf_counter()
-        return run_warm(*launched(command), check=False), time.perf_counter() - start
+        done = run_warm(*(launched(command) if "-m" in command else (command[1:], 0)), check=False)
+        return done, time.perf_counter() - start
 
-    monkeypatch.setattr("stun.benchmark.runs.run_alone", run_alone)
+    for module in ("runs", "peer_runs"):
+        monkeypatch.setattr(f"stun.benchmark.{module}.run_alone", warmly)
 
 
 def measured(case: str, run_dir, ranks, *overrides: str, **changes) -> dict:
@@ -141,7 +147,7 @@ def test_growth(tmp_path, ranks, warm):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_ranks(tmp_path, ranks):
+def test_ranks(tmp_path, ranks, warm):
     found = measured("ranks", tmp_path / "run", ranks, "worlds=[1,2]")
     one, two = found["runs"]["1"], found["runs"]["2"]
     assert found["identical"] and one["sha256"] == two["sha256"] and one["tensors"] == two["tensors"] > 3 * K

@@ -21,7 +21,7 @@ from stun.planning.job import resolve_model
 from stun.pruning.job import prune
 from stun.stream.layer_stream import LayerStream, embed, even_owners
 
-FAMILIES = ["deepseek_v2", "mixtral", "qwen3_moe"]
+FAMILIES = ["arctic", "deepseek_v2", "mixtral", "qwen3_moe"]
 NOVICE = ExpertsConfig(
     method=ExpertsMethod.rank, score=Score.residual, budget=Budget["global"], keep=5, dropped=Dropped.novice, refit=True
 )
@@ -63,7 +63,7 @@ def test_the_form_is_what_vllm_reads(made, family):
         for layer, (whole, kept) in enumerate(zip(summary["experts"], summary["kept"], strict=True))
         if whole > kept
     }
-    prefix = {"mixtral": "block_sparse_moe.experts"}.get(family, "mlp.experts")
+    prefix = {"arctic": "block_sparse_moe.experts", "mixtral": "block_sparse_moe.experts"}.get(family, "mlp.experts")
     novices = {f"model.layers.{layer}.{prefix}.{expert}" for layer, experts in listed.items() for expert in experts}
     tensors, dense = load_tensors(folder), load_tensors(source)
     wanted = {name for name in dense if name.rpartition(".")[0].rpartition(".")[0] not in novices}

@@ -362,20 +362,20 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     assert done.returncode == 2 and "error: does not fit: host memory of a node" in done.stderr
 
 
-# (checkpoint, overrides, ranks) of runs that need at least a GiB, each for another reason.
+# (checkpoint, overrides, ranks or 0 without a launcher) of runs that need at least a GiB, each for another reason.
 RUNS = {
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
-    "hidden states": ("thin", {"calibration.samples": 1536, "calibration.micro_batch": 32}, 1),
-    "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 1),
-    "vocabulary": ("vocabulary", {}, 1),
-    "Gram matrices": ("grams", {"sparsify.method": "sparsegpt"}, 1),
+    "hidden states": ("thin", {"calibration.samples": 1536, "calibration.micro_batch": 32}, 0),
+    "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 0),
+    "vocabulary": ("vocabulary", {}, 0),
+    "Gram matrices": ("grams", {"sparsify.method": "sparsegpt"}, 0),
 }
 SHAPES = {
     "timed": CheckpointShape(hidden=512, expert_width=512, experts=16, layers=4),
-    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=3),
-    "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
+    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=2),
+    "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=2),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),
-    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=2),
+    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=1),
 }
 
 

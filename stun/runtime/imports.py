@@ -1,0 +1,37 @@
+"""Calls that follow the first import of a module: what prepares a library for STUN need not import it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def after_import(name: str, call: Callable[[], None]) -> None:
+    """Call `call()` once the module `name` has been imported: now, if it has been already."""
+    if name in sys.modules:
+        call()
+    else:
+        sys.meta_path.insert(0, _After(name, call))
+
+
+class _After(MetaPathFinder):
+    """Finds one module as the other finders do, and calls a function after its code has run."""
+
+    def __init__(self, name: str, call: Callable[[], None]):
+        self.name, self.call = name, call
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec and spec.loader:
+            run = spec.loader.exec_module
+
+            def run_and_call(module: ModuleType) -> None:
+                run(module)
+                self.call()
+
+            spec.loader.exec_module = run_and_call
+        return spec

@@ -1,0 +1,48 @@
+"""docs/quality.md: its tables are what the committed scores say, and so is what other pages quote of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from helpers.paths import ROOT
+from stun.benchmark.across import ORDER, across, exact_match, read_scores
+
+FOLDER, PAGE = ROOT / "docs" / "quality", ROOT / "docs" / "quality.md"
+HELD_BACK = ORDER[2:]  # models with which nothing was chosen
+
+
+def shares(kind: str, method: str, removed: str, models=HELD_BACK) -> list[float]:
+    """What a method keeps of the dense models' exact match."""
+    scores = read_scores(FOLDER, kind)
+    return [exact_match(scores[m]["results"][method][removed]) / exact_match([scores[m]["dense"]]) for m in models]
+
+
+@pytest.mark.parametrize("kind", ["experts", "default"])
+def test_tables_are_rendered_from_committed_scores(kind):
+    scores, page = read_scores(FOLDER, kind), PAGE.read_text()
+    assert list(scores) == ORDER
+    for removed in next(iter(scores["reference"]["results"].values())):
+        assert across(scores, removed) in page
+
+
+def test_what_choose_a_method_says():
+    """... of the two models with which nothing was chosen."""
+    page = (ROOT / "docs" / "choose-a-method.md").read_text()
+    for kind, method, removed, setting in [
+        ("experts", "default", "0.25", "experts.drop=0.25"),
+        ("experts", "default", "0.5", "experts.drop=0.25"),
+        *(("default", "default", removed, "the default way") for removed in ("0.5", "0.7")),
+        *(("default", name, removed, f"experiment={name}") for name in ("best", "quick", "paper") for removed in ("0.5", "0.7")),
+    ]:
+        (row,) = [line for line in page.splitlines() if setting in line and line.startswith("|")]
+        first, second = shares(kind, method, removed)
+        assert re.search(rf"{first:.1%} and {second:.1%}", row), (row, first, second)
+
+
+@pytest.mark.parametrize("removed", ["0.5", "0.625"])
+def test_the_default_keeps_more_than_any_other_choice_of_experts(removed):
+    for method in ("without refit", "energy, without refit", "REAP", "paper"):
+        pairs = zip(shares("experts", "default", removed, ORDER), shares("experts", method, removed, ORDER), strict=True)
+        assert all(ours > theirs for ours, theirs in pairs), method

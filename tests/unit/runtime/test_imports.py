@@ -1,0 +1,44 @@
+"""Calls after the first import of a module, and what the command imports."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers.launches import environment
+from helpers.paths import ROOT
+from stun.runtime.imports import after_import
+
+
+def test_the_call_follows_the_first_import(tmp_path, monkeypatch):
+    (tmp_path / "some_late_module.py").write_text("seen = []\nvalue = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+    def note() -> None:
+        module = importlib.import_module("some_late_module")
+        module.seen.append(module.value)
+
+    after_import("some_late_module", note)
+    importlib.util.find_spec("some_late_module")  # libraries ask so whether it is installed
+    assert "some_late_module" not in sys.modules
+    module = importlib.import_module("some_late_module")
+    importlib.import_module("some_late_module")
+    assert module.seen == [1]
+    after_import("some_late_module", note)  # at once
+    assert module.seen == [1, 1]
+    del sys.modules["some_late_module"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["prune", "--help"], ["prune", "tarrget=0.5"]], ids=" ".join)
+def test_neither_help_nor_a_refusal_waits_for_torch(words):
+    command = [sys.executable, "-X", "importtime", "-m", "stun", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.M))
+    assert "stun" in imported and done.returncode == (2 if "tarrget=0.5" in words else 0)
+    assert not imported & {"torch", "transformers", "numpy", "datasets"}
