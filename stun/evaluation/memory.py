@@ -8,7 +8,7 @@ from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.preflight.activations import trace_layers
 from stun.preflight.hardware import free_memory
-from stun.runtime.device_copies import AHEAD
+from stun.runtime.device_copies import read_ahead
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 from stun.stream.embeddings import outside_bytes
@@ -55,7 +55,7 @@ def _free_bytes(arch: Architecture, ranks: Ranks, models: int = 1) -> int:
 def _without_next(free: float, arch: Architecture, ranks: Ranks) -> float:
     """Bytes free beside what a GPU reads ahead: as much of the next layer as fits a share of them."""
     largest = max(_layer_bytes(arch, layout, ranks)[0] for layout in arch.layers)
-    return free - min(largest, AHEAD * max(0, free)) if ranks.device.type == "cuda" else free
+    return free - read_ahead(largest, free) if ranks.device.type == "cuda" else free
 
 
 def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:

@@ -12,17 +12,19 @@ from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.families import NOVICES
+from stun.model.layer_layout import LayerLayout
 from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
-from stun.planning.plan import Plan
+from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
 from stun.run.folder import MANIFEST, STATISTICS
 from stun.run.identity import observed
 from stun.runtime.ranks import Ranks
+from stun.sparsify.joint_refit import held_bytes, replicated_bytes
 from stun.statistics.store import Statistics
 from stun.tracking.tracker import check_tracking
 
@@ -66,6 +68,23 @@ class Job:
     def refits(self) -> bool:
         """Whether the experts kept are fitted to the dense layers' outputs, which run beside the pruned ones."""
         return bool(self.cfg.experts.refit and (any(self.drops) or self.plan.zeros))
+
+    def tokens_of(self, world: int) -> int:
+        """Calibration tokens of the rank with most of them; micro-batches are dealt in turn."""
+        calibration = self.cfg.calibration
+        turns = -(-calibration.samples // (calibration.micro_batch * world))
+        return min(calibration.samples, turns * calibration.micro_batch) * calibration.length
+
+    def refit_bytes(self, layout: LayerLayout, plan: LayerPlan, world: int, itemsize: int) -> int:
+        """Bytes that the joint refit of a layer holds on a rank; 0 for a layer without experts."""
+        if not layout.experts:
+            return 0
+        tokens, kept = self.tokens_of(world), -(-len(plan.clusters) // world)
+        height, width = self.arch.down_shape(layout)
+        replicated = [self.arch.info(name).shape[:2] for name in layout.shared_outputs]
+        replicated += [(height, plan.experts - len(plan.clusters))] if self.has_novices else []
+        held = held_bytes((height, width), kept, tokens, tokens * self.arch.top_k, itemsize)
+        return held + sum(replicated_bytes(shape, tokens, itemsize, world) for shape in replicated)
 
     @property
     def has_novices(self) -> bool:

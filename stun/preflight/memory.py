@@ -17,9 +17,8 @@ from stun.planning.job import Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
-from stun.runtime.device_copies import AHEAD, BUFFERS, PIECE
+from stun.runtime.device_copies import BUFFERS, PIECE, read_ahead
 from stun.runtime.threads import workers_on
-from stun.sparsify.joint_refit import held_bytes
 
 LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, tokenizer, clustering, products)
 # Peak bytes per weight of the matrix being pruned and per entry of its Gram matrix, beside the two themselves, as counted in
@@ -83,10 +82,7 @@ class Footprint:
     @cached_property
     def states(self) -> int:
         """Bytes of the hidden states of a rank's micro-batches."""
-        cfg = self.cfg.calibration
-        batches = -(-cfg.samples // cfg.micro_batch)
-        samples = min(cfg.samples, -(-batches // self.launch.world) * cfg.micro_batch)
-        return samples * cfg.length * self.token
+        return self.job.tokens_of(self.launch.world) * self.token
 
     def _weights(self, layout: LayerLayout, plan: LayerPlan) -> Weights:
         """Bytes of a layer on the rank with most of it."""
@@ -155,7 +151,7 @@ class Footprint:
         reading = DEQUANTISED if self.arch.source.is_fp8 else 0
         if not self.is_gpu:
             return 0, ahead + reading
-        return min(ahead, int(AHEAD * max(0, self.launch.gpu_memory - beside))) + reading, 2 * BUFFERS * PIECE
+        return read_ahead(ahead, self.launch.gpu_memory - beside) + reading, 2 * BUFFERS * PIECE
 
     def _dense_read_ahead(self, index: int, beside: int) -> tuple[int, int]:
         """The same while a dense layer runs."""
@@ -221,10 +217,10 @@ class Footprint:
         """Bytes of a joint refit: the problem, and the rows of a micro-batch on their way."""
         if not layout.experts:
             return 0
-        shape, tokens, top_k = self.arch.down_shape(layout), self.states // self.token, self.arch.top_k
-        rows = min(tokens, self.cfg.calibration.micro_batch * self.cfg.calibration.length) * top_k
-        passing = 3 * 4 * rows * shape[0] + workers_on(self.launch.device) * 12 * shape[1] ** 2
-        held = held_bytes(shape, self.layers[index].local, tokens, tokens * top_k, self.dtype.itemsize)
+        height, width = self.arch.down_shape(layout)
+        tokens = min(self.states // self.token, self.cfg.calibration.micro_batch * self.cfg.calibration.length)
+        passing = 3 * 4 * tokens * self.arch.top_k * height + workers_on(self.launch.device) * 12 * width**2
+        held = self.job.refit_bytes(layout, self.plan.layers[index], self.launch.world, self.dtype.itemsize)
         return held + max(self.activations.layers[index], passing)
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:

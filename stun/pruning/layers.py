@@ -17,10 +17,10 @@ from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
+from stun.run.layer_records import left_by_refit
 from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
-from stun.sparsify.joint_refit import held_bytes
 from stun.sparsify.saliency import Saliency
 from stun.statistics.output_sums import OutputSums
 from stun.stream.expert_parallel import Layer
@@ -73,7 +73,7 @@ def prune_layers(
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry.pop('refit', None))}"
+        experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry['refit'])}"
         _show(progress, stream, layer, experts, sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors))
     recorder.close()
@@ -83,14 +83,8 @@ def prune_layers(
 
 def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
     """Most bytes that the joint refit of a layer holds on a rank."""
-    world, calibration, arch = stream.ranks.world, job.cfg.calibration, job.arch
-    tokens = calibration.samples * calibration.length // world
-    shares = [(layout, -(-len(layer.clusters) // world)) for layout, layer in zip(arch.layers, plan.layers, strict=True)]
-    return max(
-        held_bytes(arch.down_shape(layout), share, tokens, tokens * arch.top_k, stream.dtype.itemsize)
-        for layout, share in shares
-        if layout.experts
-    )
+    pairs = zip(job.arch.layers, plan.layers, strict=True)
+    return max(job.refit_bytes(*pair, stream.ranks.world, stream.dtype.itemsize) for pair in pairs)
 
 
 def _prune_layer(
@@ -116,12 +110,12 @@ def _prune_layer(
             stream.build(layer)
         if is_refitted and layer.layout.experts:
             meter.enter("refit")
-            refit = {"refit": refit_jointly(stream, layer, states, states.dense)}
+            refit = refit_jointly(stream, layer, states, states.dense)
         if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
             states = stream.run(layer, states)
     powers.weights_removed()
-    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), **refit}, states
+    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), "refit": refit}, states
 
 
 def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novices: bool) -> tuple[States, torch.Tensor | None]:
@@ -133,12 +127,9 @@ def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novice
     return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
 
 
-def _refitted(told: dict | None) -> str:
+def _refitted(told: dict) -> str:
     """Words for the log: what the joint refit left of the layer's error."""
-    if not told:
-        return ""
-    before, after = told["error"]
-    return f" | refit leaves {after / before if before else 1:.3f} of the error"
+    return f" | refit leaves {left_by_refit(told):.3f} of the error" if told else ""
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

@@ -162,10 +162,18 @@ def kurtosis(theme: Theme, data: dict[str, list[float | None]]) -> Figure:
 
 
 def layer_error(theme: Theme, data: list[float]) -> Figure:
+    return _share_by_layer(theme, data, "relative squared error")
+
+
+def refit(theme: Theme, data: list[float | None]) -> Figure:
+    return _share_by_layer(theme, data, "share of the error before")
+
+
+def _share_by_layer(theme: Theme, data: list[float | None], meaning: str) -> Figure:
     figure, (axes,) = canvas(theme, 2.4)
     _line(axes, data, theme.removed, "")
     _by_layer(axes, len(data))
-    axes.set_ylabel("relative squared error")
+    axes.set_ylabel(meaning)
     axes.set_ylim(bottom=0)
     return figure
 

@@ -14,7 +14,7 @@ from stun.config import ExpertsMethod
 from stun.planning.experts.clusters import Merge, complete_linkage
 from stun.planning.make import weigh
 from stun.report.folder import RunFolder
-from stun.run.layer_records import KINDS, PHASES, STAGES
+from stun.run.layer_records import KINDS, PHASES, STAGES, left_by_refits
 from stun.sparsify.saliency import OCTAVE
 
 
@@ -129,6 +129,12 @@ def kurtosis(run: RunFolder) -> dict[str, list[float | None]] | None:
     by_layer = [layer["kurtosis"]["scope"] for layer in run.layers.get("prune", [])]
     by_stage = {stage: [layer.get(stage) for layer in by_layer] for stage in STAGES}
     return by_stage if any(value is not None for values in by_stage.values() for value in values) else None
+
+
+def refit(run: RunFolder) -> list[float | None] | None:
+    """Share of each layer's error that the joint refit left."""
+    shares = left_by_refits(run.layers)
+    return shares if any(share is not None for share in shares) else None
 
 
 def layer_error(run: RunFolder) -> list[float] | None:

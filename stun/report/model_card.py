@@ -10,7 +10,7 @@ from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.model.runtimes import in_words
-from stun.run.layer_records import sparsity_by_kind
+from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
@@ -34,7 +34,7 @@ def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dic
     parts = [
         f"---\n{metadata}---\n",
         f"# {_text(_name(summary))}, {summary['sparsity']:.0%} pruned\n",
-        _method(summary, config, (model / SOURCE_CARD).is_file()),
+        _method(summary, config, layers, (model / SOURCE_CARD).is_file()),
         _sparsity(summary, layers),
         _evaluation(result),
         _loading(summary),
@@ -105,7 +105,7 @@ def _text(value: object) -> str:
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(value).split()))
 
 
-def _method(summary: dict, config: dict, has_source_card: bool) -> str:
+def _method(summary: dict, config: dict, layers: dict, has_source_card: bool) -> str:
     experts, weights, calibration = config.get("experts", {}), config.get("sparsify", {}), config.get("calibration", {})
     kept, whole = sum(summary["kept"]), sum(summary["experts"])
     counts = sorted({after for after, before in zip(summary["kept"], summary["experts"], strict=True) if before})
@@ -119,7 +119,7 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
     constants = "; each of the others gives a constant vector" if experts.get("dropped") == "novice" and kept < whole else ""
     lines = [
         f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
-        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}.",
+        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}{_refit(layers)}.",
         f"- Single weights: {_text(weights.get('method'))}"
         + (
             f", pattern {_text(weights['pattern'])}"
@@ -132,6 +132,11 @@ def _method(summary: dict, config: dict, has_source_card: bool) -> str:
     if has_source_card:
         lines.append(f"- The source's own card, with its terms: [{SOURCE_CARD}]({SOURCE_CARD}).")
     return "\n".join(lines) + "\n"
+
+
+def _refit(layers: dict) -> str:
+    left = [share for share in left_by_refits(layers) if share is not None]
+    return f", then refitted together; {min(left):.0%} to {max(left):.0%} of a layer's error remains" if left else ""
 
 
 def _what_was_removed(summary: dict) -> str:

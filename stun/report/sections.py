@@ -73,6 +73,7 @@ _NO_STATISTICS = "This run took no statistics, or they are not where they were. 
 _NO_MEASURES = "This run was made before layers were measured (layers.json). Prune again to have them."
 _NO_SINGLE_WEIGHTS = "No single weights were removed. With a higher target, or experts.fraction below 1, they are."
 _NO_ERRORS = "Not measured. Evaluation with dense=, the dense model's own result, measures it."
+_NO_REFIT = "Experts were not refitted. With experts.refit=true, those that are kept make up for what was removed."
 _NO_SEARCH = "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken."
 SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _evaluation,
@@ -134,6 +135,14 @@ SECTIONS: list[Callable[[RunFolder, Path], str]] = [
         data.layer_error,
         charts.layer_error,
         _NO_ERRORS,
+    ),
+    _drawn(
+        "refit",
+        "Error after the joint refit",
+        "Squared error of each layer's output once its kept experts were fitted together, as a share of that before.",
+        data.refit,
+        charts.refit,
+        _NO_REFIT,
     ),
     _drawn(
         "budget",

@@ -7,6 +7,7 @@ kinds      kind of tensor -> `parameters` before and `nonzero` after; those of r
 kurtosis   kind, or `scope` for all in the configured scope -> stage -> kurtosis of the matrices (stun.run.kurtosis). Stages:
            `dense`, `experts_removed`, and `weights_removed` (non-zero weights only); null if not measured or undefined
 saliency   `all` and `removed`: bin -> weights with such a score (stun.sparsify.saliency); only if single weights were removed
+refit      of the joint refit: `steps`, and the squared `error` of the layer's output before and after; only where there was one
 
 and in the first one `powers`: power sums of the dense experts.
 """
@@ -40,6 +41,14 @@ def _is_sums(value: object) -> bool:
     return type(sums) is list and len(sums) in (0, 4) and all(type(part) is list and all(map(_is_number, part)) for part in sums)
 
 
+def _is_refit(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() - {"steps", "error"}:
+        return False
+    error = value.get("error")
+    is_told = is_count(value.get("steps")) and type(error) is list and len(error) == 2 and all(map(_is_number, error))
+    return not value or (is_told and min(error) >= 0)
+
+
 # Checks of the fields in a rank's ledger entry.
 FIELDS: dict[str, Callable[[object], bool]] = {
     "seconds": _maps(PHASES.__contains__, lambda value: _is_number(value) and value >= 0),
@@ -49,6 +58,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "saliency": _maps(
         lambda name: name in ("all", "removed"), _maps(lambda place: place.removeprefix("-").isdecimal(), is_count)
     ),
+    "refit": _is_refit,
 }
 
 
@@ -77,7 +87,20 @@ def pruned_layer(entries: list[dict], parameters: dict[str, int], scope: list[st
     record = {"kinds": kinds, "kurtosis": _kurtoses(sums, [kind for kind in kinds if kind != "other"], scope)}
     if saliency["all"]:
         record["saliency"] = {name: dict(sorted(counts.items(), key=lambda i: int(i[0]))) for name, counts in saliency.items()}
+    if entries[0]["refit"]:  # every rank says the same
+        record["refit"] = entries[0]["refit"]
     return _time_and_memory(entries) | record
+
+
+def left_by_refit(told: dict) -> float:
+    """Share of a layer's squared error that its joint refit left."""
+    before, after = told["error"]
+    return after / before if before else 1.0
+
+
+def left_by_refits(layers: dict) -> list[float | None]:
+    """The same of every decoder layer in the content of a layers.json; None where there was none."""
+    return [left_by_refit(layer["refit"]) if layer.get("refit") else None for layer in layers.get("prune", [])]
 
 
 def _by_kind(entries: list[dict], stage: str) -> dict[str, list[dict]]:

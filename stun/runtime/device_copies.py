@@ -25,6 +25,11 @@ AHEAD = 0.5  # share of a GPU's free memory for what is read ahead; the rest is 
 BUFFERS = 8  # pinned ones of a ring; more than threads, so that some are in transfer while others are filled or emptied
 
 
+def read_ahead(nbytes: int, free: float) -> int:
+    """Bytes of a next layer of `nbytes` that a GPU with `free` bytes holds beside the running one."""
+    return min(nbytes, int(AHEAD * max(0, free)))
+
+
 class HostMemory:
     """Pages of the host. A tensor that is freed leaves its pages to the next one of its size: a page costs more to get from the
     system, which clears it, than to fill."""

@@ -262,6 +262,8 @@ RESUMED: dict[str, tuple[Mutation, str]] = {
             ("powers", "with texts", {"dense": {"experts": {"count": 1, "sums": [[CODE]] * 4}}}),
             ("saliency", "of no number", {"all": {CODE: 1}}),
             ("saliency", "negative", {"removed": {"-3": -1}}),
+            ("refit", "without an error", {"steps": 1}),
+            ("refit", "negative", {"steps": 1, "error": [1.0, -1.0]}),
             ("unseen", "bool", True),
             ("file", "above", OUTSIDE),
             ("file", "absolute", "/etc/passwd"),

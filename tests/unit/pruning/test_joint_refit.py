@@ -18,6 +18,9 @@ from stun.model.tensor_names import experts_of
 from stun.pruning import joint_refit
 from stun.pruning.job import prune
 from stun.pruning.joint_refit import refit_jointly
+from stun.report import data
+from stun.report.folder import RunFolder
+from stun.report.write import write_reports
 from stun.sparsify.joint_refit import DAMPING, descend
 from stun.statistics.output_sums import OutputSums
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
@@ -182,10 +185,20 @@ def test_every_family(checkpoint, ranks, family):
 
 
 def test_a_run_says_what_it_leaves_of_the_error(checkpoint, ranks, tmp_path, capsys):
+    """In its log, its records, its report and its card."""
     experts = ExpertsConfig(method=ExpertsMethod.rank, score=Score.energy, keep=5, refit=True)
     prune(config(checkpoint("mixtral"), tmp_path / "run", target=None, experts=experts), ranks)
     shares = re.findall(r"prune 0./3 \| experts 8->5 \| refit leaves (\S+) of the error \|", capsys.readouterr().out)
     assert len(shares) == 3 and all(0 < float(share) <= 1 for share in shares) and float(shares[0]) < 1
+    run = RunFolder.open(tmp_path / "run")
+    told = [layer["refit"] for layer in run.layers["prune"]]
+    assert all(layer.keys() == {"steps", "error"} and layer["steps"] > 0 for layer in told)
+    assert [f"{after / before:.3f}" for before, after in (layer["error"] for layer in told)] == shares
+    assert [f"{share:.3f}" for share in data.refit(run)] == shares
+    card, page = (run.path / "model" / "README.md").read_text(), write_reports(run.path)[0].read_text()
+    least, most = (f"{float(share):.0%}" for share in (min(shares), max(shares)))
+    assert f"then refitted together; {least} to {most} of a layer's error remains." in card
+    assert "Error after the joint refit" in page and "Experts were not refitted" not in page
 
 
 def test_held_out_text_stops_it(checkpoint, ranks):
