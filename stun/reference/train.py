@@ -27,8 +27,7 @@ class TrainConfig:
 
     `prose`: UTF-8 text file whose paragraphs empty lines part; half of the tokens are then its own, and each counts for
     `prose_weight` of an answer's. `balance` scales the routers' auxiliary loss, of all layers together or of each (`per_layer`);
-    where routers have correction biases, `bias_step` moves those instead, after every step. `start`: folder of a model of the
-    same seed and prose, from which training goes on with other samples.
+    where routers have correction biases, `bias_step` moves those instead, after every step.
     """
 
     output: str = "stun/reference"
@@ -45,7 +44,6 @@ class TrainConfig:
     bias_step: float = 0.005
     prose: str = ""
     prose_weight: float = 0.5
-    start: str = ""
     threads: int = 1
     log_every: int = 50
     save_every: int = 500
@@ -167,15 +165,13 @@ def train(cfg: TrainConfig) -> PreTrainedModel:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(cfg.model_type, vocab_size=len(tokenizer), **special, **cfg.model)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if cfg.start:
-        model = AutoModelForCausalLM.from_pretrained(cfg.start, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-8)
 
-    samples = generate(cfg.seed + (6 if cfg.start else 4), exclude)
+    samples = generate(cfg.seed + 4, exclude)
     batches = packed_batches(cfg, tokenizer, mixed(samples, itertools.cycle(prose), tokenizer) if prose else samples)
     loads = Loads(model)
     for step in range(cfg.steps):
