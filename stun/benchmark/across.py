@@ -27,7 +27,8 @@ def across(scores: dict[str, dict], share: str) -> str:
     for method in next(iter(scores.values()))["results"]:
         cells = []
         for model, own in scores.items():
-            kept = exact_match(own["results"][method][share]) if method in own["results"] else None  # a form that is refused
-            cells.append("" if kept is None else f"{kept:.3f} ({kept / dense[model]:.1%})")
+            results = own["results"].get(method, {}).get(share)  # not every model was asked for everything
+            kept = exact_match(results) if results else 0.0
+            cells.append(f"{kept:.3f} ({kept / dense[model]:.1%})" if results else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)

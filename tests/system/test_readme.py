@@ -140,12 +140,7 @@ def test_readme_is_short():
     assert len(README.split()) <= 1500
 
 
-STUDIES = (
-    "study",
-    "best",
-    "methods",
-    "drop",
-)  # hours: tests/unit/benchmark/test_study.py holds their tables, and runs a small study
+STUDIES = ("study", "prose", "models", "quality")  # hours: tests/unit/benchmark hold their tables, and run small ones
 
 
 def test_every_command_runs_in_a_test():

@@ -98,7 +98,7 @@ def test_every_experiment_composes(job, name):
 
 def test_a_named_option_replaces_that_of_an_experiment():
     cfg = composed("prune", ["experiment=best", "experts=stun", "sparsify=sparsegpt"])
-    assert (cfg.experts.method.name, cfg.sparsify.method.name, cfg.experts.score.name) == ("stun", "sparsegpt", "residual")
+    assert (cfg.experts.method.name, cfg.sparsify.method.name, cfg.experts.score.name) == ("stun", "sparsegpt", "energy")
 
 
 @pytest.mark.parametrize("value", ["0", "1", "0.25", "auto"])

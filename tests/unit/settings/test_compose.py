@@ -67,7 +67,7 @@ def test_reference_files_are_named_from_the_working_folder(monkeypatch, tmp_path
 
 
 def test_the_default_is_what_was_measured():
-    """docs/choose-a-method.md has its numbers, by conf/study_default.yaml."""
+    """docs/quality.md has its numbers, by conf/study_default.yaml."""
     cfg, study = composed("prune", GIVEN), composed("study_default", [])
     measured = with_overrides(study, study.methods["default"])
     assert (cfg.experts, cfg.sparsify) == (measured.experts, measured.sparsify)
