@@ -12,6 +12,7 @@ ABOUT = {
     "observe": "take the statistics that plans and sweeps use",
     "plan": "choose experts from statistics, without a GPU",
     "evaluate": "exact match, perplexity, agreement with the dense model",
+    "serve-check": "start vLLM or transformers and compare their tokens",
     "report": "pages with pictures of runs",
     "compare": "structured then unstructured, experts only, weights only",
     "study": "many methods, sparsities and seeds",
@@ -32,7 +33,7 @@ def main() -> None:
         print(_completion(arguments))
     elif name in ABOUT:
         job, first = ("compare", DEMO) if name == "demo" else (name, [])
-        module = importlib.import_module(f"jobs.{job}")
+        module = importlib.import_module(f"jobs.{job.replace('-', '_')}")
         sys.argv = [module.__file__, *first, *arguments]
         module.main()
     else:
@@ -50,7 +51,7 @@ def _completion(shells: list[str]) -> str:
 
 def usage() -> str:
     """Text of `stun --help`."""
-    rows = [f"  {name:10s} {about}" for name, about in ABOUT.items()]
+    rows = [f"  {name:11s} {about}" for name, about in ABOUT.items()]
     return "\n".join(
         [
             "stun JOB SETTING=VALUE ...    (several ranks: torchrun --nproc-per-node 8 -m stun JOB ...)",

@@ -53,6 +53,15 @@ class Dropped(Enum):
     novice = "novice"
 
 
+class Uneven(Enum):
+    """Form of a checkpoint whose layers keep different numbers of experts. code: `modeling_stun.py` beside it, which transformers
+    and vLLM run with trust_remote_code; padded: experts of zeros, which the router's bias keeps from being chosen, fill every
+    layer up to one number."""
+
+    code = "code"
+    padded = "padded"
+
+
 class Representative(Enum):
     """Expert kept of a cluster: the member nearest to the mean of its parameters, or the one with the best score."""
 
@@ -218,6 +227,10 @@ class ExpertsConfig:
     refit: bool = False
     """At last, fit the down projections of the experts kept together to the output of the dense layer: they take over what was
     removed. Reads all experts in the second stream too."""
+    uneven: Uneven = Uneven.code
+    """Form of the result where layers keep different numbers. code: with a file of code, run with trust_remote_code; padded:
+    experts of zeros fill the layers up, so that what loads the original loads it too, llama.cpp among them; the files are as
+    large as if every layer kept the most, and the router must have a bias."""
 
     @property
     def is_counted(self) -> bool:

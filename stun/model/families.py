@@ -9,6 +9,7 @@ from stun.config import StunError
 HETEROGENEOUS = "stun_"  # prefix of the model type where layers keep different numbers of experts
 # Lists, in config.json, each layer's experts that are novices, in the form that vLLM reads (its design/expert_substitution.md).
 NOVICES = "approximate_experts"
+PADDED = "padded_experts"  # lists, in config.json, each layer's experts of zeros that only fill it up
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -2,18 +2,21 @@
 
 transformers builds all layers of a model from one expert count. Such a checkpoint therefore has the model type
 `stun_<family>`, which stock runtimes refuse by name, and `experts_per_layer` in its config.json (0: a layer without experts).
-After `import stun`, `AutoModelForCausalLM` loads, runs and saves it, with classes derived from the family's at first use. Arctic
-reads a list in `num_local_experts` instead, as in the models that the STUN authors saved.
+After `import stun`, `AutoModelForCausalLM` loads, runs and saves it, with classes derived from the family's at first use; other
+programs run the code beside it (stun.model.remote_code). Arctic reads a list in `num_local_experts` instead, as in the models
+that the STUN authors saved.
 """
 
 import copy
 import functools
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from stun.model import remote_code
 from stun.model.families import HETEROGENEOUS
 
 _PER_LAYER = "experts_per_layer"
@@ -27,6 +30,7 @@ def describe(config: dict, name: str, counts: list[int]) -> None:
     family = config["model_type"].removeprefix(HETEROGENEOUS)
     config.update({name: max(counts), _PER_LAYER: counts, "model_type": HETEROGENEOUS + family})
     config["architectures"] = [_class_name(a) for a in config.get("architectures") or []]
+    config["auto_map"] = remote_code.auto_map(family)
 
 
 def forget(config: dict, name: str, count: int) -> None:
@@ -34,6 +38,7 @@ def forget(config: dict, name: str, count: int) -> None:
     if config.pop(_PER_LAYER, None) is not None:
         config["model_type"] = config["model_type"].removeprefix(HETEROGENEOUS)
         config["architectures"] = [a.removeprefix("Stun") for a in config.get("architectures") or []]
+        config.pop("auto_map", None)
     config[name] = count
 
 
@@ -57,6 +62,12 @@ def classes(family: str, count: str) -> tuple[type, type]:
                         type(layer), config, index, count, config.experts_per_layer[index]
                     )
             self.post_init()
+
+        def save_pretrained(self, folder, *arguments, **keywords):
+            """As transformers' own, with the code for other programs."""
+            self.config.auto_map = remote_code.auto_map(family)
+            super().save_pretrained(folder, *arguments, **keywords)
+            remote_code.write_code(Path(folder), self.config.to_dict())
 
     config_class = type(_class_name(base_config.__name__), (base_config,), {"model_type": model_type, "__module__": __name__})
     register_model(config_class, Model, base_model, _class_name(base_model.__name__))

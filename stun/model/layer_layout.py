@@ -62,6 +62,11 @@ class LayerLayout:
         """Part -> the tensor that holds it for all experts."""
         return {part: self.experts[0][part][0] for part in sorted(self.fused)}
 
+    @property
+    def biases(self) -> list[str]:
+        """Router's biases, which the choice of experts adds to their scores."""
+        return sorted(name for name in self.routed if name != self.router and name.endswith("bias"))
+
     def closes(self, name: str) -> bool:
         """Whether a dense matrix produces its block's output."""
         return self.dense[name].split(".")[-2] in CLOSING

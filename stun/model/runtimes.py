@@ -1,36 +1,82 @@
-"""Runtimes that load a pruned checkpoint, judged by its expert counts and vLLM's documented limits; none is started."""
+"""Runtimes that load a pruned checkpoint, from its family and expert counts; none is started (stun.serving does that).
 
-# Expert counts that vLLM's fused router kernels are compiled for (version 0.33); for others it takes its general kernels.
+What is said of vLLM is of version 0.33, from its registry of models and its routers; docs/serving.md lists what was served.
+"""
+
+from stun.model.families import FAMILIES
+
+# Expert counts that vLLM's fused top-k kernels are compiled for; for all others they fall back to two general ones. Routers with
+# groups have a kernel of their own.
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
+# Last version with the family's own class (`_PREVIOUSLY_SUPPORTED_MODELS` there); later ones run what transformers has.
+LEFT_VLLM = {"arctic": "0.28", "dots1": "0.23"}
+THROUGH_TRANSFORMERS = ("dots1", "hunyuan_v1_moe", "phimoe")  # in vLLM: no class of its own for what transformers writes
+SERVED = "served.json"  # results of stun.serving in the folder of the run
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
+# Families of which a result was converted and run: docs/serving.md.
+GGUF = ("deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+_AFTER_IMPORT = "after `import stun` only, since it has no such family"
 
 
 def runtimes(model_type: str, counts: list[int], has_novices: bool = False) -> dict[str, str]:
     """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none), beside novices or none."""
-    distinct, only_here = {count for count in counts if count}, model_type in ONLY_HERE
-    after_import = "after `import stun` only, since it has no such family"
+    distinct = {count for count in counts if count}
     if has_novices:
-        transformers = "after `import stun` only; without, it would fill the missing experts with random weights"
-        return {
-            "this package": "yes",
-            "transformers": after_import if only_here else transformers,
-            "vLLM": "0.33 and later, where it has the family: constants in place of experts; tensor and pipeline parallel only",
-        }
+        return _novices(model_type)
     if len(distinct) > 1:
-        uneven = "layers keep different numbers of experts; experts.budget=uniform makes one that loads"
-        transformers = after_import if only_here else f"after `import stun` only, since {uneven} without"
-        return {"this package": "yes", "transformers": transformers, "vLLM": f"no, since {uneven}"}
-    (experts,) = distinct
-    sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
-    parallel = f"expert parallel over {', '.join(map(str, sizes))} ranks" if sizes else "no expert parallelism"
-    kernels = "fused router kernels" if experts in VLLM_COUNTS else "general router kernels, a little slower than the fused ones"
+        return uneven(model_type)
+    transformers = _AFTER_IMPORT if model_type in ONLY_HERE else "yes, its own class"
+    gguf = "converted by its own script" if model_type in GGUF else "not tried with this family"
+    return {"this package": "yes", "transformers": transformers, "vLLM": _vllm(model_type, *distinct), "llama.cpp": gguf}
+
+
+def uneven(model_type: str) -> dict[str, str]:
+    """The same for a checkpoint whose layers keep different numbers of experts, with the code beside it."""
+    if model_type in ONLY_HERE:
+        way = "no, since layers keep different numbers of experts; experts.budget=uniform makes one that loads"
+        return {"this package": "yes", "transformers": _AFTER_IMPORT, "vLLM": way, "llama.cpp": way}
+    trust = "with trust_remote_code, since layers keep different numbers of experts"
+    gguf = "no; experts.uneven=padded makes one that it loads, where the router has a bias"
     return {
         "this package": "yes",
-        "transformers": after_import if only_here else "yes, its own class",
-        "vLLM": f"where it has the family: {kernels}; {parallel}",
+        "transformers": f"yes, {trust}",
+        "vLLM": f"{trust}, through its transformers backend",
+        "llama.cpp": gguf,
     }
+
+
+def _novices(model_type: str) -> dict[str, str]:
+    transformers = "after `import stun` only; without, it would fill the missing experts with random weights"
+    return {
+        "this package": "yes",
+        "transformers": _AFTER_IMPORT if model_type in ONLY_HERE else transformers,
+        "vLLM": "0.33 and later, where it has the family: constants in place of experts; tensor and pipeline parallel only",
+        "llama.cpp": "no, it has no constants in place of experts",
+    }
+
+
+def _vllm(model_type: str, experts: int) -> str:
+    sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
+    parallel = f"expert parallel over {', '.join(map(str, sizes))} ranks" if sizes else "no expert parallelism"
+    last, is_grouped = LEFT_VLLM.get(model_type, ""), FAMILIES[model_type].group_floor > 0
+    way = f"{last} and earlier" if last else "yes"
+    if model_type in THROUGH_TRANSFORMERS:
+        way = f"through its transformers backend{f', its own class until {last}' if last else ''}"
+    fused = "fused router kernels" if experts in VLLM_COUNTS else "general router kernels, a little slower than the fused ones"
+    return f"{way}: {'' if is_grouped else f'{fused}; '}{parallel}"
 
 
 def in_words(answers: dict[str, str]) -> dict[str, str]:
     """What loads a checkpoint, from the result of `runtimes`, as the run's summary, its page and the model card say it."""
     return {f"loads in {runtime}": answer for runtime, answer in answers.items()}
+
+
+def served_in_words(content: dict) -> dict[str, str]:
+    """What runtimes were started on a checkpoint and generated, from the content of `SERVED`."""
+    words = {}
+    for runtime, served in content.get("runtimes", {}).items():
+        equal, prompts, tokens = (int(served[key]) for key in ("equal", "prompts", "tokens"))
+        words[f"served by {runtime} {served['versions'][runtime]}"] = (
+            f"{equal} of {prompts} prompts continued by the same {tokens} tokens as here"
+        )
+    return words

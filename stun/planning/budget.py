@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from stun.config import Budget, Dropped, PruneConfig, Scope, SparsifyConfig, StunError
+from stun.config import Budget, Dropped, ExpertsConfig, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
 from stun.model.architecture import Architecture, expert_infos
 from stun.planning.plan import Plan
 from stun.sparsify.select import Pattern, quotas
@@ -54,9 +54,10 @@ def groups_of(cfg: PruneConfig, arch: Architecture) -> int:
 
 
 def count_of_heads(cfg: PruneConfig, counts: set[int]) -> int | None:
-    """Experts that a multi-token-prediction head keeps where the layers keep these: as many as every layer, because runtimes
-    build both from one number. None is all: where layers differ, or novices leave the number as it is."""
-    return counts.copy().pop() if len(counts) == 1 and cfg.experts.dropped is not Dropped.novice else None
+    """Experts that a multi-token-prediction head keeps where the layers keep these: as many as the layers are written with, since
+    runtimes build both from one number. None is all: where layers differ, or novices leave the number as it is."""
+    is_one = len(counts) == 1 or cfg.experts.uneven is Uneven.padded
+    return max(counts) if is_one and cfg.experts.dropped is not Dropped.novice else None
 
 
 def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture) -> list[int]:
@@ -229,14 +230,15 @@ def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> l
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 
 
-def model_bytes(arch: Architecture, plan: Plan, dropped: Dropped = Dropped.reroute) -> int:
+def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig) -> int:
     """Bytes of all tensors of the pruned checkpoint, zeros included."""
     total = sum(info.nbytes for info in arch.source.tensors.values())
+    most = plan.most if experts.uneven is Uneven.padded else 0
     for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
         if layout.experts:
             entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
-            if dropped is Dropped.novice:  # the router stays whole, and a constant is added
+            if experts.dropped is Dropped.novice:  # the router stays whole, and a constant is added
                 entries = -arch.config.hidden_size * arch.novice_dtype(layout).itemsize
-            removed = layer.experts - len(layer.clusters)
+            removed = layer.experts - max(most, len(layer.clusters))
             total -= removed * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
     return total

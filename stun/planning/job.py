@@ -7,11 +7,11 @@ from pathlib import Path
 
 from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint, Headers
-from stun.config import Budget, Dropped, ModelConfig, PruneConfig, StunError
+from stun.config import Budget, Dropped, ModelConfig, PruneConfig, StunError, Uneven
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
-from stun.model.families import NOVICES
+from stun.model.families import NOVICES, PADDED
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
@@ -90,6 +90,11 @@ class Job:
     def has_novices(self) -> bool:
         """Whether experts that are removed become novices."""
         return self.cfg.experts.dropped is Dropped.novice and any(self.drops)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether experts of zeros fill every layer up to the largest number kept."""
+        return self.cfg.experts.uneven is Uneven.padded
 
     @property
     def runs_dense(self) -> bool:
@@ -181,6 +186,7 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: He
     validate(cfg, sources)
     arch = _architecture(cfg, remote)
     _check_novices(cfg, arch)
+    _check_padding(cfg, arch)
     sizes = measure_layers(arch, cfg.sparsify.scope, cfg.experts.dropped)
     check_ratios(cfg.sparsify, arch)
     check_pattern(cfg.sparsify, arch)
@@ -226,6 +232,21 @@ def _check_novices(cfg: PruneConfig, arch: Architecture) -> None:
         raise StunError(f"experts.dropped=novice: {reason}, a form that holds no constants. Use experts.dropped=reroute")
     if cfg.experts.fraction == "auto":
         raise StunError("experts.fraction=auto: the search tries experts.dropped=reroute alone; give a number")
+
+
+def _check_padding(cfg: PruneConfig, arch: Architecture) -> None:
+    """Raises StunError if the checkpoint was padded, or its routers cannot keep padding from being chosen."""
+    if PADDED in arch.source.config:
+        zeros = f"has experts of zeros that fill its layers up ({PADDED})"
+        raise StunError(f"{arch.source.folder}: {zeros}; prune what it was made from")
+    if cfg.experts.uneven is Uneven.code:
+        return
+    if cfg.experts.dropped is Dropped.novice:
+        raise StunError("experts.uneven=padded: with experts.dropped=novice every layer keeps its number; one of them is enough")
+    if not all(layout.biases for layout in arch.layers if layout.experts):
+        ways = "experts.uneven=code, or experts.dropped=novice, which vLLM reads"
+        reason = f"the routers of {arch.model_type} have no bias that could keep experts of zeros from being chosen"
+        raise StunError(f"experts.uneven=padded: {reason}. Use {ways}")
 
 
 def _samples(job: Job, ranks: Ranks) -> Samples:

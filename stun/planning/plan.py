@@ -61,6 +61,11 @@ class Plan:
         """Share of the weights in scope, after experts are removed, that is set to zero."""
         return self.zeros / self.scope_size if self.scope_size else 0.0
 
+    @property
+    def most(self) -> int:
+        """Experts that the layer or prediction head with the most of them keeps."""
+        return max(len(layer.clusters) for layer in [*self.layers, *self.mtp])
+
     def to_json(self) -> dict:
         """Content of plan.json."""
         return {**asdict(self), "ratio": self.ratio}

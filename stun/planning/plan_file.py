@@ -32,9 +32,7 @@ def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneC
     for layer in heads:
         wanted = count_of_heads(cfg, counts) or layer.experts
         if len(layer.clusters) != wanted:
-            raise StunError(
-                f"{where}: a prediction head must keep {wanted} experts, as every layer does, or all where layers differ"
-            )
+            raise StunError(f"{where}: a prediction head must keep {wanted} experts, as the layers do, or all where these differ")
     target = own_target if target is None else target
     plan = make_budget(replace(cfg, target=target), sizes, [len(layer.clusters) for layer in layers])
     removed = plan.dropped + plan.zeros

@@ -11,7 +11,7 @@ from stun.planning.job import Job
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import Launch, described, disk_free, gpu_base, resident, this_launch
 from stun.preflight.memory import Footprint
-from stun.preflight.result import ZEROS, loads_line, method_line, result_line
+from stun.preflight.result import ZEROS, loads_line, may_grow, method_line, result_line
 from stun.preflight.time import durations
 from stun.preflight.traffic import bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
@@ -36,11 +36,12 @@ class Estimate:
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
-        self.written, self.snapshots = model_bytes(arch, job.plan, cfg.experts.dropped), states * (self.layers - 1) * recorded
+        self.written, self.snapshots = model_bytes(arch, job.plan, cfg.experts), states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
         self.statistics = statistics_bytes(job) if "observe" in streams else 0
-        whole = self.written + states * snapshots_on_disk(self.layers, recorded) + self.statistics
+        most = sum(info.nbytes for info in arch.source.tensors.values()) if may_grow(job) else self.written
+        whole = most + states * snapshots_on_disk(self.layers, recorded) + self.statistics
         self.disk, self.free = max(0, whole - existing_bytes(cfg.run_dir)), disk_free(cfg.run_dir)
         self.durations = durations(footprint, self.read, self.written, self.snapshots)
 

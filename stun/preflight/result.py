@@ -16,13 +16,14 @@ def result_line(job: Job) -> str:
     """Experts a layer and bytes, before and after."""
     before, after = (
         sum(info.nbytes for info in job.arch.source.tensors.values()),
-        model_bytes(job.arch, job.plan, job.cfg.experts.dropped),
+        model_bytes(job.arch, job.plan, job.cfg.experts),
     )
     if job.fractions:
         share = f"{job.fractions[0]:g} to {job.fractions[-1]:g} of the target as experts"
         return f"the search decides how much is removed: {share}; {size(before)} -> at most {size(after)} on disk"
     zeros = f", then {job.plan.zeros / job.plan.parameters:.1%} of the layers' parameters set to zero" if job.plan.zeros else ""
-    return f"{_experts(job)}{zeros}; {size(before)} -> {size(after)} on disk, about {size(SERVED * after)} to serve"
+    least = "at least " if may_grow(job) else ""
+    return f"{_experts(job)}{zeros}; {size(before)} -> {least}{size(after)} on disk, about {size(SERVED * after)} to serve"
 
 
 def method_line(job: Job, forwards: int, grams: int) -> str:
@@ -58,10 +59,16 @@ def _may_differ(job: Job) -> bool:
     return is_global or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
 
 
+def may_grow(job: Job) -> bool:
+    """Whether padding may make the files larger than the stand-in for the plan says: up to the size of the source."""
+    return job.is_padded and _may_differ(job) and not job.is_given
+
+
 def loads_line(job: Job) -> str:
     """Runtimes that load the result."""
     kept = [layer.num_experts - drop for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
-    if _may_differ(job) and not job.has_novices:
-        return "layers differ, so that transformers loads it after `import stun`, and vLLM does not"
-    loads = runtimes.runtimes(job.arch.model_type, kept, job.has_novices)
+    if _may_differ(job) and job.is_padded:
+        return "what loads the original: experts of zeros fill every layer up to the most that one keeps"
+    is_uneven = _may_differ(job) and not job.has_novices
+    loads = runtimes.uneven(job.arch.model_type) if is_uneven else runtimes.runtimes(job.arch.model_type, kept, job.has_novices)
     return f"transformers: {loads['transformers']}; vLLM: {loads['vLLM']}"

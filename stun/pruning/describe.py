@@ -33,7 +33,8 @@ def notices(job: Job) -> list[str]:
     if arch.source.is_fp8:
         lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
-        keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
+        differ = "the most where layers differ" if job.is_padded else "all where layers differ"
+        keep = f"as many experts as every layer, {differ}" if is_global else "as many experts as every layer"
         keep = "all experts" if job.has_novices else keep
         heads = count(len(arch.mtp), "multi-token-prediction head")
         lines.append(f"{heads}: {keep} are kept; no single weights are removed")

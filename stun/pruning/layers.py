@@ -14,6 +14,7 @@ from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, owners
 from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
+from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
@@ -68,6 +69,7 @@ def prune_layers(
         entry, states = _prune_layer(job, stream, layer, plans[index], quotas[index], states)
         tensors = own_tensors(stream, layer)
         nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
+        tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"

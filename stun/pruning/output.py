@@ -9,9 +9,12 @@ import torch
 from stun.checkpoint.reader import INDEX
 from stun.checkpoint.writer import copy_extras, extras, write_index
 from stun.files import TEMPLATES, write_json
+from stun.model import remote_code
+from stun.model.families import PADDED
 from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.pruning.layers import prune_layers
+from stun.pruning.padding import padding
 from stun.pruning.shards import hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
@@ -72,7 +75,8 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
         for file, name in hub_names(files).items():
             if (run.model / name).is_file():
                 (run.model / name).rename(run.model / file)
-    keep_only(run.model, files, {MARK, "config.json", INDEX, CARD, SOURCE_CARD, TEMPLATES, *extras(source.folder)})
+    others = {MARK, "config.json", INDEX, CARD, SOURCE_CARD, TEMPLATES, remote_code.FILE, *extras(source.folder)}
+    keep_only(run.model, files, others)
     if not known:
         outer |= {name: source.read(name) for name in job.arch.outer}
         known = [write("outside.safetensors", outer)]
@@ -85,13 +89,25 @@ def _write_around(job: Job, written: Written, run: Run) -> None:
     arch, names = job.arch, hub_names(written.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model, skip=(CARD,))
+    copy_extras(arch.source.folder, run.model, skip=(CARD, remote_code.FILE))
     keep_source_card(arch.source.folder, run.model)
-    kept = written.kept[: len(arch.layers)]
-    novices = {
-        layout.index: sorted(set(range(layout.num_experts)) - set(own)) for layout, own in zip(arch.layers, kept, strict=True)
-    }
-    config = arch.pruned_config([len(own) for own in kept], novices if job.has_novices else None)
+    config = _config(job, written.kept)
     write_json(run.model / "config.json", config)
+    remote_code.write_code(run.model, config)
     shards = {names[entry["file"]]: entry["tensors"] for entry in written.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())))
+
+
+def _config(job: Job, kept: list[list[int]]) -> dict:
+    """config.json for experts kept of every layer and prediction head."""
+    arch, own = job.arch, kept[: len(job.arch.layers)]
+    counts, most = [len(experts) for experts in own], max(map(len, kept))
+    if job.has_novices:
+        layouts = zip(arch.layers, own, strict=True)
+        removed = {layout.index: sorted(set(range(layout.num_experts)) - set(experts)) for layout, experts in layouts}
+        return arch.pruned_config(counts, removed)
+    if not job.is_padded:
+        return arch.pruned_config(counts)
+    config = arch.pruned_config([most if count else 0 for count in counts])
+    zeros = {str(layer): padding(count, most, arch.groups) for layer, count in enumerate(counts) if 0 < count < most}
+    return config | ({PADDED: zeros} if zeros else {})

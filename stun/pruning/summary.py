@@ -42,7 +42,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
-        "loads_in": runtimes.runtimes(arch.model_type, kept, job.has_novices),
+        "loads_in": runtimes.runtimes(arch.model_type, _stored(job, written), job.has_novices),
         "experts_without_tokens": sum(layer[0]["unseen"] for layer in written.layers[: len(plan.layers)]),
         "ratio": plan.ratio,
         "ranks": ranks.world,
@@ -58,6 +58,12 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "statistics": os.path.relpath(cfg.statistics, run.folder) if cfg.statistics else "",
         "command": command_line(ranks.command or sys.argv),
     }
+
+
+def _stored(job: Job, written: Written) -> list[int]:
+    """Experts of every layer in the checkpoint, with those of zeros that fill it up."""
+    counts, most = [len(kept) for kept in written.kept], max(map(len, written.kept))
+    return [most if count and job.is_padded else count for count in counts[: len(job.arch.layers)]]
 
 
 def save_observed(run: Run) -> None:

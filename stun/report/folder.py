@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stun.config import ExpertsConfig, StunError, experts_from
 from stun.files import load_json, load_yaml
+from stun.model.runtimes import SERVED
 from stun.planning.plan import LayerPlan, read_layers
 from stun.report.runs import RESULT
 from stun.run.folder import Run
@@ -16,8 +17,8 @@ from stun.statistics.store import Statistics
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """Files of a run: `config` of config.yaml, `plan` the layers of plan.json, and `layers`, `search` and `result` of the JSON
-    files of that name, empty if there are none. `stats` are its statistics, its own or shared."""
+    """Files of a run: `config` of config.yaml, `plan` the layers of plan.json, and `layers`, `search`, `result` and `served`
+    of the JSON files of that name, empty if there are none. `stats` are its statistics, its own or shared."""
 
     path: Path
     config: dict
@@ -27,6 +28,7 @@ class RunFolder:
     layers: dict
     search: dict
     result: dict
+    served: dict
     stats: Statistics | None
 
     @classmethod
@@ -41,7 +43,9 @@ class RunFolder:
         if summary is None:
             raise StunError(f"folder={path}: the run is not complete; the command that began it goes on")
         stats = _statistics(path, summary, identity)
-        parts = {name: load_json(path / name) if (path / name).is_file() else {} for name in (FILE, "search.json", RESULT)}
+        parts = {
+            name: load_json(path / name) if (path / name).is_file() else {} for name in (FILE, "search.json", RESULT, SERVED)
+        }
         config = identity["config"] if isinstance(identity["config"], dict) else {}
         plan, _, _ = read_layers(path / "plan.json")
         experts = experts_from(config.get("experts", {}), f"{path / 'config.yaml'}: experts")

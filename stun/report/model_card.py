@@ -9,7 +9,7 @@ import yaml
 from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
-from stun.model.runtimes import in_words
+from stun.model.runtimes import SERVED, in_words, served_in_words
 from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
 
@@ -37,7 +37,7 @@ def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dic
         _method(summary, config, layers, (model / SOURCE_CARD).is_file()),
         _sparsity(summary, layers),
         _evaluation(result),
-        _loading(summary),
+        _loading(summary, load_json(run / SERVED) if (run / SERVED).is_file() else {}),
         f"## Made by\n\n```sh\n{without_folders(summary['command'])}\n```\n\non {count(summary['ranks'], 'rank')}."
         if summary.get("command")
         else "",
@@ -117,9 +117,11 @@ def _method(summary: dict, config: dict, layers: dict, has_source_card: bool) ->
     )
     source = _text(_name(summary))
     constants = "; each of the others gives a constant vector" if experts.get("dropped") == "novice" and kept < whole else ""
+    is_padded = experts.get("uneven") == "padded" and len(counts) > 1
     lines = [
         f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
-        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}{_refit(layers)}.",
+        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}{_refit(layers)}."
+        + (f" Experts of zeros, which the router never chooses, fill every layer up to {counts[-1]}." if is_padded else ""),
         f"- Single weights: {_text(weights.get('method'))}"
         + (
             f", pattern {_text(weights['pattern'])}"
@@ -180,11 +182,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _loading(summary: dict) -> str:
+def _loading(summary: dict, served: dict) -> str:
     answers = summary.get("loads_in", {})
     of_transformers = str(answers.get("transformers", ""))
     load = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
-    if not of_transformers.startswith("yes"):
+    if "trust_remote_code" in of_transformers:
+        load = load.replace('dtype="auto"', 'dtype="auto", trust_remote_code=True')
+    elif not of_transformers.startswith("yes"):
         load = f"import stun  # pip install stun-moe\n{load}"
-    lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in in_words(answers).items()]
+    lines = [f"- {_text(runtime)}: {_text(answer)}" for runtime, answer in (in_words(answers) | served_in_words(served)).items()]
     return "\n".join(["## How to load\n", *lines, f"\n```python\n{load}\n```\n"])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from stun.model.runtimes import in_words
+from stun.model.runtimes import in_words, served_in_words
 from stun.report import charts, data, html
 from stun.report.folder import RunFolder
 from stun.report.layer_maps import tiles
@@ -64,7 +64,8 @@ def _evaluation(run: RunFolder, folder: Path) -> str:
 
 
 def _loads(run: RunFolder, folder: Path) -> str:
-    rows = [[escape(runtime), html.breakable(answer)] for runtime, answer in in_words(run.summary.get("loads_in", {})).items()]
+    answers = in_words(run.summary.get("loads_in", {})) | served_in_words(run.served)
+    rows = [[escape(runtime), html.breakable(answer)] for runtime, answer in answers.items()]
     aid = "Runtimes that read model/ of this run as it is."
     return html.section("What loads it", aid, html.table([], rows, "words"), True)
 

@@ -27,6 +27,7 @@ from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
 from stun.run.sweep import parsed
+from stun.serving.config import ServeCheckConfig
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CONF = PACKAGE / "conf"  # in the repository a link to its folder conf/
@@ -36,6 +37,7 @@ SCHEMAS = {
     "observe": PruneAndEvaluateConfig,
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
+    "serve-check": ServeCheckConfig,
     "report": ReportConfig,
     "compare": CompareConfig,
     "study": StudyConfig,

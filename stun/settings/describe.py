@@ -93,7 +93,14 @@ def groups(job: str) -> list[str]:
     return [group for group in GROUPS if f"- {group}:" in text]
 
 
-PAGES = {"prune": "Prune", "evaluate": "Evaluate", "preflight": "Preflight", "plan": "Plan", "report": "Report"}
+PAGES = {
+    "prune": "Prune",
+    "evaluate": "Evaluate",
+    "serve-check": "Serve-check",
+    "preflight": "Preflight",
+    "plan": "Plan",
+    "report": "Report",
+}
 INTRODUCTION = """# Configuration
 
 Settings of the jobs; `python -m stun.settings.describe > docs/configuration.md` makes this page from their dataclasses. On the

@@ -1,4 +1,4 @@
-"""A task of the lm-evaluation-harness on local rows."""
+"""Tasks of the lm-evaluation-harness on local rows."""
 
 from __future__ import annotations
 
@@ -19,4 +19,17 @@ filter_list:
       - {{function: take_first}}
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+LIKELIHOOD_TASK = """
+task: stun_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - {{metric: bits_per_byte}}
+  - {{metric: byte_perplexity}}
 """

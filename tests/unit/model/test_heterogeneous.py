@@ -85,12 +85,12 @@ def test_as_a_source(tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_stock_transformers_refuse_it_by_name(tmp_path, ranks):
+def test_stock_transformers_refuse_it_without_trust(tmp_path, ranks):
     folder, _ = pruned(steep(tmp_path / "source", "mixtral"), tmp_path / "run", ranks, target=0.199, sparsify=SparsifyConfig())
     script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode and "stun_mixtral" in done.stderr
+    assert done.returncode and "pass the argument `trust_remote_code=True`" in done.stderr
 
 
 def test_experts_implementation_follows_the_model(tmp_path, ranks):

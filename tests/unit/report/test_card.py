@@ -88,11 +88,11 @@ def test_the_folder_can_be_uploaded(pruned, monkeypatch):
     assert names - {name for name in names if not name.endswith(".safetensors")} == shards
 
 
-def test_what_other_runtimes_cannot_load(checkpoint, tmp_path, ranks):
+def test_layers_that_differ_need_trust(checkpoint, tmp_path, ranks):
     experts = ExpertsConfig(budget=Budget["global"])
     prune(config(checkpoint("mixtral", num_local_experts=12), tmp_path / "run", experts=experts), ranks)
     card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
-    assert card.data.library_name == "stun-moe" and "import stun" in card.text and card.data.base_model is None
+    assert card.data.library_name == "transformers" and "trust_remote_code=True)" in card.text and card.data.base_model is None
 
 
 @pytest.mark.slow
@@ -111,6 +111,7 @@ def test_what_loads_it_is_said_once(tmp_path, model_type, kept):
         assert f"<td>loads in {runtime}</td><td>{answer}</td>" in page and f"- loads in {runtime}: {answer}\n" in card
         assert re.search(rf"^loads in {runtime} +{re.escape(answer)}$", table, re.M)
     assert ("\nimport stun " in card) is ("import stun" in summary["loads_in"]["transformers"])
+    assert (", trust_remote_code=True)" in card) is ("trust_remote_code" in summary["loads_in"]["transformers"])
 
 
 @pytest.mark.parametrize(

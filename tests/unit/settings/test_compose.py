@@ -56,7 +56,12 @@ def test_settings_of_another_job_do_not_exist():
 
 def test_every_job_has_a_configuration_that_composes():
     for job in SCHEMAS:
-        given = {"evaluate": ["output=o", "model.path=m"], "report": ["folder=f"], "plan": [*GIVEN, "output=o"]}.get(job, GIVEN)
+        given = {
+            "evaluate": ["output=o", "model.path=m"],
+            "report": ["folder=f"],
+            "serve-check": ["model.path=m", "runtime=vllm"],
+            "plan": [*GIVEN, "output=o"],
+        }.get(job, GIVEN)
         assert type(composed(job, given)) is SCHEMAS[job]
 
 

@@ -1,0 +1,119 @@
+"""Code beside a checkpoint whose layers keep different numbers of experts, for runtimes that have only transformers.
+
+`modeling_stun.py` derives the classes from the family's own and needs nothing of this package; `auto_map` in config.json names
+them. It runs where a user passes `trust_remote_code`. This package takes its own classes (stun.model.heterogeneous) and never
+runs code of a checkpoint.
+"""
+
+from pathlib import Path
+
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from stun.files import write_atomically
+from stun.model.families import FAMILIES, HETEROGENEOUS
+
+FILE = "modeling_stun.py"
+_TEXT = '''"""{family} with a number of experts of its own in every layer: config.json's `experts_per_layer` (0: a dense layer).
+
+For transformers 5.17 or later, and runtimes that build models with it: pass trust_remote_code=True.
+"""
+
+import copy
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from {config_module} import {config}
+from {module} import {base}, {model}
+
+
+class Stun{config}({config}):
+    model_type = "{model_type}"
+
+
+class OwnCounts:
+    """Decoder layers built again, each with its own number of experts in place of `{count}`."""
+
+    config_class = Stun{config}
+
+    def __init__(self, config, *arguments, **keywords):
+        super().__init__(config, *arguments, **keywords)
+        layers = self.base_model.layers
+        for index, count in enumerate(config.experts_per_layer):
+            if count:
+                own = copy.copy(config)
+                own.{count} = count
+                layers[index] = type(layers[index])(own, index)
+                for module in layers[index].modules():
+                    if getattr(module, "config", None) is own:
+                        module.config = config  # later changes of it must reach this layer
+        self.post_init()
+
+    # transformers would search this file for the code that it finds in the family's.
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return {base}._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return {base}._can_set_experts_implementation()
+
+
+class Stun{base}(OwnCounts, {base}):
+    config_class = Stun{config}
+
+
+class Stun{model}(OwnCounts, {model}):
+    config_class = Stun{config}
+
+
+names = get_checkpoint_conversion_mapping("{family}")
+if names is not None and get_checkpoint_conversion_mapping("{model_type}") is None:
+    register_checkpoint_conversion_mapping("{model_type}", names)
+'''
+
+
+def _classes(family: str) -> dict[str, type]:
+    """Auto class -> the family's class for it."""
+    config = CONFIG_MAPPING[family]
+    models = {auto.__name__: auto._model_mapping[config] for auto in (AutoModel, AutoModelForCausalLM)}
+    return {"AutoConfig": config, **models}
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """Auto class -> the class in the code that it shall load."""
+    return {auto: f"{FILE.removesuffix('.py')}.Stun{own.__name__}" for auto, own in _classes(family).items()}
+
+
+def code(family: str) -> str:
+    """Content of `FILE` for a family."""
+    config, base, model = _classes(family).values()
+    return _TEXT.format(
+        family=family,
+        model_type=HETEROGENEOUS + family,
+        count=FAMILIES[family].count,
+        config=config.__name__,
+        base=base.__name__,
+        model=model.__name__,
+        config_module=config.__module__,
+        module=model.__module__,
+    )
+
+
+def _family(config: dict) -> str:
+    """Family of a config.json that names the classes of `FILE` and no others; empty if it does not."""
+    prefix, _, family = str(config.get("model_type")).partition(HETEROGENEOUS)
+    is_named = not prefix and family in FAMILIES and family != "arctic"
+    return family if is_named and config.get("auto_map") == auto_map(family) else ""
+
+
+def is_own(folder: Path, config: dict) -> bool:
+    """Whether the code beside a checkpoint is what this package writes for the content of its config.json, byte by byte."""
+    family = _family(config)
+    return bool(family) and (folder / FILE).is_file() and (folder / FILE).read_bytes() == code(family).encode()
+
+
+def write_code(folder: Path, config: dict) -> None:
+    """Write the code that the content of a config.json asks for, if any."""
+    family = _family(config)
+    if family:
+        write_atomically(folder / FILE, lambda path: path.write_text(code(family)))
