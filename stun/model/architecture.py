@@ -280,8 +280,3 @@ def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
     """Tensors that make up one expert of a layer."""
     some = layout.whole[0] if layout.experts else -1
     return [info for part in (layout.experts[some] if layout.experts else ()) for info in arch.piece(layout, some, part)]
-
-
-def stored_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor in the source, where fp8 takes less than the `nbytes` of the dequantised tensor."""
-    return info.nbytes if info.scale is None else info.numel + info.scale.nbytes
