@@ -21,7 +21,7 @@ from stun.checkpoint.codecs.codec import decoded
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import Part, TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form
-from stun.checkpoint.quantised import with_weights
+from stun.checkpoint.quantised import settings_of, with_weights
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
@@ -110,6 +110,17 @@ class Checkpoint:
         return found
 
     @property
+    def bits(self) -> float:
+        """Bits that a quantised weight takes in the files, its scales included, on average."""
+        weights, stored = map(sum, zip(*self.formats.values(), strict=True))
+        return 8 * stored / weights
+
+    @property
+    def quantisation(self) -> dict:
+        """Settings of quantisation in config.json; empty if there are none."""
+        return settings_of(self.config)
+
+    @property
     def file_bytes(self) -> int:
         """Total size of the files that hold tensors."""
         return sum(size for size, _ in self._stamps.values())
@@ -144,6 +155,22 @@ class Checkpoint:
         """Tensor on the CPU. See `reading`."""
         with self.reading(HostMemory()) as read:
             return read(*names, row=row)
+
+    def stored(self, name: str, row: int | None = None, pruned: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU, by source name, that a quantised weight, or one entry of its first dimension, is stored in. Where
+        `pruned`, the weight with some entries removed, is 0, they get the code of zero.
+
+        Raises StunError if other entries of `pruned` differ from the weight's.
+        """
+        info, memory = self.tensors[name] if row is None else self.tensors[name].row(row), HostMemory()
+        raw = {part.name: memory.empty(part.info.nbytes) for part in info.parts}
+        for part in info.parts:
+            self._fill(memory, raw[part.name], part.name, part.info)
+        parts = {part.name: raw[part.name].view(part.info.dtype).view(part.info.shape) for part in info.parts}
+        if pruned is not None:
+            with memory.computing():
+                _remove(name, info, {part.role: parts[part.name] for part in info.parts}, pruned.cpu())
+        return parts
 
     @contextmanager
     def reading(self, memory: Memory, threads: int = THREADS) -> Iterator[Callable[..., torch.Tensor]]:
@@ -236,6 +263,17 @@ def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
             raise StunError(f"{part.info.file}: {part.name} is 0; the scale of a whole matrix cannot be")
     if part.role == "shape" and tuple(content.tolist()) != info.shape:
         raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
+
+
+def _remove(name: str, info: TensorInfo, parts: dict[str, torch.Tensor], pruned: torch.Tensor) -> None:
+    """Write the code of zero, into the parts of a quantised matrix, where `pruned` lost an entry. Raises StunError if another
+    entry has changed."""
+    pruned_LW = pruned.T if info.codec.is_transposed else pruned
+    values_LW = info.codec.dequantise(parts).to(info.dtype)
+    gone_LW = (pruned_LW == 0) & (values_LW != 0)
+    if bool(((values_LW != pruned_LW) & ~gone_LW).any()):
+        raise StunError(f"{name}: kept weights have changed, which output.format=source cannot hold; use output.format=bfloat16")
+    info.codec.remove(parts, gone_LW)
 
 
 def _matrices(info: TensorInfo, content_N: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:

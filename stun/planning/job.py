@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint, Headers
-from stun.config import Budget, Dropped, ModelConfig, PruneConfig, StunError
+from stun.config import Budget, Dropped, ModelConfig, OutputFormat, PruneConfig, StunError
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
@@ -16,6 +16,7 @@ from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
+from stun.planning.output_format import settle_format
 from stun.planning.plan import Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
@@ -35,7 +36,7 @@ class Job:
 
     `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
     splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the calibration
-    tokens, None if nothing reads any.
+    tokens, None if nothing reads any. `form_note` says how a quantised source's weights are written.
     """
 
     cfg: PruneConfig
@@ -45,6 +46,7 @@ class Job:
     is_given: bool = False
     fractions: tuple[float, ...] = ()
     samples: Samples | None = None
+    form_note: str = ""
 
     @property
     def drops(self) -> list[int]:
@@ -71,6 +73,11 @@ class Job:
     def has_novices(self) -> bool:
         """Whether experts that are removed become novices."""
         return self.cfg.experts.dropped is Dropped.novice and any(self.drops)
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether a quantised source's weights are written as they are stored."""
+        return self.cfg.output.format is OutputFormat.source and bool(self.arch.source.formats)
 
     @property
     def runs_dense(self) -> bool:
@@ -168,12 +175,15 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: He
     cfg = settle(cfg, arch, sizes)
     if cfg.plan:
         plan = read_plan(cfg.plan, arch, sizes, cfg, cfg.target)
-        return Job(replace(cfg, target=plan.target), arch, sizes, plan, is_given=True)
+        cfg, note = settle_format(replace(cfg, target=plan.target), arch, plan, False)
+        return Job(cfg, arch, sizes, plan, is_given=True, form_note=note)
     _check_loadable(cfg, arch)
     is_auto = cfg.experts.fraction == "auto"
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     first = replace(cfg, experts=replace(cfg.experts, fraction=min(fractions))) if is_auto else cfg
-    job = Job(cfg, arch, sizes, plan_of_counts(first, arch, sizes), fractions=tuple(fractions))
+    plan = plan_of_counts(first, arch, sizes)
+    cfg, note = settle_format(cfg, arch, plan, is_auto)
+    job = Job(cfg, arch, sizes, plan, fractions=tuple(fractions), form_note=note)
     check_listed(cfg, arch, [0] * len(arch.layers) if is_auto else job.drops)
     return job
 

@@ -30,9 +30,6 @@ def notices(job: Job) -> list[str]:
         kept = f"{_BEST} by experiment=best and {_WANDA} by Wanda, of {_DENSE}"
         unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/weights.md)"
         lines.append(f"warning: target={job.plan.target:g}: {unknown}")
-    if arch.source.formats:
-        forms = " and ".join(arch.source.formats)
-        lines.append(f"the source is {forms}: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         keep = "as many experts as every layer, all where layers differ" if is_global else "as many experts as every layer"
         heads = count(len(arch.mtp), "multi-token-prediction head")

@@ -8,11 +8,12 @@ import torch
 
 from stun.checkpoint.reader import INDEX
 from stun.checkpoint.writer import copy_extras, extras, write_index
-from stun.files import TEMPLATES, write_json
+from stun.files import TEMPLATES, load_json, write_json
+from stun.model.form_settings import SIDE_FILES, kept_by_block, renumbered
 from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.pruning.layers import prune_layers
-from stun.pruning.shards import hub_names, keep_only, write_shard
+from stun.pruning.shards import Form, hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
 from stun.run.ledger import Ledger
@@ -42,7 +43,7 @@ class Written:
 def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model)
+    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model, _form(job, plan))
     outer: dict[str, torch.Tensor] = {}
     finished = ranks.on_first(recorder.ledger.finished)
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
@@ -55,6 +56,10 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))
     return written
+
+
+def _form(job: Job, plan: Plan) -> Form:
+    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros))
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
@@ -75,7 +80,7 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
     keep_only(run.model, files, {MARK, "config.json", INDEX, CARD, SOURCE_CARD, TEMPLATES, *extras(source.folder)})
     if not known:
         outer |= {name: source.read(name) for name in job.arch.outer}
-        known = [write("outside.safetensors", outer)]
+        known = [write("outside.safetensors", outer, {})]
         ledger.record(0, 0, 1, known[0])
     return known[0]
 
@@ -83,15 +88,21 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
 def _write_around(job: Job, written: Written, run: Run) -> None:
     """Give all files their final names and write the rest; the index last, so that an unfinished checkpoint has none."""
     arch, names = job.arch, hub_names(written.files)
+    layouts = [*arch.layers, *arch.mtp]
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model, skip=(CARD,))
+    copy_extras(arch.source.folder, run.model, skip=(CARD, *SIDE_FILES))
     keep_source_card(arch.source.folder, run.model)
     kept = written.kept[: len(arch.layers)]
     novices = {
         layout.index: sorted(set(range(layout.num_experts)) - set(own)) for layout, own in zip(arch.layers, kept, strict=True)
     }
-    config = arch.pruned_config([len(own) for own in kept], novices if job.has_novices else None)
+    stays = [layout.whole for layout in layouts] if job.has_novices else written.kept
+    by_block = kept_by_block(layouts, stays) if job.keeps_form else None
+    config = arch.pruned_config([len(own) for own in kept], novices if job.has_novices else None, by_block)
     write_json(run.model / "config.json", config)
+    for file in (arch.source.folder / name for name in SIDE_FILES if by_block is not None):
+        if file.is_file():
+            write_json(run.model / file.name, renumbered(load_json(file), by_block))
     shards = {names[entry["file"]]: entry["tensors"] for entry in written.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())))

@@ -13,9 +13,11 @@ from helpers.stock import load_stock
 from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
 from stun.checkpoint.reader import _BAND, DEQUANTISED, Checkpoint
-from stun.config import StunError
+from stun.config import OutputConfig, OutputFormat, StunError
 from stun.preflight.activations import Allocations
 from stun.runtime.device_copies import THREADS, HostMemory
+
+BFLOAT16 = OutputConfig(OutputFormat.bfloat16)
 
 
 @pytest.mark.slow
@@ -23,7 +25,7 @@ from stun.runtime.device_copies import THREADS, HostMemory
 def test_fp8_is_dequantised(tmp_path, ranks, block):
     source = tmp_path / "source"
     exact = fp8(source, "deepseek_v3", *block)
-    folder, _, _ = run(source, tmp_path / "same", ranks, target=0.0)
+    folder, _, _ = run(source, tmp_path / "same", ranks, target=0.0, output=BFLOAT16)
     written = load_tensors(folder)
     assert written.keys() == exact.keys()
     assert all(torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype for name, tensor in exact.items())
@@ -33,7 +35,7 @@ def test_fp8_is_dequantised(tmp_path, ranks, block):
         theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).float()
         prompt = torch.arange(3, 40)[None]
         torch.testing.assert_close(ours(prompt).logits, theirs(prompt).logits, atol=1e-4, rtol=1e-4)
-    pruned, _, summary = run(source, tmp_path / "pruned", ranks)
+    pruned, _, summary = run(source, tmp_path / "pruned", ranks, output=BFLOAT16)
     assert abs(summary["sparsity"] - 0.4) < 1e-4
     load_stock(pruned)
 
