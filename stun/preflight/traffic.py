@@ -33,8 +33,18 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
             _add_layer(total, arch, layout, own)
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
         total[0] += sum(arch.info(name).stored_bytes for name in outer)
-        by_stream[stream] = total
+        again = _read_again(job) if is_last and job.keeps_form else 0
+        by_stream[stream] = [own + again // world for own in total]
     return by_stream
+
+
+def _read_again(job: Job) -> int:
+    """Bytes of the quantised weights that are kept, which are read once more to be written as they are stored."""
+    arch, total = job.arch, 0
+    for layout, layer in zip([*arch.layers, *arch.mtp], [*job.plan.layers, *job.plan.mtp], strict=True):
+        infos = expert_infos(arch, layout) * len(layer.clusters) + [arch.info(name) for name in layout.copied]
+        total += sum(info.stored_bytes for info in infos if info.codec)
+    return total + sum(info.stored_bytes for info in map(arch.info, arch.outer) if info.codec)
 
 
 def statistics_bytes(job: Job) -> int:

@@ -52,12 +52,21 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
         "bytes_written": sum(size for entry in written.files for size in entry["tensors"].values()),
         "model_type": arch.model_type,
+        "form": _form(job),
         "source": cfg.model.path,
         "source_bytes": arch.source.file_bytes,
         "disk_bytes": ranks.on_first(lambda: sum(file.stat().st_size for file in run.model.glob("*.safetensors"))),
         "statistics": os.path.relpath(cfg.statistics, run.folder) if cfg.statistics else "",
         "command": command_line(ranks.command or sys.argv),
     }
+
+
+def _form(job: Job) -> dict | None:
+    """Stored form of a quantised source's weights, their bits a weight, and the form they are written in; None if it is plain."""
+    source = job.arch.source
+    if not source.formats:
+        return None
+    return {"source": sorted(source.formats), "bits": source.bits, "written": job.cfg.output.format.name}
 
 
 def save_observed(run: Run) -> None:

@@ -15,8 +15,11 @@ from helpers.selections import config
 from helpers.tensors import load_tensors
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, ExpertsMethod, OutputConfig, OutputFormat, Score, SparsifyConfig, SparsifyMethod, StunError
+from stun.planning.budget import model_bytes
 from stun.planning.job import resolve_model
+from stun.preflight.traffic import bytes_read
 from stun.pruning.job import prune
+from stun.report.tables import summary_table
 
 RANKED = ExpertsConfig(method=ExpertsMethod.rank, score=Score.reap, keep=6)
 SOURCE, BFLOAT16 = OutputConfig(OutputFormat.source), OutputConfig(OutputFormat.bfloat16)
@@ -48,6 +51,17 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
+def check_said(job, summary, folder):
+    """Preflight's bytes are those of the run, and its records say the stored form."""
+    assert model_bytes(job.arch, job.plan) == summary["bytes_written"]
+    estimate = sum(sum(read) for read in bytes_read(job, 1).values())
+    assert estimate == pytest.approx(sum(summary["bytes_read"]), rel=0.01)
+    (form,) = job.arch.source.formats
+    said = f"{form}, {job.arch.source.bits:.3g} bits a weight, as in the source"
+    assert f"Weights are stored as {said}." in (folder / "README.md").read_text()
+    assert said in summary_table(summary | {"seconds": 1.0}, "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8 block", "int4", "mxfp4", "nvfp4 modelopt"])
 def test_experts_kept_have_the_bytes_of_the_source(tmp_path, ranks, form):
@@ -55,7 +69,8 @@ def test_experts_kept_have_the_bytes_of_the_source(tmp_path, ranks, form):
     of_experts = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(8)]
     with_settings(source, lambda settings: settings.update(ignore=["lm_head", *of_experts], other={of_experts[7]: {"a": 1}}))
     (source / "hf_quant_config.json").write_text(json.dumps({"quantization": {"exclude_modules": of_experts}}))
-    folder, kept, _ = pruned(source, tmp_path / "run", ranks)
+    folder, kept, summary = pruned(source, tmp_path / "run", ranks)
+    check_said(resolve_model(config(source, tmp_path / "other", None, RANKED, calibration=CALIBRATION)), summary, folder)
     before, after = load_tensors(source), load_tensors(folder)
     assert {len(layer) for layer in kept} == {0, 6} and kept[0] != list(range(6))
     names = {name: origin(name, kept) for name in after if "mlp.gate." not in name}
