@@ -97,6 +97,15 @@ class Precision(Enum):
     float32 = "float32"
 
 
+class OutputFormat(Enum):
+    """Forms in which a quantised checkpoint's weights are written: as they are stored, or dequantised. auto: as stored where the
+    weights kept can keep their codes."""
+
+    auto = "auto"
+    source = "source"
+    bfloat16 = "bfloat16"
+
+
 class Device(Enum):
     """Device that ranks compute on: GPUs where there are any, GPUs or an error, or CPUs."""
 
@@ -294,6 +303,20 @@ class SparsifyConfig:
 
 
 @dataclass
+class OutputConfig:
+    """Form of the pruned checkpoint."""
+
+    format: OutputFormat = OutputFormat.auto
+    """Form in which a quantised source's weights are written. source: what is kept is copied as stored, and a removed weight gets
+    the code of zero; nothing may change weights (`experts.refit`, sparsegpt, alps, `sparsify.reconstruct`). bfloat16:
+    dequantised. auto: `source` where nothing changes weights, or whole experts alone are removed, which are then not refitted."""
+
+    @property
+    def dequantises(self) -> bool:
+        return self.format is OutputFormat.bfloat16
+
+
+@dataclass
 class PruneConfig:
     """One pruning run."""
 
@@ -318,6 +341,7 @@ class PruneConfig:
     """Whether an interrupted run goes on where the GPU's or CPU's type, torch or CUDA differ from those it began with; its layers
     may then differ in last bits, and must be computed in the same dtype. config.yaml in the run folder records both."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     fit: str = ""
     """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
     removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from stun.config import StunError
 from stun.files import is_count, opened, parse_json
+
+if TYPE_CHECKING:
+    from stun.checkpoint.codecs.codec import Codec
 
 # In the order in which safetensors writes them to a file, the most aligned first.
 DTYPES = {
@@ -20,6 +24,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
@@ -32,7 +37,8 @@ DTYPES = {
 class TensorInfo:
     """Place of one tensor in a file (first byte), and its size, dtype and shape once read.
 
-    For an fp8 matrix `scale` describes its block scales, `block` is [rows, columns], and `dtype` that of their product.
+    A quantised weight has a `codec` and, in place of `start`, the `parts` that it is stored in; its dtype, shape and size are
+    those of the dequantised values.
     """
 
     file: Path
@@ -40,17 +46,40 @@ class TensorInfo:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    scale: TensorInfo | None = None
-    block: tuple[int, int] = (0, 0)
+    codec: Codec | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(part.info.nbytes for part in self.parts) if self.codec else self.nbytes
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Lines of a quantised matrix, as stored, and entries of a line."""
+        rows, columns = self.shape
+        return (columns, rows) if self.codec and self.codec.is_transposed else (rows, columns)
+
     def row(self, number: int) -> TensorInfo:
-        """Entry `number` along the first dimension."""
+        """Entry `number` along the first dimension; a quantised one is a matrix."""
         nbytes = self.nbytes // self.shape[0]
-        return replace(self, start=self.start + number * nbytes, nbytes=nbytes, shape=self.shape[1:])
+        parts = tuple(replace(part, info=part.info.row(number)) for part in self.parts)
+        return replace(self, start=self.start + number * nbytes, nbytes=nbytes, shape=self.shape[1:], parts=parts)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that a quantised weight is stored in: its role (stun.checkpoint.codecs; none: it is not read), name and
+    place. `lines` are the weight's lines that one of its rows belongs to; 0: all of it belongs to all."""
+
+    role: str
+    name: str
+    info: TensorInfo
+    lines: int
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

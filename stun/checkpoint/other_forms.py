@@ -19,11 +19,14 @@ _FORMS = {
     f"AutoModelForCausalLM.from_pretrained(folder, dtype='auto'){_SAVE}",
     **{f"*{end}": f"{_PICKLED}; {_RELEASE}" for end in PICKLED},
 }
-# Methods of quantisation that transformers can undo, and how.
+# Methods of quantisation that are not read and that transformers can undo, and how.
 _UNDO = {
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained(folder).dequantize()",
-    "mxfp4": "AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))",
 }
+_ARE = (
+    "read are fp8 with weight_block_size, mxfp4 (gpt-oss), compressed-tensors (float-, int-, pack-quantized, nvfp4, mxfp4) and "
+    "modelopt (FP8, NVFP4)"
+)
 # End of a tensor's name: the method by which its weights are quantised.
 _QUANTISED = {
     ".qweight": "gptq or awq",
@@ -51,6 +54,5 @@ def quantised(method: str) -> str:
     """What is wrong with weights quantised by `method`, and the way out."""
     undo = f", or dequantise them once: {_UNDO[method]}{_SAVE}" if method in _UNDO else ""
     return (
-        f"weights are quantised ({method}), and single quantised weights cannot be scored. Only fp8 with weight_block_size is "
-        f"dequantised here; use the bf16 release that they were made from{undo}"
+        f"weights are quantised ({method}), a form that is not read; {_ARE}; use the bf16 release that they were made from{undo}"
     )

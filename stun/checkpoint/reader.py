@@ -1,33 +1,34 @@
 """Safetensors checkpoints in the hub's layout, read one tensor at a time.
 
-Block-scaled fp8 weights (DeepSeek-V3's format: `X` in float8_e4m3, `X_scale_inv` in float32, one scale a block) are listed as
-bfloat16 and dequantised as they are read. Other quantised formats are refused.
+Quantised weights (stun.checkpoint.codecs) are listed under the names and dtypes of plain ones, and dequantised as they are read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from stun.checkpoint.codecs.codec import decoded
 from stun.checkpoint.config_check import check_config
-from stun.checkpoint.headers import TensorInfo, read_header
-from stun.checkpoint.other_forms import other_form, quantised, quantised_by
+from stun.checkpoint.headers import Part, TensorInfo, read_header
+from stun.checkpoint.other_forms import other_form
+from stun.checkpoint.quantised import settings_of, with_weights
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SCALE = "_scale_inv"
-_BAND = 2**22  # weights of an fp8 matrix that one thread dequantises at once
+_BAND = 2**22  # weights of a quantised matrix that one thread dequantises at once
 DEQUANTISED = 9 * THREADS * _BAND  # most bytes of that beside the result: weights, their scales and products in float32
 
 Headers = dict[str, dict[str, TensorInfo]]  # by file name
@@ -66,44 +67,6 @@ def _indexed_tensors(folder: Path, remote: Headers) -> dict[str, TensorInfo]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
-def _quantisation(folder: Path, config: dict, names: Iterable[str]) -> tuple[int, int] | None:
-    """Block size [rows, columns] of an fp8 checkpoint, None if weights are not quantised; `names` are those of all tensors.
-    Raises StunError if they are quantised in another way."""
-    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not settings:
-        if method := quantised_by(names):
-            raise StunError(f"{folder}: {quantised(method)}")
-        return None
-    if not isinstance(settings, dict):
-        raise StunError(f"{folder / 'config.json'}: quantization_config must be an object, is {settings!r}")
-    method, block = settings.get("quant_method"), settings.get("weight_block_size")
-    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
-        return block[0], block[1]
-    raise StunError(f"{folder / 'config.json'}: {quantised(str(method or quantised_by(names) or 'by an unnamed method'))}")
-
-
-def _with_scales(tensors: dict[str, TensorInfo], block: tuple[int, int]) -> dict[str, TensorInfo]:
-    """`tensors` without the scales; every fp8 matrix is described as bfloat16, which is what a read returns."""
-    plain = {}
-    for name, info in tensors.items():
-        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
-            continue
-        if info.dtype is torch.float8_e4m3fn:
-            scale = tensors.get(name + SCALE)
-            if scale is None:
-                raise StunError(f"{info.file}: {name} is fp8 but has no {name}{SCALE}")
-            wanted = tuple(-(-size // step) for size, step in zip(info.shape, block, strict=False))
-            if len(info.shape) != 2 or scale.shape != wanted:
-                raise StunError(
-                    f"{scale.file}: {name}{SCALE} has shape {scale.shape}; {info.shape} in blocks of {block} needs {wanted}"
-                )
-            if not scale.dtype.is_floating_point:
-                raise StunError(f"{scale.file}: {name}{SCALE} holds {scale.dtype}; floating-point scales are needed")
-            info = replace(info, dtype=torch.bfloat16, nbytes=2 * info.nbytes, scale=scale, block=block)
-        plain[name] = info
-    return plain
-
-
 def _check_form(folder: Path, remote: Headers) -> None:
     """Raise StunError unless `folder`, with files that are still to come, has those of a safetensors checkpoint, all its own."""
     has_weights = (folder / INDEX).is_file() or (folder / SINGLE).is_file() or SINGLE in remote
@@ -127,13 +90,35 @@ class Checkpoint:
     """Source checkpoint. `tensors` describes every tensor; `read` returns one and adds its bytes to `bytes_read`. `is_here`: all
     its files are in `folder`."""
 
-    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo], is_fp8: bool = False):
-        self.folder, self.config, self.tensors, self.is_fp8 = folder, config, tensors, is_fp8
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo]):
+        self.folder, self.config, self.tensors = folder, config, tensors
         self.bytes_read = 0
         self._lock = threading.Lock()
-        files = {info.file for info in tensors.values()}
+        files = {part.info.file for info in tensors.values() for part in info.parts}
+        files |= {info.file for info in tensors.values()}
         self._stamps = {file: _stamp(file.stat()) for file in files if file.is_file()}
         self.is_here = len(self._stamps) == len(files)
+
+    @cached_property
+    def formats(self) -> dict[str, tuple[int, int]]:
+        """Forms of the quantised weights: their number of weights, and the bytes that they are stored in."""
+        found: dict[str, tuple[int, int]] = {}
+        for info in self.tensors.values():
+            if info.codec:
+                weights, stored = found.get(info.codec.name, (0, 0))
+                found[info.codec.name] = weights + info.numel, stored + info.stored_bytes
+        return found
+
+    @property
+    def bits(self) -> float:
+        """Bits that a quantised weight takes in the files, its scales included, on average."""
+        weights, stored = map(sum, zip(*self.formats.values(), strict=True))
+        return 8 * stored / weights
+
+    @property
+    def quantisation(self) -> dict:
+        """Settings of quantisation in config.json; empty if there are none."""
+        return settings_of(self.config)
 
     @property
     def file_bytes(self) -> int:
@@ -164,13 +149,28 @@ class Checkpoint:
             tensors = read_header(folder / SINGLE) if (folder / SINGLE).is_file() else remote[SINGLE]
         config = load_json(folder / "config.json")
         check_config(folder / "config.json", config, tensors)
-        block = _quantisation(folder, config, tensors)
-        return cls(folder, config, _with_scales(tensors, block) if block else tensors, bool(block))
+        return cls(folder, config, with_weights(folder, config, tensors))
 
     def read(self, *names: str, row: int | None = None) -> torch.Tensor:
         """Tensor on the CPU. See `reading`."""
         with self.reading(HostMemory()) as read:
             return read(*names, row=row)
+
+    def stored(self, name: str, row: int | None = None, pruned: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Tensors on the CPU, by source name, that a quantised weight, or one entry of its first dimension, is stored in. Where
+        `pruned`, the weight with some entries removed, is 0, they get the code of zero.
+
+        Raises StunError if other entries of `pruned` differ from the weight's.
+        """
+        info, memory = self.tensors[name] if row is None else self.tensors[name].row(row), HostMemory()
+        raw = {part.name: memory.empty(part.info.nbytes) for part in info.parts}
+        for part in info.parts:
+            self._fill(memory, raw[part.name], part.name, part.info)
+        parts = {part.name: raw[part.name].view(part.info.dtype).view(part.info.shape) for part in info.parts}
+        if pruned is not None:
+            with memory.computing():
+                _remove(name, info, {part.role: parts[part.name] for part in info.parts}, pruned.cpu())
+        return parts
 
     @contextmanager
     def reading(self, memory: Memory, threads: int = THREADS) -> Iterator[Callable[..., torch.Tensor]]:
@@ -188,9 +188,11 @@ class Checkpoint:
                 raw = memory.empty(sum(info.nbytes for info in infos))
                 parts = raw.split([info.nbytes for info in infos])
                 for name, info, part in zip(names, infos, parts, strict=True):
-                    if info.scale is not None:
-                        target_OD = part.view(info.dtype).view(info.shape)
-                        pieces.extend(pool.submit(self._dequantise, memory, target_OD, name, info, rows) for rows in _bands(info))
+                    for matrix, target_OD in _matrices(info, part):
+                        target_LW = target_OD.T if matrix.codec.is_transposed else target_OD
+                        bands = _bands(matrix)
+                        pieces.extend(pool.submit(self._dequantise, memory, target_LW, matrix, lines) for lines in bands)
+                    if info.codec:
                         continue
                     for start in range(0, info.nbytes, PIECE):
                         pieces.append(pool.submit(self._fill, memory, part[start : start + PIECE], name, info, start))
@@ -205,8 +207,11 @@ class Checkpoint:
     def _fill(self, memory: Memory, target_N: torch.Tensor, name: str, info: TensorInfo, start: int = 0) -> None:
         """Read bytes of one tensor, from `start` on."""
         memory.fill(target_N, lambda view, place: self._read_into(view, name, info.file, info.start + start + place))
+        self._count(len(target_N))
+
+    def _count(self, nbytes: int) -> None:
         with self._lock:
-            self.bytes_read += len(target_N)
+            self.bytes_read += nbytes
 
     def _read_into(self, view: memoryview, name: str, file: Path, start: int) -> None:
         """Fill `view` with the bytes of a file from `start` on."""
@@ -223,27 +228,68 @@ class Checkpoint:
         except OSError as error:
             raise StunError(f"{file}: {name} cannot be read: {error}") from error
 
-    def _dequantise(self, memory: Memory, target_OD: torch.Tensor, name: str, info: TensorInfo, rows: range) -> None:
-        """Read a band of rows of an fp8 matrix [O, D], and multiply every entry, in float32, with the scale of its block."""
-        shape, row_bytes = (len(rows), info.shape[1]), info.scale.nbytes // info.scale.shape[0]
-        blocks = range(rows.start // info.block[0], -(-rows.stop // info.block[0]))
+    def _dequantise(self, memory: Memory, target_LW: torch.Tensor, info: TensorInfo, lines: range) -> None:
+        """Read some lines of a quantised matrix, and put their values into the rows of `target_LW`."""
         with memory.computing():
-            raw, scales = memory.empty(shape[0] * shape[1]), memory.empty(len(blocks) * row_bytes)
-            self._fill(memory, raw, name, info, rows.start * shape[1])
-            self._fill(memory, scales, name + SCALE, info.scale, blocks.start * row_bytes)
-            scale_OD = scales.view(info.scale.dtype).view(len(blocks), info.scale.shape[1]).float()
-            for dim, size in enumerate(shape):
-                scale_OD = scale_OD.repeat_interleave(min(info.block[dim], size), dim)[(slice(None),) * dim + (slice(size),)]
-            product_OD = raw.view(torch.float8_e4m3fn).view(shape).float().mul_(scale_OD)
-            target_OD[rows.start : rows.stop].copy_(product_OD)
+            parts = {part.role: self._stored(memory, part, info, lines) for part in info.parts if part.role}
+            target_LW[lines.start : lines.stop].copy_(info.codec.dequantise(parts))
+
+    def _stored(self, memory: Memory, part: Part, info: TensorInfo, lines: range) -> torch.Tensor:
+        """Rows of one part of a quantised matrix that belong to some of its lines. Raises StunError as `_check_content`."""
+        own = part.info
+        shape, start, nbytes = own.shape, 0, own.nbytes
+        if part.lines:
+            rows = range(lines.start // part.lines, -(-lines.stop // part.lines))
+            shape, start, nbytes = (len(rows), *shape[1:]), rows.start * nbytes // shape[0], len(rows) * nbytes // shape[0]
+        raw = memory.empty(nbytes)
+
+        def read(view: memoryview, place: int) -> None:
+            self._read_into(view, part.name, own.file, own.start + start + place)
+            _check_content(part, info, torch.frombuffer(view, dtype=own.dtype))
+
+        memory.fill(raw, read)
+        self._count(nbytes)
+        return raw.view(own.dtype).view(shape)
+
+
+def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
+    """Raise StunError if a part of a quantised matrix holds numbers that none can have. Looked for on the host, as they are read:
+    a GPU would be waited for."""
+    if part.role in ("scale", "global"):
+        values = decoded(content)
+        if not bool(values.isfinite().all()):
+            raise StunError(f"{part.info.file}: {part.name} holds a scale that is no number (NaN, infinity, or E8M0 of 255)")
+        if part.role == "global" and not bool(values.all()):
+            raise StunError(f"{part.info.file}: {part.name} is 0; the scale of a whole matrix cannot be")
+    if part.role == "shape" and tuple(content.tolist()) != info.shape:
+        raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
+
+
+def _remove(name: str, info: TensorInfo, parts: dict[str, torch.Tensor], pruned: torch.Tensor) -> None:
+    """Write the code of zero, into the parts of a quantised matrix, where `pruned` lost an entry. Raises StunError if another
+    entry has changed."""
+    pruned_LW = pruned.T if info.codec.is_transposed else pruned
+    values_LW = info.codec.dequantise(parts).to(info.dtype)
+    gone_LW = (pruned_LW == 0) & (values_LW != 0)
+    if bool(((values_LW != pruned_LW) & ~gone_LW).any()):
+        raise StunError(f"{name}: kept weights have changed, which output.format=source cannot hold; use output.format=bfloat16")
+    info.codec.remove(parts, gone_LW)
+
+
+def _matrices(info: TensorInfo, content_N: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    """Matrices of a quantised weight, which may be a tensor of all experts, each with its own part of `content_N`."""
+    if info.codec:
+        whole = content_N.view(info.dtype).view(info.shape)
+        yield from [(info, whole)] if len(info.shape) == 2 else ((info.row(n), matrix) for n, matrix in enumerate(whole))
 
 
 def _bands(info: TensorInfo) -> list[range]:
-    """Rows of an fp8 matrix by band: whole blocks, with as many weights as are dequantised at once, but a block at least."""
-    rows, columns = info.shape
-    height = max(1, min(info.block[0], rows))
-    step = height * max(1, _BAND // max(1, height * columns))
-    return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
+    """Lines of a quantised matrix by band: whole rows of its parts, with as many weights as are dequantised at once, but a row at
+    least."""
+    lines, width = info.lines
+    height = max(1, min(math.lcm(*(part.lines for part in info.parts if part.lines)), lines))
+    step = height * max(1, _BAND // max(1, height * width))
+    return [range(start, min(start + step, lines)) for start in range(0, lines, step)]
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

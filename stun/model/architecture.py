@@ -21,6 +21,7 @@ from stun.config import Precision, StunError
 from stun.model import heterogeneous
 from stun.model.empty import without_weights
 from stun.model.families import COUNT_FIELDS, NOVICES, family_of
+from stun.model.form_settings import renumbered
 from stun.model.layer_layout import LayerLayout
 from stun.model.novices import stock
 from stun.model.tensor_names import NameMap, experts_of
@@ -248,13 +249,20 @@ class Architecture:
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
         return f"{self.source.config['model_type']} wraps its text model in another" if self.is_nested else ""
 
-    def pruned_config(self, counts: list[int], novices: dict[int, list[int]] | None = None) -> dict:
+    def pruned_config(
+        self, counts: list[int], novices: dict[int, list[int]] | None = None, kept: dict[str, list[int]] | None = None
+    ) -> dict:
         """config.json for `counts` experts per layer (0: none): the source's with the new number of experts, under one name
-        without aliases, and without its fp8 settings. With `novices` by layer the number stays, and they are listed."""
+        without aliases. With `novices` by layer the number stays, and they are listed.
+
+        Quantisation settings go, unless weights keep their form: `kept` are then the experts kept (`kept_by_block`).
+        """
         written = copy.deepcopy(self.source.config)
         text = written["text_config"] if self.is_nested else written
-        for config in (written, text):
-            config.pop("quantization_config", None)
+        for config in (written, text) if self.is_nested else (written,):
+            settings = config.pop("quantization_config", None)
+            if settings and kept is not None:
+                config["quantization_config"] = renumbered(settings, kept)
         if novices:
             text[NOVICES] = {str(layer): experts for layer, experts in sorted(novices.items()) if experts}
             return written
@@ -280,8 +288,3 @@ def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
     """Tensors that make up one expert of a layer."""
     some = layout.whole[0] if layout.experts else -1
     return [info for part in (layout.experts[some] if layout.experts else ()) for info in arch.piece(layout, some, part)]
-
-
-def stored_bytes(info: TensorInfo) -> int:
-    """Bytes of a tensor in the source, where fp8 takes less than the `nbytes` of the dequantised tensor."""
-    return info.nbytes if info.scale is None else info.numel + info.scale.nbytes

@@ -1,8 +1,10 @@
 """Budgets: parameters of the decoder layers, and the split of a target into experts and single weights to remove."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from stun.checkpoint.headers import TensorInfo
 from stun.config import Budget, Dropped, ExpertsConfig, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
 from stun.model.architecture import Architecture, expert_infos
 from stun.planning.plan import Plan
@@ -230,9 +232,13 @@ def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> l
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 
 
-def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig) -> int:
-    """Bytes of all tensors of the pruned checkpoint, zeros included."""
-    total = sum(info.nbytes for info in arch.source.tensors.values())
+def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig, dequantises: bool = False) -> int:
+    """Bytes of all tensors of the pruned checkpoint, zeros included, as stored or dequantised."""
+
+    def nbytes(infos: Iterable[TensorInfo]) -> int:
+        return sum(info.nbytes if dequantises else info.stored_bytes for info in infos)
+
+    total = nbytes(arch.source.tensors.values())
     most = plan.most if experts.uneven is Uneven.padded else 0
     for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
         if layout.experts:
@@ -240,5 +246,5 @@ def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig) -> int:
             if experts.dropped is Dropped.novice:  # the router stays whole, and a constant is added
                 entries = -arch.config.hidden_size * arch.novice_dtype(layout).itemsize
             removed = layer.experts - max(most, len(layer.clusters))
-            total -= removed * (sum(info.nbytes for info in expert_infos(arch, layout)) + entries)
+            total -= removed * (nbytes(expert_infos(arch, layout)) + entries)
     return total

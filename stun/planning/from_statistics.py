@@ -51,7 +51,8 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
         raise StunError(f"output={output}: cannot be written: {error}") from error
     plans = {str(output): plan} | ({compare: other} if other else {})
     return {
-        name: Described(plan, model_bytes(arch, plan, cfg.experts), _needs(arch, plan, stats)) for name, plan in plans.items()
+        name: Described(plan, model_bytes(arch, plan, cfg.experts, cfg.output.dequantises), _needs(arch, plan, stats))
+        for name, plan in plans.items()
     }
 
 

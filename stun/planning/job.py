@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint, Headers
-from stun.config import Budget, Dropped, ModelConfig, PruneConfig, StunError, Uneven
+from stun.config import Budget, Dropped, ModelConfig, OutputFormat, PruneConfig, StunError, Uneven
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
@@ -17,6 +17,7 @@ from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
+from stun.planning.output_format import settle_format
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
@@ -37,7 +38,7 @@ class Job:
 
     `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
     splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the calibration
-    tokens, None if nothing reads any.
+    tokens, None if nothing reads any. `form_note` says how a quantised source's weights are written.
     """
 
     cfg: PruneConfig
@@ -47,6 +48,7 @@ class Job:
     is_given: bool = False
     fractions: tuple[float, ...] = ()
     samples: Samples | None = None
+    form_note: str = ""
 
     @property
     def drops(self) -> list[int]:
@@ -95,6 +97,11 @@ class Job:
     def is_padded(self) -> bool:
         """Whether experts of zeros fill every layer up to the largest number kept."""
         return self.cfg.experts.uneven is Uneven.padded
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether a quantised source's weights are written as they are stored."""
+        return self.cfg.output.format is OutputFormat.source and bool(self.arch.source.formats)
 
     @property
     def runs_dense(self) -> bool:
@@ -193,12 +200,15 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: He
     cfg = settle(cfg, arch, sizes)
     if cfg.plan:
         plan = read_plan(cfg.plan, arch, sizes, cfg, cfg.target)
-        return Job(replace(cfg, target=plan.target), arch, sizes, plan, is_given=True)
+        cfg, note = settle_format(replace(cfg, target=plan.target), arch, plan, False)
+        return Job(cfg, arch, sizes, plan, is_given=True, form_note=note)
     _check_loadable(cfg, arch)
     is_auto = cfg.experts.fraction == "auto"
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     first = replace(cfg, experts=replace(cfg.experts, fraction=min(fractions))) if is_auto else cfg
-    job = Job(cfg, arch, sizes, plan_of_counts(first, arch, sizes), fractions=tuple(fractions))
+    plan = plan_of_counts(first, arch, sizes)
+    cfg, note = settle_format(cfg, arch, plan, is_auto)
+    job = Job(cfg, arch, sizes, plan, fractions=tuple(fractions), form_note=note)
     check_listed(cfg, arch, [0] * len(arch.layers) if is_auto else job.drops)
     return job
 

@@ -32,11 +32,12 @@ class Estimate:
         self.text = job.samples.available if job.samples else ""
         self.result, self.loads = result_line(job), loads_line(job)
         self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
-        self.note = ZEROS if job.plan.zeros else ""
+        self.note, self.form = ZEROS if job.plan.zeros else "", job.form_note
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
-        self.written, self.snapshots = model_bytes(arch, job.plan, cfg.experts), states * (self.layers - 1) * recorded
+        self.written = model_bytes(arch, job.plan, cfg.experts, cfg.output.dequantises)
+        self.snapshots = states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
         self.statistics = statistics_bytes(job) if "observe" in streams else 0
@@ -65,6 +66,7 @@ def report(needs: Estimate) -> list[str]:
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
         "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {tokens}",
         "result": needs.result,
+        "form": needs.form,
         "loads": needs.loads,
         "method": needs.method,
         "note": needs.note,

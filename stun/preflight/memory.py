@@ -148,7 +148,7 @@ class Footprint:
 
     def _read_ahead(self, ahead: int, beside: int) -> tuple[int, int]:
         """Bytes of the next layer, `ahead`, that are held on the GPU `beside` others, and on the host; with those of reading."""
-        reading = DEQUANTISED if self.arch.source.is_fp8 else 0
+        reading = DEQUANTISED if self.arch.source.formats else 0
         if not self.is_gpu:
             return 0, ahead + reading
         return read_ahead(ahead, self.launch.gpu_memory - beside) + reading, 2 * BUFFERS * PIECE

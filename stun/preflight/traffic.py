@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stun.model.architecture import Architecture, expert_infos, stored_bytes
+from stun.model.architecture import Architecture, expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.planning.job import Job
 from stun.planning.plan import owners
@@ -13,9 +13,9 @@ from stun.stream.layer_stream import even_owners
 
 def _add_layer(read: list[int], arch: Architecture, layout: LayerLayout, owners: list[int | None]) -> None:
     """Add the bytes of a layer to those that each rank reads."""
-    expert = sum(map(stored_bytes, expert_infos(arch, layout)))
+    expert = sum(info.stored_bytes for info in expert_infos(arch, layout))
     for place, name in enumerate(layout.copied):
-        read[place % len(read)] += stored_bytes(arch.info(name))
+        read[place % len(read)] += arch.info(name).stored_bytes
     for owner in owners:
         if owner is not None:
             read[owner] += expert
@@ -32,9 +32,19 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
         for layout, own in zip(layouts, owners(job.plan, world, job.runs_dense) if is_last else even, strict=True):
             _add_layer(total, arch, layout, own)
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
-        total[0] += sum(stored_bytes(arch.info(name)) for name in outer)
-        by_stream[stream] = total
+        total[0] += sum(arch.info(name).stored_bytes for name in outer)
+        again = _read_again(job) if is_last and job.keeps_form else 0
+        by_stream[stream] = [own + again // world for own in total]
     return by_stream
+
+
+def _read_again(job: Job) -> int:
+    """Bytes of the quantised weights that are kept, which are read once more to be written as they are stored."""
+    arch, total = job.arch, 0
+    for layout, layer in zip([*arch.layers, *arch.mtp], [*job.plan.layers, *job.plan.mtp], strict=True):
+        infos = expert_infos(arch, layout) * len(layer.clusters) + [arch.info(name) for name in layout.copied]
+        total += sum(info.stored_bytes for info in infos if info.codec)
+    return total + sum(info.stored_bytes for info in map(arch.info, arch.outer) if info.codec)
 
 
 def statistics_bytes(job: Job) -> int:

@@ -30,8 +30,6 @@ def notices(job: Job) -> list[str]:
         kept = f"{_BEST} by experiment=best and {_WANDA} by Wanda, of {_DENSE}"
         unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/weights.md)"
         lines.append(f"warning: target={job.plan.target:g}: {unknown}")
-    if arch.source.is_fp8:
-        lines.append("the source is fp8: weights are dequantised and written in bfloat16")
     if arch.mtp and any(job.drops):
         differ = "the most where layers differ" if job.is_padded else "all where layers differ"
         keep = f"as many experts as every layer, {differ}" if is_global else "as many experts as every layer"

@@ -16,7 +16,7 @@ from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
 from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
-from stun.pruning.shards import own_tensors
+from stun.pruning.shards import origins, own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
 from stun.run.layer_records import left_by_refit
 from stun.run.ledger import REPEAT, part_name
@@ -47,13 +47,13 @@ def prune_layers(
     states: States | None,
     ranks: Ranks,
     recorder: Recorder,
-    write: Callable[[str, Tensors], dict],
+    write: Callable[[str, Tensors, dict], dict],
 ) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
     Returns the ledger entries of every layer, by rank.
 
-    `write(name, tensors)` writes a file of this rank and returns its entry for the `recorder`, which knows the finished layers.
-    `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
+    `write(name, tensors, origins)` writes a file of this rank and returns its entry for the `recorder`, which knows the finished
+    layers. `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
     """
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
     quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
@@ -77,7 +77,7 @@ def prune_layers(
         layer.seconds["write"] = recorder.wait()
         experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry['refit'])}"
         _show(progress, stream, layer, experts, sum(nonzero.values()))
-        recorder.layer(index, states, entry, partial(write, name, tensors))
+        recorder.layer(index, states, entry, partial(write, name, tensors, origins(layer)))
     recorder.close()
     progress.close()
     return recorder.finished()

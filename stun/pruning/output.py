@@ -8,14 +8,15 @@ import torch
 
 from stun.checkpoint.reader import INDEX
 from stun.checkpoint.writer import copy_extras, extras, write_index
-from stun.files import TEMPLATES, write_json
+from stun.files import TEMPLATES, load_json, write_json
 from stun.model import remote_code
 from stun.model.families import PADDED
+from stun.model.form_settings import SIDE_FILES, kept_by_block, renumbered
 from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.pruning.layers import prune_layers
 from stun.pruning.padding import padding
-from stun.pruning.shards import hub_names, keep_only, write_shard
+from stun.pruning.shards import Form, hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
 from stun.run.ledger import Ledger
@@ -45,7 +46,7 @@ class Written:
 def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model)
+    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model, _form(job, plan))
     outer: dict[str, torch.Tensor] = {}
     finished = ranks.on_first(recorder.ledger.finished)
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
@@ -58,6 +59,10 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))
     return written
+
+
+def _form(job: Job, plan: Plan) -> Form:
+    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros))
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
@@ -79,7 +84,7 @@ def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict
     keep_only(run.model, files, others)
     if not known:
         outer |= {name: source.read(name) for name in job.arch.outer}
-        known = [write("outside.safetensors", outer)]
+        known = [write("outside.safetensors", outer, {})]
         ledger.record(0, 0, 1, known[0])
     return known[0]
 
@@ -89,25 +94,31 @@ def _write_around(job: Job, written: Written, run: Run) -> None:
     arch, names = job.arch, hub_names(written.files)
     for file, name in names.items():
         (run.model / file).rename(run.model / name)
-    copy_extras(arch.source.folder, run.model, skip=(CARD, remote_code.FILE))
+    copy_extras(arch.source.folder, run.model, skip=(CARD, remote_code.FILE, *SIDE_FILES))
     keep_source_card(arch.source.folder, run.model)
-    config = _config(job, written.kept)
+    layouts = [*arch.layers, *arch.mtp]
+    stays = [layout.whole for layout in layouts] if job.has_novices else written.kept
+    by_block = kept_by_block(layouts, stays) if job.keeps_form else None
+    config = _config(job, written.kept, by_block)
     write_json(run.model / "config.json", config)
     remote_code.write_code(run.model, config)
+    for file in (arch.source.folder / name for name in SIDE_FILES if by_block is not None):
+        if file.is_file():
+            write_json(run.model / file.name, renumbered(load_json(file), by_block))
     shards = {names[entry["file"]]: entry["tensors"] for entry in written.files if entry["file"]}
     write_index(run.model, dict(sorted(shards.items())))
 
 
-def _config(job: Job, kept: list[list[int]]) -> dict:
-    """config.json for experts kept of every layer and prediction head."""
+def _config(job: Job, kept: list[list[int]], by_block: dict | None) -> dict:
+    """config.json for experts kept of every layer and prediction head; `by_block` if the source's stored form is written."""
     arch, own = job.arch, kept[: len(job.arch.layers)]
     counts, most = [len(experts) for experts in own], max(map(len, kept))
     if job.has_novices:
         layouts = zip(arch.layers, own, strict=True)
         removed = {layout.index: sorted(set(range(layout.num_experts)) - set(experts)) for layout, experts in layouts}
-        return arch.pruned_config(counts, removed)
+        return arch.pruned_config(counts, removed, by_block)
     if not job.is_padded:
-        return arch.pruned_config(counts)
-    config = arch.pruned_config([most if count else 0 for count in counts])
+        return arch.pruned_config(counts, None, by_block)
+    config = arch.pruned_config([most if count else 0 for count in counts], None, by_block)
     zeros = {str(layer): padding(count, most, arch.groups) for layer, count in enumerate(counts) if 0 < count < most}
     return config | ({PADDED: zeros} if zeros else {})

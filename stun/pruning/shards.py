@@ -1,17 +1,28 @@
 """Shards: the tensors of a layer that each rank writes, and the files it writes them to."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stun.checkpoint.headers import read_header
+from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import Stacked, Tensors, write_tensors
 from stun.config import StunError
-from stun.model.layer_layout import novice_name, renumber
+from stun.model.layer_layout import EXPERT_NUMBER, novice_name, renumber
 from stun.run.ledger import REPEAT
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form of what is written: that of the quantised `source`, or, if there is none, as it is in memory. `is_masked`: single
+    weights are removed."""
+
+    source: Checkpoint | None
+    is_masked: bool
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
@@ -37,6 +48,37 @@ def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | S
     return tensors
 
 
+def origins(layer: Layer) -> dict[str, tuple[str, list[int]]]:
+    """Source name of each expert's tensors, by the name that they are written under; of a tensor that holds all experts also the
+    entries that are kept."""
+    layout = layer.layout
+    found = {name: (name, layer.kept) for name in layout.fused_names.values()}
+    for place, expert in enumerate(layer.kept):
+        for part in layout.experts[expert].keys() - layout.fused:
+            number = expert if layer.novices else place
+            found |= {renumber(name, number): (name, []) for name in layout.experts[expert][part]}
+    return found
+
+
+def as_stored(source: Checkpoint, tensors: Tensors, places: dict[str, tuple[str, list[int]]], is_masked: bool) -> Tensors:
+    """Tensors in the form in which the source stores them: quantised ones are read again, and lose the weights that were removed
+    if `is_masked`. `places` are `origins`; other tensors have the names that they have in the source."""
+    stored: dict[str, torch.Tensor | Stacked] = {}
+    for name, tensor in tensors.items():
+        origin, rows = places.get(name, (name, []))
+        if origin not in source.tensors or not source.tensors[origin].codec:
+            stored[name] = tensor
+        elif rows:
+            entries = tensor.entries if is_masked else [None] * len(rows)
+            read = [source.stored(origin, row, entry) for row, entry in zip(rows, entries, strict=True)]
+            stored |= {part: Stacked([entry[part] for entry in read]) for part in read[0]}
+        else:
+            number = EXPERT_NUMBER.search(name)
+            parts = source.stored(origin, pruned=tensor if is_masked else None)
+            stored |= {renumber(part, int(number[2])) if number else part: content for part, content in parts.items()}
+    return stored
+
+
 def _entries(stream: LayerStream, layer: Layer, part: str, writer: int) -> list[torch.Tensor]:
     """One part of all experts kept, sent to rank `writer`; empty elsewhere."""
     (piece,) = stream.arch.piece(layer.layout, 0, part)
@@ -46,13 +88,15 @@ def _entries(stream: LayerStream, layer: Layer, part: str, writer: int) -> list[
     return [weight for weight in moved if weight is not None]
 
 
-def write_shard(folder: Path, name: str, tensors: Tensors) -> dict:
+def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: dict[str, tuple[str, list[int]]]) -> dict:
     """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file` and the bytes of its `tensors` by name.
 
-    Runs in the background, so the caller must not change the tensors any more.
+    `places` are the `origins` of experts' tensors. Runs in the background, so the caller must not change the tensors any more.
     """
     if not tensors:
         return {"file": None, "tensors": {}}
+    if form.source:
+        tensors = as_stored(form.source, tensors, places, form.is_masked)
     write_tensors(folder / name, tensors)
     return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
 

@@ -52,6 +52,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "phases": {stream: dict(seconds) for stream, seconds in ranks.meter.seconds.items()},
         "bytes_written": sum(size for entry in written.files for size in entry["tensors"].values()),
         "model_type": arch.model_type,
+        "form": _form(job),
         "source": cfg.model.path,
         "source_bytes": arch.source.file_bytes,
         "disk_bytes": ranks.on_first(lambda: sum(file.stat().st_size for file in run.model.glob("*.safetensors"))),
@@ -64,6 +65,14 @@ def _stored(job: Job, written: Written) -> list[int]:
     """Experts of every layer in the checkpoint, with those of zeros that fill it up."""
     counts, most = [len(kept) for kept in written.kept], max(map(len, written.kept))
     return [most if count and job.is_padded else count for count in counts[: len(job.arch.layers)]]
+
+
+def _form(job: Job) -> dict | None:
+    """Stored form of a quantised source's weights, their bits a weight, and the form they are written in; None if it is plain."""
+    source = job.arch.source
+    if not source.formats:
+        return None
+    return {"source": sorted(source.formats), "bits": source.bits, "written": job.cfg.output.format.name}
 
 
 def save_observed(run: Run) -> None:

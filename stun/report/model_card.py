@@ -10,6 +10,7 @@ from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.model.runtimes import SERVED, in_words, served_in_words
+from stun.report.form import form_in_words
 from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
 
@@ -160,7 +161,8 @@ def _sparsity(summary: dict, layers: dict) -> str:
         lines.append(f"| {kind} | {before:,} | {after:,} | {1 - after / before:.1%} |")
     lines.append(f"| **all** | {summary['parameters']:,} | {summary['nonzero']:,} | {summary['sparsity']:.1%} |")
     before, after = summary.get("source_bytes"), summary.get("disk_bytes")
-    sizes = f"\nFiles with weights: {size(before)} before, {size(after)} now.\n" if before and after else ""
+    form = f" Weights are stored as {_text(form_in_words(summary))}." if form_in_words(summary) else ""
+    sizes = f"\nFiles with weights: {size(before)} before, {size(after)} now.{form}\n" if before and after else ""
     return "\n".join(lines) + "\n" + sizes
 
 

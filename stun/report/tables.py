@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stun.model.runtimes import in_words
+from stun.report.form import form_in_words
 from stun.report.fronts import dense_models
 from stun.runtime.console import printed
 from stun.runtime.units import count, duration, size
@@ -104,6 +105,8 @@ def summary_table(summary: dict, run_dir: str) -> str:
         "size on disk": size(written) + (f" of {size(summary['source_bytes'])}" if speed else ""),
         "time": f"{duration(summary['seconds'])} on {count(summary['ranks'], 'rank')}",
     }
+    if form := form_in_words(summary):
+        rows["weights stored as"] = form
     for stream, seconds in summary.get("phases", {}).items():
         rows[f"... {stream}"] = ", ".join(f"{phase} {value:,.1f}s" for phase, value in seconds.items())
     rows |= {

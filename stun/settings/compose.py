@@ -47,7 +47,6 @@ SCHEMAS = {
 _ELSEWHERE = {
     "sparsity": "target",
     "ratio": "target",
-    "output": "run_dir",
     "output_dir": "run_dir",
     "dataset": "calibration.path",
     "nsamples": "calibration.samples",

@@ -18,9 +18,9 @@ from stun.pruning.job import prune
 UNIFORM = ExpertsConfig(fraction=0.5)
 
 
-def run(source, run_dir, ranks, target=0.4, experts=UNIFORM):
+def run(source, run_dir, ranks, target=0.4, experts=UNIFORM, **changes):
     """(folder, plan, summary) of one run."""
-    summary = prune(config(source, run_dir, target, experts, calibration=CALIBRATION), ranks)
+    summary = prune(config(source, run_dir, target, experts, calibration=CALIBRATION, **changes), ranks)
     return run_dir / "model", json.loads((run_dir / "plan.json").read_text()), summary
 
 

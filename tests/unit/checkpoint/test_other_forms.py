@@ -61,7 +61,6 @@ def test_other_files_beside_the_weights_are_no_matter(tmp_path):
         ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\).*use the bf16 release that they were made from$"),
         ({"quant_method": "awq"}, r"quantised \(awq\)"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quantised \(bitsandbytes\).*bf16 release.*\.dequantize\(\)"),
-        ({"quant_method": "mxfp4"}, r"quantised \(mxfp4\).*bf16 release.*Mxfp4Config\(dequantize=True\)"),
     ],
 )
 def test_quantised_weights(tmp_path, settings, says):

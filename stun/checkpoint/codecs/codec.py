@@ -1,0 +1,94 @@
+"""What all codecs share: the interface, scales, and codes of four bits.
+
+Shapes, as stored: L lines of a weight, W entries of a line, G scales of a line. A weight [O, D] has L = O; one that is stored
+transposed has L = D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from stun.checkpoint.headers import Part, TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+Parts = Mapping[str, torch.Tensor]
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # dtypes of scales that are powers of two (E8M0: 2 ** (byte - 127), 255 is NaN)
+# Ends of names of what belongs to a layer's inputs: they are not read, and travel with their weight.
+PASSENGERS = ("input_scale", "input_global_scale")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A form of stored weights: a code for every entry, worth so many steps, times a scale that several entries share.
+
+    `parts` are a weight's tensors by role (`codes`, `scale`, and what else a form has), or the rows of them that belong to some
+    of its lines. `name` is the form in words, `bits` the bits of a code. `is_transposed`: lines are columns of the weight.
+    """
+
+    name: str
+    bits: int
+    is_transposed: bool = False
+
+    def dequantise(self, parts: Parts) -> torch.Tensor:
+        """Values [L, W] in float32; rounded to the weight's dtype, they are those of the form's own library."""
+        raise NotImplementedError
+
+    def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
+        """Write the code of zero, in place, where `gone_LW` is true."""
+        raise NotImplementedError
+
+
+def decoded(scale: torch.Tensor) -> torch.Tensor:
+    """Stored scales in float32."""
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale).float()
+
+
+def multiplied(steps_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
+    """Steps, in place, times the scales of their groups of neighbours in a line."""
+    steps_LW.view(*scale_LG.shape, -1).mul_(scale_LG[..., None])
+    return steps_LW
+
+
+@cache
+def _pairs(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """[256] int64: the bytes of the two float32 that a byte of two codes is worth, the low code first."""
+    one = torch.tensor(values)
+    pairs = torch.stack([one.repeat(16), one.repeat_interleave(16)], 1)
+    return pairs.view(torch.int64).flatten().to(device)
+
+
+def worth(packed: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """[L, W] float32: what codes of four bits, packed along the lines of `packed`, are worth. A look-up of byte pairs is ten
+    times as fast as taking the codes apart."""
+    raw_Lb = packed.contiguous().view(torch.uint8).flatten(1)
+    return _pairs(values, packed.device).index_select(0, raw_Lb.flatten().int()).view(torch.float32).view(len(raw_Lb), -1)
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """[L, W] uint8: codes of four bits, the low half of a byte first; words are little-endian bytes."""
+    raw_Lb = packed.contiguous().view(torch.uint8).flatten(1)
+    return torch.stack((raw_Lb & 15, raw_Lb >> 4), -1).flatten(1)
+
+
+def from_nibbles(codes_LW: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Codes of four bits, packed as they are in the tensor `like`."""
+    pairs = codes_LW.unflatten(1, (-1, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(like.dtype).view(like.shape)
+
+
+def weight(codec: Codec, shape: tuple[int, ...], parts: list[Part]) -> TensorInfo:
+    """Description of a weight of this shape [..., O, D] as it is once read: in the dtype of its scales if that is one of weights,
+    else bfloat16."""
+    scale = next(part.info.dtype for part in parts if part.role == "scale")
+    dtype = scale if scale in (torch.bfloat16, torch.float16) else torch.bfloat16
+    return TensorInfo(parts[0].info.file, 0, dtype.itemsize * math.prod(shape), dtype, shape, codec, tuple(parts))
+
+
+def passengers(stem: str, tensors: Tensors) -> list[Part]:
+    """Parts of a weight that are not read, by the start of its tensors' names."""
+    return [Part("", stem + end, tensors[stem + end], 0) for end in PASSENGERS if stem + end in tensors]

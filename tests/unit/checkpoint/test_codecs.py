@@ -1,0 +1,190 @@
+"""Weights of every stored form have the values that the form's own library gives them, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
+
+from helpers.quantised import FORMS
+from stun.checkpoint.reader import Checkpoint
+from stun.config import StunError
+
+X = "model.layers.0.mlp.experts.3.up_proj"
+ROWS, COLUMNS = 40, 96  # of fp8's blocks the last ones are cut off
+
+
+def written(folder, tensors, settings) -> Checkpoint:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return Checkpoint.open(folder)
+
+
+def of_compressed_tensors(tensors, settings) -> torch.Tensor:
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.QuantizationScheme(**settings["config_groups"]["group_0"])
+    library = compressors.BaseCompressor.get_value_from_registry(settings["format"])
+    return library.decompress({name.removeprefix(f"{X}."): tensor.clone() for name, tensor in tensors.items()}, scheme)["weight"]
+
+
+def of_modelopt(tensors, settings) -> torch.Tensor:
+    """NVFP4QTensor.dequantize and FP8QTensor.dequantize of nvidia-modelopt (modelopt/torch/quantization/qtensor), restated."""
+    codes, scale = tensors[f"{X}.weight"], tensors[f"{X}.weight_scale"].float()
+    if settings["quant_algo"] == "FP8":
+        return (codes.float() * scale).bfloat16()
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    unpacked = torch.empty(ROWS, COLUMNS)
+    unpacked[:, ::2], unpacked[:, 1::2] = e2m1[(codes & 15).long()], e2m1[(codes >> 4).long()]
+    per_block = scale * tensors[f"{X}.weight_scale_2"].float()
+    return (unpacked.view(ROWS, -1, 16) * per_block[..., None]).view(ROWS, COLUMNS).bfloat16()
+
+
+def of_blocks(tensors, settings) -> torch.Tensor:
+    """transformers' Fp8Dequantize, which takes whole blocks: the matrix is made larger first."""
+    codes, scale = tensors[f"{X}.weight"], tensors[f"{X}.weight_scale_inv"]
+    height, width = settings["weight_block_size"]
+    whole = torch.zeros(scale.shape[0] * height, scale.shape[1] * width, dtype=torch.uint8)
+    whole[:ROWS, :COLUMNS] = codes.view(torch.uint8)
+    return Fp8Dequantize(None)._dequantize_one(whole.view(torch.float8_e4m3fn), scale, torch.bfloat16)[:ROWS, :COLUMNS]
+
+
+LIBRARIES = {"fp8": of_blocks, "compressed-tensors": of_compressed_tensors, "modelopt": of_modelopt}
+
+
+@pytest.mark.parametrize("band", [2**22, 500], ids=["at once", "in bands"])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_those_of_the_forms_own_library(tmp_path, monkeypatch, form, band):
+    make, settings = FORMS[form]
+    torch.manual_seed(0)
+    tensors = make(X, ROWS, COLUMNS)
+    monkeypatch.setattr("stun.checkpoint.reader._BAND", band)
+    source = written(tmp_path, tensors, settings)
+    assert list(source.tensors) == [f"{X}.weight"]
+    ours, theirs = source.read(f"{X}.weight"), LIBRARIES[settings["quant_method"]](tensors, settings)
+    assert ours.dtype == theirs.dtype and ours.shape == (ROWS, COLUMNS)
+    # But for the sign of zero, which ModelOpt's table lacks.
+    assert torch.equal(ours, theirs) and int((ours != 0).sum()) > ROWS * COLUMNS // 2
+
+
+@pytest.mark.parametrize("band", [2**22, 100], ids=["at once", "in bands"])
+def test_experts_of_gpt_oss(tmp_path, monkeypatch, band):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (4, 24, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(0, 200, (4, 24, 3), dtype=torch.uint8)
+    monkeypatch.setattr("stun.checkpoint.reader._BAND", band)
+    source = written(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"})
+    theirs = _convert_moe_packed_tensors(blocks.clone(), scales.clone())
+    assert source.tensors[name].shape == theirs.shape == (4, 96, 24)
+    assert torch.equal(source.read(name), theirs)
+    source.bytes_read = 0
+    assert torch.equal(source.read(name, row=2), theirs[2])
+    assert source.bytes_read == 24 * 3 * 17, "of one expert its bytes alone"
+    assert source.tensors[name].stored_bytes == blocks.nbytes + scales.nbytes
+
+
+def change(end, value):
+    def changed(tensors):
+        (name,) = [name for name in tensors if name.endswith(end)]
+        tensors[name] = value(tensors[name])
+
+    return changed
+
+
+def nan(scale):
+    scale = scale.clone()
+    scale.view(torch.uint8 if scale.dtype.itemsize == 1 else scale.dtype).flatten()[-1] = (
+        255 if scale.dtype.itemsize == 1 else torch.nan
+    )
+    return scale
+
+
+HOSTILE = {
+    "no scale": ("fp8 channel", lambda tensors: tensors.pop(f"{X}.weight_scale"), "is fp8 but has no .*weight_scale"),
+    "int4 without a scale": ("int4", lambda tensors: tensors.pop(f"{X}.weight_scale"), "weight_packed has no .*weight_scale"),
+    "nvfp4 without a global scale": (
+        "nvfp4",
+        lambda tensors: tensors.pop(f"{X}.weight_global_scale"),
+        "needs one number as .*weight_global_scale",
+    ),
+    "scale of another shape": (
+        "fp8 channel",
+        change("_scale", lambda t: t[:-1]),
+        r"has shape \(39, 1\); \(40, 96\) needs another",
+    ),
+    "groups of another shape": ("int4", change("_scale", lambda t: t[:, :5]), r"weight_scale is .*\(40, 5\)"),
+    "zero points of another shape": (
+        "int4 with zero points",
+        change("_point", lambda t: t[:-1]),
+        r"weight_zero_point is .*\(4, 12\)",
+    ),
+    "mxfp4 of another group": ("mxfp4", change("_scale", lambda t: t[:, :2]), "are neither MXFP4 .* nor NVFP4"),
+    "shape that lies": ("int4", change("_shape", lambda t: t + 1), r"weight_shape says \(41, 97\), the codes hold \(40, 96\)"),
+    "NaN": ("fp8 block", change("_scale_inv", nan), "weight_scale_inv holds a scale that is no number"),
+    "NaN in E4M3": ("nvfp4", change("weight_scale", nan), "weight_scale holds a scale that is no number"),
+    "E8M0 of 255": ("mxfp4", change("_scale", nan), "weight_scale holds a scale that is no number .*E8M0 of 255"),
+    "E8M0 of 255 in fp8": ("fp8 block, E8M0", change("_scale_inv", nan), "weight_scale_inv holds a scale that is no number"),
+    "infinity": ("int4", change("_scale", lambda t: t / 0), "weight_scale holds a scale that is no number"),
+    "global scale of 0": ("nvfp4", change("_global_scale", lambda t: 0 * t), "weight_global_scale is 0"),
+    "order of inputs": (
+        "int4",
+        lambda tensors: tensors.update({f"{X}.weight_g_idx": torch.zeros(96)}),
+        "weight_g_idx: .*actorder",
+    ),
+    "plain and quantised": (
+        "int4",
+        lambda tensors: tensors.update({f"{X}.weight": torch.zeros(40, 96)}),
+        "both plain and quantised",
+    ),
+    "left over": (
+        "fp8 channel",
+        lambda tensors: tensors.update({"other": torch.zeros(4, 4, dtype=torch.uint8)}),
+        "other holds torch.uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, case):
+    form, damage, says = HOSTILE[case]
+    make, settings = FORMS[form]
+    tensors = make(X, ROWS, COLUMNS)
+    damage(tensors)
+    with pytest.raises(StunError, match=rf"model.safetensors: .*{says}") as error:
+        written(tmp_path, tensors, settings).read(f"{X}.weight")
+    assert "\n" not in str(error.value)
+
+
+SCHEMES = {
+    "compressed-tensors, marlin-24": {"quant_method": "compressed-tensors", "format": "marlin-24"},
+    "compressed-tensors, sparse-24-bitmask": {
+        **FORMS["int4"][1],
+        "sparsity_config": {"format": "sparse-24-bitmask"},
+    },
+    "compressed-tensors with transform_config": {**FORMS["int4"][1], "transform_config": {"config_groups": {"u": {}}}},
+    "modelopt, W4A8_AWQ": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+    "quark": {"quant_method": "quark"},
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_other_schemes_are_refused_by_name(tmp_path, scheme):
+    with pytest.raises(StunError, match=rf"config.json: weights are quantised \({scheme}.*bf16 release"):
+        written(tmp_path, FORMS["int4"][0](X, ROWS, COLUMNS), SCHEMES[scheme])
+
+
+def test_integers_of_unknown_width(tmp_path):
+    make, settings = FORMS["int4"]
+    group = {"weights": {"type": "int", "num_bits": 3}}
+    with pytest.raises(StunError, match=r"config.json says integers of \['3'\] bits"):
+        written(tmp_path, make(X, ROWS, COLUMNS), {**settings, "config_groups": {"a": group}})
+
+
+def test_a_form_that_no_weight_has(tmp_path):
+    with pytest.raises(StunError, match=r"config.json: quantization_config says mxfp4, but no weight is stored so"):
+        written(tmp_path, {"a": torch.zeros(3)}, {"quant_method": "mxfp4"})
