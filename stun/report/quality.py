@@ -60,7 +60,8 @@ def methods(theme: Theme, scores: dict, chosen: list[str] | None = None) -> Figu
         color, (x, y) = theme.colors[place % len(theme.colors)], (list(line), [height(value) for value in line.values()])
         axes.plot(x, y, color=color, linewidth=2, marker="o", markersize=5, zorder=2)
         names.append(Name(f"{method}  {line[x[-1]]:.3f}", x[-1], y[-1], color))
-    axes.set_xlabel("total sparsity of the decoder layers")
+    alone = scores.get("removed") == "experts removed"
+    axes.set_xlabel("experts removed from every layer" if alone else "total sparsity of the decoder layers")
     axes.xaxis.set_major_locator(ticker.MultipleLocator(0.1))
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
     _name(axes, theme, [*names, *_dense_lines(axes, theme, dense, height)])

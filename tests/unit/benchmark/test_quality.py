@@ -41,6 +41,13 @@ def test_what_choose_a_method_says():
         assert re.search(rf"{first:.1%} and {second:.1%}", row), (row, first, second)
 
 
+def test_numbers_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    rows = [("experts", "default", "0.5"), ("experts", "REAP", "0.5"), ("default", "weights alone (Wanda)", "0.5")]
+    for kind, method, removed in rows + [("default", m, r) for m in ("default", "best") for r in ("0.5", "0.7")]:
+        assert " | ".join(f"{kept:.1%}" for kept in shares(kind, method, removed, ORDER)) in readme, (kind, method, removed)
+
+
 @pytest.mark.parametrize("removed", ["0.5", "0.625"])
 def test_the_default_keeps_more_than_any_other_choice_of_experts(removed):
     for method in ("without refit", "energy, without refit", "REAP", "paper"):
