@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from stun.benchmark.config import StudyConfig
+from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.checkpoint.hub import fetched
 from stun.config import CalibrationConfig, ModelConfig, Score, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
@@ -44,7 +44,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         for share, (method, method_cfg) in itertools.product(_shares(cfg), method_cfgs.items()):
             cell = replace(_removing(method_cfg, share), calibration=calibration, run_dir=f"{base}/{share} {method}")
             identity = task | {"overrides": list(cfg.methods[method])}
-            compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks)  # noqa: E731
+            compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks, text=cfg.text)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
             ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
             results[method][str(share)].append(_measures(result))
@@ -114,10 +114,12 @@ def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     return replace(given, sparsify=replace(cell.sparsify, ratios="uniform"))  # the plan has the ratios
 
 
-def prune_and_evaluate(cfg: StudyConfig, ranks: Ranks) -> dict:
-    """Result of the pruned model; the run's summary is under `prune`."""
+def prune_and_evaluate(cfg: CompareConfig, ranks: Ranks, dense: str = "", text: CalibrationConfig | None = None) -> dict:
+    """Result of the pruned model on its task and a text, compared with that in the file `dense` if given; the summary is under
+    `prune`."""
     summary, model = prune(cfg, ranks), ModelConfig(f"{cfg.run_dir}/model")
-    result = evaluate(EvaluateConfig(model, cfg.task, cfg.text, output=f"{cfg.run_dir}/result.json"), ranks)
+    asked = EvaluateConfig(model, cfg.task, text or CalibrationConfig(), dense=dense, output=f"{cfg.run_dir}/result.json")
+    result = evaluate(asked, ranks)
     return result | {"prune": summary}
 
 
