@@ -372,10 +372,10 @@ RUNS = {
 }
 SHAPES = {
     "timed": CheckpointShape(hidden=512, expert_width=512, experts=16, layers=4),
-    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=2),
-    "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=2),
+    "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=3),
+    "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),
-    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=1),
+    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=2),
 }
 
 
