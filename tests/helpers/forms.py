@@ -26,7 +26,7 @@ def run(source, run_dir, ranks, target=0.4, experts=UNIFORM, **changes):
 
 def rewrite(folder, tensors, **config):
     """Replace a checkpoint's tensors, in two files, and change its config.json."""
-    for file in folder.glob("model*"):
+    for file in folder.glob("model*.safetensors*"):
         file.unlink()
     names = sorted(tensors)
     halves = {"model-a.safetensors": names[::2], "model-b.safetensors": names[1::2]}

@@ -23,9 +23,10 @@ def pruned(source, run_dir, ranks, **changes):
     return run_dir / "model", [layer["kept"] for layer in json.loads((run_dir / "plan.json").read_text())["layers"]]
 
 
-def steep(folder, family):
+def steep(folder, family, **changes):
     """A checkpoint whose routers differ in scale from layer to layer, so that one threshold takes more of some."""
-    make_checkpoint(folder, family, num_hidden_layers=4, **({"layer_types": None} if family == "gpt_oss" else {}))
+    own = {"layer_types": None} if family == "gpt_oss" else {}
+    make_checkpoint(folder, family, num_hidden_layers=4, **own, **changes)
     model = load_stock(folder)
     arch = Architecture(Checkpoint.open(folder))
     with torch.no_grad():

@@ -24,6 +24,12 @@ pytestmark = [pytest.mark.serving, pytest.mark.slow, pytest.mark.skipif(not PYTH
 UNIFORM = ExpertsConfig(ExpertsMethod.rank, keep=5)
 CODE = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, budget=Budget["global"])
 PADDED = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, budget=Budget["global"], uneven=Uneven.padded)
+HEADS = {
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": 64,
+}  # vLLM has no smaller ones on CPUs
 REGISTRY = """
 import json
 from vllm.model_executor.models import registry as r
@@ -32,7 +38,7 @@ print(json.dumps([r._PREVIOUSLY_SUPPORTED_MODELS, {name: entry[0] for name, entr
 
 
 def test_an_unpruned_model(tmp_path, ranks):
-    folder = make_checkpoint(tmp_path / "model", "qwen3_moe")
+    folder = make_checkpoint(tmp_path / "model", "qwen3_moe", **HEADS)
     _serve(folder, ranks, str(tmp_path / "served.json"))
 
 
@@ -43,7 +49,7 @@ def test_an_unpruned_model(tmp_path, ranks):
 )
 def test_a_pruned_model(tmp_path, ranks, family, experts):
     request = {"target": None if experts.is_counted else 0.4, "experts": experts, "sparsify": SparsifyConfig()}
-    folder, kept = pruned(steep(tmp_path / "source", family), tmp_path / "run", ranks, **request)
+    folder, kept = pruned(steep(tmp_path / "source", family, **HEADS), tmp_path / "run", ranks, **request)
     assert (len({len(own) for own in kept if own}) > 1) is (experts.budget is Budget["global"])
     _serve(folder, ranks)
 
