@@ -24,8 +24,8 @@ _UNDO = {
     "bitsandbytes": "AutoModelForCausalLM.from_pretrained(folder).dequantize()",
 }
 _ARE = (
-    "read are fp8 with weight_block_size, mxfp4 (gpt-oss), compressed-tensors (float-, int-, pack-quantized, nvfp4, mxfp4) and "
-    "modelopt (FP8, NVFP4)"
+    "read are fp8 with weight_block_size, mxfp4 (gpt-oss), compressed-tensors (float-, int-, pack-quantized, nvfp4, mxfp4), "
+    "modelopt (FP8, NVFP4), gptq and awq of 4 bits"
 )
 # End of a tensor's name: the method by which its weights are quantised.
 _QUANTISED = {

@@ -9,6 +9,7 @@ import torch
 from stun.checkpoint.codecs.eight_bits import eight_bits, is_block
 from stun.checkpoint.codecs.four_bits import four_bits, gpt_oss
 from stun.checkpoint.codecs.packed import packed
+from stun.checkpoint.codecs.transposed import transposed
 from stun.checkpoint.headers import TensorInfo
 from stun.checkpoint.other_forms import quantised, quantised_by
 from stun.config import StunError
@@ -28,6 +29,8 @@ _FAMILIES = {
     "mxfp4": [gpt_oss],
     "compressed-tensors": [eight_bits, four_bits, packed],
     "modelopt": [eight_bits, four_bits],
+    "gptq": [transposed],
+    "awq": [transposed],
 }
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 
@@ -85,5 +88,9 @@ def _not_read(settings: dict, tensors: dict[str, TensorInfo]) -> str:
         if (settings.get("transform_config") or {}).get("config_groups"):
             return "compressed-tensors with transform_config, which rotates them"
         return "" if form in _COMPRESSED and sparse == "dense" else f"compressed-tensors, {form if sparse == 'dense' else sparse}"
+    if method in ("gptq", "awq"):
+        own = ("gptq", "gptq_v2") if method == "gptq" else ("gemm",)
+        said, bits = settings.get("checkpoint_format" if method == "gptq" else "version") or own[0], settings.get("bits")
+        return "" if bits == 4 and str(said).lower() in own else f"{method}, {said}, {bits} bits"
     algorithm = settings.get("quant_algo")
     return "" if method == "mxfp4" or algorithm in _MODELOPT else f"modelopt, {algorithm}"

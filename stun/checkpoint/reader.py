@@ -261,6 +261,10 @@ def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
             raise StunError(f"{part.info.file}: {part.name} holds a scale that is no number (NaN, infinity, or E8M0 of 255)")
         if part.role == "global" and not bool(values.all()):
             raise StunError(f"{part.info.file}: {part.name} is 0; the scale of a whole matrix cannot be")
+    if part.role == "order":
+        groups = next(other.info.shape[0] for other in info.parts if other.role == "scale")
+        if not bool(((content >= 0) & (content < groups)).all()):
+            raise StunError(f"{part.info.file}: {part.name} names groups that are not there; there are {groups}")
     if part.role == "shape" and tuple(content.tolist()) != info.shape:
         raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
 

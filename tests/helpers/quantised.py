@@ -99,6 +99,28 @@ def nvfp4_modelopt(stem: str, rows: int, columns: int) -> Stored:
     }
 
 
+def _words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+
+def awq(stem: str, rows: int, columns: int) -> Stored:
+    groups = columns // 16
+    zeros = _words(groups, rows // 8)
+    return {
+        f"{stem}.qweight": _words(columns, rows // 8),
+        f"{stem}.qzeros": zeros,
+        f"{stem}.scales": _scales(groups, rows).half(),
+    }
+
+
+def gptq(stem: str, rows: int, columns: int) -> Stored:
+    return awq(stem, rows, columns) | {f"{stem}.qweight": _words(columns // 8, rows)}
+
+
+def gptq_ordered(stem: str, rows: int, columns: int) -> Stored:
+    return gptq(stem, rows, columns) | {f"{stem}.g_idx": (torch.randperm(columns) // 16).int()}
+
+
 def _compressed(form: str, **weights) -> dict:
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", **weights}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
@@ -126,6 +148,9 @@ FORMS = {
             "nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16, scale_dtype="torch.float8_e4m3fn"
         ),
     ),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 16}),
+    "gptq in another order": (gptq_ordered, {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}),
     "nvfp4 modelopt": (nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
 }
 

@@ -24,6 +24,10 @@ def written(folder, tensors, settings) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def of_compressed_tensors(tensors, settings) -> torch.Tensor:
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -53,7 +57,32 @@ def of_blocks(tensors, settings) -> torch.Tensor:
     return Fp8Dequantize(None)._dequantize_one(whole.view(torch.float8_e4m3fn), scale, torch.bfloat16)[:ROWS, :COLUMNS]
 
 
-LIBRARIES = {"fp8": of_blocks, "compressed-tensors": of_compressed_tensors, "modelopt": of_modelopt}
+def of_gptq(tensors, settings) -> torch.Tensor:
+    """forward of auto_gptq/nn_modules/qlinear/qlinear_cuda.py, restated."""
+    scale, shifts = tensors[f"{X}.scales"], torch.arange(0, 32, 4, dtype=torch.int32)
+    zeros = (tensors[f"{X}.qzeros"][:, :, None] >> shifts & 15).flatten(1) + 1 & 15
+    codes = (tensors[f"{X}.qweight"][:, None] >> shifts[:, None] & 15).flatten(0, 1)
+    order = tensors.get(f"{X}.g_idx", torch.arange(COLUMNS) // settings["group_size"]).long()
+    return (scale[order] * (codes - zeros[order])).T
+
+
+def of_awq(tensors, settings) -> torch.Tensor:
+    """dequantize_gemm of awq/utils/packing_utils.py, restated."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes, zeros = ((tensors[f"{X}.{end}"][:, :, None] >> shifts).flatten(1) for end in ("qweight", "qzeros"))
+    order = torch.arange(ROWS).view(-1, 8)[:, [0, 4, 1, 5, 2, 6, 3, 7]].flatten()
+    codes, zeros = codes[:, order] & 15, zeros[:, order] & 15
+    scale, zeros = (part.repeat_interleave(settings["group_size"], 0) for part in (tensors[f"{X}.scales"], zeros))
+    return ((codes - zeros) * scale).T
+
+
+LIBRARIES = {
+    "gptq": of_gptq,
+    "awq": of_awq,
+    "fp8": of_blocks,
+    "compressed-tensors": of_compressed_tensors,
+    "modelopt": of_modelopt,
+}
 
 
 @pytest.mark.parametrize("band", [2**22, 500], ids=["at once", "in bands"])
@@ -69,6 +98,24 @@ def test_values_are_those_of_the_forms_own_library(tmp_path, monkeypatch, form, 
     assert ours.dtype == theirs.dtype and ours.shape == (ROWS, COLUMNS)
     # But for the sign of zero, which ModelOpt's table lacks.
     assert torch.equal(ours, theirs) and int((ours != 0).sum()) > ROWS * COLUMNS // 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_removed_weights_get_the_code_of_zero(tmp_path, form):
+    """... and nothing else of what is stored changes; where nothing is removed, nothing does."""
+    make, settings = FORMS[form]
+    torch.manual_seed(0)
+    tensors, name, later = make(X, ROWS, COLUMNS), f"{X}.weight", tmp_path / "later"
+    source = written(tmp_path, tensors, settings)
+    values = source.read(name)
+    for pruned in (values, torch.where(torch.rand(values.shape) < 0.5, 0, values)):
+        stored = source.stored(name, pruned=pruned)
+        changed = [key for key, tensor in tensors.items() if raw(tensor) != raw(stored[key])]
+        assert stored.keys() == tensors.keys() and changed == ([] if pruned is values else [next(iter(tensors))])
+    later.mkdir()
+    assert torch.equal(written(later, stored, settings).read(name), pruned)
+    with pytest.raises(StunError, match="kept weights have changed"):
+        source.stored(name, pruned=2 * values)
 
 
 @pytest.mark.parametrize("band", [2**22, 100], ids=["at once", "in bands"])
@@ -129,6 +176,8 @@ HOSTILE = {
     "NaN in E4M3": ("nvfp4", change("weight_scale", nan), "weight_scale holds a scale that is no number"),
     "E8M0 of 255": ("mxfp4", change("_scale", nan), "weight_scale holds a scale that is no number .*E8M0 of 255"),
     "E8M0 of 255 in fp8": ("fp8 block, E8M0", change("_scale_inv", nan), "weight_scale_inv holds a scale that is no number"),
+    "a group that is not there": ("gptq in another order", change("g_idx", lambda t: t + 1), "g_idx names groups .* there are 6"),
+    "zero points without a scale": ("awq", lambda tensors: tensors.pop(f"{X}.scales"), "qweight has no .*scales"),
     "infinity": ("int4", change("_scale", lambda t: t / 0), "weight_scale holds a scale that is no number"),
     "global scale of 0": ("nvfp4", change("_global_scale", lambda t: 0 * t), "weight_global_scale is 0"),
     "order of inputs": (
@@ -168,6 +217,8 @@ SCHEMES = {
     },
     "compressed-tensors with transform_config": {**FORMS["int4"][1], "transform_config": {"config_groups": {"u": {}}}},
     "modelopt, W4A8_AWQ": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+    "gptq, gptq, 8 bits": {"quant_method": "gptq", "bits": 8},
+    "awq, gemv, 4 bits": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "quark": {"quant_method": "quark"},
 }
 

@@ -58,8 +58,11 @@ def test_other_files_beside_the_weights_are_no_matter(tmp_path):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        ({"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\).*use the bf16 release that they were made from$"),
-        ({"quant_method": "awq"}, r"quantised \(awq\)"),
+        (
+            {"quant_method": "gptq", "bits": 3},
+            r"quantised \(gptq, gptq, 3 bits\).*use the bf16 release that they were made from$",
+        ),
+        ({"quant_method": "awq"}, r"quantised \(awq, gemm, None bits\)"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quantised \(bitsandbytes\).*bf16 release.*\.dequantize\(\)"),
     ],
 )

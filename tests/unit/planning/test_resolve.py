@@ -55,7 +55,7 @@ BAD = {
     "a GGUF file": ("model.path={tmp}/gguf/model.gguf", "gguf/model.gguf: model.gguf: GGUF weights"),
     "an adapter": ("model.path={tmp}/adapter", "a LoRA adapter without its model"),
     "pickled weights": ("model.path={tmp}/pickled", "pytorch_model.bin: pickled weights"),
-    "quantised weights": ("model.path={tmp}/quantised", r"weights are quantised \(gptq\)"),
+    "quantised weights": ("model.path={tmp}/quantised", r"weights are quantised \(quark\)"),
     "a model without a tokenizer": ("model.path={tmp}/mute", "{tmp}/mute: has no tokenizer; copy its files"),
     "a tokenizer without its vocabulary": ("model.path={tmp}/empty", r"the tokenizer of {tmp}/empty .* has \d tokens?,"),
     "a tokenizer of special tokens": ("model.path={tmp}/special", "the tokenizer of {tmp}/special makes 0 tokens"),
@@ -124,7 +124,7 @@ MODELS = {
     "empty": empty_tokenizer(1),
     "special": empty_tokenizer(20),
     "dense": with_config(lambda config: {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3}),
-    "quantised": with_config(lambda config: {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    "quantised": with_config(lambda config: {**config, "quantization_config": {"quant_method": "quark"}}),
 }
 
 
