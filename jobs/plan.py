@@ -8,11 +8,12 @@ from jobs import launch
 
 def work(cfg, ranks) -> None:
     from stun.checkpoint.hub import fetched
+    from stun.planning.config import request
     from stun.planning.from_statistics import plan_from_run
     from stun.report.tables import plan_table
 
     cfg = fetched(cfg, ranks)
-    ranks.on_first(lambda: print(plan_table(plan_from_run(cfg, Path(cfg.output), cfg.compare))))
+    ranks.on_first(lambda: print(plan_table(plan_from_run(request(cfg), Path(cfg.output), cfg.compare))))
 
 
 def main() -> None:

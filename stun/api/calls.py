@@ -18,6 +18,7 @@ from stun.data.tokenizer import load_tokenizer
 from stun.evaluation import job as evaluation
 from stun.files import load_yaml
 from stun.model.whole import load_whole
+from stun.planning.config import request
 from stun.planning.from_statistics import Described, plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
@@ -84,7 +85,7 @@ def plan(run: File, *, output: File, model: File | None = None, overrides: Seque
     given = {"model": model or _model_of(Path(run)), "run_dir": run, "output": output}
     with _job("plan", given, settings, overrides) as (cfg, ranks):
         cfg = fetched(cfg, ranks)
-        return ranks.on_first(lambda: plan_from_run(cfg, Path(cfg.output), cfg.compare))[cfg.output]
+        return ranks.on_first(lambda: plan_from_run(request(cfg), Path(cfg.output), cfg.compare))[cfg.output]
 
 
 def load(model: File, **options: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

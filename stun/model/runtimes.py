@@ -40,7 +40,7 @@ def uneven(model_type: str) -> dict[str, str]:
     return {
         "this package": "yes",
         "transformers": f"yes, {trust}",
-        "vLLM": f"{trust}, through its transformers backend",
+        "vLLM": f"{trust}, through its transformers backend; tried with tiny models of seven families",
         "llama.cpp": gguf,
     }
 

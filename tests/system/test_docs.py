@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,20 @@ def test_qwen3_on_one_gpu(tmp_path):
     run(here(pruned, {**task, **evaluated}))
     assert str(run_dir / "report" / "index.html") in run(here(report, {"folder": str(run_dir)}))
     assert "perplexity" in (run_dir / "model" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_serve_check(tmp_path):
+    """The page's command, with the runtime that is here."""
+    shutil.copytree(REFERENCE / "model", tmp_path / "run" / "model")
+    own = {
+        "model.path": str(tmp_path / "run" / "model"),
+        "runtime": "transformers",
+        "python": sys.executable,
+        "tokens": "4",
+        "output": str(tmp_path / "served.json"),
+    }
+    assert "12 of 12" in run(here(commands("served", page("serving"))[0], own))
 
 
 @pytest.mark.ranks

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from helpers.harness import LIKELIHOOD_TASK
+from helpers.pages import commands, page
 from helpers.uneven import pruned, steep
 from stun.config import SparsifyConfig
 from stun.evaluation.config import HarnessConfig
@@ -29,8 +31,10 @@ def test_its_command_measures_what_this_package_does(tmp_path, ranks):
     (tasks / "text.yaml").write_text(LIKELIHOOD_TASK.format(rows=rows))
     places = {name: str(tmp_path / name) for name in ("HF_MODULES_CACHE", "HF_DATASETS_CACHE")}
     environment = {**os.environ, **places, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    model = f"pretrained={folder},trust_remote_code=True,dtype=float32"
-    command = ["--model", "hf", "--model_args", model, "--tasks", "stun_text", "--include_path", str(tasks), "--device", "cpu"]
+    _, shown = commands("uneven", page("serving"))[0].splitlines()  # the command of the page, with another folder and task
+    words = shlex.split(shown.replace("runs/best/model", str(folder)).replace("gsm8k", "stun_text"))
+    assert words[:2] == ["lm_eval", "run"]
+    command = [*words[2:], "--include_path", str(tasks), "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "lm_eval", "run", *command, "--batch_size", "1", "--output_path", str(tmp_path / "out")],
         cwd=tmp_path,
