@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("helpers")  # before they are imported, so that t
 
 from helpers.selections import config  # noqa: E402
 from helpers.zoo import make_checkpoint  # noqa: E402
+from stun.config import ExpertsConfig, Score  # noqa: E402
 from stun.pruning.job import take_statistics  # noqa: E402
 from stun.runtime.ranks import Ranks  # noqa: E402
 
@@ -136,5 +137,5 @@ def observed(tmp_path_factory, ranks):
     """(checkpoint, run folder with its statistics)."""
     folder = tmp_path_factory.mktemp("observed")
     source = make_checkpoint(folder / "source", "mixtral", num_local_experts=12)
-    take_statistics(config(source, folder / "run"), ranks)
+    take_statistics(config(source, folder / "run", experts=ExpertsConfig(score=Score.residual)), ranks)  # with all sums
     return source, folder / "run"

@@ -106,6 +106,8 @@ def test_computes_what_the_whole_model_with_constants_does(made, ranks, family):
         for expert in layout.whole:  # the refitted matrices
             (name,) = dense.experts[expert]["down_proj"]
             module.down_proj.data[expert] = tensors[name]
+        for name in layout.shared_outputs:
+            layer.get_parameter(layout.dense[name]).data.copy_(tensors[name])
         constants = {expert: tensors[name] for expert, name in layout.novices.items()}
         copy = type(module).forward.__get__(module)
         layer.get_submodule(experts_of(layer)[0]).forward = constant_experts(copy, constants)

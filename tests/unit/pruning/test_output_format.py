@@ -53,7 +53,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check_said(job, summary, folder):
     """Preflight's bytes are those of the run, and its records say the stored form."""
-    assert model_bytes(job.arch, job.plan) == summary["bytes_written"]
+    assert model_bytes(job.arch, job.plan, job.cfg.experts) == summary["bytes_written"]
     estimate = sum(sum(read) for read in bytes_read(job, 1).values())
     assert estimate == pytest.approx(sum(summary["bytes_read"]), rel=0.01)
     (form,) = job.arch.source.formats
@@ -93,7 +93,8 @@ def test_removed_weights_get_the_code_of_zero(tmp_path, ranks, form):
     asked = {"experts": replace(RANKED, keep=None, fraction=0.5), "target": 0.4, "sparsify": wanda}
     folder, kept, summary = pruned(source, tmp_path / "run", ranks, **asked)
     plain, _, _ = pruned(source, tmp_path / "plain", ranks, **asked, output=BFLOAT16)
-    assert abs(summary["sparsity"] - 0.4) < 1e-4
+    own = 1e-3 if form == "nvfp4" else 1e-4  # one of its sixteen codes is zero, also in matrices that lose no weight
+    assert -1e-4 < summary["sparsity"] - 0.4 < own
     before, after = load_tensors(source), load_tensors(folder)
     read, exact = Checkpoint.open(folder), load_tensors(plain)
     assert read.tensors.keys() == exact.keys() and all(torch.equal(read.read(name), exact[name]) for name in exact)

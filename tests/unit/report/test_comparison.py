@@ -144,15 +144,26 @@ def test_methods_against_sparsity():
     assert drawn[0].get_color() == colors["paper  0.842"]
 
 
-def test_the_first_picture_of_the_readme_is_that_of_its_scores(tmp_path):
-    """... but for what another version of matplotlib or another font changes; the commands that made both are on a page."""
+def test_the_picture_of_the_demo_is_that_of_its_scores(tmp_path):
     study, picture = commands("picture", (ROOT / "docs" / "selection.md").read_text())[0].splitlines()
-    scores, shown_in_readme = shlex.split(picture)[3:]
-    assert f"({shown_in_readme})" in README and f"scores={scores}" in study
-    cfg = composed("study_demo", ["scores=s"])
-    assert list(cfg.methods) == list(load_json(ROOT / scores)["results"]) and list(cfg.targets) == [0.3, 0.4, 0.5, 0.6, 0.65, 0.7]
-    draw(str(ROOT / scores), str(tmp_path / "picture.png"))
-    drawn, shown = (Image.open(file).convert("RGBA").convert("L") for file in (tmp_path / "picture.png", ROOT / shown_in_readme))
+    assert f"scores={shlex.split(picture)[3]}" in study
+    cfg, scores = composed("study_demo", ["scores=s"]), load_json(ROOT / shlex.split(picture)[3])
+    assert list(cfg.methods) == list(scores["results"]) and list(cfg.targets) == [0.3, 0.4, 0.5, 0.6, 0.65, 0.7]
+    check_picture(picture, tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_first_pictures_of_the_readme_are_those_of_their_scores(tmp_path, number):
+    picture = commands("pictures", (ROOT / "docs" / "quality.md").read_text())[0].splitlines()[number]
+    assert f"({shlex.split(picture)[4]})" in README
+    check_picture(picture, tmp_path)
+
+
+def check_picture(command: str, folder) -> None:
+    """A picture is what the command on a page draws, but for what another version of matplotlib or another font changes."""
+    scores, shown_in_page, *chosen = shlex.split(command)[3:]
+    draw(str(ROOT / scores), str(folder / "picture.png"), *chosen)
+    drawn, shown = (Image.open(file).convert("RGBA").convert("L") for file in (folder / "picture.png", ROOT / shown_in_page))
     assert drawn.size == shown.size
     assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(shown, dtype=float)).mean() < 2
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
+from helpers.configs import composed as composed_page
 from stun.config import StunError, with_overrides
 from stun.evaluation.config import PruneAndEvaluateConfig
 from stun.settings.compose import SCHEMAS, check_overrides, composed, reference_file
@@ -73,7 +75,7 @@ def test_reference_files_are_named_from_the_working_folder(monkeypatch, tmp_path
 
 def test_the_default_is_what_was_measured():
     """docs/quality.md has its numbers, by conf/study_default.yaml."""
-    cfg, study = composed("prune", GIVEN), composed("study_default", [])
+    cfg, study = composed("prune", GIVEN), OmegaConf.to_object(composed_page("study_default", []))
     measured = with_overrides(study, study.methods["default"])
     assert (cfg.experts, cfg.sparsify) == (measured.experts, measured.sparsify)
 
