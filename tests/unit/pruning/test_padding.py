@@ -23,7 +23,7 @@ from stun.planning.job import resolve_model
 from stun.pruning.job import prune
 from stun.pruning.padding import padding
 
-FAMILIES = ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2"]
+FAMILIES = ["deepseek_v3", "dots1", "glm4_moe", "gpt_oss", "minimax_m2"]
 CODE = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, budget=Budget["global"])
 PADDING = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, budget=Budget["global"], uneven=Uneven.padded)
 
