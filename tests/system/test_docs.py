@@ -47,16 +47,10 @@ def test_qwen3_on_one_gpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_serve_check(tmp_path):
-    """The page's command, with the runtime that is here."""
-    shutil.copytree(REFERENCE / "model", tmp_path / "run" / "model")
-    own = {
-        "model.path": str(tmp_path / "run" / "model"),
-        "runtime": "transformers",
-        "python": sys.executable,
-        "tokens": "4",
-        "output": str(tmp_path / "served.json"),
-    }
+def test_serve_check(checkpoint, tmp_path):
+    """The page's command, with the runtime that is here, on a family that it has."""
+    own = {"model.path": str(checkpoint("mixtral")), "runtime": "transformers", "python": sys.executable, "tokens": "4"}
+    own["output"] = str(tmp_path / "served.json")
     assert "12 of 12" in run(here(commands("served", page("serving"))[0], own))
 
 
