@@ -1,22 +1,18 @@
 """Tables of one study on several models: a row per method, a column per model."""
 
-import json
 from pathlib import Path
-from statistics import mean
+
+from stun.files import load_json
+from stun.report.quality import exact_match
 
 
 def read_scores(folder: Path, kind: str) -> dict[str, dict]:
     """Scores of a study by model, from the files KIND-MODEL.json of a folder."""
     files = sorted(folder.glob(f"{kind}-*.json"), key=lambda file: ORDER.index(file.stem.removeprefix(f"{kind}-")))
-    return {file.stem.removeprefix(f"{kind}-"): json.loads(file.read_text()) for file in files}
+    return {file.stem.removeprefix(f"{kind}-"): load_json(file) for file in files}
 
 
 ORDER = ["reference", "qwen3_moe", "deepseek_v3", "gpt_oss"]  # methods were chosen on the first two
-
-
-def exact_match(results: list[dict]) -> float:
-    """Exact match on all rows, mean over the seeds."""
-    return mean((result["odd"] + result["even"]) / 2 for result in results)
 
 
 def across(scores: dict[str, dict], share: str) -> str:

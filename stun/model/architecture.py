@@ -103,7 +103,7 @@ class Architecture:
     def parameters_of(self, layout: LayerLayout) -> int:
         """Number of parameters of a decoder layer in the checkpoint."""
         experts = {name for expert in layout.experts for names in expert.values() for name in names}
-        return sum(self.info(name).numel for name in [*layout.copied, *experts, *layout.novices.values()])
+        return sum(self.info(name).numel for name in [*layout.copied, *experts])
 
     def _groups(self) -> tuple[int, int]:
         """Routing groups (1: none), and the fewest experts a group may keep. Raises StunError."""
@@ -286,5 +286,7 @@ def _move_buffers(root: nn.Module, device: torch.device) -> None:
 
 def expert_infos(arch: Architecture, layout: LayerLayout) -> list[TensorInfo]:
     """Tensors that make up one expert of a layer."""
-    some = layout.whole[0] if layout.experts else -1
-    return [info for part in (layout.experts[some] if layout.experts else ()) for info in arch.piece(layout, some, part)]
+    if not layout.experts:
+        return []
+    some = layout.whole[0]
+    return [info for part in layout.experts[some] for info in arch.piece(layout, some, part)]

@@ -54,8 +54,8 @@ class LayerLayout:
 
     @property
     def copied(self) -> list[str]:
-        """Names of all tensors outside the experts, in a fixed order."""
-        return sorted([*self.dense, *self.unused])
+        """Names of all tensors outside the experts, in a fixed order, with the constants of novices."""
+        return sorted([*self.dense, *self.unused, *self.novices.values()])
 
     @property
     def fused_names(self) -> dict[str, str]:

@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from stun.model.families import FAMILIES, NOVICES
 from stun.model.heterogeneous import register_model, with_experts
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, renumber
+from stun.model.tensor_names import experts_of
 
 
 def stock(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -61,14 +62,19 @@ def _put_novices(layer: nn.Module, config: PreTrainedConfig, index: int, novices
     """Replace the experts of a layer by fewer and novices."""
     total = getattr(config, count)
     small = with_experts(type(layer), config, index, count, total - len(novices))
-    path, experts = next((path, m) for path, m in small.named_modules() if hasattr(m, "is_transposed"))
-    places = {expert: place for place, expert in enumerate(sorted(set(range(total)) - set(novices)))}
+    path, experts = experts_of(small)
+    places = {expert: place for place, expert in enumerate(_others(total, novices))}
     experts.__class__ = _experts_class(type(experts))
     experts.novices = novices
     experts.routes = [places[e] if e in places else -1 - novices.index(e) for e in range(total)]
     for novice in novices:
         experts.add_module(str(novice), _Constant(config.hidden_size))
     layer.set_submodule(path, experts)
+
+
+def _others(total: int, novices: list[int]) -> list[int]:
+    """Experts of a layer that are no novices."""
+    return sorted(set(range(total)) - set(novices))
 
 
 @functools.cache
@@ -84,14 +90,13 @@ def config_class(base_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
                 _put_novices(self.base_model.layers[int(index)], config, int(index), list(novices), count)
             self.post_init()
 
-        def save_pretrained(self, folder, state_dict=None, **keywords):
+        def save_pretrained(self, folder, is_main_process=True, state_dict=None, **keywords):
             """As transformers' own, with the experts under their own numbers."""
             tensors = revert_weight_conversion(self, self.state_dict() if state_dict is None else state_dict)
-            kept = {
-                int(i): sorted(set(range(getattr(self.config, count))) - set(n)) for i, n in getattr(self.config, NOVICES).items()
-            }
+            total, listed = getattr(self.config, count), getattr(self.config, NOVICES)
+            kept = {int(index): _others(total, novices) for index, novices in listed.items()}
             named = {_own_name(name, kept): tensor for name, tensor in tensors.items()}
-            super().save_pretrained(folder, state_dict=named, save_original_format=False, **keywords)
+            super().save_pretrained(folder, is_main_process, state_dict=named, save_original_format=False, **keywords)
 
     own_config = type(f"Novice{base_config.__name__}", (base_config,), {"__module__": __name__})
     register_model(own_config, Model, base_model, base_model.__name__)

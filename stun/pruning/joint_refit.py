@@ -23,7 +23,7 @@ import torch
 from stun.config import StunError
 from stun.model.tensor_names import experts_of
 from stun.pruning.replicated import Gated, Replicated, Shared, constants
-from stun.sparsify.joint_refit import DAMPING, descend
+from stun.sparsify.joint_refit import DAMPING, damped_factor, descend, preconditioned, refitted, rounding
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
@@ -144,12 +144,7 @@ class _Refit:
         mean = self._by_number({n: float(total_II.diagonal().double().mean()) for n, total_II in grams.items()})
         damping = DAMPING * mean / len(self.layer.kept) or 1.0
 
-        def factor(number: int) -> torch.Tensor:
-            total_II = grams.pop(number).double()  # float32 could find a matrix with one large input to be indefinite
-            total_II.diagonal().add_(damping)
-            return torch.linalg.cholesky(total_II).float()
-
-        return damping, self._map(factor)
+        return damping, self._map(lambda number: damped_factor(grams.pop(number), damping))
 
     def _by_number(self, parts: dict[int, float]) -> float:
         """Sum of numbers of all ranks' experts or micro-batches, in their order."""
@@ -204,8 +199,8 @@ class _Refit:
     def precondition(self) -> float:
         def solve(number: int) -> float:
             kept_DI = self._weight(number) != 0  # removed weights stay zero
-            slope_DI = self.slope[number].mul_(kept_DI)
-            self.slope[number] = torch.cholesky_solve(slope_DI.T, self.factors[number]).T.mul(kept_DI)
+            slope_DI = self.slope[number]
+            self.slope[number] = preconditioned(slope_DI, self.factors[number], kept_DI)
             return _inner(slope_DI, self.slope[number])
 
         return self._by_number(self._map(solve)) + self._of_replicated(lambda own: own.precondition())
@@ -240,17 +235,10 @@ class _Refit:
         """Squared error of the outputs."""
         return self._squared(self.missing.__getitem__, None)
 
-    def _refitted(self, number: int) -> torch.Tensor:
-        weight_DI = self._weight(number)
-        return (weight_DI.float() + self.change[number]).to(weight_DI.dtype)
-
     def round_off(self) -> float:
         """Squared error of the outputs once the changed weights are rounded to their dtype."""
-
-        def rounding(number: int) -> torch.Tensor:
-            return self._refitted(number).float() - self._weight(number).float() - self.change[number]
-
-        added = self._outputs(rounding, lambda own: own.rounding_DX)
+        own_roundings = lambda number: rounding(self._weight(number), self.change[number])  # noqa: E731
+        added = self._outputs(own_roundings, lambda own: rounding(own.weight_DX, own.change))
         for missing_TD, added_TD in zip(self.missing, added, strict=True):
             missing_TD.sub_(added_TD)
         return self.error()
@@ -258,7 +246,7 @@ class _Refit:
     def install(self) -> None:
         """Give the experts their new weights."""
         for number in self.mine:
-            self._weight(number).copy_(self._refitted(number))
+            self._weight(number).copy_(refitted(self._weight(number), self.change[number]))
         for own in self.replicated:
             own.install()
 

@@ -15,7 +15,8 @@ import torch
 
 from stun.config import StunError
 from stun.runtime.ranks import Ranks
-from stun.sparsify.joint_refit import DAMPING
+from stun.sparsify.joint_refit import DAMPING, damped_factor, preconditioned, refitted
+from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
@@ -51,15 +52,9 @@ class Replicated:
         """Set damping and preconditioner, from the inputs of all ranks in so many rounds."""
         self.ranks, self.rounds, self.is_fitted = ranks, rounds, is_fitted
         width = self.change.shape[1]
-
-        def gram(turn: int) -> torch.Tensor:
-            rows_TX = self.inputs[turn].product_TX
-            return rows_TX.T @ rows_TX
-
-        gram_XX = self._sum(gram, (width, width)).double()
-        self.damping = DAMPING * float(gram_XX.diagonal().mean()) or 1.0
-        gram_XX.diagonal().add_(self.damping)
-        (self.factor_XX,) = ranks.workers.map(lambda gram_XX: torch.linalg.cholesky(gram_XX).float(), [gram_XX])
+        gram_XX = self._sum(lambda turn: gram(self.inputs[turn].product_TX), (width, width))
+        self.damping = DAMPING * float(gram_XX.diagonal().double().mean()) or 1.0
+        (self.factor_XX,) = ranks.workers.map(lambda gram_XX: damped_factor(gram_XX, self.damping), [gram_XX])
 
     def _sum(self, part: Callable[[int], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Sum over the micro-batches of all ranks that are fitted, in their order."""
@@ -82,9 +77,8 @@ class Replicated:
 
     def precondition(self) -> torch.Tensor:
         """Products [D, X] of the gradient and the preconditioned gradient, entry by entry."""
-        slope_DX = self.slope.mul_(self.kept_DX)
-        (solved_XD,) = self.ranks.workers.map(lambda slope_DX: torch.cholesky_solve(slope_DX.T, self.factor_XX), [slope_DX])
-        self.slope = solved_XD.T.mul(self.kept_DX)
+        slope_DX = self.slope
+        (self.slope,) = self.ranks.workers.map(lambda own: preconditioned(own, self.factor_XX, self.kept_DX), [slope_DX])
         return slope_DX * self.slope
 
     def turn(self, share: float) -> None:
@@ -93,19 +87,9 @@ class Replicated:
     def step(self, size: float) -> None:
         self.change.add_(self.direction, alpha=size)
 
-    @property
-    def refitted_DX(self) -> torch.Tensor:
-        """The matrix with its change, in the dtype that it is stored in."""
-        return (self.weight_DX.float() + self.change).to(self.weight_DX.dtype)
-
-    @property
-    def rounding_DX(self) -> torch.Tensor:
-        """What rounding to that dtype adds."""
-        return self.refitted_DX.float() - self.weight_DX.float() - self.change
-
     def install(self) -> None:
         """Give the layer the refitted matrix."""
-        self._install(self.refitted_DX)
+        self._install(refitted(self.weight_DX, self.change))
 
 
 def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:

@@ -26,14 +26,12 @@ class Form:
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
-    """Tensors of a layer that this rank writes, by source name, the experts kept renumbered; beside novices they keep their
-    numbers. All ranks call this together."""
+    """Tensors of a layer that this rank writes, by source name, the experts kept renumbered. All ranks call this together."""
     writers, rank, layout = stream.writer_of(layer.layout), stream.ranks.rank, layer.layout
     tensors: dict[str, torch.Tensor | Stacked] = {n: tensor for n, tensor in layer.dense.items() if writers[n] == rank}
     tensors |= layer.unused
-    for place, expert in enumerate(layer.kept):
-        if layer.owner[place] == rank:
-            number = expert if layer.novices else place
+    for expert, owner, number in zip(layer.kept, layer.owner, layer.written, strict=True):
+        if owner == rank:
             for part in layout.experts[expert].keys() - layout.fused:
                 names = layout.experts[expert][part]
                 rows = [stream.arch.info(name).shape[0] for name in names]
@@ -53,9 +51,8 @@ def origins(layer: Layer) -> dict[str, tuple[str, list[int]]]:
     entries that are kept."""
     layout = layer.layout
     found = {name: (name, layer.kept) for name in layout.fused_names.values()}
-    for place, expert in enumerate(layer.kept):
+    for expert, number in zip(layer.kept, layer.written, strict=True):
         for part in layout.experts[expert].keys() - layout.fused:
-            number = expert if layer.novices else place
             found |= {renumber(name, number): (name, []) for name in layout.experts[expert][part]}
     return found
 

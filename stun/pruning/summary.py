@@ -32,6 +32,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
     """Content of manifest.json, except the seconds the run took. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
     kept = [len(experts) for experts in written.kept[: len(plan.layers)]]
+    stored = [plan.most if count and job.is_padded else count for count in kept]  # with experts of zeros
     entries = [entry for layer in written.layers[: len(plan.layers)] for entry in layer]
     nonzero = sum(count for entry in entries for count in entry["nonzero"].values())
     return {
@@ -42,7 +43,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
-        "loads_in": runtimes.runtimes(arch.model_type, _stored(job, written), job.has_novices),
+        "loads_in": runtimes.runtimes(arch.model_type, stored, job.has_novices),
         "experts_without_tokens": sum(layer[0]["unseen"] for layer in written.layers[: len(plan.layers)]),
         "ratio": plan.ratio,
         "ranks": ranks.world,
@@ -59,12 +60,6 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "statistics": os.path.relpath(cfg.statistics, run.folder) if cfg.statistics else "",
         "command": command_line(ranks.command or sys.argv),
     }
-
-
-def _stored(job: Job, written: Written) -> list[int]:
-    """Experts of every layer in the checkpoint, with those of zeros that fill it up."""
-    counts, most = [len(kept) for kept in written.kept], max(map(len, written.kept))
-    return [most if count and job.is_padded else count for count in counts[: len(job.arch.layers)]]
 
 
 def _form(job: Job) -> dict | None:

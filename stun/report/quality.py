@@ -51,9 +51,9 @@ def methods(theme: Theme, scores: dict, chosen: list[str] | None = None) -> Figu
     """Exact match against sparsity, a line per method: the `chosen` ones, or all, of the scores that jobs.study writes. Exact
     match is the mean over the seeds and both halves of the rows."""
     lines = {name: scores["results"][name] for name in chosen or scores["results"]}
-    values = {m: {float(t): mean(map(_exact_match, seeds)) for t, seeds in by.items()} for m, by in lines.items()}
+    values = {m: {float(t): exact_match(seeds) for t, seeds in by.items()} for m, by in lines.items()}
     figure, (axes,) = canvas(theme, max(3.2, 1.1 + _LINE * (len(lines) + 1)))
-    dense = {"dense": _exact_match(scores["dense"])}
+    dense = {"dense": exact_match([scores["dense"]])}
     height = _difference(axes, "exact match", dense, [value for line in values.values() for value in line.values()])
     names = []
     for place, (method, line) in enumerate(values.items()):
@@ -68,8 +68,9 @@ def methods(theme: Theme, scores: dict, chosen: list[str] | None = None) -> Figu
     return figure
 
 
-def _exact_match(result: dict) -> float:
-    return (result["odd"] + result["even"]) / 2
+def exact_match(results: list[dict]) -> float:
+    """Exact match on all rows, mean over the seeds of a study."""
+    return mean((result["odd"] + result["even"]) / 2 for result in results)
 
 
 def _difference(axes: Axes, measure: str, dense: dict[str, float], values: list[float]) -> Callable[[float], float]:

@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+import torch
+
 STEPS = 8  # most steps; on a trained model they came within 3 % of the exact solution's error
 DAMPING = 1e-3  # of the mean square of an input, added to every input's
 
@@ -18,6 +20,29 @@ def replicated_bytes(shape_DX: tuple[int, int], tokens: int, itemsize: int, worl
     over the ranks gathers, and a factor."""
     height, width = shape_DX
     return tokens * width * itemsize + 4 * ((4 + world) * height * width + 2 * width**2)
+
+
+def damped_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
+    """Cholesky factor [I, I] of a Gram matrix with damping on its diagonal, in float32."""
+    total_II = gram_II.double()  # float32 could find a matrix with one large input to be indefinite
+    total_II.diagonal().add_(damping)
+    return torch.linalg.cholesky(total_II).float()
+
+
+def preconditioned(slope_DI: torch.Tensor, factor_II: torch.Tensor, kept_DI: torch.Tensor) -> torch.Tensor:
+    """The gradient of a matrix times the inverse of its own damped Gram matrix; both are zero, `slope_DI` in place, where
+    `kept_DI` is false."""
+    return torch.cholesky_solve(slope_DI.mul_(kept_DI).T, factor_II).T.mul(kept_DI)
+
+
+def refitted(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """A matrix with its change, in the dtype that it is stored in."""
+    return (weight.float() + change).to(weight.dtype)
+
+
+def rounding(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """What rounding to that dtype adds."""
+    return refitted(weight, change).float() - weight.float() - change
 
 
 class Problem(Protocol):

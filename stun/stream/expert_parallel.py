@@ -72,6 +72,11 @@ class Layer:
         """Experts that the router chooses from, by number in the source."""
         return sorted([*self.kept, *self.novices])
 
+    @property
+    def written(self) -> list[int]:
+        """Numbers that the experts kept are written under; beside novices they keep their own."""
+        return self.kept if self.novices else list(range(len(self.kept)))
+
     def release(self) -> None:
         """Free all tensors, even while references to the layer remain."""
         self.module = None

@@ -92,7 +92,7 @@ class LayerStream:
 
     def writer_of(self, layout: LayerLayout) -> dict[str, int]:
         """Rank that writes each tensor of a layer that is not one expert's; it also reads those outside the experts."""
-        names = [*layout.copied, *layout.fused_names.values(), *layout.novices.values()]
+        names = [*layout.copied, *layout.fused_names.values()]
         return {name: j % self.ranks.world for j, name in enumerate(names)}
 
     def _read_ahead(self, pool: ThreadPoolExecutor, index: int) -> Future[_Part] | None:
@@ -101,8 +101,7 @@ class LayerStream:
         if index == len(self.layouts):
             return None
         owners, rank = self.writer_of(self.layouts[index]), self.ranks.rank
-        copied = [*self.layouts[index].copied, *self.layouts[index].novices.values()]
-        missing: list[str | int] = [name for name in copied if owners[name] == rank]
+        missing: list[str | int] = [name for name in self.layouts[index].copied if owners[name] == rank]
         missing += [number for number, owner in enumerate(self.owners[index]) if owner == rank]
         return pool.submit(self._read, index, _Part(missing), self.memory.room_ahead(self.reserved) / self.beside)
 

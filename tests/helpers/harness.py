@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-HARNESS_TASK = """
-task: stun_heldout
+_ROWS = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {rows}}}}}
 test_split: test
-output_type: generate_until
+"""
+HARNESS_TASK = (
+    "task: stun_heldout"
+    + _ROWS
+    + """output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer.split('####')[-1].strip()}}}}"
 target_delimiter: ""
@@ -20,16 +23,16 @@ filter_list:
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
+)
 
-LIKELIHOOD_TASK = """
-task: stun_text
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-test_split: test
-output_type: loglikelihood_rolling
+LIKELIHOOD_TASK = (
+    "task: stun_text"
+    + _ROWS
+    + """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list:
   - {{metric: bits_per_byte}}
   - {{metric: byte_perplexity}}
 """
+)
