@@ -88,7 +88,7 @@ def log_of(run_dir: Path) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def until(condition, limit: float = 90.0) -> None:
+def until(condition, limit: float = 180.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline
