@@ -4,8 +4,8 @@ Importing the package registers with transformers' `AutoConfig` and `AutoModelFo
 transformers lacks: Snowflake Arctic, and checkpoints of any supported family whose layers keep different numbers of experts, or
 constants in place of some.
 
-`stun.prune`, `stun.evaluate`, `stun.plan` and `stun.load` are the Python API (docs/python-api.md); what they need is imported at
-their first use.
+`stun.prune`, `stun.evaluate`, `stun.plan` and `stun.load` are the Python API (docs/python-api.md), and `stun.KeepZeros` is for
+fine-tuning (docs/healing.md); what they need is imported at their first use.
 """
 
 import importlib
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stun.api.calls import load as load
     from stun.api.calls import plan as plan
     from stun.api.calls import prune as prune
+    from stun.api.zeros import KeepZeros as KeepZeros
 
 __version__ = "0.3.0"
 
@@ -57,6 +58,8 @@ after_import("transformers.models.auto.configuration_auto", _register)
 def __getattr__(name: str) -> object:
     if name in ("evaluate", "load", "plan", "prune"):
         return getattr(importlib.import_module("stun.api.calls"), name)
+    if name == "KeepZeros":
+        return importlib.import_module("stun.api.zeros").KeepZeros
     if name == "reference":
         return importlib.import_module("stun.reference")
     raise AttributeError(f"module 'stun' has no attribute {name!r}")

@@ -11,6 +11,8 @@ import copy
 import functools
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -61,6 +63,7 @@ def classes(family: str, count: str) -> tuple[type, type]:
                     self.base_model.layers[index] = with_experts(
                         type(layer), config, index, count, config.experts_per_layer[index]
                     )
+            self.base_model.register_forward_hook(functools.partial(_level_router_logits, getattr(config, count)))
             self.post_init()
 
         def save_pretrained(self, folder, *arguments, **keywords):
@@ -75,6 +78,14 @@ def classes(family: str, count: str) -> tuple[type, type]:
     if names is not None:
         register_checkpoint_conversion_mapping(model_type, names)
     return config_class, Model
+
+
+def _level_router_logits(most: int, base_model: nn.Module, arguments: tuple, output: object) -> None:
+    """Fill every layer's router logits [T, experts of the layer] up to `most` experts with minus infinity, an expert that is
+    never chosen: transformers' load-balancing loss adds layers up."""
+    logits = getattr(output, "router_logits", None)
+    if logits:
+        output.router_logits = tuple(nn.functional.pad(x, (0, most - x.shape[-1]), value=-torch.inf) for x in logits)
 
 
 def register_model(config_class: type, model: type, base_model: type, name: str) -> None:

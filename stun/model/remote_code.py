@@ -21,6 +21,7 @@ For transformers 5.17 or later, and runtimes that build models with it: pass tru
 
 import copy
 
+import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from {config_module} import {config}
 from {module} import {base}, {model}
@@ -28,6 +29,14 @@ from {module} import {base}, {model}
 
 class Stun{config}({config}):
     model_type = "{model_type}"
+
+
+def level(base_model, arguments, output):
+    """Router logits as wide as the fullest layer's: the load-balancing loss adds layers up."""
+    logits = getattr(output, "router_logits", None)
+    if logits:
+        most = base_model.config.{count}
+        output.router_logits = tuple(torch.nn.functional.pad(x, (0, most - x.shape[-1]), value=-torch.inf) for x in logits)
 
 
 class OwnCounts:
@@ -46,6 +55,8 @@ class OwnCounts:
                 for module in layers[index].modules():
                     if getattr(module, "config", None) is own:
                         module.config = config  # later changes of it must reach this layer
+        if self.base_model is not self:
+            self.base_model.register_forward_hook(level)
         self.post_init()
 
     # transformers would search this file for the code that it finds in the family's.

@@ -5,9 +5,9 @@ What is said of vLLM is of version 0.33, from its registry of models and its rou
 
 from stun.model.families import FAMILIES
 
-# Expert counts that vLLM's fused top-k kernels are compiled for; for all others they fall back to two general ones. Routers with
-# groups have a kernel of their own.
-VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576)
+# Expert counts that vLLM's fused top-k kernels are compiled for (the instances of `topkGating` in the CUDA wheel); for all others
+# they fall back to two general ones. Routers with groups have a kernel of their own.
+VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 352, 384, 448, 512, 576)
 # Last version with the family's own class (`_PREVIOUSLY_SUPPORTED_MODELS` there); later ones run what transformers has.
 LEFT_VLLM = {"arctic": "0.28", "dots1": "0.23"}
 THROUGH_TRANSFORMERS = ("dots1", "hunyuan_v1_moe", "phimoe")  # in vLLM: no class of its own for what transformers writes
@@ -57,7 +57,8 @@ def _novices(model_type: str) -> dict[str, str]:
 
 def _vllm(model_type: str, experts: int) -> str:
     sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
-    parallel = f"expert parallel over {', '.join(map(str, sizes))} ranks" if sizes else "no expert parallelism"
+    evenly = f"evenly over {', '.join(map(str, sizes))} ranks, " if sizes else ""
+    parallel = f"expert parallel {evenly}unevenly over any"
     last, is_grouped = LEFT_VLLM.get(model_type, ""), FAMILIES[model_type].group_floor > 0
     way = f"{last} and earlier" if last else "yes"
     if model_type in THROUGH_TRANSFORMERS:

@@ -11,7 +11,7 @@ from stun.model.layer_layout import EXPERT_NUMBER, renumber
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
-_NEVER = -1e4  # far below every score, and a number in float16 too
+NEVER = -1e4  # far below every score, and a number in float16 too
 
 
 def _places(kept: int, most: int, groups: int) -> list[int]:
@@ -33,7 +33,7 @@ def padded(stream: LayerStream, layer: Layer, tensors: Tensors, most: int) -> Te
     for name, tensor in tensors.items():
         number = EXPERT_NUMBER.search(name)
         if name in layout.routed:
-            filled[name] = _with_entries(tensor, places, most, layout.routed[name], _NEVER if name in layout.biases else 0)
+            filled[name] = _with_entries(tensor, places, most, layout.routed[name], NEVER if name in layout.biases else 0)
         elif isinstance(tensor, Stacked):
             entries = [torch.zeros_like(tensor.entries[0])] * most
             for place, entry in zip(places, tensor.entries, strict=True):

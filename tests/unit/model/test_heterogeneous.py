@@ -110,6 +110,27 @@ def test_made_from_a_configuration():
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral", "qwen3_moe"])
+def test_the_loss_that_balances_experts(family):
+    """Its formula, each expert's share of the routes times its mean probability, in a loop over layers and experts; generation
+    asks for it too where config.json does."""
+    shape = {**SHAPE, **ZOO[family], "mlp_only_layers": [], "output_router_logits": True}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(f"stun_{family}", **shape, experts_per_layer=[3, 8, 5])).eval()
+    prompt, top_k = torch.arange(3, 20)[None], model.config.num_experts_per_tok
+    output = model(prompt, labels=prompt)
+    share, probability = torch.zeros(8), torch.zeros(8)
+    for logits, count in zip(output.router_logits, [3, 8, 5], strict=True):
+        assert torch.isfinite(logits[:, :count]).all() and (logits[:, count:] == -torch.inf).all()
+        for expert in range(count):
+            own = logits[:, :count].softmax(-1)
+            share[expert] += (own.topk(top_k).indices == expert).float().sum() / (3 * 17)
+            probability[expert] += own[:, expert].sum() / (3 * 17)
+    torch.testing.assert_close(output.aux_loss, 8 * (share * probability).sum())
+    output.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] == 21
+
+
 def _experts(folder):
     numbers: dict[int, set] = {}
     for name in load_tensors(folder):

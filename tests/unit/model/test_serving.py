@@ -12,7 +12,9 @@ def test_even_counts():
     uniform = runtimes("qwen3_moe", [0, 102, 102])
     assert uniform["transformers"] == "yes, its own class" and uniform["vLLM"].startswith("yes: general router kernels")
     assert "over 2, 3, 6, 17, 34, 51 ranks" in uniform["vLLM"]
-    assert ": fused router kernels" in runtimes("qwen3_moe", [64, 64])["vLLM"]
+    for count in (64, 352):
+        assert ": fused router kernels" in runtimes("qwen3_moe", [count, count])["vLLM"]
+    assert runtimes("qwen3_moe", [17, 17])["vLLM"].endswith("expert parallel evenly over 17 ranks, unevenly over any")
     assert "kernels" not in runtimes("deepseek_v3", [102, 102])["vLLM"], "routers with groups have a kernel of their own"
     assert "import stun" in runtimes("arctic", [8, 8])["transformers"]
 

