@@ -42,6 +42,10 @@ class Codec:
         """Write the code of zero, in place, where `gone_LW` is true."""
         raise NotImplementedError
 
+    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        """Write the codes that come nearest to `values_LW` on the scales that are there, in place, where `changed_LW` is true."""
+        raise NotImplementedError
+
 
 def decoded(scale: torch.Tensor) -> torch.Tensor:
     """Stored scales in float32."""
@@ -75,10 +79,20 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((raw_Lb & 15, raw_Lb >> 4), -1).flatten(1)
 
 
+def joined(codes_LW: torch.Tensor) -> torch.Tensor:
+    """[L, W / 2] uint8: bytes of two codes of four bits each, the first in the low half."""
+    pairs = codes_LW.unflatten(1, (-1, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
+
+
 def from_nibbles(codes_LW: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Codes of four bits, packed as they are in the tensor `like`."""
-    pairs = codes_LW.unflatten(1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(like.dtype).view(like.shape)
+    return joined(codes_LW).view(like.dtype).view(like.shape)
+
+
+def steps_of(values_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
+    """Values in float32 over the scales of their groups of neighbours in a line; 0 where both are 0."""
+    return (values_LW.float().unflatten(1, (scale_LG.shape[1], -1)) / scale_LG[..., None]).nan_to_num_(0).flatten(1)
 
 
 def weight(codec: Codec, shape: tuple[int, ...], parts: list[Part]) -> TensorInfo:

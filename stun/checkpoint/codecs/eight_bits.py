@@ -14,6 +14,7 @@ from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
 INVERSE, SCALE = "_scale_inv", "_scale"
+LARGEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class EightBits(Codec):
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].view(torch.uint8).masked_fill_(gone_LW, 0)
+
+    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        codes_LW = parts["codes"]
+        steps_LW = (values_LW.float() / _spread(decoded(parts["scale"]), codes_LW.shape, self.block)).nan_to_num_(0)
+        if codes_LW.dtype is torch.int8:
+            near_LW = steps_LW.round_().clamp_(-128, 127).to(torch.int8)
+        else:
+            near_LW = steps_LW.clamp_(-LARGEST, LARGEST).to(codes_LW.dtype)
+        raw_LW = codes_LW.view(torch.uint8)
+        raw_LW.copy_(torch.where(changed_LW, near_LW.view(torch.uint8), raw_LW))
 
 
 def _spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from stun.checkpoint.codecs.codec import Codec, Parts, Tensors, from_nibbles, multiplied, nibbles, passengers, weight, worth
+from stun.checkpoint.codecs.codec import (
+    Codec,
+    Parts,
+    Tensors,
+    from_nibbles,
+    multiplied,
+    nibbles,
+    passengers,
+    steps_of,
+    weight,
+    worth,
+)
 from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
@@ -34,19 +45,31 @@ class Packed(Codec):
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         codes_LW = self._fields(parts["codes"])
-        zero_LW = torch.full_like(codes_LW, 1 << self.bits - 1)
-        if "zero" in parts:
-            zero_LG = self._zeros(parts, len(codes_LW))
-            zero_LW = zero_LG.repeat_interleave(codes_LW.shape[1] // zero_LG.shape[1], 1)
-        codes_LW, words = torch.where(gone_LW, zero_LW, codes_LW), parts["codes"]
+        self._store(parts, torch.where(gone_LW, self._zero(parts, codes_LW), codes_LW))
+
+    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        codes_LW = self._fields(parts["codes"])
+        near_LW = steps_of(values_LW, parts["scale"].float()).round_().add_(self._zero(parts, codes_LW))
+        near_LW = near_LW.clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
+        self._store(parts, torch.where(changed_LW, near_LW, codes_LW))
+
+    def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
+        words = parts["codes"]
         words.copy_(from_nibbles(codes_LW, words) if self.bits == 4 else codes_LW.contiguous().view(torch.int32))
+
+    def _zero(self, parts: Parts, codes_LW: torch.Tensor) -> torch.Tensor:
+        """Codes of zero [L, W]."""
+        if "zero" not in parts:
+            return torch.full_like(codes_LW, 1 << self.bits - 1)
+        zero_LG = self._zeros(parts, len(codes_LW))
+        return zero_LG.repeat_interleave(codes_LW.shape[1] // zero_LG.shape[1], 1)
 
     def _fields(self, words: torch.Tensor) -> torch.Tensor:
         """Codes of words along their lines, a byte each."""
         return nibbles(words) if self.bits == 4 else words.contiguous().view(torch.uint8)
 
     def _zeros(self, parts: Parts, lines: int) -> torch.Tensor:
-        """Codes of zero [L, G]."""
+        """Codes of zero of a form that has its own [L, G]."""
         # A copy, since one column counts as contiguous either way.
         return self._fields(parts["zero"].T.clone(memory_format=torch.contiguous_format)).T[:lines]
 

@@ -37,8 +37,18 @@ class Transposed(Codec):
         return steps_LW.mul_(parts["scale"].float()[group_L])
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
-        codes_LW, words = self._codes(parts["codes"]), parts["codes"]
-        codes_LW = torch.where(gone_LW, self._zeros(parts)[self._groups(parts, len(codes_LW))], codes_LW)
+        codes_LW = self._codes(parts["codes"])
+        self._store(parts, torch.where(gone_LW, self._zeros(parts)[self._groups(parts, len(codes_LW))], codes_LW))
+
+    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        codes_LW = self._codes(parts["codes"])
+        group_L = self._groups(parts, len(codes_LW))
+        steps_LW = (values_LW.float() / parts["scale"].float()[group_L]).nan_to_num_(0).round_()
+        near_LW = steps_LW.add_(self._zeros(parts)[group_L]).clamp_(0, 15).to(torch.uint8)
+        self._store(parts, torch.where(changed_LW, near_LW, codes_LW))
+
+    def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
+        words = parts["codes"]
         if self.is_ordered:
             words.copy_(from_nibbles(codes_LW.unflatten(1, (-1, 8))[..., _COLUMNS].flatten(1), words))
         else:
