@@ -173,11 +173,22 @@ class Checkpoint:
                     raise StunError(f"{name}: {reason}, which output.format=source cannot hold; use output.format=bfloat16")
         return parts
 
-    def nearest(self, name: str, weight: torch.Tensor, row: int | None = None) -> torch.Tensor:
+    def nearest(self, name: str, weight: torch.Tensor, row: int | None = None, rounded: Callable | None = None) -> torch.Tensor:
         """The values nearest to those of `weight` that a quantised weight, or one entry of its first dimension, can have on the
-        scales that it is stored with."""
-        info, parts = self._parts(name, row)
-        return fit(info, {part.role: parts[part.name].to(weight.device) for part in info.parts}, weight)
+        scales that it is stored with; or those that `rounded(weight, near)` chooses among them: `near(values, places)` gives the
+        nearest ones at some places of the weight."""
+        info, stored = self._parts(name, row)
+        codec, parts = info.codec, {part.role: stored[part.name].to(weight.device) for part in info.parts}
+        if rounded:
+            scale, zero = (
+                each.expand(info.lines).T if codec.is_transposed else each.expand(info.lines) for each in codec.grid(parts)
+            )
+
+            def near(values: torch.Tensor, places: tuple) -> torch.Tensor:
+                return codec.near(values, scale[places], zero[places]) * scale[places]
+
+            weight = rounded(weight, near).to(info.dtype)
+        return fit(info, parts, weight)
 
     def _parts(self, name: str, row: int | None) -> tuple[TensorInfo, dict[str, torch.Tensor]]:
         """Description and parts, by name, of a quantised weight or one entry of its first dimension."""

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -241,23 +242,25 @@ class _Refit:
             return self._squared(self.missing.__getitem__, None)
         self._map(self._round_off)
         for own in self.replicated:
-            own.round_off(lambda name, weight_DX: self.rounding.shared(self.layer.layout, name, weight_DX))
+            own.round_off(partial(self.rounding.shared, self.layer.layout), self.is_changed)
         added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
         return self._squared(lambda turn: self.missing[turn] - added[turn], None)
 
     def _round_off(self, number: int) -> None:
         """Make what rounding adds to an expert's matrix its direction."""
-        weight_DI, layout = self._weight(number), self.layer.layout
-        new = layout.oriented(refitted(weight_DI, self.change[number]))  # as it is stored
-        rounded_DI = layout.oriented(self.rounding.closing(layout, self.layer.kept[number], new))
+        weight_DI, factor_II = self._weight(number), self.factors[number] if self.is_changed else None
+        new_DI = refitted(weight_DI, self.change[number])
+        rounded_DI = self.rounding.closing(self.layer.layout, self.layer.kept[number], new_DI, factor_II)
         self.direction[number].copy_(rounded_DI.float() - weight_DI.float() - self.change[number])
 
     def install(self) -> None:
         """Give the experts their new weights."""
         for number in self.mine:
-            self._weight(number).copy_(refitted(self._weight(number), self.change[number]))
+            change_DI = self.change[number]
+            change_DI = change_DI + self.direction[number] if self.rounding.is_fitted else change_DI
+            self._weight(number).copy_(refitted(self._weight(number), change_DI))
         for own in self.replicated:
-            own.install()
+            own.install(self.rounding.is_fitted)
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -134,8 +134,10 @@ def _change_weights(
         stream.build(layer)
     if is_refitted:
         meter.enter("refit")
+        before = rounding.nonzero(layer)
         refit = refit_jointly(stream, layer, states, states.dense, rounding)
-        rounded_off += rounding.round(layer, (True,))
+        rounding.round(layer, (True,))
+        rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
         stream.build(layer)
     if states is not None and not is_last:  # nothing reads the last one's output
         meter.enter("propagate")

@@ -88,15 +88,16 @@ class Replicated:
     def step(self, size: float) -> None:
         self.change.add_(self.direction, alpha=size)
 
-    def round_off(self, rounded: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-        """Make what rounding adds to the refitted matrix the direction; `rounded` gives what one of the source's becomes."""
+    def round_off(self, rounded: Callable[..., torch.Tensor], is_fitted: bool) -> None:
+        """Make what rounding adds to the refitted matrix the direction; `rounded(name, matrix, factor)` gives what one of the
+        source's becomes, fitted to its inputs if there is a factor."""
         new_DX = refitted(self.weight_DX, self.change)
-        new_DX = rounded(self.name, new_DX) if self.name else new_DX
+        new_DX = rounded(self.name, new_DX, self.factor_XX if is_fitted else None) if self.name else new_DX
         self.direction.copy_(new_DX.float() - self.weight_DX.float() - self.change)
 
-    def install(self) -> None:
-        """Give the layer the refitted matrix."""
-        self._install(refitted(self.weight_DX, self.change))
+    def install(self, is_rounded: bool) -> None:
+        """Give the layer the refitted matrix, with what rounding adds if it `is_rounded`."""
+        self._install(refitted(self.weight_DX, self.change + self.direction if is_rounded else self.change))
 
 
 def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:

@@ -7,6 +7,7 @@ other values.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.planning.written_form import matrices_of_experts, rounded_dense
 from stun.run.layer_metrics import kind_of
+from stun.sparsify.compensated import compensated
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
@@ -39,6 +41,12 @@ class Target(Protocol):
         """Rounded values of a source tensor, or of one entry of it, and the tensors by name that they are to be stored in, empty
         if writing finds them. `largest` is the largest magnitude among all that share its scale."""
 
+    def fitted(
+        self, name: str, weight: torch.Tensor, row: int | None, factor_DD: torch.Tensor | None, is_transposed: bool
+    ) -> torch.Tensor:
+        """Rounded values of a matrix that shares its scale with no other. Given the factor of the inputs' Gram matrix, outputs
+        are near those of `weight` too, where the target can. `is_transposed`: inputs are rows."""
+
 
 @dataclass(frozen=True)
 class NewForm:
@@ -57,6 +65,9 @@ class NewForm:
         parts = self.grid.parts(weight.contiguous(), largest)
         stem = name.removesuffix("weight")
         return self.grid.values(parts, weight.dtype), {stem + end: parts[role] for role, end in self.grid.ends.items()}
+
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        return self.rounded(name, weight, row, _largest([weight]))[0]
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,16 @@ class OwnCodes:
     def rounded(self, name, weight, row, largest):
         return self.source.nearest(name, weight, row), {}
 
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        # By itself every small change would be rounded off, since the source's own weights are on the grid.
+        def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
+            place = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
+            oriented_OD = weight.T if is_transposed else weight
+            new_OD = compensated(oriented_OD, factor_DD, lambda column, values_O: near(values_O, place(column)))
+            return new_OD.T if is_transposed else new_OD
+
+        return self.source.nearest(name, weight, row, None if factor_DD is None else rounded)
+
 
 @dataclass(frozen=True)
 class AllValues:
@@ -91,6 +112,9 @@ class AllValues:
 
     def rounded(self, name, weight, row, largest):
         return weight, {}
+
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        return weight
 
 
 def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
@@ -125,6 +149,16 @@ class Rounding:
         lost["experts"] += sum(ranks.workers.map(lambda entry: self._expert(layer, *entry), experts))
         return lost
 
+    def nonzero(self, layer: Layer) -> Counter[str]:
+        """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
+        owners, counts = self.stream.writer_of(layer.layout), Counter()
+        for name in (group[0] for group in self.target.dense(layer.layout) if group[0] in layer.layout.shared_outputs):
+            if owners[name] == self.stream.ranks.rank:
+                counts[kind_of(layer.layout, name)] += int(layer.dense[name].count_nonzero())
+        if "down_proj" in self.target.parts(layer.layout):
+            counts["experts"] += sum(int(parts["down_proj"].count_nonzero()) for parts in layer.experts.values())
+        return counts
+
     def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
         weight_OD = layer.dense[name]
         values_OD, stored = self.target.rounded(name, weight_OD, None, largest)
@@ -148,16 +182,24 @@ class Rounding:
         """Whether nothing is rounded."""
         return isinstance(self.target, AllValues)
 
-    def closing(self, layout: LayerLayout, expert: int, weight: torch.Tensor) -> torch.Tensor:
-        """What the down projection of an expert becomes if it is `weight`."""
-        if "down_proj" not in self.target.parts(layout):
-            return weight
-        return torch.cat([values for _, _, values, _ in self._of_expert(layout, expert, "down_proj", weight)])
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the values of `closing` and `shared` stay as they are when they are rounded."""
+        return isinstance(self.target, OwnCodes)
 
-    def shared(self, layout: LayerLayout, name: str, weight_OD: torch.Tensor) -> torch.Tensor:
-        """The same of a shared expert's, which shares its scale with no other matrix."""
+    def closing(self, layout: LayerLayout, expert: int, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
+        """What the down projection of an expert becomes if it is `weight_DI`, with the factor of its inputs' Gram matrix if it is
+        to be fitted to them."""
+        if "down_proj" not in self.target.parts(layout):
+            return weight_DI
+        (name,), row = layout.experts[expert]["down_proj"], expert if "down_proj" in layout.fused else None
+        stored = self.target.fitted(name, layout.oriented(weight_DI), row, factor_II, layout.is_transposed)
+        return layout.oriented(stored)
+
+    def shared(self, layout: LayerLayout, name: str, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
+        """The same of a shared expert's."""
         is_rounded = [name] in self.target.dense(layout)
-        return self.target.rounded(name, weight_OD, None, _largest([weight_OD]))[0] if is_rounded else weight_OD
+        return self.target.fitted(name, weight_DI, None, factor_II, False) if is_rounded else weight_DI
 
 
 def _largest(weights: list[torch.Tensor]) -> torch.Tensor:

@@ -42,9 +42,26 @@ class Codec:
         """Write the code of zero, in place, where `gone_LW` is true."""
         raise NotImplementedError
 
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale of every entry [L, W] in float32, and its code of zero, [] where all have one."""
+        raise NotImplementedError
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Nearest multiples of a scale that have a code, of multiples in float32 of entries with these codes of zero."""
+        raise NotImplementedError
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        """Write the codes of multiples that have one, in place, where `changed_LW` is true."""
+        raise NotImplementedError
+
+    def near(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Multiples of the scale nearest to values; 0 where both are 0."""
+        return self.rounded((values.float() / scale).nan_to_num_(0), zero)
+
     def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
         """Write the codes that come nearest to `values_LW` on the scales that are there, in place, where `changed_LW` is true."""
-        raise NotImplementedError
+        scale_LW, zero = self.grid(parts)
+        self.write(parts, self.near(values_LW, scale_LW, zero), zero, changed_LW)
 
 
 def decoded(scale: torch.Tensor) -> torch.Tensor:
@@ -88,11 +105,6 @@ def joined(codes_LW: torch.Tensor) -> torch.Tensor:
 def from_nibbles(codes_LW: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Codes of four bits, packed as they are in the tensor `like`."""
     return joined(codes_LW).view(like.dtype).view(like.shape)
-
-
-def steps_of(values_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
-    """Values in float32 over the scales of their groups of neighbours in a line; 0 where both are 0."""
-    return (values_LW.float().unflatten(1, (scale_LG.shape[1], -1)) / scale_LG[..., None]).nan_to_num_(0).flatten(1)
 
 
 def weight(codec: Codec, shape: tuple[int, ...], parts: list[Part]) -> TensorInfo:

@@ -30,15 +30,18 @@ class EightBits(Codec):
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].view(torch.uint8).masked_fill_(gone_LW, 0)
 
-    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
-        codes_LW = parts["codes"]
-        steps_LW = (values_LW.float() / _spread(decoded(parts["scale"]), codes_LW.shape, self.block)).nan_to_num_(0)
-        if codes_LW.dtype is torch.int8:
-            near_LW = steps_LW.round_().clamp_(-128, 127).to(torch.int8)
-        else:
-            near_LW = steps_LW.clamp_(-LARGEST, LARGEST).to(codes_LW.dtype)
-        raw_LW = codes_LW.view(torch.uint8)
-        raw_LW.copy_(torch.where(changed_LW, near_LW.view(torch.uint8), raw_LW))
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, shape = decoded(parts["scale"]), parts["codes"].shape
+        return _spread(scale, shape, self.block).expand(shape), scale.new_zeros(())
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        if self.name == "int8":
+            return steps.round().clamp_(-128, 127)
+        return steps.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        raw_LW = parts["codes"].view(torch.uint8)
+        raw_LW.copy_(torch.where(changed_LW, steps_LW.to(parts["codes"].dtype).view(torch.uint8), raw_LW))
 
 
 def _spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:

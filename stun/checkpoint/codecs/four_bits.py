@@ -21,7 +21,6 @@ from stun.checkpoint.codecs.codec import (
     multiplied,
     nibbles,
     passengers,
-    steps_of,
     weight,
     worth,
 )
@@ -46,9 +45,17 @@ class FourBits(Codec):
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].copy_(from_nibbles(nibbles(parts["codes"]).masked_fill_(gone_LW, 0), parts["codes"]))
 
-    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
-        near_LW, codes = nearest_e2m1(steps_of(values_LW, self._scales(parts))), parts["codes"]
-        codes.copy_(from_nibbles(torch.where(changed_LW, near_LW, nibbles(codes)), codes))
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_LG = self._scales(parts)
+        width = 2 * parts["codes"].flatten(1).shape[1]
+        return scale_LG.repeat_interleave(width // scale_LG.shape[1], 1), scale_LG.new_zeros(())
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(E2M1, device=steps.device)[nearest_e2m1(steps).int()]
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        codes = parts["codes"]
+        codes.copy_(from_nibbles(torch.where(changed_LW, nearest_e2m1(steps_LW), nibbles(codes)), codes))
 
     def _scales(self, parts: Parts) -> torch.Tensor:
         """Scales [L, G] of the groups, with that of the matrix."""

@@ -18,7 +18,6 @@ from stun.checkpoint.codecs.codec import (
     multiplied,
     nibbles,
     passengers,
-    steps_of,
     weight,
     worth,
 )
@@ -47,11 +46,16 @@ class Packed(Codec):
         codes_LW = self._fields(parts["codes"])
         self._store(parts, torch.where(gone_LW, self._zero(parts, codes_LW), codes_LW))
 
-    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
-        codes_LW = self._fields(parts["codes"])
-        near_LW = steps_of(values_LW, parts["scale"].float()).round_().add_(self._zero(parts, codes_LW))
-        near_LW = near_LW.clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
-        self._store(parts, torch.where(changed_LW, near_LW, codes_LW))
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        codes_LW, scale_LG = self._fields(parts["codes"]), parts["scale"].float()
+        zero_LW = self._zero(parts, codes_LW).float()
+        return scale_LG.repeat_interleave(codes_LW.shape[1] // scale_LG.shape[1], 1), zero_LW
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return steps.round().clamp_(-zero, (1 << self.bits) - 1 - zero)
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._fields(parts["codes"])))
 
     def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
         words = parts["codes"]

@@ -40,12 +40,15 @@ class Transposed(Codec):
         codes_LW = self._codes(parts["codes"])
         self._store(parts, torch.where(gone_LW, self._zeros(parts)[self._groups(parts, len(codes_LW))], codes_LW))
 
-    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
-        codes_LW = self._codes(parts["codes"])
-        group_L = self._groups(parts, len(codes_LW))
-        steps_LW = (values_LW.float() / parts["scale"].float()[group_L]).nan_to_num_(0).round_()
-        near_LW = steps_LW.add_(self._zeros(parts)[group_L]).clamp_(0, 15).to(torch.uint8)
-        self._store(parts, torch.where(changed_LW, near_LW, codes_LW))
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        group_L = self._groups(parts, len(self._codes(parts["codes"])))
+        return parts["scale"].float()[group_L], self._zeros(parts).float()[group_L]
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return steps.round().clamp_(-zero, 15 - zero)
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._codes(parts["codes"])))
 
     def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
         words = parts["codes"]

@@ -98,7 +98,8 @@ def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weig
     """... row by row, over the weights that are not zero, with groups, shared experts, biases and scaled outputs."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, removes_weights)
-    problem, scale = joint_refit._Refit(stream, layer, states, dense), 0.5 if family == "granitemoe" else 1
+    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, AllValues()))
+    scale = 0.5 if family == "granitemoe" else 1
     feature_TX = features(stream, layer, states) / scale
     missing_TD = torch.cat(problem.missing).double()
     before = outputs(stream, layer, states)
@@ -142,7 +143,8 @@ def test_the_exact_solution_with_novices(checkpoint, ranks, monkeypatch, family)
     """... whose constants are columns of the same least squares; they start at the best constant of each alone."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, has_novices=True)
-    problem, scale = joint_refit._Refit(stream, layer, states, dense), 0.5 if family == "granitemoe" else 1
+    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, AllValues()))
+    scale = 0.5 if family == "granitemoe" else 1
     gates_TX = novice_gates(stream, layer, states) / scale
     assert (gates_TX > 0).any(0).all(), "every novice is chosen by some token"
     own_TX, routed = features(stream, layer, states) / scale, sum(change.shape[1] for change in problem.change.values())
