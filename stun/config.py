@@ -98,12 +98,17 @@ class Precision(Enum):
 
 
 class OutputFormat(Enum):
-    """Forms in which a quantised checkpoint's weights are written: as they are stored, or dequantised. auto: as stored where the
-    weights kept can keep their codes."""
+    """Forms in which weights are written: as the source stores them (auto: where that can be), dequantised, or rounded to a new
+    form (stun.checkpoint.codecs.grids)."""
 
     auto = "auto"
     source = "source"
     bfloat16 = "bfloat16"
+    fp8_block = "fp8_block"
+    fp8_channel = "fp8_channel"
+    int4 = "int4"
+    nvfp4 = "nvfp4"
+    mxfp4 = "mxfp4"
 
 
 class Device(Enum):
@@ -307,13 +312,10 @@ class OutputConfig:
     """Form of the pruned checkpoint."""
 
     format: OutputFormat = OutputFormat.auto
-    """Form in which a quantised source's weights are written. source: what is kept is copied as stored, and a removed weight gets
-    the code of zero; nothing may change weights (`experts.refit`, sparsegpt, alps, `sparsify.reconstruct`). bfloat16:
-    dequantised. auto: `source` where nothing changes weights, or whole experts alone are removed, which are then not refitted."""
-
-    @property
-    def dequantises(self) -> bool:
-        return self.format is OutputFormat.bfloat16
+    """Form in which weights are written. source: as the source stores them; of a quantised one, what is kept is copied as stored,
+    a removed weight gets the code of zero, and what a solver or a refit changes the nearest code on the scale that it has.
+    bfloat16: a quantised source dequantised. fp8_block, fp8_channel, int4 (groups of 32), nvfp4, mxfp4: bfloat16 weights are
+    rounded to nearest, layer by layer, so that the layers after see the rounded ones. auto: `source` where that can be."""
 
 
 @dataclass

@@ -7,15 +7,18 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from stun.benchmark.checkpoints import qwen3_moe, write_checkpoint
 from stun.benchmark.config import BenchmarkConfig
+from stun.checkpoint.codecs.grids import GRIDS
 from stun.checkpoint.headers import read_header
-from stun.checkpoint.reader import Checkpoint
+from stun.checkpoint.reader import SINGLE, Checkpoint
 from stun.checkpoint.writer import write_tensors
+from stun.files import write_json
 from stun.preflight.speeds import best
 from stun.runtime.device_copies import PIECE, Memory, memory_to_read_into
 from stun.runtime.ranks import Ranks
@@ -23,7 +26,8 @@ from stun.runtime.ranks import Ranks
 
 def benchmark_io(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Bytes/s of reading a file with the tensors of `cfg.shape` to this rank's device, and of writing it from there, with every
-    number of `cfg.threads`, each with its ratio to a bare loop; those of dd, in blocks of PIECE bytes."""
+    number of `cfg.threads`, each with its ratio to a bare loop; those of dd, in blocks of PIECE bytes; quantised forms beside
+    bfloat16."""
     write_checkpoint(folder / "source", qwen3_moe(cfg.shape), torch.device("cpu"))
     whole, memory = Checkpoint.open(folder / "source"), memory_to_read_into(ranks.device)
     file, copy = folder / "model.safetensors", folder / "copy.safetensors"
@@ -49,7 +53,36 @@ def benchmark_io(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
             )
         }
     dd = {"read": rate(lambda: _dd(file, Path(os.devnull))), "write": rate(lambda: _dd(file, copy, "conv=fsync"))}
-    return {"bytes": len(host_N), "runs": rows, "dd": dd}
+    return {"bytes": len(host_N), "runs": rows, "dd": dd, "forms": _forms(whole, memory, folder, max(cfg.threads), ranks)}
+
+
+def _forms(whole: Checkpoint, memory: Memory, folder: Path, threads: int, ranks: Ranks) -> dict[str, dict[str, float]]:
+    """Seconds of reading and dequantising some matrices from every form that they can be rounded to, with those of reading the
+    same from bfloat16 and the ratio of both."""
+    weights = {name: whole.read(name) for name in sorted(whole.tensors) if name.endswith("proj.weight")}
+    names = [name for name, total in zip(weights, accumulate(map(torch.numel, weights.values())), strict=True) if total <= 2**26]
+    weights = {name: weights[name] for name in names}
+
+    def seconds(tensors: dict[str, torch.Tensor], settings: dict) -> float:
+        own = folder / "form"
+        own.mkdir(exist_ok=True)
+        write_tensors(own / SINGLE, tensors)
+        write_json(own / "config.json", {"quantization_config": settings})
+        source = Checkpoint.open(own)
+        return best(lambda: _read(source, memory, threads), ranks.device)
+
+    found, plain = {}, seconds(weights, {})
+    for form, grid in GRIDS.items():
+        if not all(grid.holds(weight_OD.shape) for weight_OD in weights.values()):
+            continue
+        ranks.log(f"io: {form}")
+        rounded = {name: grid.parts(weight_OD, weight_OD.abs().amax()) for name, weight_OD in weights.items()}
+        stored = {
+            name.removesuffix("weight") + end: parts[role] for name, parts in rounded.items() for role, end in grid.ends.items()
+        }
+        taken = seconds(stored, grid.settings([]))
+        found[form] = {"seconds": taken, "bfloat16": plain, "ratio": taken / plain}
+    return found
 
 
 def _read(source: Checkpoint, memory: Memory, threads: int) -> dict[str, torch.Tensor]:

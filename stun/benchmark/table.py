@@ -53,7 +53,7 @@ def _rates(rates: dict) -> str:
 
 def _io(result: dict) -> str:
     """A line per operation and number of threads: bytes/s, those of a bare loop, their ratio, and the ratio to the first number
-    of threads; then dd."""
+    of threads; then dd, and the seconds of quantised forms with their ratio to bfloat16's."""
     table, runs = _table("", "a second", "bare loop", "ratio", "/ first"), result["runs"]
     first = next(iter(runs.values()))
     for threads, row in runs.items():
@@ -63,7 +63,10 @@ def _io(result: dict) -> str:
             table.add_row(f"{name}, {count(int(threads), 'thread')}", *cells)
     for name, rate in result["dd"].items():
         table.add_row(f"{name}, dd", size(rate), "", "", "")
-    return f"{size(result['bytes'])} in one file\n{printed(table)}"
+    forms = _table("", "seconds", "bfloat16", "ratio")
+    for name, row in result["forms"].items():
+        forms.add_row(f"read and dequantise {name}", *(f"{row[key]:.3g}" for key in ("seconds", "bfloat16", "ratio")))
+    return f"{size(result['bytes'])} in one file\n{printed(table)}\n{printed(forms)}"
 
 
 def _weights(result: dict) -> str:

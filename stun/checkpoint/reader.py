@@ -25,6 +25,7 @@ from stun.checkpoint.quantised import settings_of, with_weights
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
+from stun.runtime.threads import one_thread
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -158,19 +159,44 @@ class Checkpoint:
 
     def stored(self, name: str, row: int | None = None, pruned: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Tensors on the CPU, by source name, that a quantised weight, or one entry of its first dimension, is stored in. Where
-        `pruned`, the weight with some entries removed, is 0, they get the code of zero.
+        `pruned` has other values than the weight, they get other codes: that of zero for 0.
 
-        Raises StunError if other entries of `pruned` differ from the weight's.
+        Raises StunError if a value of `pruned` has no code.
         """
+        info, parts = self._parts(name, row)
+        if pruned is not None:
+            with one_thread():
+                pruned = pruned.cpu()
+                values = fit(info, {part.role: parts[part.name] for part in info.parts}, pruned)
+                if not torch.equal(values, pruned):
+                    reason = "kept weights have changed to values without a code"
+                    raise StunError(f"{name}: {reason}, which output.format=source cannot hold; use output.format=bfloat16")
+        return parts
+
+    def nearest(self, name: str, weight: torch.Tensor, row: int | None = None, rounded: Callable | None = None) -> torch.Tensor:
+        """The values nearest to those of `weight` that a quantised weight, or one entry of its first dimension, can have on the
+        scales that it is stored with; or those that `rounded(weight, near)` chooses among them: `near(values, places)` gives the
+        nearest ones at some places of the weight."""
+        info, stored = self._parts(name, row)
+        codec, parts = info.codec, {part.role: stored[part.name].to(weight.device) for part in info.parts}
+        if rounded:
+            scale, zero = (
+                each.expand(info.lines).T if codec.is_transposed else each.expand(info.lines) for each in codec.grid(parts)
+            )
+
+            def near(values: torch.Tensor, places: tuple) -> torch.Tensor:
+                return codec.near(values, scale[places], zero[places]) * scale[places]
+
+            weight = rounded(weight, near).to(info.dtype)
+        return fit(info, parts, weight)
+
+    def _parts(self, name: str, row: int | None) -> tuple[TensorInfo, dict[str, torch.Tensor]]:
+        """Description and parts, by name, of a quantised weight or one entry of its first dimension."""
         info, memory = self.tensors[name] if row is None else self.tensors[name].row(row), HostMemory()
         raw = {part.name: memory.empty(part.info.nbytes) for part in info.parts}
         for part in info.parts:
             self._fill(memory, raw[part.name], part.name, part.info)
-        parts = {part.name: raw[part.name].view(part.info.dtype).view(part.info.shape) for part in info.parts}
-        if pruned is not None:
-            with memory.computing():
-                _remove(name, info, {part.role: parts[part.name] for part in info.parts}, pruned.cpu())
-        return parts
+        return info, {part.name: raw[part.name].view(part.info.dtype).view(part.info.shape) for part in info.parts}
 
     @contextmanager
     def reading(self, memory: Memory, threads: int = THREADS) -> Iterator[Callable[..., torch.Tensor]]:
@@ -269,15 +295,20 @@ def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
         raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
 
 
-def _remove(name: str, info: TensorInfo, parts: dict[str, torch.Tensor], pruned: torch.Tensor) -> None:
-    """Write the code of zero, into the parts of a quantised matrix, where `pruned` lost an entry. Raises StunError if another
-    entry has changed."""
-    pruned_LW = pruned.T if info.codec.is_transposed else pruned
-    values_LW = info.codec.dequantise(parts).to(info.dtype)
-    gone_LW = (pruned_LW == 0) & (values_LW != 0)
-    if bool(((values_LW != pruned_LW) & ~gone_LW).any()):
-        raise StunError(f"{name}: kept weights have changed, which output.format=source cannot hold; use output.format=bfloat16")
-    info.codec.remove(parts, gone_LW)
+def fit(info: TensorInfo, parts: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """Change the codes in the parts, by role, of a quantised matrix to those nearest to `weight` where it has other values;
+    returns what they are then worth."""
+    codec = info.codec
+    weight_LW = weight.T if codec.is_transposed else weight
+    values_LW = codec.dequantise(parts).to(info.dtype)
+    changed_LW = values_LW != weight_LW
+    gone_LW = (weight_LW == 0) & changed_LW
+    codec.remove(parts, gone_LW)
+    changed_LW &= ~gone_LW
+    if bool(changed_LW.any()):
+        codec.fit(parts, weight_LW, changed_LW)
+    values_LW = codec.dequantise(parts).to(info.dtype) if bool((changed_LW | gone_LW).any()) else values_LW
+    return values_LW.T if codec.is_transposed else values_LW
 
 
 def _matrices(info: TensorInfo, content_N: torch.Tensor) -> Iterator[tuple[TensorInfo, torch.Tensor]]:

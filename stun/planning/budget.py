@@ -1,13 +1,13 @@
 """Budgets: parameters of the decoder layers, and the split of a target into experts and single weights to remove."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stun.checkpoint.headers import TensorInfo
-from stun.config import Budget, Dropped, ExpertsConfig, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
-from stun.model.architecture import Architecture, expert_infos
+from stun.config import Budget, Dropped, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
+from stun.model.architecture import Architecture
+from stun.model.layer_layout import LayerLayout
 from stun.planning.plan import Plan
+from stun.planning.written_form import bytes_by_name
 from stun.sparsify.select import Pattern, quotas
 
 
@@ -232,13 +232,10 @@ def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> l
 FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
 
 
-def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig, dequantises: bool = False) -> int:
-    """Bytes of all tensors of the pruned checkpoint, zeros included, as stored or dequantised."""
-
-    def nbytes(infos: Iterable[TensorInfo]) -> int:
-        return sum(info.nbytes if dequantises else info.stored_bytes for info in infos)
-
-    total = nbytes(arch.source.tensors.values())
+def model_bytes(arch: Architecture, plan: Plan, cfg: PruneConfig) -> int:
+    """Bytes of all tensors of the pruned checkpoint, zeros included, in the form that is written."""
+    sizes, experts = bytes_by_name(arch, cfg.output.format), cfg.experts
+    total = sum(sizes.values())
     most = plan.most if experts.uneven is Uneven.padded else 0
     for layout, layer in zip([*arch.layers, *arch.mtp], [*plan.layers, *plan.mtp], strict=True):
         if layout.experts:
@@ -246,5 +243,12 @@ def model_bytes(arch: Architecture, plan: Plan, experts: ExpertsConfig, dequanti
             if experts.dropped is Dropped.novice:  # the router stays whole, and a constant is added
                 entries = -arch.config.hidden_size * arch.novice_dtype(layout).itemsize
             removed = layer.experts - max(most, len(layer.clusters))
-            total -= removed * (nbytes(expert_infos(arch, layout)) + entries)
+            total -= removed * (_expert_bytes(layout, sizes) + entries)
     return total
+
+
+def _expert_bytes(layout: LayerLayout, sizes: dict[str, int]) -> int:
+    """Bytes of one of a layer's experts, by those of whole tensors."""
+    parts = layout.experts[layout.whole[0]]
+    shares = {part: layout.num_experts if part in layout.fused else 1 for part in parts}
+    return sum(sizes[name] // shares[part] for part, names in parts.items() for name in names)

@@ -76,7 +76,7 @@ def _fitting(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Pr
 
     def served(keep: int) -> float:
         kept = replace(_keeping(cfg, arch, keep), target=0.0)
-        return SERVED * model_bytes(arch, plan_of_counts(kept, arch, sizes), cfg.experts, cfg.output.dequantises)
+        return SERVED * model_bytes(arch, plan_of_counts(kept, arch, sizes), cfg)
 
     fitting = bisect_right(counts, memory, key=served)
     if not fitting:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stun.checkpoint import hub
+from stun.checkpoint.codecs.grids import GRIDS, Grid
 from stun.checkpoint.reader import Checkpoint, Headers
-from stun.config import Budget, Dropped, ModelConfig, OutputFormat, PruneConfig, StunError, Uneven
+from stun.config import Budget, Dropped, ModelConfig, OutputFormat, PruneConfig, SparsifyMethod, StunError, Uneven
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
@@ -38,7 +39,7 @@ class Job:
 
     `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
     splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the calibration
-    tokens, None if nothing reads any. `form_note` says how a quantised source's weights are written.
+    tokens, None if nothing reads any. `form_note` says in which form weights are written, where that is not the plain source's.
     """
 
     cfg: PruneConfig
@@ -102,6 +103,16 @@ class Job:
     def keeps_form(self) -> bool:
         """Whether a quantised source's weights are written as they are stored."""
         return self.cfg.output.format is OutputFormat.source and bool(self.arch.source.formats)
+
+    @property
+    def grid(self) -> Grid | None:
+        """New form that weights are rounded to, if any."""
+        return GRIDS.get(self.cfg.output.format.name)
+
+    def solves(self, plan: Plan) -> bool:
+        """Whether matrices of a run with this plan get other values before the joint refit: by a solver, or as means."""
+        has_solver = self.cfg.sparsify.method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps) or self.cfg.sparsify.reconstruct
+        return bool(plan.zeros and has_solver) or any(layer.mean for layer in plan.layers)
 
     @property
     def runs_dense(self) -> bool:
@@ -197,17 +208,16 @@ def resolve_model(cfg: PruneConfig, sources: list[str] | None = None, remote: He
     sizes = measure_layers(arch, cfg.sparsify.scope, cfg.experts.dropped)
     check_ratios(cfg.sparsify, arch)
     check_pattern(cfg.sparsify, arch)
+    cfg, note = settle_format(cfg, arch)
     cfg = settle(cfg, arch, sizes)
     if cfg.plan:
         plan = read_plan(cfg.plan, arch, sizes, cfg, cfg.target)
-        cfg, note = settle_format(replace(cfg, target=plan.target), arch, plan, False)
-        return Job(cfg, arch, sizes, plan, is_given=True, form_note=note)
+        return Job(replace(cfg, target=plan.target), arch, sizes, plan, is_given=True, form_note=note)
     _check_loadable(cfg, arch)
     is_auto = cfg.experts.fraction == "auto"
     fractions = reachable(cfg, arch, sizes) if is_auto else []
     first = replace(cfg, experts=replace(cfg.experts, fraction=min(fractions))) if is_auto else cfg
     plan = plan_of_counts(first, arch, sizes)
-    cfg, note = settle_format(cfg, arch, plan, is_auto)
     job = Job(cfg, arch, sizes, plan, fractions=tuple(fractions), form_note=note)
     check_listed(cfg, arch, [0] * len(arch.layers) if is_auto else job.drops)
     return job

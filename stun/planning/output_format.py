@@ -1,63 +1,69 @@
-"""Form in which a quantised checkpoint's weights are written: as stored, or dequantised."""
+"""Form in which weights are written: as a quantised source stores them, dequantised, or rounded to a new form."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from stun.config import Dropped, ExpertsMethod, OutputFormat, PruneConfig, SparsifyMethod, StunError, Uneven
+import torch
+
+from stun.checkpoint.codecs.grids import GRIDS, Grid
+from stun.config import OutputFormat, PruneConfig, StunError, Uneven
 from stun.model.architecture import Architecture
 from stun.model.form_settings import kept_by_block, renumbered
-from stun.planning.plan import Plan
+from stun.planning.written_form import matrices_of_experts, rounded_names
 
 
-def settle_format(cfg: PruneConfig, arch: Architecture, plan: Plan, is_open: bool) -> tuple[PruneConfig, str]:
-    """Configuration with the form in which a quantised source's weights are written, and a line that says it; unchanged for a
-    plain source. `is_open`: a search decides later how much is removed as single weights.
-
-    Raises StunError if what is asked for changes weights whose codes it would keep, or a plain source would be dequantised.
-    """
+def settle_format(cfg: PruneConfig, arch: Architecture) -> tuple[PruneConfig, str]:
+    """Configuration with the form that weights are written in, and a line that says it; unchanged for a plain source that keeps
+    its own. Raises StunError if the model's weights cannot be written so."""
     forms, asked = arch.source.formats, cfg.output.format
+    is_padded = cfg.experts.uneven is Uneven.padded
+    if grid := GRIDS.get(asked.name):
+        _check_grid(cfg, arch, grid)
+        return cfg, f"{_stored(arch)}; weights are rounded to {asked.name}, {grid.bits:.3g} bits a weight, layer by layer"
     if not forms:
         if asked is OutputFormat.bfloat16:
             raise StunError("output.format=bfloat16: the source is not quantised; leave it out, and weights keep their dtype")
         return cfg, ""
-    drops = is_open or any(layer.experts > len(layer.clusters) for layer in plan.layers)
-    masks = is_open or bool(plan.zeros)
-    changes = _changes(cfg, plan, drops, masks)
-    if asked is OutputFormat.source and changes:
-        what, instead = ", ".join(changes), " ".join(changes.values())
-        reason = f"{what}: would change weights whose codes are kept"
-        raise StunError(f"output.format=source: {reason}; give {instead}, or output.format=bfloat16")
-    without = not masks and set(changes) == {"experts.refit=true"} and asked is OutputFormat.auto
-    is_kept = asked is not OutputFormat.bfloat16 and (without or not changes)
-    if is_kept:
+    if asked is OutputFormat.source and is_padded:
+        reason = "experts of zeros have no stored form to copy"
+        raise StunError(
+            f"output.format=source: experts.uneven=padded: {reason}; give experts.uneven=code, or output.format=bfloat16"
+        )
+    form = OutputFormat.bfloat16 if asked is OutputFormat.bfloat16 or is_padded else OutputFormat.source
+    if form is OutputFormat.source:
         _check_settings(arch)
-    form = OutputFormat.source if is_kept else OutputFormat.bfloat16
-    experts = replace(cfg.experts, refit=False) if without else cfg.experts
-    return replace(cfg, experts=experts, output=replace(cfg.output, format=form)), _note(arch, form, changes, without)
+        note = "what is kept stays as stored, and what changes gets the nearest code on the scale that it has"
+        note += "; experts.refit gains more with output.format=bfloat16" if cfg.experts.refit else ""
+    else:
+        reason = ", since experts.uneven=padded adds experts that have no stored form" if is_padded else ""
+        note = f"weights are written in bfloat16, {16 / arch.source.bits:.2g} times the bytes{reason}"
+    return replace(cfg, output=replace(cfg.output, format=form)), f"{_stored(arch)}; {note}"
 
 
-def _changes(cfg: PruneConfig, plan: Plan, drops: bool, masks: bool) -> dict[str, str]:
-    """Settings that change the values of weights that are kept -> what does not."""
-    found = {}
-    if cfg.experts.refit and (drops or masks):
-        found["experts.refit=true"] = "experts.refit=false"
-    if masks and cfg.sparsify.method in (SparsifyMethod.sparsegpt, SparsifyMethod.alps):
-        found[f"sparsify.method={cfg.sparsify.method.name}"] = "sparsify.method=wanda"
-    if masks and cfg.sparsify.reconstruct:
-        found["sparsify.reconstruct=true"] = "sparsify.reconstruct=false"
-    if drops and cfg.experts.uneven is Uneven.padded:
-        found["experts.uneven=padded"] = "experts.uneven=code"
-    if any(layer.mean for layer in plan.layers) or (drops and _may_have_means(cfg, plan)):
-        found[f"experts.kappa={cfg.experts.kappa}"] = "experts.kappa=0"
-    return found
+def _check_grid(cfg: PruneConfig, arch: Architecture, grid: Grid) -> None:
+    """Raise StunError if the experts' matrices cannot be rounded to a new form."""
+    setting = f"output.format={cfg.output.format.name}"
+    if cfg.experts.uneven is Uneven.padded:
+        raise StunError(f"{setting}: experts.uneven=padded: experts of zeros are written plain; give experts.uneven=code")
+    for layout in [*arch.layers, *arch.mtp]:
+        for part in matrices_of_experts(arch, layout):
+            for name in layout.experts[layout.whole[0]][part]:
+                _check_matrix(setting, name, arch.info(name).shape, part in layout.fused, grid)
+    for name in sorted(rounded_names(arch, grid)):
+        if arch.info(name).dtype is not torch.bfloat16:
+            raise StunError(f"{setting}: {name} holds {arch.info(name).dtype}; weights of bfloat16 are rounded")
 
 
-def _may_have_means(cfg: PruneConfig, plan: Plan) -> bool:
-    """Whether some layer keeps so few clusters that it keeps their means."""
-    clusters = [len(layer.clusters) for layer in plan.layers if layer.experts]
-    is_clustered = not cfg.plan and cfg.experts.method is not ExpertsMethod.rank and cfg.experts.dropped is not Dropped.novice
-    return is_clustered and min(clusters, default=0) <= cfg.experts.kappa
+def _check_matrix(setting: str, name: str, shape: tuple[int, ...], is_fused: bool, grid: Grid) -> None:
+    """Raise StunError if a matrix of an expert, or a tensor of all, cannot be rounded."""
+    if is_fused:
+        raise StunError(f"{setting}: {name} holds all experts of a layer; what is rounded must have a tensor for each expert")
+    if not grid.holds(shape):
+        rows, columns = grid.block
+        whole = f"{f'{rows} outputs and ' if rows > 1 else ''}{columns} inputs"
+        others = ", ".join(other for other, form in GRIDS.items() if form.holds(shape))
+        raise StunError(f"{setting}: {name} is {shape}, which is not whole blocks of {whole}; it can be {others}")
 
 
 def _check_settings(arch: Architecture) -> None:
@@ -66,12 +72,7 @@ def _check_settings(arch: Architecture) -> None:
     renumbered(arch.source.quantisation, kept_by_block(layouts, [layout.whole for layout in layouts]))
 
 
-def _note(arch: Architecture, form: OutputFormat, changes: dict[str, str], without: bool) -> str:
-    """What is read, in which form it is written, and why."""
-    source = arch.source
-    stored = f"the source is {' and '.join(source.formats)}, {source.bits:.3g} bits a weight"
-    if form is OutputFormat.source:
-        refit = "; experts.refit is off, since it changes weights: output.format=bfloat16 refits" if without else ""
-        return f"{stored}; what is kept is copied as stored{refit}"
-    reason = f", since {', '.join(changes)} changes weights; whole experts alone (experts.drop) keep the form" if changes else ""
-    return f"{stored}; weights are written in bfloat16, {16 / source.bits:.2g} times the bytes{reason}"
+def _stored(arch: Architecture) -> str:
+    """The source's form, in words."""
+    forms = " and ".join(arch.source.formats)
+    return f"the source is {f'{forms}, {arch.source.bits:.3g} bits a weight' if forms else 'plain'}"

@@ -36,7 +36,7 @@ class Estimate:
         states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
-        self.written = model_bytes(arch, job.plan, cfg.experts, cfg.output.dequantises)
+        self.written = model_bytes(arch, job.plan, cfg)
         self.snapshots = states * (self.layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node

@@ -25,6 +25,7 @@ LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, 
 # tests/unit/preflight/test_preflight.py. The eigenvectors of ALPS need 8 more inside LAPACK.
 SELECT, PATTERN, OUTLIERS = (11, 0), (12, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
+ROUND = 26  # the same of a matrix that is rounded to what is written
 
 
 def transient_costs(config: SparsifyConfig) -> list[tuple[int, int]]:
@@ -191,14 +192,17 @@ class Footprint:
         run = held + self.activations.layers[index] + self._cast(layout) if is_run else 0
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
+        stored = int((weights.kept + weights.owned) * self.job.grid.bits / 16) if self.job.grid else 0
         clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
         device = {
             "choose": weights.dense + weights.experts + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
             "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
-            "run": kept + run,
-            "hand over": kept + idle + received,
+            "run": kept + run + stored,
+            "hand over": kept + idle + received + stored,
         }
+        if self.job.grid or (self.job.keeps_form and (self.job.refits or self.job.solves(self.plan))):
+            device["round"] = kept + idle + stored + self._rounding(layout)
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
@@ -246,6 +250,12 @@ class Footprint:
     def _pruning(self, layout: LayerLayout) -> int:
         """Bytes for all workers while each of them prunes a matrix."""
         return workers_on(self.launch.device) * self._largest(layout, transient_costs(self.cfg.sparsify))
+
+    def _rounding(self, layout: LayerLayout) -> int:
+        """Bytes for all workers while each of them rounds a matrix to what is written."""
+        infos = expert_infos(self.arch, layout) + [self.arch.info(name) for name in layout.linears]
+        largest = max((info.numel for info in infos), default=0)
+        return ROUND * workers_on(self.launch.device) * largest
 
     def _squared_inputs(self, layout: LayerLayout) -> int:
         """Bytes of the Gram matrices of one expert."""

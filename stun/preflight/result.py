@@ -16,7 +16,7 @@ def result_line(job: Job) -> str:
     """Experts a layer and bytes, before and after."""
     before, after = (
         sum(info.stored_bytes for info in job.arch.source.tensors.values()),
-        model_bytes(job.arch, job.plan, job.cfg.experts, job.cfg.output.dequantises),
+        model_bytes(job.arch, job.plan, job.cfg),
     )
     if job.fractions:
         share = f"{job.fractions[0]:g} to {job.fractions[-1]:g} of the target as experts"

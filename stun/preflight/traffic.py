@@ -34,6 +34,7 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
         outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
         total[0] += sum(arch.info(name).stored_bytes for name in outer)
         again = _read_again(job) if is_last and job.keeps_form else 0
+        again *= 1 + job.solves(job.plan)  # to be rounded too
         by_stream[stream] = [own + again // world for own in total]
     return by_stream
 

@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -23,7 +24,8 @@ import torch
 from stun.config import StunError
 from stun.model.tensor_names import experts_of
 from stun.pruning.replicated import Gated, Replicated, Shared, constants
-from stun.sparsify.joint_refit import DAMPING, damped_factor, descend, preconditioned, refitted, rounding
+from stun.pruning.rounding import Rounding
+from stun.sparsify.joint_refit import DAMPING, damped_factor, descend, preconditioned, refitted
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
@@ -33,16 +35,17 @@ HELD_OUT = 8  # one micro-batch in so many decides when to stop
 _LOUD = 64.0  # factor of the experts' output that lets it stand out of the hidden states, whose dtype rounds the sum of both
 
 
-def refit_jointly(stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor]) -> dict:
+def refit_jointly(stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding) -> dict:
     """Refit in place the down projections of the experts kept of a built layer, so that its outputs for `states` come nearer to
-    the `dense` ones. Returns the number of steps, and the squared error before and after. All ranks call this together.
+    the `dense` ones. Returns the number of steps, and the squared error before and after, of weights as they are written. All
+    ranks call this together.
 
     Never raises the error on these tokens: otherwise the weights stay. Raises StunError if the layer does more with the output of
     its experts than to add a multiple of it.
     """
-    problem = _Refit(stream, layer, states, dense)
+    problem = _Refit(stream, layer, states, dense, rounding)
     before, taken = problem.error(), descend(problem)
-    after = problem.round_off() if taken else before
+    after = problem.error() if taken else before
     if after < before:
         problem.install()
     return {"steps": taken if after < before else 0, "error": [before, min(before, after)]}
@@ -94,8 +97,9 @@ class _Refit:
     rank's experts, by number; `missing` what the outputs [T, D] of each of its micro-batches lack, and `added` what P adds there.
     """
 
-    def __init__(self, stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor]):
+    def __init__(self, stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding):
         self.layer, self.ranks, self.width = layer, stream.ranks, stream.arch.config.hidden_size
+        self.rounding, self.is_changed = rounding, False
         _, experts = experts_of(layer.module)
         inputs, self.mine = _Inputs(experts.exchange), experts.exchange.mine
         scale = _scale(stream, layer, experts, states)
@@ -225,6 +229,7 @@ class _Refit:
         return self._squared(rows, self.holds_out)
 
     def step(self, size: float) -> None:
+        self.is_changed = True
         for own in self.replicated:
             own.step(size)
         self._map(lambda number: self.change[number].add_(self.direction[number], alpha=size))
@@ -232,23 +237,30 @@ class _Refit:
             missing_TD.sub_(added_TD, alpha=size)
 
     def error(self) -> float:
-        """Squared error of the outputs."""
-        return self._squared(self.missing.__getitem__, None)
+        """Squared error of the outputs once all weights are rounded to what is written. Takes the place of the direction."""
+        if not self.is_changed and self.rounding.is_exact:
+            return self._squared(self.missing.__getitem__, None)
+        self._map(self._round_off)
+        for own in self.replicated:
+            own.round_off(partial(self.rounding.shared, self.layer.layout), self.is_changed)
+        added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
+        return self._squared(lambda turn: self.missing[turn] - added[turn], None)
 
-    def round_off(self) -> float:
-        """Squared error of the outputs once the changed weights are rounded to their dtype."""
-        own_roundings = lambda number: rounding(self._weight(number), self.change[number])  # noqa: E731
-        added = self._outputs(own_roundings, lambda own: rounding(own.weight_DX, own.change))
-        for missing_TD, added_TD in zip(self.missing, added, strict=True):
-            missing_TD.sub_(added_TD)
-        return self.error()
+    def _round_off(self, number: int) -> None:
+        """Make what rounding adds to an expert's matrix its direction."""
+        weight_DI, factor_II = self._weight(number), self.factors[number] if self.is_changed else None
+        new_DI = refitted(weight_DI, self.change[number])
+        rounded_DI = self.rounding.closing(self.layer.layout, self.layer.kept[number], new_DI, factor_II)
+        self.direction[number].copy_(rounded_DI.float() - weight_DI.float() - self.change[number])
 
     def install(self) -> None:
         """Give the experts their new weights."""
         for number in self.mine:
-            self._weight(number).copy_(refitted(self._weight(number), self.change[number]))
+            change_DI = self.change[number]
+            change_DI = change_DI + self.direction[number] if self.rounding.is_fitted else change_DI
+            self._weight(number).copy_(refitted(self._weight(number), change_DI))
         for own in self.replicated:
-            own.install()
+            own.install(self.rounding.is_fitted)
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,8 @@ from stun.pruning.joint_refit import refit_jointly
 from stun.pruning.mask import mask_layer
 from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
-from stun.pruning.shards import origins, own_tensors
+from stun.pruning.rounding import Rounding, rounding_of
+from stun.pruning.shards import as_rounded, origins, own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
 from stun.run.layer_records import left_by_refit
 from stun.run.ledger import REPEAT, part_name
@@ -62,13 +64,16 @@ def prune_layers(
     stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
+    rounding = rounding_of(job, plan, stream)
     states = recorder.restore(finished, states) if states is not None else None
     for layer in stream:
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
-        entry, states = _prune_layer(job, stream, layer, plans[index], quotas[index], states)
+        entry, states = _prune_layer(job, rounding, stream, layer, (plans[index], quotas[index]), states)
         tensors = own_tensors(stream, layer)
-        nonzero = nonzero_by_kind(layer.layout, tensors, ranks.workers)
+        nonzero = Counter(nonzero_by_kind(layer.layout, tensors, ranks.workers))
+        nonzero.update(entry.pop("rounded_off"))  # what rounding made zero was not removed
+        tensors = as_rounded(layer, tensors)
         tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
@@ -90,34 +95,54 @@ def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
 
 
 def _prune_layer(
-    job: Job, stream: LayerStream, layer: Layer, plan: LayerPlan, quota: LayerQuota | None, states: States | None
+    job: Job,
+    rounding: Rounding,
+    stream: LayerStream,
+    layer: Layer,
+    wanted: tuple[LayerPlan, LayerQuota | None],
+    states: States | None,
 ) -> tuple[dict, States | None]:
-    """Remove experts and then weights in place, and run the layer. Returns measurements for the ledger's entry, and the states
-    after the layer."""
-    meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
-    is_refitted, constants_ED = job.refits and not layer.layout.is_mtp, None
+    """Remove experts and then weights in place, round what is kept, and run the layer. Returns measurements for the ledger's
+    entry, and the states after the layer."""
+    (plan, quota), constants_ED = wanted, None
     if job.runs_dense and not layer.layout.is_mtp:
-        meter.enter("dense")
+        stream.ranks.meter.enter("dense")
         states, constants_ED = _through_dense(stream, layer, states, job.has_novices)
-    meter.enter("choose")
+    stream.ranks.meter.enter("choose")
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan, constants_ED)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
-    unseen, saliency, refit = 0, Saliency(), {}
-    if not layer.layout.is_mtp:
-        if states is not None:
-            stream.build(layer)
-        unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
-        if states is not None and (is_refitted or not is_last):
-            stream.build(layer)
-        if is_refitted and layer.layout.experts:
-            meter.enter("refit")
-            refit = refit_jointly(stream, layer, states, states.dense)
-        if states is not None and not is_last:  # nothing reads the last one's output
-            meter.enter("propagate")
-            states = stream.run(layer, states)
+    if layer.layout.is_mtp:
+        measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "rounded_off": rounding.round(layer)}
+    else:
+        measured, states = _change_weights(job, rounding, stream, layer, quota, states)
     powers.weights_removed()
-    return {"kept": kept, "unseen": unseen, "powers": powers.stages, "saliency": saliency.to_json(), "refit": refit}, states
+    return {"kept": kept, "powers": powers.stages, **measured}, states
+
+
+def _change_weights(
+    job: Job, rounding: Rounding, stream: LayerStream, layer: Layer, quota: LayerQuota, states: States | None
+) -> tuple[dict, States | None]:
+    """Remove the weights of the quota, round and refit what is kept, and run the layer. Returns as `_prune_layer` does."""
+    meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
+    is_refitted, refit = bool(job.refits and layer.layout.experts), {}
+    if states is not None:
+        stream.build(layer)
+    unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
+    rounded_off = rounding.round(layer, (False,) if is_refitted else (False, True))
+    if states is not None and (is_refitted or not is_last):
+        stream.build(layer)
+    if is_refitted:
+        meter.enter("refit")
+        before = rounding.nonzero(layer)
+        refit = refit_jointly(stream, layer, states, states.dense, rounding)
+        rounding.round(layer, (True,))
+        rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
+        stream.build(layer)
+    if states is not None and not is_last:  # nothing reads the last one's output
+        meter.enter("propagate")
+        states = stream.run(layer, states)
+    return {"unseen": unseen, "saliency": saliency.to_json(), "refit": refit, "rounded_off": rounded_off}, states
 
 
 def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novices: bool) -> tuple[States, torch.Tensor | None]:

@@ -14,6 +14,7 @@ from stun.model.families import PADDED
 from stun.model.form_settings import SIDE_FILES, kept_by_block, renumbered
 from stun.planning.job import Job
 from stun.planning.plan import Plan
+from stun.planning.written_form import plain_modules
 from stun.pruning.layers import prune_layers
 from stun.pruning.padding import padding
 from stun.pruning.shards import Form, hub_names, keep_only, write_shard
@@ -62,7 +63,7 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
 
 
 def _form(job: Job, plan: Plan) -> Form:
-    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros))
+    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros) or job.refits or job.solves(plan))
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:
@@ -100,6 +101,8 @@ def _write_around(job: Job, written: Written, run: Run) -> None:
     stays = [layout.whole for layout in layouts] if job.has_novices else written.kept
     by_block = kept_by_block(layouts, stays) if job.keeps_form else None
     config = _config(job, written.kept, by_block)
+    if job.grid:
+        config["quantization_config"] = job.grid.settings(plain_modules(arch, job.grid))
     write_json(run.model / "config.json", config)
     remote_code.write_code(run.model, config)
     for file in (arch.source.folder / name for name in SIDE_FILES if by_block is not None):

@@ -39,12 +39,13 @@ class Replicated:
     """A matrix [D, X] of the problem of stun.sparsify.joint_refit.
 
     `inputs[turn]` are its inputs in this rank's micro-batches, and `is_fitted(turn)` says whether one of them is not held out;
-    `install` gives the layer the refitted matrix. With `keeps_zeros` its zeros are removed weights, which are kept zero.
+    `install` gives the layer the refitted matrix. One with a `name` is the source's: its zeros are removed weights, which are
+    kept zero, and it is rounded to what is written.
     """
 
-    def __init__(self, weight_DX: torch.Tensor, inputs: list[Gated], install: Callable[[torch.Tensor], None], keeps_zeros: bool):
-        self.weight_DX, self.inputs, self._install = weight_DX, inputs, install
-        self.kept_DX = weight_DX != 0 if keeps_zeros else torch.ones_like(weight_DX, dtype=torch.bool)
+    def __init__(self, weight_DX: torch.Tensor, inputs: list[Gated], install: Callable[[torch.Tensor], None], name: str = ""):
+        self.weight_DX, self.inputs, self._install, self.name = weight_DX, inputs, install, name
+        self.kept_DX = weight_DX != 0 if name else torch.ones_like(weight_DX, dtype=torch.bool)
         self.change = torch.zeros_like(weight_DX, dtype=torch.float32)
         self.direction, self.slope = torch.zeros_like(self.change), torch.zeros_like(self.change)
 
@@ -87,9 +88,16 @@ class Replicated:
     def step(self, size: float) -> None:
         self.change.add_(self.direction, alpha=size)
 
-    def install(self) -> None:
-        """Give the layer the refitted matrix."""
-        self._install(refitted(self.weight_DX, self.change))
+    def round_off(self, rounded: Callable[..., torch.Tensor], is_fitted: bool) -> None:
+        """Make what rounding adds to the refitted matrix the direction; `rounded(name, matrix, factor)` gives what one of the
+        source's becomes, fitted to its inputs if there is a factor."""
+        new_DX = refitted(self.weight_DX, self.change)
+        new_DX = rounded(self.name, new_DX, self.factor_XX if is_fitted else None) if self.name else new_DX
+        self.direction.copy_(new_DX.float() - self.weight_DX.float() - self.change)
+
+    def install(self, is_rounded: bool) -> None:
+        """Give the layer the refitted matrix, with what rounding adds if it `is_rounded`."""
+        self._install(refitted(self.weight_DX, self.change + self.direction if is_rounded else self.change))
 
 
 def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:
@@ -101,7 +109,7 @@ def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:
         layer.novices.update(zip(layer.novices, matrix_DX.T.contiguous(), strict=True))
 
     inputs = [Gated(gates_TX, torch.ones_like(gates_TX[:, 0])) for gates_TX in gates]
-    return [Replicated(torch.stack(list(layer.novices.values()), 1), inputs, install, keeps_zeros=False)]
+    return [Replicated(torch.stack(list(layer.novices.values()), 1), inputs, install)]
 
 
 class Shared:
@@ -145,7 +153,7 @@ class Shared:
                 module.weight.copy_(matrix_DX)
 
             inputs = [Gated(inner, gate_T / scale) for inner, gate_T in zip(self._inputs[name], gates, strict=True)]
-            found.append(Replicated(self.layer.dense[name], inputs, install, keeps_zeros=True))
+            found.append(Replicated(self.layer.dense[name], inputs, install, name))
         return found
 
     def _factors(

@@ -18,11 +18,11 @@ from stun.stream.layer_stream import LayerStream
 
 @dataclass(frozen=True)
 class Form:
-    """Form of what is written: that of the quantised `source`, or, if there is none, as it is in memory. `is_masked`: single
-    weights are removed."""
+    """Form of what is written: that of the quantised `source`, or, if there is none, as it is in memory. `is_changed`: weights
+    are removed or have other values."""
 
     source: Checkpoint | None
-    is_masked: bool
+    is_changed: bool
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
@@ -57,22 +57,36 @@ def origins(layer: Layer) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def as_stored(source: Checkpoint, tensors: Tensors, places: dict[str, tuple[str, list[int]]], is_masked: bool) -> Tensors:
-    """Tensors in the form in which the source stores them: quantised ones are read again, and lose the weights that were removed
-    if `is_masked`. `places` are `origins`; other tensors have the names that they have in the source."""
+def as_rounded(layer: Layer, tensors: Tensors) -> Tensors:
+    """Tensors of a layer with those in place that matrices were rounded to."""
+    places = origins(layer) if layer.stored else {}
+    found: dict[str, torch.Tensor | Stacked] = {}
+    for name, tensor in tensors.items():
+        stored = layer.stored.get(places.get(name, (name, []))[0])
+        found |= {name: tensor} if stored is None else _renumbered(stored, name)
+    return found
+
+
+def _renumbered(parts: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Parts of a weight that is written as `name`."""
+    number = EXPERT_NUMBER.search(name)
+    return {renumber(part, int(number[2])) if number else part: content for part, content in parts.items()}
+
+
+def as_stored(source: Checkpoint, tensors: Tensors, places: dict[str, tuple[str, list[int]]], is_changed: bool) -> Tensors:
+    """Tensors in the form in which the source stores them: quantised ones are read again, and get other codes where `tensors`
+    have other values, if `is_changed`. `places` are `origins`; other tensors have the names that they have in the source."""
     stored: dict[str, torch.Tensor | Stacked] = {}
     for name, tensor in tensors.items():
         origin, rows = places.get(name, (name, []))
         if origin not in source.tensors or not source.tensors[origin].codec:
             stored[name] = tensor
         elif rows:
-            entries = tensor.entries if is_masked else [None] * len(rows)
+            entries = tensor.entries if is_changed else [None] * len(rows)
             read = [source.stored(origin, row, entry) for row, entry in zip(rows, entries, strict=True)]
             stored |= {part: Stacked([entry[part] for entry in read]) for part in read[0]}
         else:
-            number = EXPERT_NUMBER.search(name)
-            parts = source.stored(origin, pruned=tensor if is_masked else None)
-            stored |= {renumber(part, int(number[2])) if number else part: content for part, content in parts.items()}
+            stored |= _renumbered(source.stored(origin, pruned=tensor if is_changed else None), name)
     return stored
 
 
@@ -93,7 +107,7 @@ def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: d
     if not tensors:
         return {"file": None, "tensors": {}}
     if form.source:
-        tensors = as_stored(form.source, tensors, places, form.is_masked)
+        tensors = as_stored(form.source, tensors, places, form.is_changed)
     write_tensors(folder / name, tensors)
     return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
 

@@ -63,11 +63,14 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
 
 
 def _form(job: Job) -> dict | None:
-    """Stored form of a quantised source's weights, their bits a weight, and the form they are written in; None if it is plain."""
-    source = job.arch.source
-    if not source.formats:
+    """Stored forms of the source's quantised weights and their bits a weight, the form they are written in and its bits; None if
+    plain weights stay plain."""
+    source, grid = job.arch.source, job.grid
+    if not source.formats and not grid:
         return None
-    return {"source": sorted(source.formats), "bits": source.bits, "written": job.cfg.output.format.name}
+    bits = source.bits if source.formats else 16
+    written = {"written": job.cfg.output.format.name, "written_bits": grid.bits if grid else bits if job.keeps_form else 16}
+    return {"source": sorted(source.formats), "bits": bits, **written}
 
 
 def save_observed(run: Run) -> None:

@@ -9,6 +9,7 @@ from stun.checkpoint.hub import name_of
 from stun.files import write_atomically
 from stun.report import data, html, verdict
 from stun.report.folder import RunFolder
+from stun.report.form import stored_as
 from stun.report.sections import SECTIONS
 from stun.run.ownership import own_folder, remove_written
 
@@ -50,6 +51,9 @@ def _header(run: RunFolder, title: str, back: str) -> str:
     ]
     if size:
         entries.append(("size on disk", bytes_in_words(size["after"]), f"from {bytes_in_words(size['before'])}"))
+    form, origin = stored_as(summary)
+    if form:
+        entries.append(("weights stored as", form, origin))
     for name, key in (("exact match", "average"), ("perplexity", "perplexity")):
         if key in result:
             entries.append((name, f"{result[key]:.3f}", f"dense {dense[key]:.3f}" if key in dense else "dense not evaluated"))

@@ -40,11 +40,6 @@ def refitted(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return (weight.float() + change).to(weight.dtype)
 
 
-def rounding(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """What rounding to that dtype adds."""
-    return refitted(weight, change).float() - weight.float() - change
-
-
 class Problem(Protocol):
     """Matrices X that minimise |R - F X|^2 + damping * |X|^2: R is what is missing in some outputs, and F X what a change X of
     the matrices adds to them. X starts at zero. The problem holds X, the direction P of the next step, and the gradient."""

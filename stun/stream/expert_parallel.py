@@ -54,7 +54,8 @@ class Layer:
 
     `dense` (on every rank) and `experts` (of this rank, by number in the source) hold tensors in their stored dtype. `unused`
     are the tensors that this rank copies. `kept` lists the experts kept, by number in the source; rank `owner[i]` has `kept[i]`.
-    `novices` has, on every rank, a constant output [D] for each expert that was removed but is still routed to.
+    `novices` has, on every rank, a constant output [D] for each expert that was removed but is still routed to. `stored` are the
+    tensors in place of a matrix of this rank that is written in another form than it is computed with, by source name and name.
     """
 
     layout: LayerLayout
@@ -64,6 +65,7 @@ class Layer:
     kept: list[int]
     owner: list[int]
     novices: dict[int, torch.Tensor] = field(default_factory=dict)
+    stored: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     module: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -80,7 +82,7 @@ class Layer:
     def release(self) -> None:
         """Free all tensors, even while references to the layer remain."""
         self.module = None
-        for tensors in (self.dense, self.experts, self.unused, self.novices):
+        for tensors in (self.dense, self.experts, self.unused, self.novices, self.stored):
             tensors.clear()
 
 

@@ -42,6 +42,27 @@ class Codec:
         """Write the code of zero, in place, where `gone_LW` is true."""
         raise NotImplementedError
 
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale of every entry [L, W] in float32, and its code of zero, [] where all have one."""
+        raise NotImplementedError
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Nearest multiples of a scale that have a code, of multiples in float32 of entries with these codes of zero."""
+        raise NotImplementedError
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        """Write the codes of multiples that have one, in place, where `changed_LW` is true."""
+        raise NotImplementedError
+
+    def near(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Multiples of the scale nearest to values; 0 where both are 0."""
+        return self.rounded((values.float() / scale).nan_to_num_(0), zero)
+
+    def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        """Write the codes that come nearest to `values_LW` on the scales that are there, in place, where `changed_LW` is true."""
+        scale_LW, zero = self.grid(parts)
+        self.write(parts, self.near(values_LW, scale_LW, zero), zero, changed_LW)
+
 
 def decoded(scale: torch.Tensor) -> torch.Tensor:
     """Stored scales in float32."""
@@ -75,10 +96,15 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((raw_Lb & 15, raw_Lb >> 4), -1).flatten(1)
 
 
+def joined(codes_LW: torch.Tensor) -> torch.Tensor:
+    """[L, W / 2] uint8: bytes of two codes of four bits each, the first in the low half."""
+    pairs = codes_LW.unflatten(1, (-1, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
+
+
 def from_nibbles(codes_LW: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Codes of four bits, packed as they are in the tensor `like`."""
-    pairs = codes_LW.unflatten(1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(like.dtype).view(like.shape)
+    return joined(codes_LW).view(like.dtype).view(like.shape)
 
 
 def weight(codec: Codec, shape: tuple[int, ...], parts: list[Part]) -> TensorInfo:

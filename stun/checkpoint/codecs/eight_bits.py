@@ -14,6 +14,7 @@ from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
 INVERSE, SCALE = "_scale_inv", "_scale"
+LARGEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class EightBits(Codec):
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].view(torch.uint8).masked_fill_(gone_LW, 0)
+
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, shape = decoded(parts["scale"]), parts["codes"].shape
+        return _spread(scale, shape, self.block).expand(shape), scale.new_zeros(())
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        if self.name == "int8":
+            return steps.round().clamp_(-128, 127)
+        return steps.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        raw_LW = parts["codes"].view(torch.uint8)
+        raw_LW.copy_(torch.where(changed_LW, steps_LW.to(parts["codes"].dtype).view(torch.uint8), raw_LW))
 
 
 def _spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:

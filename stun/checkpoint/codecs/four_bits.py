@@ -29,6 +29,8 @@ from stun.config import StunError
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BLOCKS, SCALES = "_blocks", "_scales"
+# Between the magnitudes of E2M1. A tie goes to the even code: upwards at every second of them, which is so the float32 below.
+_MIDDLES = [0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0]
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,37 @@ class FourBits(Codec):
     divides: bool = False
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
-        scale_LG = decoded(parts["scale"])
-        if "global" in parts:
-            whole = parts["global"].float().reshape(())
-            scale_LG = scale_LG / whole if self.divides else scale_LG * whole
-        return multiplied(worth(parts["codes"], E2M1), scale_LG)
+        return multiplied(worth(parts["codes"], E2M1), self._scales(parts))
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].copy_(from_nibbles(nibbles(parts["codes"]).masked_fill_(gone_LW, 0), parts["codes"]))
+
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_LG = self._scales(parts)
+        width = 2 * parts["codes"].flatten(1).shape[1]
+        return scale_LG.repeat_interleave(width // scale_LG.shape[1], 1), scale_LG.new_zeros(())
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(E2M1, device=steps.device)[nearest_e2m1(steps).int()]
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        codes = parts["codes"]
+        codes.copy_(from_nibbles(torch.where(changed_LW, nearest_e2m1(steps_LW), nibbles(codes)), codes))
+
+    def _scales(self, parts: Parts) -> torch.Tensor:
+        """Scales [L, G] of the groups, with that of the matrix."""
+        scale_LG = decoded(parts["scale"])
+        if "global" not in parts:
+            return scale_LG
+        whole = parts["global"].float().reshape(())
+        return scale_LG / whole if self.divides else scale_LG * whole
+
+
+def nearest_e2m1(steps: torch.Tensor) -> torch.Tensor:
+    """Nearest codes of numbers in float32; those above 6 get its code, and no code is -0 but for numbers below 0."""
+    middles = torch.tensor(_MIDDLES, device=steps.device)
+    near = torch.bucketize(steps.abs().contiguous(), middles, out_int32=True).to(torch.uint8)
+    return near | (steps < 0).to(torch.uint8) << 3
 
 
 def gpt_oss(name: str, tensors: Tensors, settings: dict) -> tuple[str, TensorInfo] | None:

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from stun.checkpoint.codecs.codec import Codec, Parts, Tensors, from_nibbles, multiplied, nibbles, passengers, weight, worth
+from stun.checkpoint.codecs.codec import (
+    Codec,
+    Parts,
+    Tensors,
+    from_nibbles,
+    multiplied,
+    nibbles,
+    passengers,
+    weight,
+    worth,
+)
 from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
@@ -34,19 +44,36 @@ class Packed(Codec):
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         codes_LW = self._fields(parts["codes"])
-        zero_LW = torch.full_like(codes_LW, 1 << self.bits - 1)
-        if "zero" in parts:
-            zero_LG = self._zeros(parts, len(codes_LW))
-            zero_LW = zero_LG.repeat_interleave(codes_LW.shape[1] // zero_LG.shape[1], 1)
-        codes_LW, words = torch.where(gone_LW, zero_LW, codes_LW), parts["codes"]
+        self._store(parts, torch.where(gone_LW, self._zero(parts, codes_LW), codes_LW))
+
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        codes_LW, scale_LG = self._fields(parts["codes"]), parts["scale"].float()
+        zero_LW = self._zero(parts, codes_LW).float()
+        return scale_LG.repeat_interleave(codes_LW.shape[1] // scale_LG.shape[1], 1), zero_LW
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return steps.round().clamp_(-zero, (1 << self.bits) - 1 - zero)
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._fields(parts["codes"])))
+
+    def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
+        words = parts["codes"]
         words.copy_(from_nibbles(codes_LW, words) if self.bits == 4 else codes_LW.contiguous().view(torch.int32))
+
+    def _zero(self, parts: Parts, codes_LW: torch.Tensor) -> torch.Tensor:
+        """Codes of zero [L, W]."""
+        if "zero" not in parts:
+            return torch.full_like(codes_LW, 1 << self.bits - 1)
+        zero_LG = self._zeros(parts, len(codes_LW))
+        return zero_LG.repeat_interleave(codes_LW.shape[1] // zero_LG.shape[1], 1)
 
     def _fields(self, words: torch.Tensor) -> torch.Tensor:
         """Codes of words along their lines, a byte each."""
         return nibbles(words) if self.bits == 4 else words.contiguous().view(torch.uint8)
 
     def _zeros(self, parts: Parts, lines: int) -> torch.Tensor:
-        """Codes of zero [L, G]."""
+        """Codes of zero of a form that has its own [L, G]."""
         # A copy, since one column counts as contiguous either way.
         return self._fields(parts["zero"].T.clone(memory_format=torch.contiguous_format)).T[:lines]
 

@@ -37,8 +37,21 @@ class Transposed(Codec):
         return steps_LW.mul_(parts["scale"].float()[group_L])
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
-        codes_LW, words = self._codes(parts["codes"]), parts["codes"]
-        codes_LW = torch.where(gone_LW, self._zeros(parts)[self._groups(parts, len(codes_LW))], codes_LW)
+        codes_LW = self._codes(parts["codes"])
+        self._store(parts, torch.where(gone_LW, self._zeros(parts)[self._groups(parts, len(codes_LW))], codes_LW))
+
+    def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+        group_L = self._groups(parts, len(self._codes(parts["codes"])))
+        return parts["scale"].float()[group_L], self._zeros(parts).float()[group_L]
+
+    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return steps.round().clamp_(-zero, 15 - zero)
+
+    def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
+        self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._codes(parts["codes"])))
+
+    def _store(self, parts: Parts, codes_LW: torch.Tensor) -> None:
+        words = parts["codes"]
         if self.is_ordered:
             words.copy_(from_nibbles(codes_LW.unflatten(1, (-1, 8))[..., _COLUMNS].flatten(1), words))
         else:

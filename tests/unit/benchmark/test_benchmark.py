@@ -113,6 +113,8 @@ def test_io(tmp_path, ranks):
         assert all(cell["rate"] > 0 and cell["ratio"] == cell["rate"] / cell["bare"] for cell in row.values())
         assert row["write"]["bare"] == row["write with its checksum"]["bare"]
     assert found["dd"].keys() == {"read", "write"} and min(found["dd"].values()) > 0
+    assert "nvfp4" in found["forms"]
+    assert all(0 < row["seconds"] == row["ratio"] * row["bfloat16"] for row in found["forms"].values())
 
 
 def test_weights(tmp_path, ranks):

@@ -118,6 +118,35 @@ def test_removed_weights_get_the_code_of_zero(tmp_path, form):
         source.stored(name, pruned=2 * values)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_other_values_get_the_nearest_codes(tmp_path, form):
+    """... of all that there are, on the scales that are there; the codes of other weights stay."""
+    make, settings = FORMS[form]
+    torch.manual_seed(0)
+    tensors, name, later = make(X, ROWS, COLUMNS), f"{X}.weight", tmp_path / "later"
+    source = written(tmp_path, tensors, settings)
+    before = source.read(name)
+    wanted = torch.where(torch.rand(before.shape) < 0.5, before, before.float().std() * torch.randn(before.shape)).to(
+        before.dtype
+    )
+    wanted[torch.rand(wanted.shape) < 0.2] = 0
+    fitted, stored = source.nearest(name, wanted), source.stored(name, pruned=source.nearest(name, wanted))
+    assert torch.equal(fitted[wanted == before], before[wanted == before]) and bool((fitted[wanted == 0] == 0).all())
+    assert [key for key, tensor in tensors.items() if raw(tensor) != raw(stored[key])] == [next(iter(tensors))]
+    later.mkdir()
+    assert torch.equal(written(later, stored, settings).read(name), fitted)
+    info, least = source.tensors[name], torch.full(wanted.shape, torch.inf)
+    parts = {part.role: tensors[part.name] for part in info.parts}
+    for code in range(2**info.codec.bits):
+        byte = code * 17 if info.codec.bits == 4 else code
+        if parts["codes"].dtype is not torch.float8_e4m3fn or byte & 127 != 127:
+            alike = torch.full_like(parts["codes"].view(torch.uint8), byte).view(parts["codes"].dtype)
+            every = info.codec.dequantise({**parts, "codes": alike})
+            every = every.T if info.codec.is_transposed else every
+            least = torch.minimum(least, (every - wanted.float()).abs())
+    assert bool(((fitted.float() - wanted.float()).abs() <= least * (1 + 2**-6) + 2**-8 * wanted.float().abs()).all())
+
+
 @pytest.mark.parametrize("band", [2**22, 100], ids=["at once", "in bands"])
 def test_experts_of_gpt_oss(tmp_path, monkeypatch, band):
     name = "model.layers.0.mlp.experts.gate_up_proj"

@@ -60,7 +60,7 @@ def test_fit_keeps_as_many_experts_as_serve_in_that_memory(checkpoint):
     job = resolve_model(request(model, fit=f"{0.8 * whole / 1024:.3f} KiB"))
     keep = job.cfg.experts.keep
     one_more = resolve_model(request(model, experts=ExpertsConfig(keep=keep + 1)))
-    served, more = (SERVED * model_bytes(job.arch, each.plan, each.cfg.experts) for each in (job, one_more))
+    served, more = (SERVED * model_bytes(job.arch, each.plan, each.cfg) for each in (job, one_more))
     assert served <= 0.8 * whole < more and job.plan.zeros == 0
 
 

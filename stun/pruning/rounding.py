@@ -1,0 +1,215 @@
+"""Rounding of a layer's matrices to what is written, before the layer runs and the next one sees its outputs.
+
+That is a new form (`output.format=int4`, ...), or the codes that a quantised source has on its own scales, where its weights get
+other values.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from stun.checkpoint.codecs.grids import Grid
+from stun.checkpoint.reader import Checkpoint
+from stun.model.architecture import Architecture
+from stun.model.layer_layout import LayerLayout
+from stun.planning.job import Job
+from stun.planning.plan import Plan
+from stun.planning.written_form import matrices_of_experts, rounded_dense
+from stun.run.layer_metrics import kind_of
+from stun.sparsify.compensated import compensated
+from stun.stream.expert_parallel import Layer
+from stun.stream.layer_stream import LayerStream
+
+
+class Target(Protocol):
+    """What matrices are rounded to."""
+
+    def dense(self, layout: LayerLayout) -> list[list[str]]:
+        """Names of a layer's matrices outside the experts, those that share a scale in one list."""
+
+    def parts(self, layout: LayerLayout) -> list[str]:
+        """Parts of its experts."""
+
+    def rounded(
+        self, name: str, weight: torch.Tensor, row: int | None, largest: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Rounded values of a source tensor, or of one entry of it, and the tensors by name that they are to be stored in, empty
+        if writing finds them. `largest` is the largest magnitude among all that share its scale."""
+
+    def fitted(
+        self, name: str, weight: torch.Tensor, row: int | None, factor_DD: torch.Tensor | None, is_transposed: bool
+    ) -> torch.Tensor:
+        """Rounded values of a matrix that shares its scale with no other. Given the factor of the inputs' Gram matrix, outputs
+        are near those of `weight` too, where the target can. `is_transposed`: inputs are rows."""
+
+
+@dataclass(frozen=True)
+class NewForm:
+    """A new form of plain weights."""
+
+    arch: Architecture
+    grid: Grid
+
+    def dense(self, layout: LayerLayout) -> list[list[str]]:
+        return rounded_dense(self.arch, layout, self.grid)
+
+    def parts(self, layout: LayerLayout) -> list[str]:
+        return matrices_of_experts(self.arch, layout)
+
+    def rounded(self, name, weight, row, largest):
+        parts = self.grid.parts(weight.contiguous(), largest)
+        stem = name.removesuffix("weight")
+        return self.grid.values(parts, weight.dtype), {stem + end: parts[role] for role, end in self.grid.ends.items()}
+
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        return self.rounded(name, weight, row, _largest([weight]))[0]
+
+
+@dataclass(frozen=True)
+class OwnCodes:
+    """Codes of a quantised source on its own scales. `is_solved`: not only what the joint refit changes has other values."""
+
+    source: Checkpoint
+    is_solved: bool
+
+    def dense(self, layout: LayerLayout) -> list[list[str]]:
+        names = sorted(layout.linears) if self.is_solved else layout.shared_outputs
+        return [[name] for name in names if self.source.tensors[name].codec]
+
+    def parts(self, layout: LayerLayout) -> list[str]:
+        some = layout.experts[layout.whole[0]] if layout.experts else {}
+        stored = [part for part, names in some.items() if self.source.tensors[names[0]].codec]
+        return [part for part in stored if self.is_solved or part == "down_proj"]
+
+    def rounded(self, name, weight, row, largest):
+        return self.source.nearest(name, weight, row), {}
+
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        # By itself every small change would be rounded off, since the source's own weights are on the grid.
+        def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
+            place = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
+            oriented_OD = weight.T if is_transposed else weight
+            new_OD = compensated(oriented_OD, factor_DD, lambda column, values_O: near(values_O, place(column)))
+            return new_OD.T if is_transposed else new_OD
+
+        return self.source.nearest(name, weight, row, None if factor_DD is None else rounded)
+
+
+@dataclass(frozen=True)
+class AllValues:
+    """What holds all values, so that nothing is rounded."""
+
+    def dense(self, layout: LayerLayout) -> list[list[str]]:
+        return []
+
+    def parts(self, layout: LayerLayout) -> list[str]:
+        return []
+
+    def rounded(self, name, weight, row, largest):
+        return weight, {}
+
+    def fitted(self, name, weight, row, factor_DD, is_transposed):
+        return weight
+
+
+def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
+    """Rounding of a run with this plan."""
+    if job.grid:
+        return Rounding(stream, NewForm(job.arch, job.grid))
+    is_solved = job.solves(plan)
+    is_changed = job.keeps_form and (job.refits or is_solved)
+    return Rounding(stream, OwnCodes(job.arch.source, is_solved) if is_changed else AllValues())
+
+
+class Rounding:
+    """Rounding of layers. Matrices that the joint refit changes (`is_refitted`) are rounded after it, all others before it."""
+
+    def __init__(self, stream: LayerStream, target: Target):
+        self.stream, self.target = stream, target
+
+    def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> Counter[str]:
+        """Round matrices in place; returns the weights of this rank that became zero, by kind. All ranks call this together."""
+        ranks, layout, closing = self.stream.ranks, layer.layout, layer.layout.shared_outputs
+        owners = self.stream.writer_of(layout)
+        groups = [group for group in self.target.dense(layout) if (group[0] in closing) in is_refitted]
+        largest = {name: _largest([layer.dense[n] for n in group]) for group in groups for name in group}
+        parts = [part for part in self.target.parts(layout) if (part == "down_proj") in is_refitted]
+        mine = [name for name in largest if owners[name] == ranks.rank]
+        lost = Counter()
+        for name, count in zip(mine, ranks.workers.map(lambda name: self._dense(layer, name, largest[name]), mine), strict=True):
+            lost[kind_of(layout, name)] += count
+        for name in largest:
+            ranks.broadcast(layer.dense[name], owners[name])
+        experts = [(expert, part) for expert in sorted(layer.experts) for part in parts]
+        lost["experts"] += sum(ranks.workers.map(lambda entry: self._expert(layer, *entry), experts))
+        return lost
+
+    def nonzero(self, layer: Layer) -> Counter[str]:
+        """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
+        owners, counts = self.stream.writer_of(layer.layout), Counter()
+        for name in (group[0] for group in self.target.dense(layer.layout) if group[0] in layer.layout.shared_outputs):
+            if owners[name] == self.stream.ranks.rank:
+                counts[kind_of(layer.layout, name)] += int(layer.dense[name].count_nonzero())
+        if "down_proj" in self.target.parts(layer.layout):
+            counts["experts"] += sum(int(parts["down_proj"].count_nonzero()) for parts in layer.experts.values())
+        return counts
+
+    def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
+        weight_OD = layer.dense[name]
+        values_OD, stored = self.target.rounded(name, weight_OD, None, largest)
+        return _put(layer, name, weight_OD, values_OD, stored)
+
+    def _expert(self, layer: Layer, expert: int, part: str) -> int:
+        weight = layer.experts[expert][part]
+        rounded = self._of_expert(layer.layout, expert, part, weight)
+        return sum(_put(layer, name, piece, values, stored) for name, piece, values, stored in rounded)
+
+    def _of_expert(self, layout: LayerLayout, expert: int, part: str, weight: torch.Tensor):
+        """Name, piece of `weight`, its rounded values and their stored form, of each source tensor of one part of an expert."""
+        names, largest = layout.experts[expert][part], _largest([weight])
+        if part in layout.fused:
+            return [(names[0], weight, *self.target.rounded(names[0], weight, expert, largest))]
+        pieces = weight.split([self.stream.arch.info(name).shape[0] for name in names])
+        return [(n, piece, *self.target.rounded(n, piece, None, largest)) for n, piece in zip(names, pieces, strict=True)]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return isinstance(self.target, AllValues)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the values of `closing` and `shared` stay as they are when they are rounded."""
+        return isinstance(self.target, OwnCodes)
+
+    def closing(self, layout: LayerLayout, expert: int, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
+        """What the down projection of an expert becomes if it is `weight_DI`, with the factor of its inputs' Gram matrix if it is
+        to be fitted to them."""
+        if "down_proj" not in self.target.parts(layout):
+            return weight_DI
+        (name,), row = layout.experts[expert]["down_proj"], expert if "down_proj" in layout.fused else None
+        stored = self.target.fitted(name, layout.oriented(weight_DI), row, factor_II, layout.is_transposed)
+        return layout.oriented(stored)
+
+    def shared(self, layout: LayerLayout, name: str, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
+        """The same of a shared expert's."""
+        is_rounded = [name] in self.target.dense(layout)
+        return self.target.fitted(name, weight_DI, None, factor_II, False) if is_rounded else weight_DI
+
+
+def _largest(weights: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([weight.abs().amax() for weight in weights]).amax()
+
+
+def _put(layer: Layer, name: str, weight: torch.Tensor, values: torch.Tensor, stored: dict[str, torch.Tensor]) -> int:
+    """Give a matrix its rounded values in place; returns how many entries became zero."""
+    lost = int(weight.count_nonzero()) - int(values.count_nonzero())
+    weight.copy_(values)
+    if stored:
+        layer.stored[name] = stored
+    return lost
