@@ -244,7 +244,7 @@ RESUMED: dict[str, tuple[Mutation, str]] = {
         for name, text in BROKEN.items()
     },
     **{
-        f"{field} {name}": (fields(**{field: value}), f"prune-00000-0-of-1.json: {field}: ")
+        f"{field} {name}": (fields(**{field: value}), f"prune-00000-0-of-1.json: {field}")
         for field, name, value in [
             ("kept", "text", "0"),
             ("kept", "floats", [0.0]),
@@ -278,7 +278,7 @@ RESUMED: dict[str, tuple[Mutation, str]] = {
         ]
     },
     **{
-        f"snapshot {field} {name}": (snapshot(**{field: value}), "prune-00000-0-of-1.json: snapshot: ")
+        f"snapshot {field} {name}": (snapshot(**{field: value}), "prune-00000-0-of-1.json: snapshot")
         for field, name, value in [
             ("file", "above", "../progress/a.safetensors"),
             ("file", "null", None),
@@ -307,7 +307,7 @@ RESUMED: dict[str, tuple[Mutation, str]] = {
     "outside torn": (damaged("model/outside*", lambda content: content[:50]), "outside.safetensors: is too short"),
     "outside entry above": (
         progress(lambda entry: entry.update(file=OUTSIDE), "outside"),
-        "outside-00000-0-of-1.json: file: ",
+        "outside-00000-0-of-1.json: file",
     ),
     **{
         f"manifest {name}": (text_of("manifest.json", text), "manifest.json: ")
