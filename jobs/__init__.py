@@ -23,13 +23,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stun.config import Device, StunError
+from stun.config import Device, StunError, printable
 from stun.files import system_errors
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
 from stun.runtime.interrupts import interruptible
 from stun.runtime.process import process_ranks, started_ranks
-from stun.runtime.units import printable
 from stun.settings.compose import CONF, check_overrides, composed, register
 from stun.settings.describe import help_text
 from stun.stream.progress import close_view, reached

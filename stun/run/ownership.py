@@ -84,8 +84,8 @@ _OF_RUN = (
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has written in its folder, which the calling job created, and the folder if nothing else is in it. A link,
-    or a folder without a run, is kept."""
+    """Remove what a run has written in its folder, which the calling job created, and the folder if nothing else is in it. A
+    link, or a folder without a run, is kept."""
     if (folder / "config.yaml").is_file():
         remove_written(folder, _OF_RUN)
         remove_written(folder, r"config\.yaml")  # last: a launch that is killed in between still knows the folder as a run

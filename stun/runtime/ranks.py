@@ -18,12 +18,11 @@ from typing import TypeVar
 
 import torch
 
-from stun.config import Device, StunError
+from stun.config import Device, StunError, printable
 from stun.files import system_errors
 from stun.runtime.gpus import own_device
 from stun.runtime.threads import Workers, threads_on
 from stun.runtime.timers import Meter
-from stun.runtime.units import printable
 
 T = TypeVar("T")
 _WAIT_SECONDS = 30.0  # between signs of life to waiting ranks, whose collectives would time out

@@ -1,6 +1,4 @@
-"""Bytes, seconds and counts as text, in the unit that fits; text from elsewhere on one line."""
-
-import re
+"""Bytes, seconds and counts as text, in the unit that fits."""
 
 _SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _TIMES = (("hours", 3600.0, 2.0), ("minutes", 60.0, 2.0), ("seconds", 1.0, 1.0))  # unit, its seconds, least number shown in it
@@ -25,8 +23,3 @@ def duration(seconds: float) -> str:
 def count(number: int, noun: str) -> str:
     """A number with its noun: `1 rank`, `2 ranks`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def printable(text: str) -> str:
-    """Text with control characters, line ends among them, written as escapes: names from elsewhere may have them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)

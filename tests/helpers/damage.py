@@ -1,4 +1,4 @@
-"""Damage to files, chosen by a seed: another value somewhere in JSON or YAML, other bytes, another kind of file, other tensors."""
+"""Damage to files, chosen by a seed: another value in JSON or YAML, other bytes, another kind of file, other tensors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Jobs that are stopped, each at an instant and by a signal that a seed chooses, and go on: `-m helpers.kill_jobs SOURCE FOLDER
 COUNT [FIRST] [JOB]` prints a line for each of COUNT seeds from FIRST on.
 
-An instant is just before or after one of the calls that give files their names, make folders or remove something. Launches are forks
-of one process that has imported everything; each works in a folder of its own, where paths are relative, so that what it writes can
-be compared byte by byte with what a launch has written that was not stopped.
+An instant is just before or after one of the calls that give files their names, make folders or remove something. Launches are
+forks of one process that has imported everything; each works in a folder of its own, where paths are relative, so that what it
+writes can be compared byte by byte with what a launch has written that was not stopped. Files of others lie wherever a job
+accepts them, and must be as they were.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def studied(source: str, ranks: Ranks) -> None:
     from jobs import study
 
     methods = {"ranked": ["experts.method=rank"], "weights": ["experts.fraction=0"]}
-    own = {"methods": methods, "targets": [0.3], "seeds": [0, 1], "task": task(), "scores": "scores.json", "target": None}
+    own = {"methods": methods, "targets": [0.3], "seeds": [1], "task": task(), "scores": "scores.json", "target": None}
     study.work(request(source, StudyConfig, **own), ranks)
 
 
@@ -86,6 +87,7 @@ JOBS: dict[str, Callable[[str, Ranks], object]] = {
     "report": lambda source, ranks: write_reports(Path("run")),
 }
 NEED_A_RUN = ("plan", "report")
+OF_OTHERS = ("run/logs/1.log", "run/code/a.py", "run/mine.out", "plans/other.json", "notes.txt", "text.json.bak", "result.json")
 
 
 def stop_at(number: int, when: str, signal_number: int) -> list[int]:
@@ -168,6 +170,16 @@ def case(name: str, source: str, folder: Path, calls: int, seed: int) -> str:
     return f"{stop[1]} call {stop[0]} of {calls}, {signal.Signals(stop[2]).name}: {'; '.join(differences) or 'the same'}"
 
 
+def put_files_of_others(folder: Path) -> None:
+    for name in OF_OTHERS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+
+
+def are_whole(folder: Path) -> bool:
+    return all((folder / name).read_text() == f"mine: {name}" for name in OF_OTHERS)
+
+
 def main(source: str, folder: Path, count: int, first: int = 0, only: str = "") -> None:
     get_ready()
     names, calls = [only] if only else list(JOBS), {}
@@ -177,8 +189,10 @@ def main(source: str, folder: Path, count: int, first: int = 0, only: str = "") 
         for end in ("start", "whole"):
             place = folder / f"{name}-{end}"
             shutil.copytree(folder / "ready", place) if name in NEED_A_RUN else place.mkdir()
+            put_files_of_others(place)
         code = launch(name, source, folder / f"{name}-whole")
         assert code == 0, (folder / f"{name}-whole.log").read_text()
+        assert are_whole(folder / f"{name}-whole"), f"{name}: a file of others is not as it was"
         calls[name] = int((folder / f"{name}-whole.calls").read_text())
     for seed in range(first, first + count):
         name = names[seed % len(names)]

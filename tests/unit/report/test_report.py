@@ -453,7 +453,7 @@ def test_commands_can_be_pasted(folder):
     assert (parsed.key_or_group, parsed.value()) == ("model.path", f"{folder}/model") and not parsed.is_sweep_override()
 
 
-MANIFEST = json.dumps({"summary": summary(0, 4, 3)})
+MANIFEST = json.dumps({"summary": summary(1, 4, 3)})
 DONE = {"config.yaml": "config: {}\n", "manifest.json": MANIFEST, "plan.json": '{"layers": []}'}
 
 
