@@ -331,7 +331,7 @@ def failure(name: str, seed: int, folder: Path, ready: Path, ranks) -> str:
         work = CLASSES[name](case)
         before, lasting = content(folder), content(ready)
         with bounded(2**30), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("stun.runtime.child.SECONDS", 2)
+            patch.setattr("stun.runtime.child.SECONDS", 1)
             said = _refused(work)
         is_late = any(words in said for words in ("layer", "finite", "expert"))  # noticed as a layer is read or runs
         assert name not in FRESH or is_late or not said or not (folder / "run").exists(), f"written before it was refused: {said}"
