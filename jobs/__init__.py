@@ -10,13 +10,12 @@ if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int
     # The imports below take a moment, in which Ctrl-C would end `python -m jobs.prune` in a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import errno
 import os
 import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import hydra
@@ -24,7 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stun.config import Device, StunError
+from stun.config import Device, StunError, printable
+from stun.files import system_errors
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
 from stun.runtime.interrupts import interruptible
@@ -105,7 +105,9 @@ def _start(work: Work, cfg: object) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    work(cfg, ranks)
+    with system_errors():
+        work(cfg, ranks)
+        sys.stdout.flush()
 
 
 @contextmanager
@@ -122,12 +124,13 @@ def _ends_clearly() -> Iterator[None]:
             _give_way(ALIKE if is_alike else OWN)
             _fail(f"{'' if is_alike and _is_first() else _where()}{_line(error)}", 2)
         except Exception as error:
+            from stun.runtime.gpus import is_out_of_memory
             from stun.runtime.ranks import is_lost
 
             if is_lost(error):
                 time.sleep(ALIKE)  # the rank that ended first says why, or the launcher does
             _give_way(OWN)
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
                 _fail(f"{_where()}out of memory ({advice}): {error}", 1)
             traceback.print_exc()
@@ -164,15 +167,6 @@ def _line(error: Exception) -> str:
     return ": ".join(" ".join(lines).rstrip(".") for lines in shown)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
-    from stun.runtime.gpus import is_out_of_gpu_memory
-
-    is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
-    return isinstance(error, MemoryError) or is_out_of_gpu_memory(error) or is_kernel or is_allocator
-
-
 def _doing() -> str:
     ranks = started_ranks()
     return ranks.doing if ranks else ""
@@ -184,11 +178,13 @@ def _where() -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it, or its disk is full
+        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
     _exit(status)
 
 
 def _exit(status: int) -> None:
     """End the process without waiting for threads that read or write."""
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)

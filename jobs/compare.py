@@ -17,17 +17,24 @@ def work(cfg, ranks) -> None:
     from stun.benchmark.study import prune_and_evaluate
     from stun.checkpoint.hub import fetched
     from stun.evaluation.job import evaluate
+    from stun.planning.job import resolve_model
     from stun.report.tables import results_table
     from stun.report.write import write_reports
 
     cfg = fetched(cfg, ranks)
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
+    runs = {
+        name: replace(
+            cfg, run_dir=f"{cfg.run_dir}/{name.lower().replace(' ', '-')}", experts=replace(cfg.experts, fraction=share)
+        )
+        for name, share in shares.items()
+    }
+    for run in runs.values():
+        resolve_model(run)  # refused before anything is evaluated
     dense = f"{cfg.run_dir}/dense.json"
     results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}
-    for name, fraction in shares.items():
-        run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
-        run_cfg = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
-        results[name] = prune_and_evaluate(run_cfg, ranks, dense)
+    for name, run in runs.items():
+        results[name] = prune_and_evaluate(run, ranks, dense)
 
     def report() -> None:
         write_json(Path(cfg.run_dir) / "comparison.json", results)

@@ -13,6 +13,15 @@ class StunError(Exception):
 
     is_shared = False
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Text as one line: names and values from elsewhere may hold line ends and other control characters."""
+    line = re.sub(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*", " ", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], line)
+
 
 # Hydra matches an enum by member name, and `global` is a keyword: hence the functional form.
 Budget = Enum("Budget", ["uniform", "global"])

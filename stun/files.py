@@ -1,6 +1,7 @@
 """Reading of untrusted JSON and YAML; atomic writing of files."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -28,6 +29,25 @@ def parse_json(content: bytes | str, where: str) -> object:
         return value
     except (ValueError, RecursionError) as error:
         raise StunError(f"{where}: cannot be read as JSON: {error}") from error
+
+
+STAYS = "what is finished stays, and the same command goes on"
+
+
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Context in which errors of the system, such as a full disk or a forbidden folder, become StunErrors. Memory that runs out
+    is none of them."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise StunError(f"safetensors: {error}; {STAYS}") from error
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        # Files that this package reads and writes are named; what it prints has no name.
+        named = error.filename or error.errno is None
+        raise StunError(f"{'' if named else 'the output, or a file without a name: '}{error}; {STAYS}") from error
 
 
 @contextlib.contextmanager
@@ -70,8 +90,8 @@ def load_json(file: Path) -> dict:
 
 
 def is_count(value: object) -> bool:
-    """Whether a JSON value is an integer of at least 0."""
-    return type(value) is int and value >= 0
+    """Whether a JSON value is an integer of at least 0, and below 2^63 as all that is counted."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_file_name(name: object) -> bool:
@@ -143,7 +163,7 @@ def write_atomically(file: Path, write) -> None:
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StunError(f"{file}: cannot be written: {error}") from error
+        raise StunError(f"{file}: cannot be written: {error}; {STAYS}") from error
 
 
 def write_json(file: Path, content: dict) -> None:

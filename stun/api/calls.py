@@ -16,7 +16,7 @@ from stun.checkpoint.hub import fetched, folder
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.tokenizer import load_tokenizer
 from stun.evaluation import job as evaluation
-from stun.files import load_yaml
+from stun.files import load_yaml, system_errors
 from stun.model.whole import load_whole
 from stun.planning.config import request
 from stun.planning.from_statistics import Described, plan_from_run
@@ -118,7 +118,8 @@ def _on_ranks(command: list[str], ranks: Ranks) -> Iterator[Ranks]:
     view on the screen nor a lock on the run folder."""
     ranks.command, ranks.started = command, time.monotonic()
     try:
-        yield ranks
+        with system_errors():
+            yield ranks
     finally:
         close_view()
         let_go()

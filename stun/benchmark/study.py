@@ -13,14 +13,19 @@ from stun.checkpoint.hub import fetched
 from stun.config import CalibrationConfig, ModelConfig, Score, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
+from stun.evaluation.request import kinds_of
 from stun.evaluation.task import scores
-from stun.files import load_json, write_json
+from stun.files import write_json
 from stun.planning.from_statistics import plan_from_run
 from stun.planning.job import resolve_model
 from stun.planning.validation import validate
 from stun.pruning.job import prune, take_statistics
+from stun.run.folder import SUMMARY
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
+from stun.schema import load_record
+
+_SCORED = kinds_of({"rows": True, "sequences": True})  # kind of every result
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
@@ -32,7 +37,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
     folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
     task = {"task": asdict(cfg.task)} | ({"text": asdict(cfg.text)} if cfg.text != CalibrationConfig() else {})
     evaluation = EvaluateConfig(cfg.model, cfg.task, cfg.text, output=f"{folder}/dense-result.json")
-    dense = _once(folder / "dense.json", task, lambda: evaluate(evaluation, ranks), ranks)
+    dense = _once(folder / "dense.json", task, _SCORED, lambda: evaluate(evaluation, ranks), ranks)
     results: dict[str, dict[str, list]] = {m: {str(share): [] for share in _shares(cfg)} for m in cfg.methods}
     outliers = any(method_cfg.sparsify.counts_outliers for method_cfg in method_cfgs.values())
     base_sparsify = replace(cfg.sparsify, ratios="owl") if outliers else cfg.sparsify
@@ -45,7 +50,7 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
             cell = replace(_removing(method_cfg, share), calibration=calibration, run_dir=f"{base}/{share} {method}")
             identity = task | {"overrides": list(cfg.methods[method])}
             compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks, text=cfg.text)  # noqa: E731
-            result = _once(Path(f"{cell.run_dir}.json"), identity, compute, ranks)
+            result = _once(Path(f"{cell.run_dir}.json"), identity, {**_SCORED, "prune": SUMMARY}, compute, ranks)
             ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
             results[method][str(share)].append(_measures(result))
             ranks.log(f"{method} at {share}, seed {seed}: {_measures(result)['odd']:.3f}")
@@ -86,14 +91,17 @@ def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
     return method_cfgs
 
 
-def _once(file: Path, identity: dict, compute, ranks: Ranks) -> dict:
-    """Result in a file, computed and written if the file does not exist. Raises StunError if its identity is another."""
+def _once(file: Path, identity: dict, kind: dict, compute, ranks: Ranks) -> dict:
+    """Result of that kind in a file, computed and written if the file does not exist. Raises StunError if its identity is
+    another."""
 
     def stored() -> dict | None:
-        content = load_json(file) if file.is_file() else None
-        if content and content.get("of") != identity:
+        if not file.is_file():
+            return None
+        content = load_record(file, {"of": {}, "result": kind}, "remove it to compute it again")
+        if content["of"] != identity:
             raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
-        return content and content.get("result")
+        return content["result"]
 
     result = ranks.on_first(stored)
     if result is None:

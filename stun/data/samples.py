@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stun.config import CalibrationConfig, SourceConfig, StunError
-from stun.data.chat import rendered
+from stun.data.chat import rendering
 from stun.data.rows import check_field, in_order, load_rows
 from stun.data.tokenizer import check_size, check_vocabulary, check_yield, token_ids
 
@@ -131,13 +131,14 @@ def _advice(names: list[str], key: str) -> str:
 
 def _texts(rows: Dataset, source: SourceConfig, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str | None]:
     """Texts of all rows, None where a row has no value."""
-    for number, content in enumerate(in_order(rows[source.field], source.path, f"{key}.path")):
-        where = f"{key}.path={source.path}: row {number}: field {source.field!r}"
-        if isinstance(content, list):
-            content = rendered(content, where, tokenizer)
-        if not isinstance(content, str | None):
-            raise StunError(f"{where} is {type(content).__name__}; a text or chat messages are needed")
-        yield content
+    with rendering(tokenizer) as rendered:
+        for number, content in enumerate(in_order(rows[source.field], source.path, f"{key}.path")):
+            where = f"{key}.path={source.path}: row {number}: field {source.field!r}"
+            if isinstance(content, list):
+                content = rendered(content, where)
+            if not isinstance(content, str | None):
+                raise StunError(f"{where} is {type(content).__name__}; a text or chat messages are needed")
+            yield content
 
 
 def _packed(ids: list[int], reading: Reading, samples: int, length: int, where: str) -> torch.Tensor:

@@ -7,9 +7,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from stun.config import StunError
 from stun.data.rows import one_line
 from stun.files import check_folder
+from stun.runtime.child import child
 from stun.runtime.units import count
 
 _FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+_TRIAL = "A text of words, numbers such as 1,234.5, and signs: é, 漢字, (a + b) * c.\n\n\tIt ends here. "
 _BYTES = 256  # tokens that any text can be written with
 _CHARACTERS = 100  # most of them a token, on average, in any text
 
@@ -24,9 +26,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "vocab.json and merges.txt, with tokenizer_config.json"
         )
     try:
+        with child(_load) as ask:
+            ask(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds, all of them about these files
         raise StunError(f"{folder}: its tokenizer ({_present(folder)}) cannot be loaded: {one_line(error)}") from error
+
+
+def _load(folder: Path) -> None:
+    """Load and use a tokenizer, once: its library may abort or take all memory over its files."""
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(_TRIAL)
 
 
 def _present(folder: Path) -> str:
@@ -37,7 +46,9 @@ def token_ids(text: str | list[str], where: str, tokenizer: PreTrainedTokenizerB
     """Token ids of a text, or of each text in a list. Raises StunError."""
     try:
         return tokenizer(text)["input_ids"]
-    except Exception as error:  # tokenizers raises a bare one
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare ones, and panics of Rust
         raise StunError(f"{where}: the tokenizer of {tokenizer.name_or_path} fails: {one_line(error)}") from error
 
 

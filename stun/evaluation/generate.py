@@ -22,7 +22,7 @@ from stun.runtime.units import count, duration, size
 from stun.stream.embeddings import outside
 from stun.stream.layer_stream import LayerStream, States, even_owners
 
-_SAVE = 60.0  # seconds between saves of the generated tokens, and between lines of the log
+_LOG = 60.0  # seconds between lines of the log
 _TAIL = 32  # last tokens that are searched for a stop text
 Saved = dict[str, list]  # of one micro-batch: generated `tokens` by row, and whether the row is `done`
 
@@ -65,7 +65,6 @@ class _Batch:
         self.tokens: list[list[int]] = saved["tokens"] if saved else [[] for _ in range(count)]
         self.done: list[bool] = saved["done"] if saved else [False] * count
         self.places = [place for place in range(count) if not self.done[place]]  # rows that the tensors hold
-        self.saved = time.monotonic()
         if self.places:
             self._start(prompts)
 
@@ -158,10 +157,10 @@ def _complete(
         ranks.doing = f"generate token {step}"
         _step(unfinished, stream, rounds, ranks)
         for batch in unfinished:
-            if not batch.places or capacity.step_bytes or time.monotonic() - batch.saved > _SAVE:
+            # From tokens alone a micro-batch goes on with other last bits, so it does only where a step takes long.
+            if not batch.places or capacity.step_bytes:
                 save(batch.number, {"tokens": batch.tokens, "done": batch.done})
-                batch.saved = time.monotonic()
-        if time.monotonic() - logged > _SAVE:
+        if time.monotonic() - logged > _LOG:
             logged, rows = time.monotonic(), sum(len(batch.places) for batch in batches)
             ranks.log(f"generate: token {step}, {count(rows, 'unfinished row')} on this rank")
 

@@ -11,12 +11,13 @@ from stun.checkpoint import hub
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ModelConfig, Precision, StunError
 from stun.data.tokenizer import check_size, load_tokenizer
+from stun.evaluation.batches import micro_batches
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch
 from stun.evaluation.perplexity import score
-from stun.evaluation.request import Inputs, earlier_result, read_inputs, validate_evaluation
+from stun.evaluation.request import ANSWERS, Inputs, earlier_result, read_inputs, scores_kind, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
@@ -30,7 +31,6 @@ from stun.runtime.units import count
 from stun.tracking.tracker import check_tracking, tracked
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
-_ANSWERS = ("rows", "exact_match", "average", "right", "groups", "batch")  # what completions give
 
 
 def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
@@ -57,7 +57,7 @@ def evaluate(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     if inputs.sequences:
         result |= _scored(arch, dense, inputs, cfg.task.batch, partial, ranks)
     if inputs.rows:
-        known = {key: earlier[key] for key in _ANSWERS if key in earlier}
+        known = {key: earlier[key] for key in (*ANSWERS, "batch") if key in earlier}
         result |= known or _answered(arch, tokenizer, inputs, cfg, partial, ranks)
     if reference:
         result["dense"] = {key: reference[key] for key in _COPIED if key in reference}
@@ -120,10 +120,11 @@ def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Arch
 
 
 def _scored(arch: Architecture, dense: Architecture | None, inputs: Inputs, batch: int, partial: Partial, ranks: Ranks) -> dict:
-    finished = ranks.on_first(lambda: partial.load("scores"))
+    lengths = [len(ids) for ids in inputs.sequences]
+    kind = scores_kind(sum(lengths) - len(lengths), len(arch.layers) if dense else 0)
+    finished = ranks.on_first(lambda: partial.load("scores", kind))
     if finished:
         return finished
-    lengths = [len(ids) for ids in inputs.sequences]
     ranks.doing = "score before the first layer"
     chosen = scoring_batch(arch, 2 if dense else 1, lengths, batch, ranks)
 
@@ -150,7 +151,8 @@ def _answered(
         nodes = max(1, ranks.world // ranks.local_world)
         read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
         ranks.log(f"generate for {count(len(lengths), 'row')}: {describe(capacity, arch, read)}")
-        files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), arch.config.vocab_size)
+        rows = [len(batch.rows) for batch in micro_batches(lengths, size)]
+        files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), rows, arch.config.vocab_size, decoding.is_done)
         return {"tokens": generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save), "batch": size}
 
     result, right = _fitting("generate", chosen, task.batch > 0, run, partial, ranks), {}

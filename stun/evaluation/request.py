@@ -15,7 +15,28 @@ from stun.evaluation.task import Row, encoded, task_rows, validate_task, with_an
 from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.run.identity import differences, model_digest
+from stun.schema import FLAG, NUMBER, POSITIVE, SHARE, SIZE, TEXT, Leaf, list_of, load_record, misfit
 
+_MEASURED = {
+    "model?": TEXT,
+    "perplexity?": NUMBER,
+    "tokens?": POSITIVE,
+    "agreement?": {"kl": NUMBER, "top1": SHARE},
+    "layer_error?": [NUMBER],
+    "rows?": POSITIVE,
+    "exact_match?": {TEXT: SHARE},
+    "average?": SHARE,
+    "right?": [FLAG],
+    "groups?": [TEXT],
+    "batch?": POSITIVE,
+    "harness?": {TEXT: {TEXT: NUMBER}},
+    "seconds?": SIZE,
+    "ranks?": POSITIVE,
+    "request?": {},
+}
+EVALUATION = {**_MEASURED, "dense?": _MEASURED}  # kind of an evaluation's result; reports read results with less in them
+_SCORES, _AGREEMENT = ("perplexity", "tokens"), ("agreement", "layer_error")  # of a text; beside the dense model
+ANSWERS = ("rows", "exact_match", "average", "right", "groups")  # what completions give
 SAME = ("task", "rows", "sequences")  # keys of the request that must be equal for two results to be compared
 
 
@@ -78,18 +99,30 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
 
 def _dense_result(file: str) -> dict:
     """Result of the dense model's evaluation. Raises StunError if the file is not the output of an evaluation."""
-    result = load_json(Path(file))
-    request = result.get("request")
-    texts = (result.get("model"), request.get("model") if isinstance(request, dict) else None)
-    if not all(isinstance(text, str) for text in texts) or "perplexity" not in result:
+    result = load_record(Path(file), EVALUATION, f"dense={file}: is not the output of an evaluation")
+    if misfit(result, {"model": TEXT, "request": {"model": TEXT}, "perplexity": NUMBER}):
         raise StunError(f"dense={file}: is not the output of an evaluation")
     return result
 
 
+def scores_kind(tokens: int, layers: int) -> dict:
+    """Kind of the scores of a text with so many predicted tokens, by a model of so many layers if the dense one is beside it."""
+    scores = {"perplexity": NUMBER, "tokens": Leaf(f"{tokens}, those of the text", lambda value: value == tokens)}
+    return scores | ({"agreement": _MEASURED["agreement?"], "layer_error": list_of(NUMBER, layers)} if layers else {})
+
+
+def kinds_of(request: dict) -> dict:
+    """Kinds of the fields that the result of a request has."""
+    is_scored, is_asked, has_dense = (bool(request.get(key)) for key in ("sequences", "rows", "dense"))
+    names = [*(_SCORES if is_scored else ()), *(_AGREEMENT if has_dense else ()), *(ANSWERS if is_asked else ())]
+    names += ["model", "seconds", *(["harness"] if request.get("harness") else []), *(["dense"] if has_dense else [])]
+    return {name: EVALUATION[f"{name}?"] for name in names}
+
+
 def earlier_result(output: str, request: dict) -> dict | None:
     """Result in the output file, of this request or of the same one without a dense model; None if there is none. Raises
-    StunError if it belongs to another request."""
-    file = Path(output)
+    StunError if it belongs to another request, or is not as an evaluation writes it."""
+    file, advice = Path(output), "choose another file"
     if file.is_dir():
         raise StunError(f"output={output}: is a folder; a file is needed")
     if not file.exists():
@@ -101,5 +134,15 @@ def earlier_result(output: str, request: dict) -> dict | None:
     wanted = request | ({"dense": None} if lacks_dense else {})
     changes = differences(old_request, wanted) if is_known else ["it is no evaluation's"]
     if changes:
-        raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); choose another file")
+        raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); {advice}")
+    _check_result(result, old_request, f"output={output}")
     return result
+
+
+def _check_result(result: dict, request: dict, where: str) -> None:
+    """Raises StunError if a result is not one of its request."""
+    reason = misfit(result, {**EVALUATION, **kinds_of(request)})
+    if not reason and request.get("rows") and not len(result["right"]) == len(result["groups"]) == result["rows"]:
+        reason = f"right and groups: must have an entry for each of {result['rows']} rows"
+    if reason:
+        raise StunError(f"{where}: is not as an evaluation writes it: {reason}; remove it to evaluate again")

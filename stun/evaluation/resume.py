@@ -8,13 +8,16 @@
 <output>.partial/generate-N/       tokens generated so far, one file per micro-batch of N rows
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from stun.config import StunError
 from stun.files import is_count, load_json, write_json
 from stun.run.identity import differences
+from stun.run.launches import check_progress
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import refuse_link, remove_written
+from stun.schema import FLAG, POSITIVE, TEXT, Leaf, list_of, load_record
 
 _STREAM = r"score-\d+/(progress|hidden)/[\w-]+\.(json|safetensors)"
 _WRITTEN = rf"{LOCK}|\w+\.json|{_STREAM}|generate-\d+/tokens-\d+\.json|(.*/)?\..+\.tmp"
@@ -49,6 +52,7 @@ class Partial:
         if machine.is_file() and (changes := differences(load_json(machine), hardware)):
             raise StunError(f"{self.folder}: began on other hardware ({'; '.join(changes)}); go on there, or remove it")
         self.save("hardware", hardware)
+        check_progress(self.folder, str(self.folder))
 
     def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
         """Rows at once in a phase: as in an earlier launch, else `chosen`. A size set by the user is an upper limit."""
@@ -61,10 +65,7 @@ class Partial:
         self.save("batch", {**self._sizes(), phase: size})
 
     def _sizes(self) -> dict[str, int]:
-        sizes = self.load("batch")
-        if not all(is_count(size) and size for size in sizes.values()):
-            raise StunError(f"{self.folder}/batch.json: must give numbers of rows; remove {self.folder}")
-        return sizes
+        return self.load("batch", {TEXT: POSITIVE})
 
     def phase(self, name: str, size: int) -> Path:
         """Folder of a phase with `size` rows at once."""
@@ -73,10 +74,10 @@ class Partial:
             (folder / part).mkdir(parents=True, exist_ok=True)
         return folder
 
-    def load(self, name: str) -> dict:
-        """Content that was saved under `name`, empty if there is none."""
+    def load(self, name: str, kind: object) -> dict:
+        """Content of that kind that was saved under `name`, empty if there is none. Raises StunError if it is of another."""
         file = self.folder / f"{name}.json"
-        return load_json(file) if file.is_file() else {}
+        return load_record(file, kind, f"remove {self.folder} to evaluate again") if file.is_file() else {}
 
     def save(self, name: str, content: dict) -> None:
         write_json(self.folder / f"{name}.json", content)
@@ -86,10 +87,12 @@ class Partial:
 
 
 class Generated:
-    """Files with the generated tokens of micro-batches, in `folder`; token ids are below `vocab_size`."""
+    """Files with the generated tokens of micro-batches, in `folder`: of as many rows as `rows` says for each, token ids below
+    `vocab_size`. `is_done` says of the tokens of a row whether it is done."""
 
-    def __init__(self, folder: Path, vocab_size: int):
-        self.folder, self.vocab_size = folder, vocab_size
+    def __init__(self, folder: Path, rows: list[int], vocab_size: int, is_done: Callable[[list[int]], bool]):
+        self.folder, self.rows, self.is_done = folder, rows, is_done
+        self._token = Leaf("a token of the model", lambda value: is_count(value) and value < vocab_size)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"tokens-{number:06d}.json"
@@ -99,14 +102,14 @@ class Generated:
 
     def load(self, number: int) -> dict | None:
         """State of a micro-batch, None if there is no file. Raises StunError if the file is not valid."""
-        file = self._file(number)
+        file, count = self._file(number), self.rows[number]
         if not file.is_file():
             return None
-        state = load_json(file)
-        tokens, done = state.get("tokens"), state.get("done")
-        fits = isinstance(tokens, list) and isinstance(done, list) and len(tokens) == len(done)
-        if not fits or not all(isinstance(ids, list) and all(is_count(i) and i < self.vocab_size for i in ids) for ids in tokens):
-            raise StunError(f"{file}: does not hold what was generated; remove it")
+        state = load_record(file, {"tokens": [[self._token]], "done": list_of(FLAG, count)}, "remove it")
+        tokens, done = state["tokens"], state["done"]
+        is_whole = len(tokens) == count and [self.is_done(ids) for ids in tokens] == done
+        if not is_whole or any(self.is_done(ids[:-1]) for ids in tokens):
+            raise StunError(f"{file}: does not hold {count} rows as they were generated; remove it")
         if len({len(ids) for ids, is_done in zip(tokens, done, strict=True) if not is_done}) > 1:
             raise StunError(f"{file}: rows that are not done differ in length; remove it")
         return state

@@ -19,6 +19,7 @@ from stun.checkpoint.headers import TensorInfo
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Precision, StunError
 from stun.model import heterogeneous
+from stun.model.as_configured import as_configured
 from stun.model.empty import without_weights
 from stun.model.families import COUNT_FIELDS, NOVICES, family_of
 from stun.model.form_settings import renumbered
@@ -30,6 +31,10 @@ EXPERTS_IMPLEMENTATION = "stun"
 # Name of the cache among the arguments of a layer and of the model: transformers 5.24 renamed it.
 _PREPARES = signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = next(name for name in ("cache", "past_key_values") if name in _PREPARES)
+
+
+# Flags that change what layers and models return, whatever config.json says.
+_RETURNS = {"output_attentions": False, "output_hidden_states": False, "output_router_logits": False, "return_dict": True}
 
 
 class _Entered(Exception):
@@ -48,7 +53,10 @@ class Architecture:
         folder, self.is_nested = source.folder, isinstance(source.config.get("text_config"), dict)
         self.model_type, self.family = family_of(folder, source.config)
         try:
-            self.config = stock(AutoConfig.from_pretrained(folder, trust_remote_code=False)).get_text_config(decoder=True)
+            whole = stock(AutoConfig.from_pretrained(folder, trust_remote_code=False, output_attentions=False))
+            self.config = whole.get_text_config(decoder=True)
+            for flag, value in _RETURNS.items():
+                setattr(self.config, flag, value)
             self.config.__dict__.pop("quantization_config", None)  # the reader dequantises
             # A named implementation could be code that transformers fetches from the hub.
             self.config._attn_implementation = None
@@ -60,10 +68,11 @@ class Architecture:
         if EXPERTS_IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS:
             self.model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         self.decoder = self.model.base_model
-        names = NameMap(source, self.model, self.build_layer)
+        with as_configured(folder, "the model"):
+            names = NameMap(source, self.model, self.build_layer)
         self.layers, self.mtp, self.outer = names.layers, names.mtp, names.outer
         modules = [module for layer in self.decoder.layers if experts_of(layer) for module in layer.modules()]
-        self.top_k: int = max((m.top_k for m in modules if hasattr(m, "top_k")), default=0)
+        self.top_k = self._top_k([module.top_k for module in modules if hasattr(module, "top_k")])
         self.groups, self.group_floor = self._groups()
 
     @property
@@ -104,6 +113,13 @@ class Architecture:
         """Number of parameters of a decoder layer in the checkpoint."""
         experts = {name for expert in layout.experts for names in expert.values() for name in names}
         return sum(self.info(name).numel for name in [*layout.copied, *experts])
+
+    def _top_k(self, numbers: list[object]) -> int:
+        """Most experts that a token is sent to. Raises StunError unless all layers' are whole numbers."""
+        for number in numbers:
+            if type(number) is not int:
+                raise StunError(f"{self.source.folder / 'config.json'}: a token's number of experts cannot be {str(number)[:80]}")
+        return max(numbers, default=0)
 
     def _groups(self) -> tuple[int, int]:
         """Routing groups (1: none), and the fewest experts a group may keep. Raises StunError."""

@@ -4,6 +4,7 @@ What is said of vLLM is of version 0.33, from its registry of models and its rou
 """
 
 from stun.model.families import FAMILIES
+from stun.schema import COUNT, TEXT
 
 # Expert counts that vLLM's fused top-k kernels are compiled for (the instances of `topkGating` in the CUDA wheel); for all others
 # they fall back to two general ones. Routers with groups have a kernel of their own.
@@ -12,6 +13,7 @@ VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 352, 384, 448, 512, 5
 LEFT_VLLM = {"arctic": "0.28", "dots1": "0.23"}
 THROUGH_TRANSFORMERS = ("dots1", "hunyuan_v1_moe", "phimoe")  # in vLLM: no class of its own for what transformers writes
 SERVED = "served.json"  # results of stun.serving in the folder of the run
+SERVED_RESULTS = {"runtimes?": {TEXT: {"versions": {TEXT: TEXT}, "prompts": COUNT, "tokens": COUNT, "equal": COUNT}}}
 ONLY_HERE = ("arctic",)  # families that transformers itself does not have
 # Families of which a result was converted and run: docs/serving.md.
 GGUF = ("deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
@@ -76,8 +78,8 @@ def served_in_words(content: dict) -> dict[str, str]:
     """What runtimes were started on a checkpoint and generated, from the content of `SERVED`."""
     words = {}
     for runtime, served in content.get("runtimes", {}).items():
-        equal, prompts, tokens = (int(served[key]) for key in ("equal", "prompts", "tokens"))
-        words[f"served by {runtime} {served['versions'][runtime]}"] = (
+        equal, prompts, tokens = (served[key] for key in ("equal", "prompts", "tokens"))
+        words[f"served by {runtime} {served['versions'].get(runtime, '')}"] = (
             f"{equal} of {prompts} prompts continued by the same {tokens} tokens as here"
         )
     return words

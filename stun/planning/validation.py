@@ -15,6 +15,11 @@ from stun.config import (
 _TEXT = "give a file or a dataset of text like that which the model will be used for, or calibration.mixture, and not both"
 
 
+_WEIGHTS = "a number above 0, from 1e-9 to 1e9"
+_WEIGHT = 1e9  # largest weight: sums of several stay finite
+_LEAST_SHARE = 1e-4  # of a source's tokens: below it every expert that serves any would be protected
+
+
 def _require(ok: bool, key: str, value: object, allowed: str) -> None:
     if not ok:
         raise StunError(f"{key}={value}: {allowed}")
@@ -34,7 +39,7 @@ def validate(cfg: PruneConfig, sources: list[str] | None = None) -> None:
         _require(value >= 1, f"calibration.{key}", value, "at least 1")
     _require(bool(calibration.path) != bool(calibration.mixture), "calibration.path", calibration.path, _TEXT)
     for name, source in calibration.mixture.items():
-        _require(0 < source.weight < math.inf, f"calibration.mixture.{name}.weight", source.weight, "a number above 0")
+        _require(1 / _WEIGHT <= source.weight <= _WEIGHT, f"calibration.mixture.{name}.weight", source.weight, _WEIGHTS)
     _require((calibration.seed or 0) >= 0, "calibration.seed", calibration.seed, "0 or more")
 
 
@@ -69,17 +74,17 @@ def _validate_experts(cfg: PruneConfig, sources: list[str]) -> None:
     _require(experts.keep_at_least >= 1, "experts.keep_at_least", experts.keep_at_least, "at least 1")
     for key in ("lambda1", "lambda2", "kappa"):
         value = getattr(experts, key)
-        _require(0 <= value < math.inf, f"experts.{key}", value, "a number, 0 or more")
+        _require(0 <= value <= _WEIGHT, f"experts.{key}", value, "a number from 0 to 1e9")
     _require(experts.lambda1 + experts.lambda2 > 0, "experts.lambda1 and lambda2", 0, "one must be above 0")
     ranked = experts.method is ExpertsMethod.rank or experts.representative is Representative.score
     _require(experts.score is not Score.index or not ranked, "experts.score", "index", "ranking needs a score that differs")
     _validate_sparsify(cfg.sparsify, experts)
     share = experts.protect.domain_share
-    _require(0 <= share <= 1, "experts.protect.domain_share", share, "a share of a source's tokens, 0 to 1")
+    _require(not share or _LEAST_SHARE <= share <= 1, "experts.protect.domain_share", share, "0, or a share from 1e-4 to 1")
     unknown = sorted(experts.source_weights.keys() - set(sources))
     _require(not unknown, "experts.source_weights", unknown, f"sources are {', '.join(sources)}")
     for name, weight in experts.source_weights.items():
-        _require(0 <= weight < math.inf, f"experts.source_weights.{name}", weight, "a number, 0 or more")
+        _require(0 <= weight <= _WEIGHT, f"experts.source_weights.{name}", weight, "a number from 0 to 1e9")
     total = sum(experts.source_weights.get(name, 1.0) for name in sources)
     _require(total > 0, "experts.source_weights", dict(experts.source_weights), "one must be above 0")
 
@@ -92,6 +97,6 @@ def _validate_sparsify(cfg: SparsifyConfig, experts: ExpertsConfig) -> None:
     plain = cfg.ratios == "uniform"
     _require(not cfg.pattern or plain, "sparsify.pattern", cfg.pattern, "a pattern fixes every matrix; keep ratios uniform")
     _require(not cfg.pattern or experts.fraction != "auto", "experts.fraction", "auto", "with a pattern the target sets it")
-    _require(1 <= cfg.outlier < math.inf, "sparsify.outlier", cfg.outlier, "a multiple of the mean score, 1 or more")
+    _require(1 <= cfg.outlier <= _WEIGHT, "sparsify.outlier", cfg.outlier, "a multiple of the mean score, 1 to 1e9")
     _require(0 <= cfg.spread <= 0.5, "sparsify.spread", cfg.spread, "0 to 0.5")
     _require(0 < cfg.gram_gib < math.inf, "sparsify.gram_gib", cfg.gram_gib, "GiB, above 0")

@@ -114,6 +114,8 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
     """Run the first stream, unless its statistics are complete on disk."""
     stats, cfg, arch = job.statistics, job.cfg, job.arch
     if not ranks.on_first(lambda: stats.complete):
+        if cfg.statistics:
+            ranks.on_first(lambda: stats.check({}))  # nothing is written into the folder of other runs
         size = cfg.calibration.micro_batch
         states = embed(arch, ranks, job.samples.batches(size), arch.source.read)
         recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)

@@ -38,6 +38,8 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
     states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
     owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
+    progress.is_kept = False
+    ranks.log(f"search: {count(len(plans), 'split')} in one stream; a launch that is interrupted in it repeats it")
     pruned = {fraction: (states, held) for fraction in plans}
     for layer in stream:
         ranks.doing = f"search layer {layer.layout.index}"

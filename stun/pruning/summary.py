@@ -84,6 +84,7 @@ def save_layers(job: Job, written: Written, run: Run) -> dict:
     """Write layers.json of a run that prunes; returns its content."""
     cfg, arch = job.cfg, job.arch
     observed = [observed_layer(entries) for entries in Ledger(run.folder / "progress", "observe").finished()]
+    observed = observed if len(observed) == len(arch.layers) else []  # entries may be gone that nothing else needs
     shared = Path(cfg.statistics) / FILE if cfg.statistics else None
     measured = observed or (read_observed(load_json(shared), len(arch.layers)) if shared and shared.is_file() else [])
     dense = [layer.get("powers") for layer in measured] or [None] * len(arch.layers)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from stun.config import ExpertsConfig, StunError, experts_from
-from stun.files import load_json, load_yaml
-from stun.model.runtimes import SERVED
+from stun.evaluation.request import EVALUATION
+from stun.files import load_yaml
+from stun.model.runtimes import SERVED, SERVED_RESULTS
 from stun.planning.plan import LayerPlan, read_layers
 from stun.report.runs import RESULT
 from stun.run.folder import Run
-from stun.run.layer_records import FILE
+from stun.run.layer_records import FILE, LAYERS
+from stun.schema import COUNT, NUMBER, TEXT, Leaf, load_record, misfit
 from stun.statistics.store import Statistics
+
+_FRACTION = Leaf("a number from 0 to 1", lambda value: bool(re.fullmatch(r"[01](\.\d{1,20})?", value)))
+_CURVE = {"error?": {_FRACTION: NUMBER}}
+_CALIBRATION = {"samples?": COUNT, "length?": COUNT, "mixture?": {TEXT: {}}}
+_CONFIG = {"config": {"experts?": {}, "sparsify?": {"scope?": [TEXT]}, "calibration?": _CALIBRATION}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +51,11 @@ class RunFolder:
         if summary is None:
             raise StunError(f"folder={path}: the run is not complete; the command that began it goes on")
         stats = _statistics(path, summary, identity)
-        parts = {
-            name: load_json(path / name) if (path / name).is_file() else {} for name in (FILE, "search.json", RESULT, SERVED)
-        }
-        config = identity["config"] if isinstance(identity["config"], dict) else {}
+        kinds = {FILE: LAYERS, "search.json": _CURVE, RESULT: EVALUATION, SERVED: SERVED_RESULTS}
+        parts = {name: load_record(path / name, kind) if (path / name).is_file() else {} for name, kind in kinds.items()}
+        if reason := misfit(identity, _CONFIG):
+            raise StunError(f"{path / 'config.yaml'}: {reason}")
+        config = identity["config"]
         plan, _, _ = read_layers(path / "plan.json")
         experts = experts_from(config.get("experts", {}), f"{path / 'config.yaml'}: experts")
         return cls(path, config, experts, summary, plan, *parts.values(), stats)

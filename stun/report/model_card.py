@@ -9,10 +9,11 @@ import yaml
 from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
-from stun.model.runtimes import SERVED, in_words, served_in_words
+from stun.model.runtimes import SERVED, SERVED_RESULTS, in_words, served_in_words
 from stun.report.form import form_in_words
 from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
+from stun.schema import load_record
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -38,8 +39,8 @@ def write_card(run: Path, summary: dict, config: dict, layers: dict, result: dic
         _method(summary, config, layers, (model / SOURCE_CARD).is_file()),
         _sparsity(summary, layers),
         _evaluation(result),
-        _loading(summary, load_json(run / SERVED) if (run / SERVED).is_file() else {}),
-        f"## Made by\n\n```sh\n{without_folders(summary['command'])}\n```\n\non {count(summary['ranks'], 'rank')}."
+        _loading(summary, load_record(run / SERVED, SERVED_RESULTS) if (run / SERVED).is_file() else {}),
+        f"## Made by\n\n{_code(without_folders(summary['command']))}\n\non {count(summary['ranks'], 'rank')}."
         if summary.get("command")
         else "",
     ]
@@ -104,6 +105,12 @@ def _name(summary: dict) -> str:
 def _text(value: object) -> str:
     """Value as one line of plain Markdown."""
     return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(value).split()))
+
+
+def _code(text: str) -> str:
+    """Text as a block of shell code, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
 
 
 def _method(summary: dict, config: dict, layers: dict, has_source_card: bool) -> str:

@@ -1,12 +1,13 @@
 """Summaries of the runs below a folder."""
 
-import contextlib
 from pathlib import Path
 
 from stun.config import StunError
-from stun.files import load_json, load_yaml
-from stun.run.folder import Run
+from stun.evaluation.request import EVALUATION
+from stun.files import load_yaml
+from stun.run.folder import MANIFEST, Run
 from stun.run.ledger import Ledger
+from stun.schema import load_record
 
 RESULT = "result.json"  # output of jobs.evaluate in the folder of the evaluated run
 
@@ -18,20 +19,27 @@ def runs_in(folder: Path) -> dict[str, dict | str]:
     """
     runs = {}
     for config in sorted(folder.rglob("config.yaml")):
-        with contextlib.suppress(StunError):  # another program's config.yaml
-            identity = load_yaml(config)
-            if isinstance(identity, dict) and "config" in identity:  # without a config, the folder holds only statistics
-                runs[str(config.parent.relative_to(folder))] = _state(config.parent)
+        if _is_run(config.parent):
+            runs[str(config.parent.relative_to(folder))] = _state(config.parent)
     if not runs:
         raise StunError(f"folder={folder}: holds no run folders")
     return runs
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder with a config.yaml holds a run, and not statistics alone or another program's files."""
+    try:
+        identity = load_yaml(folder / "config.yaml")
+    except StunError:
+        return (folder / MANIFEST).is_file()
+    return isinstance(identity, dict) and "config" in identity
 
 
 def _state(folder: Path) -> dict | str:
     try:
         summary, result = Run(folder).read_summary(), folder / RESULT
         if summary:
-            return summary | ({"result": load_json(result)} if result.is_file() else {})
+            return summary | ({"result": load_record(result, EVALUATION)} if result.is_file() else {})
         progress = folder / "progress"
         done = {name: len(Ledger(progress, name).finished()) for name in ("prune", "observe") if progress.is_dir()}
     except StunError as error:

@@ -19,16 +19,44 @@ from pathlib import Path
 import yaml
 
 from stun.config import StunError
-from stun.files import load_json, load_yaml, write_atomically, write_json
+from stun.files import load_yaml, write_atomically, write_json
 from stun.run.identity import COMPUTED_IN, differences
+from stun.run.launches import LAUNCHES, check_progress
 from stun.run.lock import LOCK, hold
 from stun.run.ownership import MARK, discard, own_part, release
+from stun.schema import COUNT, NULL, NUMBER, POSITIVE, SHARE, SIZE, TEXT, load_record
 
 MANIFEST = "manifest.json"  # written last of all
 STATISTICS, ABOUT = "stats", "about.json"  # folder of statistics, and the file in it that is written last
+# Kind of a run's summary, in manifest.json. Runs of older versions lack some fields.
+SUMMARY = {
+    "target": SHARE,
+    "sparsity": NUMBER,
+    "parameters": POSITIVE,
+    "nonzero": COUNT,
+    "experts": [COUNT],
+    "kept": [COUNT],
+    "groups?": POSITIVE,
+    "loads_in": {TEXT: TEXT},
+    "ratio": SHARE,
+    "ranks": POSITIVE,
+    "peak_bytes": COUNT,
+    "bytes_read": [COUNT],
+    "read_bytes_per_second?": [SIZE],
+    "phases?": {TEXT: {TEXT: SIZE}},
+    "bytes_written": COUNT,
+    "model_type?": TEXT,
+    "form?": (NULL, {"source": [TEXT], "bits": SIZE, "written": TEXT}),
+    "source?": TEXT,
+    "source_bytes?": COUNT,
+    "disk_bytes?": COUNT,
+    "statistics?": TEXT,
+    "command?": TEXT,
+    "seconds": SIZE,
+}
 # Folders that only an unfinished run needs, and patterns of the files that it writes there.
 _PART = r"\.?\w+-\d{5}-\d+-of-\d+"
-_TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
+_TEMPORARY = {"progress": rf"{_PART}\.json(\.tmp)?|\.?{LAUNCHES}(\.tmp)?", "hidden": rf"{_PART}\.safetensors(\.tmp)?"}
 # Files that may exist before the run: of an interrupted start, and of slurm/prune.sbatch.
 _BESIDE = {LOCK, MARK, ".config.yaml.tmp", f".{MARK}.tmp", "code", "logs"}
 _OUTPUT = {".out", ".err", ".log"}  # output of a Slurm job
@@ -74,7 +102,7 @@ class Run:
                 raise StunError(f"run_dir={run_dir}: holds another run ({'; '.join(changes)}); choose another folder")
         elif run.folder.is_dir() and any(f.name not in _BESIDE and f.suffix not in _OUTPUT for f in run.folder.iterdir()):
             raise StunError(f"run_dir={run_dir}: holds something else; choose an empty or new folder")
-        is_complete = (run.folder / MANIFEST).exists()
+        is_complete = os.path.lexists(run.folder / MANIFEST)
         if not is_complete:
             _check_hardware(run_dir, used, hardware, allow_other)
         try:
@@ -84,6 +112,7 @@ class Run:
                 record = identity | {"hardware": [*used, *([] if hardware in used else [hardware])]}
                 write_atomically(config, lambda path: path.write_text(yaml.safe_dump(record, sort_keys=False)))
                 run._own_folders()
+                check_progress(run.folder / "progress", f"run_dir={run_dir}")
         except OSError as error:
             raise StunError(f"run_dir={run_dir}: cannot be written: {error}") from error
         return run
@@ -101,11 +130,13 @@ class Run:
     def read_summary(self) -> dict | None:
         """Summary of a complete run; None while it is not complete."""
         manifest = self.folder / MANIFEST
-        if not manifest.is_file():
+        if not os.path.lexists(manifest):
             return None
-        summary = load_json(manifest).get("summary")
-        if not isinstance(summary, dict):
-            raise StunError(f"{manifest}: summary: must be an object; remove it and the folder `model` to run again")
+        advice = "remove it and the folder `model` to run again"
+        summary = load_record(manifest, {"summary": SUMMARY}, advice)["summary"]
+        pairs = zip(summary["kept"], summary["experts"], strict=False)
+        if len(summary["kept"]) != len(summary["experts"]) or any(kept > experts for kept, experts in pairs):
+            raise StunError(f"{manifest}: summary.kept: must be experts of the layers in summary.experts; {advice}")
         return summary
 
     def finish(self, summary: dict) -> None:

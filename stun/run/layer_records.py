@@ -12,13 +12,11 @@ refit      of the joint refit: `steps`, and the squared `error` of the layer's o
 and in the first one `powers`: power sums of the dense experts.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable
 
 from stun.config import Scope
-from stun.files import is_count
 from stun.run.kurtosis import kurtosis, together
+from stun.schema import COUNT, NULL, NUMBER, POSITIVE, SIZE, Leaf, is_number, misfit, one_of
 
 FILE = "layers.json"
 KINDS = (*(scope.name for scope in Scope), "other")
@@ -26,40 +24,40 @@ PHASES = ("read", "compute", "write")
 STAGES = ("dense", "experts_removed", "weights_removed")
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _maps(keys: Callable[[str], bool], values: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(keys(key) and values(entry) for key, entry in value.items())
+def is_pair(value: object) -> bool:
+    """Whether a JSON value is a list of two numbers, 0 or more."""
+    return type(value) is list and len(value) == 2 and all(is_number(number) and number >= 0 for number in value)
 
 
 def _is_sums(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"count", "sums"} or not is_count(value["count"]):
-        return False
-    sums = value["sums"]
-    return type(sums) is list and len(sums) in (0, 4) and all(type(part) is list and all(map(_is_number, part)) for part in sums)
+    is_known = type(value) is list and len(value) in (0, 4)
+    return is_known and all(type(part) is list and all(map(is_number, part)) for part in value)
 
 
-def _is_refit(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() - {"steps", "error"}:
-        return False
-    error = value.get("error")
-    is_told = is_count(value.get("steps")) and type(error) is list and len(error) == 2 and all(map(_is_number, error))
-    return not value or (is_told and min(error) >= 0)
-
-
-# Checks of the fields in a rank's ledger entry.
-FIELDS: dict[str, Callable[[object], bool]] = {
-    "seconds": _maps(PHASES.__contains__, lambda value: _is_number(value) and value >= 0),
-    "peak_bytes": is_count,
-    "nonzero": _maps(KINDS.__contains__, is_count),
-    "powers": _maps(STAGES.__contains__, _maps(KINDS.__contains__, _is_sums)),
-    "saliency": _maps(
-        lambda name: name in ("all", "removed"), _maps(lambda place: place.removeprefix("-").isdecimal(), is_count)
-    ),
-    "refit": _is_refit,
+_EMPTY = Leaf("empty", lambda value: value == {})
+_PLACE = Leaf("a whole number", lambda value: value.removeprefix("-").isdecimal() and len(value) < 20)
+_SUMS = {"count": COUNT, "sums": Leaf("four lists of numbers, or an empty list", _is_sums)}
+_REFIT = {"steps": COUNT, "error": Leaf("two numbers, 0 or more", is_pair)}
+# Kinds of the fields in a rank's ledger entry.
+FIELDS = {
+    "seconds": {one_of(*PHASES): SIZE},
+    "peak_bytes": COUNT,
+    "nonzero": {one_of(*KINDS): COUNT},
+    "powers": {one_of(*STAGES): {one_of(*KINDS): _SUMS}},
+    "saliency": {one_of("all", "removed"): {_PLACE: COUNT}},
+    "refit": (_EMPTY, _REFIT),
 }
+POWERS_SEEN = (_EMPTY, {"dense": {"experts": _SUMS}})  # those in the first stream's entry
+_KURTOSIS = {one_of(*STAGES): (NUMBER, NULL)}
+_TIMED = {"seconds": dict.fromkeys(PHASES, SIZE), "peak_bytes": COUNT}
+_PRUNED = {
+    **_TIMED,
+    "kinds": {one_of(*KINDS): {"parameters": POSITIVE, "nonzero": COUNT}},
+    "kurtosis": {"scope": _KURTOSIS, **{f"{kind}?": _KURTOSIS for kind in KINDS}},
+    "saliency?": {name: {_PLACE: COUNT} for name in ("all", "removed")},
+    "refit?": _REFIT,
+}
+LAYERS = {"observe?": [{**_TIMED, "powers?": _SUMS}], "prune?": [_PRUNED], "mtp?": [_PRUNED]}  # kind of layers.json
 
 
 def _time_and_memory(entries: list[dict]) -> dict:
@@ -121,13 +119,8 @@ def _kurtoses(sums: dict[str, dict[str, list[dict]]], kinds: list[str], scope: l
 
 def read_observed(content: dict, layers: int) -> list[dict]:
     """Records of the first stream in the content of a layers.json; empty if it is malformed or has another number of layers."""
-    records = content.get("observe")
-    fits = type(records) is list and len(records) == layers
-    is_valid = fits and all(isinstance(record, dict) and _is_sums(record.get("powers", _NO_SUMS)) for record in records)
-    return records if is_valid else []
-
-
-_NO_SUMS = {"count": 0, "sums": []}
+    records = content.get("observe", [])
+    return records if not misfit(content, {"observe": LAYERS["observe?"]}) and len(records) == layers else []
 
 
 def sparsity_by_kind(layers: dict) -> dict[str, tuple[int, int]]:

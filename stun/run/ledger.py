@@ -8,8 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from stun.config import StunError
-from stun.files import is_count, is_file_name, load_json, write_json
-from stun.run.layer_records import FIELDS
+from stun.files import is_count, is_file_name, write_json
+from stun.run.layer_records import FIELDS, POWERS_SEEN, is_pair
+from stun.schema import COUNT, NULL, TEXT, Leaf, load_record
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")
 REPEAT = "remove the folder `progress` of the run to repeat the stream from its first layer"
@@ -48,39 +49,22 @@ class Ledger:
 
     def _load(self, file: Path) -> dict:
         """Entry in a file. Every field is checked, since an entry decides which files are read, renamed and removed."""
-        entry, wanted = load_json(file), _ENTRIES[self.stream]
-        if entry.keys() != set(wanted):
+        wanted = _ENTRIES[self.stream]
+        entry = load_record(file, wanted, REPEAT)
+        if entry.keys() != wanted.keys():
             raise StunError(f"{file}: has the fields {sorted(entry)}, must have {sorted(wanted)}; {REPEAT}")
-        for name, value in entry.items():
-            if not _FIELDS[name](value):
-                raise StunError(f"{file}: {name}: cannot be {str(value)[:80]}; {REPEAT}")
         return entry
 
 
-def _is_snapshot(value: object) -> bool:
-    if not isinstance(value, dict) or value.keys() != {"file", "sha256", "micro_batches"}:
-        return False
-    numbers = value["micro_batches"]
-    return is_file_name(value["file"]) and type(value["sha256"]) is str and type(numbers) is list and all(map(is_count, numbers))
-
-
-def _is_pair(value: object) -> bool:
-    return type(value) is list and len(value) == 2 and all(type(number) is float and number >= 0 for number in value)
-
-
-_FIELDS = {
-    "kept": lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value)),
-    "unseen": is_count,
-    "file": lambda value: value is None or is_file_name(value),
-    "tensors": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
-    "snapshot": lambda value: value is None or _is_snapshot(value),
-    **FIELDS,
-    "error": lambda value: type(value) is list and all(map(_is_pair, value)),
-}
+_FILE = Leaf("the plain name of a safetensors file", is_file_name)
+_SHARD = {"file": (NULL, _FILE), "tensors": {TEXT: COUNT}}
+_SNAPSHOT = {"snapshot": (NULL, {"file": _FILE, "sha256": TEXT, "micro_batches": [COUNT]})}
+_ASCENDING = lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value))  # noqa: E731
+_KEPT = Leaf("whole numbers, ascending", _ASCENDING)
 _ENTRIES = {
-    "observe": ["seconds", "peak_bytes", "powers", "snapshot"],
-    "prune": ["kept", "unseen", "file", "tensors", *FIELDS, "snapshot"],
-    "outside": ["file", "tensors"],
-    "score": ["error", "snapshot"],
-    "dense": ["snapshot"],
+    "observe": {"seconds": FIELDS["seconds"], "peak_bytes": COUNT, "powers": POWERS_SEEN, **_SNAPSHOT},
+    "prune": {"kept": _KEPT, "unseen": COUNT, **_SHARD, **FIELDS, **_SNAPSHOT},
+    "outside": _SHARD,
+    "score": {"error": [Leaf("two numbers, 0 or more", is_pair)], **_SNAPSHOT},
+    "dense": _SNAPSHOT,
 }

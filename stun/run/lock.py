@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import stat
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +18,11 @@ def hold(folder: Path, where: str) -> None:
     another launch holds the lock. On file systems without locks it does nothing."""
     global _held
     let_go()
-    _held = (folder / LOCK).open("a")
+    file = folder / LOCK
+    # A pipe would be waited for, and a link lead elsewhere.
+    _held = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(_held.fileno()).st_mode):
+        raise StunError(f"{where}: {file} is not a regular file; remove it")
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

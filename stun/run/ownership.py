@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import uuid
 from pathlib import Path
 
@@ -77,17 +76,19 @@ def remove_written(folder: Path, names: str) -> None:
             Path(parent).rmdir()
 
 
+# Paths of the files that a run, and its evaluation, write in its folder.
+_OF_RUN = (
+    rf"(plan|layers|manifest|result|search|served)\.json|search\.png|\.lock|{re.escape(MARK)}|\..+\.tmp"
+    r"|(stats|progress|hidden|model|tracking|result\.json\.partial)/.+"
+)
+
+
 def remove_run(folder: Path) -> None:
-    """Remove a run folder that the calling job created. A link, or a folder without a run, is kept."""
-    if folder.is_symlink() or not (folder / "config.yaml").is_file():
-        return
-    # config.yaml goes last: a launch that is killed in between still knows the folder as a run.
-    for child in (child for child in folder.iterdir() if child.name != "config.yaml"):
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child, ignore_errors=True)
-        else:
-            child.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove what a run has written in its folder, which the calling job created, and the folder if nothing else is in it. A
+    link, or a folder without a run, is kept."""
+    if (folder / "config.yaml").is_file():
+        remove_written(folder, _OF_RUN)
+        remove_written(folder, r"config\.yaml")  # last: a launch that is killed in between still knows the folder as a run
 
 
 def _mark(folder: Path, name: str) -> None:

@@ -1,5 +1,6 @@
 """The device of a rank: the CPU, or a GPU of its own."""
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -21,6 +22,13 @@ _OUT_OF_MEMORY = re.compile(r"(CUDA|Cuda|NCCL).*out of memory|_STATUS_ALLOC_FAIL
 def is_out_of_gpu_memory(error: Exception) -> bool:
     """Whether a GPU ran out of memory, in torch's allocator, or in a library beside it."""
     return isinstance(error, torch.OutOfMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, Python, torch's CPU allocator or the kernel ran out; the last two have no error type of their own."""
+    is_kernel = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    is_allocator = any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    return isinstance(error, MemoryError) or is_out_of_gpu_memory(error) or is_kernel or is_allocator
 
 
 def own_device(wanted: Device, local: int, local_world: int, has_one: bool) -> torch.device:

@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from stun.config import Device, StunError
+from stun.config import Device, StunError, printable
+from stun.files import system_errors
 from stun.runtime.gpus import own_device
 from stun.runtime.threads import Workers, threads_on
 from stun.runtime.timers import Meter
@@ -101,9 +102,10 @@ def _libc_call(name: str, *arguments: int) -> None:
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, StunError | None]:
-    """Result or StunError of a call."""
+    """Result or StunError of a call; errors of the system are made one, so that every rank hears of them."""
     try:
-        return function(), None
+        with system_errors():
+            return function(), None
     except StunError as error:
         return None, error
 
@@ -173,7 +175,7 @@ class Ranks:
     def log(self, message: str) -> None:
         """Print on the first rank, after the seconds since `started`."""
         if self.is_first:
-            print(f"[{time.monotonic() - self.started:7.1f}s] {message}", flush=True)
+            print(f"[{time.monotonic() - self.started:7.1f}s] {printable(message)}", flush=True)
 
     def peak_memory(self) -> int:
         """Peak bytes of this process since `reset_peak_memory`: allocated on the GPU, or resident on a CPU."""

@@ -114,6 +114,7 @@ def check_overrides(job: str, overrides: list[str], is_sweep: bool = False) -> N
             _check_choice(override)
         else:
             _check_key(job, override)
+            _check_form(job, word, override)
 
 
 def choices(group: str) -> list[str]:
@@ -152,6 +153,14 @@ def _check_key(job: str, override: Override) -> None:
         raise StunError(f"{key}: no such setting; {hint}")
     if override.is_delete() and not is_inside and not _is_mapping(known.get(key)):
         raise StunError(f"~{key}: a setting cannot be removed; give it a value")
+
+
+def _check_form(job: str, word: str, override: Override) -> None:
+    """Raises StunError for a setting that is written like a group of files, or added although it is there."""
+    key, kind = override.key_or_group, setting_types(SCHEMAS[job]).get(override.key_or_group)
+    is_added = override.is_add() and not override.is_force_add() and kind is not None and not _is_mapping(kind)
+    if override.package is not None or is_added:
+        raise StunError(f"{word}: write {key}=VALUE, with {allowed(kind) if kind else 'a value'}")
 
 
 def setting_types(schema: type, prefix: str = "") -> dict[str, type]:

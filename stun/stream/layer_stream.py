@@ -19,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from stun.model.architecture import Architecture, expert_infos
+from stun.model.as_configured import as_configured
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
@@ -192,7 +193,7 @@ class LayerStream:
             if turn < len(states.hidden):
                 hidden_BTD = states.hidden[turn]
                 arguments = states.arguments[turn][layer.layout.index]
-                with self.steady():
+                with self.steady(), as_configured(self.arch.source.folder, f"layer {layer.layout.index}"):
                     output = layer.module(hidden_BTD, **arguments)
                 if gives_outputs:
                     outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -241,7 +242,7 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
     hidden, arguments, by_shape = [], [], {}
     for batch in batches[ranks.rank :: ranks.world]:
-        with steady(ranks.device, dtype, ranks.workers):
+        with steady(ranks.device, dtype, ranks.workers), as_configured(arch.source.folder, "the embedding"):
             states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
         hidden.append(states)
         if batch.shape not in by_shape:

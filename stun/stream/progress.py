@@ -42,13 +42,16 @@ def reached() -> str:
     if not _current:
         return ""
     place = f"after layer {_current.saved}" if _current.saved else f"in layer {min(_current.done + 1, _current.layers)}"
-    return f"{place} of {_current.layers} ({_current.name})"
+    again = "" if _current.is_kept else ", which begins again"
+    return f"{place} of {_current.layers} ({_current.name}{again})"
 
 
 class Progress:
     """Progress of one stream. A layer's line gives the work done, seconds (reading, computing, waiting for writing), memory and
     remaining time. An earlier launch has finished `first` layers. With `step`, the first layer's tracking step, the numbers go to
-    `ranks.track` too."""
+    `ranks.track` too. `is_kept`: finished layers are on disk for another launch."""
+
+    is_kept = True
 
     def __init__(self, name: str, layers: int, ranks: Ranks, first: int = 0, step: int | None = None):
         self.name, self.layers, self.ranks, self.first, self.step = name, layers, ranks, first, step

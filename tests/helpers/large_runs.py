@@ -40,7 +40,7 @@ def make_run(folder: Path, layers: int, experts: int, sources: tuple[str, ...] =
     errors = (0.01 * generator.random(layers).cumsum()).tolist()
     _write(folder / "result.json", {**RESULT, "layer_error": errors})
     _write(folder / "search.json", {"error": {str(f / 10): 0.1 + (f / 10 - 0.4) ** 2 for f in range(11)}})
-    _write(folder / "manifest.json", {"summary": _summary(layers, experts, kept)})
+    _write(folder / "manifest.json", {"summary": summary(layers, experts, kept)})
     config = {"experts": asdict(ExpertsConfig()), "sparsify": {"method": "wanda"}}
     text = json.dumps({"config": config, "source": "m", "calibration_tokens": "c"}, default=lambda value: value.name)
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(text)))
@@ -85,7 +85,8 @@ def _pruned_layer(generator: np.random.Generator, layer: int, layers: int) -> di
     }
 
 
-def _summary(layers: int, experts: int, kept: int) -> dict:
+def summary(layers: int, experts: int, kept: int) -> dict:
+    """Summary of such a run."""
     parameters = layers * sum(KINDS.values()) * 10**6
     return {
         "target": 0.4,

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from helpers.kill_jobs import JOBS
 from helpers.kill_runs import KILLS, request
 from helpers.launches import run_warm
 from helpers.stops import stopped_after
@@ -33,6 +34,15 @@ def test_killed_at_any_instant(tmp_path):
         same_tensors(tmp_path / "runs" / "whole" / "model", tmp_path / "runs" / number / "model")
         left = {file.name for file in (tmp_path / "runs" / number).iterdir()}
         assert left == {"config.yaml", "layers.json", "manifest.json", "plan.json", "stats", "model"}
+
+
+@pytest.mark.slow
+def test_every_job_stopped_at_some_instant(tmp_path):
+    """... by some signal goes on to the same bytes; files of others are left alone (helpers/kill_jobs.py)."""
+    source = make_checkpoint(tmp_path / "source", "mixtral", num_hidden_layers=2)
+    said = run_warm(["-m", "helpers.kill_jobs", source, tmp_path / "jobs", len(JOBS)], 0).stdout
+    done = re.findall(r"^(\w+) \d+: .*: (.*)$", said, re.M)
+    assert dict(done) == dict.fromkeys(JOBS, "the same"), said
 
 
 @pytest.fixture

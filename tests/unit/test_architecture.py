@@ -17,8 +17,8 @@ from helpers.paths import ROOT
 
 # A package may import those before it; config and files are modules.
 ORDER = (
-    "config < files < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning < preflight"
-    " < evaluation < serving < report < pruning < benchmark, reference < settings < api"
+    "config < files < schema < runtime < sparsify, data, checkpoint, tracking < model < stream < run < statistics < planning"
+    " < preflight < evaluation < serving < report < pruning < benchmark, reference < settings < api"
 )
 PURE = ("sparsify", "planning/experts")
 PURE_IMPORTS = {"torch", "numpy", "scipy", "__future__", "collections", "contextlib", "dataclasses", "functools", "json", "math"}

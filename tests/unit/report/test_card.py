@@ -16,7 +16,7 @@ from stun.config import Budget, ExpertsConfig
 from stun.model.runtimes import runtimes
 from stun.pruning.job import prune
 from stun.pruning.summary import command_line
-from stun.report.model_card import SOURCE_CARD, _what_was_removed, without_folders, write_card
+from stun.report.model_card import SOURCE_CARD, _code, _what_was_removed, without_folders, write_card
 from stun.report.tables import summary_table
 from stun.report.write import write_reports
 
@@ -75,6 +75,11 @@ def test_evaluation_comes_with_the_report(pruned):
     assert "| exact match, average | 1 | 0.75 |" in after and "Over 1,200 questions and 9 predicted tokens." in after
     assert after.replace(after[after.index("## Evaluation") : after.index("## How to load")], "") == before
     (pruned / "result.json").unlink()
+
+
+def test_a_command_may_hold_a_fence():
+    command = "stun prune 'run_dir=a\n```\n# Title\n````'"
+    assert _code(command) == f"`````sh\n{command}\n`````"
 
 
 def test_the_folder_can_be_uploaded(pruned, monkeypatch):

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats as scipy_stats
 
-from helpers.large_runs import make_run
+from helpers.large_runs import make_run, summary
 from helpers.launches import run_job, settings
 from helpers.paths import TEXT
 from helpers.results import RESULT
@@ -453,7 +453,8 @@ def test_commands_can_be_pasted(folder):
     assert (parsed.key_or_group, parsed.value()) == ("model.path", f"{folder}/model") and not parsed.is_sweep_override()
 
 
-DONE = {"config.yaml": "config: {}\n", "manifest.json": '{"summary": {}}', "plan.json": '{"layers": []}'}
+MANIFEST = json.dumps({"summary": summary(1, 4, 3)})
+DONE = {"config.yaml": "config: {}\n", "manifest.json": MANIFEST, "plan.json": '{"layers": []}'}
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ DONE = {"config.yaml": "config: {}\n", "manifest.json": '{"summary": {}}', "plan
         ({}, "holds no run folders"),
         ({"config.yaml": "config: {}\n"}, "the run is not complete"),
         ({"config.yaml": "a: ["}, "config.yaml: cannot be read as YAML"),
-        ({**DONE, "manifest.json": '{"summary": {"kept": 3}}'}, "not as a run writes it"),
+        ({**DONE, "manifest.json": '{"summary": {"kept": 3}}'}, "manifest.json: summary.target: must be there"),
         ({**DONE, "plan.json": "{"}, "plan.json: cannot be read as JSON"),
         ({**DONE, "config.yaml": "config: {experts: {method: magic}}\n"}, "magic"),
     ],
@@ -499,10 +500,10 @@ def test_runs_with_less_to_show(measured, tmp_path):
     shutil.rmtree(tmp_path / "old" / "stats")
     for name in ("layers.json", "result.json"):
         (tmp_path / "old" / name).unlink()
-    summary = json.loads((tmp_path / "old" / "manifest.json").read_text())["summary"]
+    old = json.loads((tmp_path / "old" / "manifest.json").read_text())["summary"]
     for key in ("groups", "model_type", "source", "source_bytes", "disk_bytes", "statistics", "command"):
-        del summary[key]
-    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"summary": summary}))
+        del old[key]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps({"summary": old}))
     printed = report(tmp_path)
     assert re.search(r"^text .* -  +2\.500$", printed, re.M) and re.search(r"^old .* -  +-$", printed, re.M)
     page = (tmp_path / "old" / "report" / "index.html").read_text()

@@ -41,6 +41,8 @@ def test_a_configuration_is_an_object_of_the_jobs_dataclass():
         ("target=0.3,0.4", "target=0.3,0.4: several values make a sweep: add -m"),
         ("experts.protect.experts=[L0E3", "must be key=value"),
         ("target", "must be key=value"),
+        ("+target=0.3", "+target=0.3: write target=VALUE, with a number"),
+        ("experts.keep@x=3", "experts.keep@x=3: write experts.keep=VALUE, with a whole number"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(word, message):
