@@ -112,7 +112,7 @@ def _prune_layer(
             stream.build(layer)
         if is_refitted and layer.layout.experts:
             meter.enter("refit")
-            refit = refit_jointly(stream, layer, states, states.dense)
+            refit = refit_jointly(stream, layer, states, states.dense.hidden)
         if states is not None and not is_last:  # nothing reads the last one's output
             meter.enter("propagate")
             states = stream.run(layer, states)
@@ -125,7 +125,7 @@ def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novice
     that are removed become novices."""
     stream.build(layer)
     sums = [OutputSums(stream, layer, [0] * states.total)] if has_novices and layer.kept else []
-    dense = stream.run(layer, replace(states, hidden=states.dense), *sums).hidden
+    dense = stream.run(layer, states.dense, *sums)
     return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
 
 
