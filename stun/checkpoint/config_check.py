@@ -11,6 +11,7 @@ from stun.checkpoint.headers import TensorInfo
 from stun.config import StunError
 
 _COUNT = re.compile(r"(^|_)(num|n)_|_(size|dim|rank|layers|heads|experts)$")
+_NO_COUNT = re.compile(r"scale")  # mscale_all_dim is a factor
 _OF_NO_TENSOR = re.compile(r"theta|position|length|window|seq")
 _ALWAYS = 2**20  # numbers up to this are accepted whatever the tensors are
 
@@ -23,7 +24,8 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
     most = max([_ALWAYS, *(size for info in tensors.values() for size in info.shape)])
     for name, value in entries(config):
         where = f"{file}: {name}={str(value)[:80]}"
-        if _COUNT.search(name) and (isinstance(value, (bool, float)) or (type(value) is int and value < 0)):
+        is_count = _COUNT.search(name) and not _NO_COUNT.search(name)
+        if is_count and (isinstance(value, (bool, float)) or (type(value) is int and value < 0)):
             raise StunError(f"{where}: a whole number, 0 or more, is needed")
         if type(value) is int and abs(value) > most and not _OF_NO_TENSOR.search(name):
             raise StunError(f"{where}: no tensor here has that size; at most {most}")

@@ -28,6 +28,7 @@ from stun.run.identity import hardware, model_digest, plain
 from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
+from stun.stream.self_check import check_unknown
 from stun.tracking.tracker import check_tracking, tracked
 
 _COPIED = ("model", "exact_match", "average", "perplexity", "harness")  # from the dense model's result
@@ -88,6 +89,7 @@ def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
 
 def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrainedTokenizerBase, Inputs]:
     arch = _architecture(cfg, ranks)
+    check_unknown(arch, ranks)
     tokenizer = load_tokenizer(arch.source.folder)
     check_size(tokenizer, arch.config.vocab_size)
     inputs = ranks.on_first(lambda: read_inputs(cfg, arch, tokenizer))

@@ -68,7 +68,7 @@ def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:
 
 def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested: int, ranks: Ranks) -> int:
     """Sequences to score at once, with `models` streamed side by side. Raises StunError if one sequence does not fit."""
-    width = arch.config.hidden_size * compute_dtype(arch, ranks.device).itemsize
+    width = arch.token_width * compute_dtype(arch, ranks.device).itemsize
     states = 2 * models * width * max(lengths) * -(-len(lengths) // ranks.world)
     free = _free_bytes(arch, ranks, models) - states / models
     if free < 0:
@@ -95,9 +95,7 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
     dtype = compute_dtype(arch, ranks.device)
     longest = max(prompts)
     traced = trace_layers(arch, 1, longest + new, ranks.device, ranks.world, use_cache=True)
-    row = (
-        max(traced.layers) + traced.caches + 2 * (longest * arch.config.hidden_size * dtype.itemsize) + 8 * arch.config.vocab_size
-    )
+    row = max(traced.layers) + traced.caches + 2 * (longest * arch.token_width * dtype.itemsize) + 8 * arch.config.vocab_size
     held_bytes, held_layers = 0, 0
     while held_layers < len(sizes) and held_bytes + sizes[held_layers][1] <= min(free / 2, free - 2 * row):
         held_bytes += sizes[held_layers][1]

@@ -1,7 +1,11 @@
-"""Data of the supported model families, one entry each, and the refused ones."""
+"""Model families: the tested ones, the refused ones, and what of a family its code does not tell.
 
-from dataclasses import dataclass
+Everything else is found by building layers of a family and from its configuration (stun.model.architecture).
+"""
+
 from pathlib import Path
+
+from transformers.configuration_utils import PreTrainedConfig
 
 from stun.checkpoint.config_check import entries
 from stun.config import StunError
@@ -12,42 +16,62 @@ NOVICES = "approximate_experts"
 PADDED = "padded_experts"  # lists, in config.json, each layer's experts of zeros that only fill it up
 COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-
-@dataclass(frozen=True)
-class Family:
-    """Data of one model family.
-
-    `count`: name of the number of experts in config.json. `group_floor`: fewest experts in a routing group (`n_group`); 0 where
-    routers have no groups. `floor`: fewest experts per layer that the family's code supports.
-    """
-
-    count: str
-    group_floor: int = 0
-    floor: int = 1
-
-
-FAMILIES: dict[str, Family] = {
-    "arctic": Family("num_local_experts"),
-    "deepseek_v2": Family("n_routed_experts", group_floor=1),  # the router ranks groups by their best expert
-    "deepseek_v3": Family("n_routed_experts", group_floor=2),  # ... by their two best
-    "dots1": Family("n_routed_experts", group_floor=2),
-    "ernie4_5_moe": Family("moe_num_experts"),
-    "exaone_moe": Family("num_experts", group_floor=2),
-    "glm4_moe": Family("n_routed_experts", group_floor=2),
-    "gpt_oss": Family("num_local_experts"),
-    "granitemoe": Family("num_local_experts"),
-    "hunyuan_v1_moe": Family("num_experts"),
-    "jamba": Family("num_experts", floor=2),  # with one expert it builds a dense layer
-    "lfm2_moe": Family("num_experts"),
-    "minimax_m2": Family("num_local_experts"),
-    "mixtral": Family("num_local_experts"),
-    "olmoe": Family("num_experts"),
-    "phimoe": Family("num_local_experts", floor=2),  # its router always picks two
-    "qwen2_moe": Family("num_experts"),
-    "qwen3_5_moe_text": Family("num_experts"),
-    "qwen3_moe": Family("num_experts"),
-    "qwen3_next": Family("num_experts"),
-}
+# Model types whose tests run in tests/runs/test_families.py. Any other passes a self-check first (stun.stream.self_check).
+TESTED = (
+    "afmoe",
+    "arctic",
+    "aria",
+    "aria_text",
+    "bailing_hybrid",
+    "cohere2_moe",
+    "deepseek_ocr2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots1",
+    "dots3_note",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "gemma4",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe",
+    "glm5_next",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "hy_v4_vl",
+    "jamba",
+    "kimi_k25",
+    "kimi_linear",
+    "laguna",
+    "lfm2_moe",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "mistral3",
+    "mistral4",
+    "mistral_large4",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_omni_moe",
+    "qwen3_vl_moe",
+)
+FLOORS = {"phimoe": 2}  # fewest experts of a layer, where its code does not tell: this router always picks two
+ALIASES = {"kimi_k2": "deepseek_v3"}  # names that checkpoints have for a family of transformers
 REFUSED = {
     "dbrx": "its experts run in the family's own code, where the inputs of single experts cannot be observed",
     "llama4": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
@@ -55,20 +79,23 @@ REFUSED = {
 }
 
 
-def family_of(folder: Path, config: dict) -> tuple[str, Family]:
-    """Name and entry of the family in a checkpoint's config.json. Raises StunError if it is not one of `FAMILIES`."""
-    model_type, text = config.get("model_type"), config.get("text_config")
-    if isinstance(text, dict) and model_type not in REFUSED:
-        model_type = text.get("model_type")
-    name = str(model_type).removeprefix(HETEROGENEOUS)
-    if name in REFUSED:
-        raise StunError(f"{folder}: model_type {model_type!r} is not supported: {REFUSED[name]}")
+def count_field(config: PreTrainedConfig) -> str:
+    """Name of the number of experts in a family's configuration; empty if it has none of `COUNT_FIELDS`, or several."""
+    names = {config.attribute_map.get(name, name) for name in COUNT_FIELDS if hasattr(config, name)}
+    return names.pop() if len(names) == 1 else ""
+
+
+def check_family(folder: Path, config: dict) -> None:
+    """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one."""
+    text = config.get("text_config")
+    for model_type in (config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None):
+        name = str(model_type).removeprefix(HETEROGENEOUS)
+        if name in REFUSED:
+            raise StunError(f"{folder}: model_type {model_type!r} is not supported: {REFUSED[name]}")
     has_experts = any("expert" in key or "moe" in key for key, value in entries(config) if value)
-    if isinstance(model_type, str) and name not in FAMILIES and not has_experts:
+    model_type = text.get("model_type") if isinstance(text, dict) else config.get("model_type")
+    if isinstance(model_type, str) and model_type.removeprefix(HETEROGENEOUS) not in TESTED and not has_experts:
         raise StunError(
             f"{folder}: model_type {model_type!r} is dense, its config.json names no experts; STUN prunes Mixture-of-Experts "
             "models. For dense ones use llm-compressor (SparseGPTModifier, WandaPruningModifier)"
         )
-    if name not in FAMILIES:
-        raise StunError(f"{folder}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
-    return name, FAMILIES[name]

@@ -13,35 +13,37 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.model import remote_code
-from stun.model.families import HETEROGENEOUS
+from stun.model.families import HETEROGENEOUS, count_field
+from stun.model.text_part import auto_of, class_of, text_part
 
 _PER_LAYER = "experts_per_layer"
 
 
-def describe(config: dict, name: str, counts: list[int]) -> None:
-    """Write `counts` experts per layer into the content of a config.json; `name` is the family's field for the count."""
+def describe(config: dict, text: dict, name: str, counts: list[int]) -> None:
+    """Write `counts` experts per layer into the content of a config.json, `text` being the part of it that describes the text
+    model; `name` is the family's field for the count."""
     if config["model_type"] == "arctic":
-        config[name] = counts
+        text[name] = counts
         return
     family = config["model_type"].removeprefix(HETEROGENEOUS)
-    config.update({name: max(counts), _PER_LAYER: counts, "model_type": HETEROGENEOUS + family})
+    text.update({name: max(counts), _PER_LAYER: counts})
+    config["model_type"] = HETEROGENEOUS + family
     config["architectures"] = [_class_name(a) for a in config.get("architectures") or []]
     config["auto_map"] = remote_code.auto_map(family)
 
 
-def forget(config: dict, name: str, count: int) -> None:
+def forget(config: dict, text: dict, name: str, count: int) -> None:
     """Write one count for all layers, in the family's standard form."""
-    if config.pop(_PER_LAYER, None) is not None:
+    if text.pop(_PER_LAYER, None) is not None:
         config["model_type"] = config["model_type"].removeprefix(HETEROGENEOUS)
         config["architectures"] = [a.removeprefix("Stun") for a in config.get("architectures") or []]
         config.pop("auto_map", None)
-    config[name] = count
+    text[name] = count
 
 
 def _class_name(name: str) -> str:
@@ -49,21 +51,22 @@ def _class_name(name: str) -> str:
 
 
 @functools.cache
-def classes(family: str, count: str) -> tuple[type, type]:
+def classes(family: str) -> tuple[type, type]:
     """Configuration and model class of a family's heterogeneous checkpoints, registered with the Auto classes."""
     base_config = CONFIG_MAPPING[family]
-    base_model = AutoModelForCausalLM._model_mapping[base_config]
+    base_model = class_of(base_config)
     model_type = HETEROGENEOUS + family
 
     class Model(base_model):
         def __init__(self, config, *arguments, **keywords):
             super().__init__(config, *arguments, **keywords)
-            for index, layer in enumerate(self.base_model.layers):
-                if config.experts_per_layer[index]:
-                    self.base_model.layers[index] = with_experts(
-                        type(layer), config, index, count, config.experts_per_layer[index]
-                    )
-            self.base_model.register_forward_hook(functools.partial(_level_router_logits, getattr(config, count)))
+            decoder = text_part(Path(config.name_or_path), self).decoder
+            name = count_field(decoder.config)
+            for index, layer in enumerate(decoder.layers):
+                count = decoder.config.experts_per_layer[index]
+                if count:
+                    decoder.layers[index] = with_experts(type(layer), decoder.config, index, name, count)
+            decoder.register_forward_hook(functools.partial(_level_router_logits, getattr(decoder.config, name)))
             self.post_init()
 
         def save_pretrained(self, folder, *arguments, **keywords):
@@ -74,9 +77,10 @@ def classes(family: str, count: str) -> tuple[type, type]:
 
     config_class = type(_class_name(base_config.__name__), (base_config,), {"model_type": model_type, "__module__": __name__})
     register_model(config_class, Model, base_model, _class_name(base_model.__name__))
-    names = get_checkpoint_conversion_mapping(family)
-    if names is not None:
-        register_checkpoint_conversion_mapping(model_type, names)
+    for known, new in ((family, model_type), (base_model.__name__, _class_name(base_model.__name__))):
+        names = get_checkpoint_conversion_mapping(known)
+        if names is not None:
+            register_checkpoint_conversion_mapping(new, names)
     return config_class, Model
 
 
@@ -89,13 +93,14 @@ def _level_router_logits(most: int, base_model: nn.Module, arguments: tuple, out
 
 
 def register_model(config_class: type, model: type, base_model: type, name: str) -> None:
-    """Make `AutoModelForCausalLM` take `model`, derived from a family's class and called `name`, for a configuration class."""
+    """Make the Auto classes that take `base_model` take `model`, derived from it and called `name`, for a configuration class."""
     # transformers decides both by searching the class's file for its usual code; the family's answer is the right one.
     model._can_set_attn_implementation = classmethod(lambda cls: base_model._can_set_attn_implementation())
     model._can_set_experts_implementation = classmethod(lambda cls: base_model._can_set_experts_implementation())
     model.__name__ = model.__qualname__ = name
-    model.config_class = config_class
-    AutoModelForCausalLM.register(config_class, model)
+    base_config, model.config_class = base_model.config_class, config_class
+    for auto in auto_of(base_config):
+        auto.register(config_class, model)
 
 
 def with_experts(layer_class: type, config: PreTrainedConfig, index: int, name: str, count: int):

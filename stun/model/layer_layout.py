@@ -14,7 +14,7 @@ CONSTANT = "approx_value"  # last part of the name of a novice's constant (vLLM'
 GATES = {"shared_expert_gate", "x_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba"}
 
 # Linear modules that produce the output of their block: attention, an MLP, a shared expert.
-CLOSING = {"o_proj", "out_proj", "down_proj", "w2"}
+CLOSING = {"o_proj", "out_proj", "down_proj", "w2", "o_b_proj", "dense", "fc2_latent_proj"}
 
 
 @dataclass
@@ -25,8 +25,10 @@ class LayerLayout:
     `down_proj`, ...) to the tensors whose rows, in order, make up expert e's part of it; for the parts in `fused` it is one
     tensor that holds all experts, and e is an index into it. `novices` maps experts without parts to their constants. `routed`
     maps dense names with an entry per expert to the dimension of these entries; `router` is the one with the router's rows.
+    `tables` are integers, numbers of experts, such as those that a token's number leads to.
     `unused` are tensors without a parameter in the model, which are copied; `linears` maps the matrices that may be pruned to
-    their scope. `is_transposed`: experts' matrices are [D, O].
+    their scope. `is_transposed`: experts' matrices are [D, O]. `behind` are the matrices behind the experts, which see their
+    outputs. `width` is the size of the experts' input.
 
     A multi-token-prediction head with experts has a layout too (`is_mtp`), of experts and router; its forward is never run.
     """
@@ -40,6 +42,9 @@ class LayerLayout:
     unused: list[str] = field(default_factory=list)
     linears: dict[str, Scope] = field(default_factory=dict)
     novices: dict[int, str] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    behind: list[str] = field(default_factory=list)
+    width: int = 0
     is_transposed: bool = False
     is_mtp: bool = False
 

@@ -13,14 +13,14 @@ import functools
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from stun.model.families import FAMILIES, NOVICES
+from stun.model.families import NOVICES, count_field
 from stun.model.heterogeneous import register_model, with_experts
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, renumber
 from stun.model.tensor_names import experts_of
+from stun.model.text_part import class_of
 
 
 def stock(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -80,8 +80,8 @@ def _others(total: int, novices: list[int]) -> list[int]:
 @functools.cache
 def config_class(base_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Configuration class of a family's checkpoints with novices, whose model class is registered with the Auto class."""
-    count = FAMILIES[base_config.model_type].count
-    base_model = AutoModelForCausalLM._model_mapping[base_config]
+    count = count_field(base_config())
+    base_model = class_of(base_config)
 
     class Model(base_model):
         def __init__(self, config, *arguments, **keywords):

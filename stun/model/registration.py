@@ -10,14 +10,17 @@ from functools import partial, wraps
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from stun.model.families import FAMILIES, HETEROGENEOUS, NOVICES
+from stun.model.families import ALIASES, HETEROGENEOUS, NOVICES
 
 
 def register() -> None:
     """Register a placeholder for each model type."""
     AutoConfig.register("arctic", _placeholder("arctic", _arctic))
-    for name in FAMILIES.keys() - {"arctic"}:  # which has a list in its own field
+    for name, family in ALIASES.items():
+        AutoConfig.register(name, _alias(name, family))
+    for name in CONFIG_MAPPING_NAMES:  # without Arctic, which has a list in its own field
         model_type = HETEROGENEOUS + name
         AutoConfig.register(model_type, _placeholder(model_type, partial(_heterogeneous, name)))
     PreTrainedConfig.from_dict = _with_novices(PreTrainedConfig.from_dict.__func__)
@@ -29,7 +32,7 @@ def _with_novices(original: Callable) -> classmethod:
 
     @wraps(original)
     def from_dict(cls, config_dict, **keywords):
-        is_own = cls.__dict__.get("model_type") in FAMILIES  # what is derived from it inherits the type
+        is_own = "model_type" in cls.__dict__  # what is derived from it inherits the type
         if config_dict.get(NOVICES) and is_own:
             cls = importlib.import_module("stun.model.novices").config_class(cls)
         return original(cls, config_dict, **keywords)
@@ -53,6 +56,17 @@ def _placeholder(name: str, real: Callable[[], type[PreTrainedConfig]]) -> type[
     return Lazy
 
 
+def _alias(name: str, family: str) -> type[PreTrainedConfig]:
+    """Configuration class of a model type that is another name of a family's."""
+
+    class Alias(_placeholder(name, partial(CONFIG_MAPPING.__getitem__, family))):
+        @classmethod
+        def from_dict(cls, config_dict, **keywords):
+            return super().from_dict({**config_dict, "model_type": family}, **keywords)
+
+    return Alias
+
+
 def _arctic() -> type[PreTrainedConfig]:
     from stun.model.arctic import ArcticConfig
 
@@ -62,4 +76,4 @@ def _arctic() -> type[PreTrainedConfig]:
 def _heterogeneous(family: str) -> type[PreTrainedConfig]:
     from stun.model.heterogeneous import classes
 
-    return classes(family, FAMILIES[family].count)[0]
+    return classes(family)[0]

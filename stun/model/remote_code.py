@@ -5,13 +5,16 @@ them. It runs where a user passes `trust_remote_code`. This package takes its ow
 runs code of a checkpoint.
 """
 
+import functools
 from pathlib import Path
 
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.files import write_atomically
-from stun.model.families import FAMILIES, HETEROGENEOUS
+from stun.model.families import HETEROGENEOUS, count_field
+from stun.model.text_part import auto_of, build, class_of, text_part
 
 FILE = "modeling_stun.py"
 _TEXT = '''"""{family} with a number of experts of its own in every layer: config.json's `experts_per_layer` (0: a dense layer).
@@ -46,7 +49,7 @@ class OwnCounts:
 
     def __init__(self, config, *arguments, **keywords):
         super().__init__(config, *arguments, **keywords)
-        layers = self.base_model.layers
+        layers = self.base_model.{path}layers{text}
         for index, count in enumerate(config.experts_per_layer):
             if count:
                 own = copy.copy(config)
@@ -81,13 +84,18 @@ names = get_checkpoint_conversion_mapping("{family}")
 if names is not None and get_checkpoint_conversion_mapping("{model_type}") is None:
     register_checkpoint_conversion_mapping("{model_type}", names)
 '''
+_OF_CLASS = """
+names = get_checkpoint_conversion_mapping("{model}")
+if names is not None and get_checkpoint_conversion_mapping("Stun{model}") is None:
+    register_checkpoint_conversion_mapping("Stun{model}", names)
+"""
 
 
 def _classes(family: str) -> dict[str, type]:
-    """Auto class -> the family's class for it."""
+    """Auto class -> the family's class for it, the one that gives logits last."""
     config = CONFIG_MAPPING[family]
-    models = {auto.__name__: auto._model_mapping[config] for auto in (AutoModel, AutoModelForCausalLM)}
-    return {"AutoConfig": config, **models}
+    autos = [auto_of(config)[0].__name__] if auto_of(config) else []
+    return {"AutoConfig": config, "AutoModel": AutoModel._model_mapping[config], **dict.fromkeys(autos, class_of(config))}
 
 
 def auto_map(family: str) -> dict[str, str]:
@@ -95,13 +103,29 @@ def auto_map(family: str) -> dict[str, str]:
     return {auto: f"{FILE.removesuffix('.py')}.Stun{own.__name__}" for auto, own in _classes(family).items()}
 
 
+@functools.cache
+def _text(family: str) -> tuple[str, str]:
+    """Way from the base model of a family to its decoder, with a dot behind it, and the field for the number of experts."""
+    config = CONFIG_MAPPING[family]()
+    if config.get_text_config(decoder=True) is config:
+        return "", count_field(config)
+    whole = build(config)
+    decoder = text_part(Path(family), whole).decoder
+    path = next(path for path, module in whole.base_model.named_modules() if module is decoder)
+    return f"{path}." if path else "", count_field(decoder.config)
+
+
 def code(family: str) -> str:
     """Content of `FILE` for a family."""
     config, base, model = _classes(family).values()
-    return _TEXT.format(
+    path, count = _text(family)
+    has_own_names = get_checkpoint_conversion_mapping(model.__name__) is not None
+    return (_TEXT + _OF_CLASS if has_own_names else _TEXT).format(
         family=family,
         model_type=HETEROGENEOUS + family,
-        count=FAMILIES[family].count,
+        count=count,
+        path=path,
+        text=f"\n        config = self.base_model.{path}config" if path else "",
         config=config.__name__,
         base=base.__name__,
         model=model.__name__,
@@ -113,7 +137,7 @@ def code(family: str) -> str:
 def _family(config: dict) -> str:
     """Family of a config.json that names the classes of `FILE` and no others; empty if it does not."""
     prefix, _, family = str(config.get("model_type")).partition(HETEROGENEOUS)
-    is_named = not prefix and family in FAMILIES and family != "arctic"
+    is_named = not prefix and family in CONFIG_MAPPING and family != "arctic"
     return family if is_named and config.get("auto_map") == auto_map(family) else ""
 
 

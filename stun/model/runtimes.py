@@ -3,7 +3,6 @@
 What is said of vLLM is of version 0.33, from its registry of models and its routers; docs/serving.md lists what was served.
 """
 
-from stun.model.families import FAMILIES
 from stun.schema import COUNT, TEXT
 
 # Expert counts that vLLM's fused top-k kernels are compiled for (the instances of `topkGating` in the CUDA wheel); for all others
@@ -20,8 +19,9 @@ GGUF = ("deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", 
 _AFTER_IMPORT = "after `import stun` only, since it has no such family"
 
 
-def runtimes(model_type: str, counts: list[int], has_novices: bool = False) -> dict[str, str]:
-    """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none), beside novices or none."""
+def runtimes(model_type: str, counts: list[int], has_novices: bool = False, is_grouped: bool = False) -> dict[str, str]:
+    """Runtime -> how it loads a checkpoint of this family with `counts` experts per layer (0: none), beside novices or none;
+    `is_grouped`: its routers know groups of experts."""
     distinct = {count for count in counts if count}
     if has_novices:
         return _novices(model_type)
@@ -29,7 +29,8 @@ def runtimes(model_type: str, counts: list[int], has_novices: bool = False) -> d
         return uneven(model_type)
     transformers = _AFTER_IMPORT if model_type in ONLY_HERE else "yes, its own class"
     gguf = "converted by its own script" if model_type in GGUF else "not tried with this family"
-    return {"this package": "yes", "transformers": transformers, "vLLM": _vllm(model_type, *distinct), "llama.cpp": gguf}
+    vllm = _vllm(model_type, *distinct, is_grouped)
+    return {"this package": "yes", "transformers": transformers, "vLLM": vllm, "llama.cpp": gguf}
 
 
 def uneven(model_type: str) -> dict[str, str]:
@@ -57,11 +58,11 @@ def _novices(model_type: str) -> dict[str, str]:
     }
 
 
-def _vllm(model_type: str, experts: int) -> str:
+def _vllm(model_type: str, experts: int, is_grouped: bool) -> str:
     sizes = [n for n in range(2, min(experts, 64) + 1) if experts % n == 0]
     evenly = f"evenly over {', '.join(map(str, sizes))} ranks, " if sizes else ""
     parallel = f"expert parallel {evenly}unevenly over any"
-    last, is_grouped = LEFT_VLLM.get(model_type, ""), FAMILIES[model_type].group_floor > 0
+    last = LEFT_VLLM.get(model_type, "")
     way = f"{last} and earlier" if last else "yes"
     if model_type in THROUGH_TRANSFORMERS:
         way = f"through its transformers backend{f', its own class until {last}' if last else ''}"

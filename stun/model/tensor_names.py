@@ -4,20 +4,33 @@ transformers' table of renamings says which parameter a source tensor becomes, a
 place, or with another shape or kind of number than config.json demands, is refused here, before any work.
 """
 
+from __future__ import annotations
+
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from stun.checkpoint.reader import Checkpoint
-from stun.config import StunError
+from stun.config import Scope, StunError
 from stun.model.families import NOVICES
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, GATES, LayerLayout, scope_of
+
+if TYPE_CHECKING:
+    from stun.model.text_part import TextPart
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Tensors of one block of experts: part -> number of the expert (None: a tensor that holds all) -> (place in it, source name).
@@ -38,26 +51,49 @@ def novices_of(source: Checkpoint) -> dict[int, list[int]]:
     return {layer: experts for layer, experts in novices.items() if experts}
 
 
+def all_experts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of a layer's fused experts, those that run through transformers' interface of experts."""
+    return [(path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")]
+
+
 def experts_of(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of a layer's fused experts; None for a layer without experts."""
-    return next(((path, module) for path, module in layer.named_modules() if hasattr(module, "is_transposed")), None)
+    """The first of them; None for a layer without experts."""
+    return next(iter(all_experts(layer)), None)
+
+
+def _joins_rows(converter: WeightConverter) -> bool:
+    """Whether a conversion puts tensors under one another, and does nothing else."""
+    return all(isinstance(step, Concatenate) and step.dim == 0 for step in converter.operations)
+
+
+def _joins_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion puts the matrices of experts beside each other, and the rows of those of one under one another."""
+    steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, (Concatenate, MergeModulelist))]
+    return len(steps) == len(converter.operations) and set(steps) <= {(MergeModulelist, 0), (Concatenate, 1)}
+
+
+def _turns_experts(converter: WeightConverter) -> bool:
+    """Whether a conversion transposes the matrix of every expert, if that fits, and does nothing else."""
+    return all(isinstance(step, Transpose) and {step.dim0, step.dim1} == {1, 2} for step in converter.operations)
 
 
 class NameMap:
     """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
-    every other source name to its parameter ('' where the model has none). Raises StunError where a tensor does not fit."""
+    every other source name to its parameter ('' where the text model has none; tensors of other towers are copied). Raises
+    StunError where a tensor does not fit."""
 
-    def __init__(self, source: Checkpoint, model: PreTrainedModel, build: Callable[[int, int], nn.Module]):
+    def __init__(self, source: Checkpoint, text: TextPart, build: Callable[[int, int], nn.Module]):
         """`build(i, n)` builds decoder layer i with n experts."""
-        self.source, self.decoder, self.novices = source, model.base_model, novices_of(source)
-        self.prefix = next(name for name, module in model.named_modules() if module is self.decoder) + ".layers."
+        self.source, self.text, self.decoder, self.novices = source, text, text.decoder, novices_of(source)
+        self.prefix = f"{text.path}layers."
         self.layers = [LayerLayout(i) for i in range(len(self.decoder.layers))]
         self.mtp: list[LayerLayout] = []
         self.outer: dict[str, str] = {}
         self._unknown: dict[str, str] = {}  # target of a tensor that the model has no parameter for -> its name
-        blocks = self._sort(model)
+        self._taken: dict[int, dict[str, str]] = {}  # by place of the map: target -> its tensor
+        blocks = self._sort(text.whole)
         for layout, layer in zip(self.layers, self.decoder.layers, strict=True):
-            path, experts = experts_of(layer) or ("", None)
+            path, experts = self._experts(layout, layer)
             if experts is not None:
                 block, where = f"{self.prefix}{layout.index}.{path}", f"{source.folder}: layer {layout.index}"
                 self._place_novices(layout, self._constants.pop(block, {}), experts.num_experts, where)
@@ -66,52 +102,99 @@ class NameMap:
             self._describe(layout, layer, grown)
         for block, pieces in sorted(blocks.items()):
             self._place_head(block, pieces)
-        self._check_outside(model)
+        self._check_outside()
+
+    def _experts(self, layout: LayerLayout, layer: nn.Module) -> tuple[str, nn.Module | None]:
+        """Path and module of a layer's experts. Raises StunError if they are several blocks, or run in a way of their own."""
+        found = all_experts(layer)
+        where = f"{self.source.folder}: layer {layout.index}"
+        if len(found) > 1:
+            raise StunError(f"{where}: has {len(found)} blocks of experts; layers with one are read")
+        if found and getattr(found[0][1], "has_post_expert_norm", False):
+            raise StunError(f"{where}: has a norm behind every expert; experts that end in a matrix are read")
+        return found[0] if found else ("", None)
 
     def _sort(self, model: PreTrainedModel) -> dict[str, Pieces]:
-        """Assign every source name to a layer or to `outer`; returns the pieces of experts, by the path of their module."""
+        """Put every source name into a layer or `outer`; returns the tensors of experts, by the path of their module."""
         transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         order = {pattern: rank for t in converters for rank, pattern in enumerate(t.source_patterns)}
+        self._home = {pattern: t for t in reversed(converters) for pattern in t.source_patterns}
         parameters, within = model.state_dict(), re.compile(rf"{re.escape(self.prefix)}(\d+)\.(.+)")
+        heads = self._head_names(parameters)
         blocks: dict[str, Pieces] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         self._constants: dict[str, dict[int, str]] = defaultdict(dict)  # by the path of their experts' module
+        self._turned: set[str] = set()  # tensors of all experts that are transposed if they do not fit
+        self._converted: dict[str, tuple[tuple[int, int], WeightConverter]] = {}  # dense tensor -> its place, what converts it
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+            is_inside = target.startswith(self.text.path) or target in heads
             block, is_expert, part = target.partition(".experts.")
             match, number = within.fullmatch(target), EXPERT_NUMBER.search(name)
-            if is_expert and number and self.novices and part == f"{number[2]}.{CONSTANT}":
+            if not is_inside and (target in parameters or not is_expert):
+                self.outer[name] = ""  # of another tower, or none that transformers knows
+                self._unknown[target] = name
+            elif is_expert and number and self.novices and part == f"{number[2]}.{CONSTANT}":
                 self._constants[f"{block}.experts"][int(number[2])] = name
             elif is_expert:
+                self._check_conversion(name, pattern, f"{block}.experts")
                 blocks[f"{block}.experts"][part][int(number[2]) if number and pattern else None].append(
                     (order.get(pattern, 0), name)
                 )
             elif match and int(match[1]) < len(self.layers):
                 layout = self.layers[int(match[1])]
                 if target in parameters:
-                    self._only(name, match[2], layout.dense)
+                    self._only(name, match[2], layout.dense, pattern)
                 else:
                     layout.unused.append(name)
             elif target in parameters:
-                self._only(name, target, self.outer)
+                self._only(name, target, self.outer, pattern)
             else:
                 self.outer[name] = ""
                 self._unknown[target] = name
+        for places in (self.outer, *(layout.dense for layout in self.layers)):
+            for name in sorted(self._converted.keys() & places.keys(), key=lambda name: (places[name], self._converted[name][0])):
+                places[name] = places.pop(name)
         return blocks
 
-    def _only(self, name: str, target: str, places: dict[str, str]) -> None:
-        if target in places.values():
-            other = next(known for known, taken in places.items() if taken == target)
+    def _head_names(self, parameters: dict[str, torch.Tensor]) -> set[str]:
+        """Names of the output head's parameters."""
+        head = self.text.model.get_output_embeddings()
+        path = next(path for path, module in self.text.whole.named_modules() if module is head)
+        return {f"{path}.{name}" for name in head.state_dict()} & parameters.keys()
+
+    def _check_conversion(self, name: str, pattern: str | None, block: str) -> None:
+        """Raise StunError for a tensor of experts that transformers converts in a way that is not known here."""
+        converter = self._home.get(pattern)
+        if converter is not None and not (_joins_experts(converter) or _turns_experts(converter)):
+            steps = ", ".join(type(step).__name__ for step in converter.operations)
+            raise StunError(f"{self.source.folder}: {name}: {block} is made of it by {steps}, which cannot be written back")
+        if converter is not None and not _joins_experts(converter):
+            self._turned.add(name)
+
+    def _only(self, name: str, target: str, places: dict[str, str], pattern: str | None = None) -> None:
+        """Give a tensor its place in the model, which it shares with those that it is joined with only."""
+        converter = self._home.get(pattern)
+        if converter is not None and not _joins_rows(converter):
+            steps = ", ".join(type(step).__name__ for step in converter.operations)
+            raise StunError(f"{self.source.folder}: {name}: {target} is made of it by {steps}, which is not known")
+        if converter is not None and (len(converter.source_patterns) > 1 or "*" in pattern):
+            number = re.search(r"_(\d+)\.", name)
+            self._converted[name] = (converter.source_patterns.index(pattern), int(number[1]) if number else 0), converter
+        elif target in self._taken.setdefault(id(places), {}):
+            other = self._taken[id(places)][target]
             raise StunError(f"{self.source.folder}: {other} and {name} are the same tensor of the model; remove one")
+        self._taken.setdefault(id(places), {})[target] = name
         places[name] = target
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, shape: tuple[int, ...], is_float: bool = True) -> None:
         info = self.source.tensors[name]
         if info.shape != tuple(shape):
             raise StunError(f"{info.file}: {name} has shape {info.shape}, config.json asks for {tuple(shape)}")
-        if info.dtype not in _FLOATS:
-            raise StunError(f"{info.file}: {name} holds {info.dtype}; plain floating-point weights are needed")
+        if is_float != (info.dtype in _FLOATS):
+            kind = "plain floating-point weights" if is_float else "whole numbers"
+            raise StunError(f"{info.file}: {name} holds {info.dtype}; {kind} are needed")
 
     def _place_experts(self, layout: LayerLayout, pieces: Pieces, module: nn.Module, count: int, where: str) -> None:
         """Fill in a layout's `count` experts, with the shapes of `module`'s."""
@@ -124,17 +207,32 @@ class NameMap:
         if (numbers or not layout.fused) and len(numbers) != count - len(layout.novices):
             numbered = f", numbered {min(numbers)} to {max(numbers)}" if numbers else ""
             raise StunError(f"{where} holds {len(numbers)} experts{numbered}; config.json says {count}")
+        is_turned = self._is_turned(pieces, layout.fused, wanted, where)
         for part in layout.fused:
             name, *others = (name for _, name in pieces[part][None])
             if others:
                 raise StunError(f"{where}: {name} and {others[0]} are the same tensor of the model; remove one")
-            self._check(name, (count, *wanted[part]))
+            self._check(name, (count, *(wanted[part][::-1] if is_turned else wanted[part])))
         layout.experts = [{} for _ in range(count)]
         for part, shape in wanted.items():
             for number, expert in ((n, expert) for n, expert in enumerate(layout.experts) if n not in layout.novices):
                 is_fused = part in layout.fused
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
-        layout.is_transposed = module.is_transposed
+        layout.is_transposed = module.is_transposed != is_turned
+        layout.width = module.down_proj.shape[2 if module.is_transposed else 1]
+
+    def _is_turned(self, pieces: Pieces, fused: frozenset[str], wanted: dict[str, tuple[int, ...]], where: str) -> bool:
+        """Whether the checkpoint stores the matrices of experts the other way than the model has them. Raises StunError if it is
+        not so of all of them."""
+        turned = set()
+        for part in fused:
+            name = pieces[part][None][0][1]
+            shape, may_turn = self.source.tensors[name].shape[1:], name in self._turned
+            is_square = len(shape) == 2 and shape[0] == shape[1]
+            turned.add(None if may_turn and is_square else may_turn and shape != wanted[part] and shape == wanted[part][::-1])
+        if None in turned or len(turned) > 1:
+            raise StunError(f"{where}: the shapes of its experts do not say whether they are stored as the model has them")
+        return turned == {True}
 
     def _place_novices(self, layout: LayerLayout, constants: dict[int, str], count: int, where: str) -> None:
         """Fill in a layout's novices, which must be those of config.json."""
@@ -165,21 +263,53 @@ class NameMap:
 
         `grown` is the layer with one more expert: there, tensors with an entry per expert have another shape.
         """
-        experts, sources = (experts_of(layer) or ("no experts",))[0], {inside: name for name, inside in layout.dense.items()}
-        for inside, tensor in layer.state_dict().items():
-            if inside.startswith(f"{experts}."):
-                continue
-            if inside not in sources:
-                raise StunError(f"{self.source.folder}: layer {layout.index}: no tensor for {inside}")
-            self._check(sources[inside], tensor.shape)
-            dims = [dim for dim, size in enumerate(tensor.shape) if grown and grown[inside].shape[dim] != size]
-            if dims:
-                layout.routed[sources[inside]] = dims[0]
+        path = (experts_of(layer) or ("no experts",))[0]
+        sources: dict[str, list[str]] = defaultdict(list)
+        for name, inside in layout.dense.items():
+            sources[inside].append(name)
+        state = layer.state_dict()
+        for inside, tensor in state.items():
+            if not inside.startswith(f"{path}."):
+                self._check_dense(layout, inside, sources[inside], tensor)
+                self._find_entries(layout, sources[inside], tensor, grown.get(inside, tensor))
         layout.router = next((name for name in layout.routed if layout.dense[name].endswith(".weight")), "")
+        block = path.rpartition(".")[0]
         linears = {f"{path}.weight": path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
         for name, inside in sorted(layout.dense.items()):
             if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in GATES:
-                layout.linears[name] = scope_of(linears[inside])
+                is_beside = bool(block) and linears[inside].rpartition(".")[0] == block
+                layout.linears[name] = Scope.mlp if is_beside else scope_of(linears[inside])
+                layout.behind += [name] if is_beside else []
+
+    def _check_dense(self, layout: LayerLayout, inside: str, names: list[str], tensor: torch.Tensor) -> None:
+        """Check the tensors that become one of a layer's, outside its experts."""
+        where, is_float = f"{self.source.folder}: layer {layout.index}", tensor.is_floating_point()
+        if not names:
+            raise StunError(f"{where}: no tensor for {inside}")
+        rows = [self.source.tensors[name].shape[0] if len(names) > 1 else tensor.shape[0] for name in names if tensor.dim()]
+        if tensor.dim() and sum(rows) != tensor.shape[0]:
+            raise StunError(f"{where}: {', '.join(names)} have {sum(rows)} rows, {inside} must have {tensor.shape[0]}")
+        for name, count in zip(names, rows or [0] * len(names), strict=True):
+            self._check(name, (count, *tensor.shape[1:]) if tensor.dim() else (), is_float)
+        if not is_float and layout.experts:
+            if tuple(tensor.shape) != (self.decoder.config.vocab_size, self._top_k(layout)):
+                raise StunError(f"{where}: {inside} holds whole numbers, of which it is not known whether they are experts")
+            layout.tables += names
+
+    def _top_k(self, layout: LayerLayout) -> int:
+        return max((getattr(module, "top_k", 0) for module in self.decoder.layers[layout.index].modules()), default=0)
+
+    def _find_entries(self, layout: LayerLayout, names: list[str], tensor: torch.Tensor, grown: torch.Tensor) -> None:
+        """Note tensors with an entry per expert: those that have another shape in the layer with one expert more."""
+        dims = [dim for dim, size in enumerate(tensor.shape) if grown.shape[dim] != size]
+        if not dims:
+            return
+        if len(dims) > 1 or len(names) > 1 or tensor.shape[dims[0]] != layout.num_experts:
+            raise StunError(
+                f"{self.source.folder}: layer {layout.index}: {names[0]} has {tuple(tensor.shape)} entries for "
+                f"{layout.num_experts} experts; one for each is known"
+            )
+        layout.routed[names[0]] = dims[0]
 
     def _place_head(self, block: str, pieces: Pieces) -> None:
         """Add the layout of experts outside the decoder layers, which must be those of a multi-token-prediction head.
@@ -218,14 +348,22 @@ class NameMap:
         heads, after = text.get("num_nextn_predict_layers"), re.match(rf"{re.escape(self.prefix)}(\d+)\.", block)
         return "mtp" in block or bool(after and isinstance(heads, int) and int(after[1]) < len(self.layers) + heads)
 
-    def _check_outside(self, model: PreTrainedModel) -> None:
-        """Check that every parameter outside the layers has a tensor; a tied output head needs none."""
-        sources, head = {target: name for name, target in self.outer.items()}, model.get_output_embeddings()
-        tied = {id(parameter) for parameter in head.parameters()} if model.config.tie_word_embeddings else set()
-        for target, parameter in model.named_parameters():
-            if target.startswith(self.prefix):
+    def _check_outside(self) -> None:
+        """Check that every parameter of the text model outside the layers has a tensor; a tied output head needs none."""
+        whole, head = self.text.whole, self.text.model.get_output_embeddings()
+        sources: dict[str, list[str]] = defaultdict(list)
+        for name, target in self.outer.items():
+            sources[target].append(name)
+        heads = {id(parameter) for parameter in head.parameters()}
+        is_tied = self.text.model.config.tie_word_embeddings
+        for target, parameter in whole.named_parameters():
+            is_text = target.startswith(self.text.path) or id(parameter) in heads
+            if target.startswith(self.prefix) or not is_text:
                 continue
-            if target in sources:
-                self._check(sources[target], parameter.shape)
-            elif id(parameter) not in tied:
+            names = sources.get(target, [])
+            if len(names) == 1:
+                self._check(names[0], parameter.shape)
+            elif names and sum(self.source.tensors[name].shape[0] for name in names) != parameter.shape[0]:
+                raise StunError(f"{self.source.folder}: {', '.join(names)} are not the {parameter.shape[0]} rows of {target}")
+            elif not names and not (is_tied and id(parameter) in heads):
                 raise StunError(f"{self.source.folder}: no tensor for {target}")

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
+from stun.model.text_part import auto_of
 
 
 def load_whole(folder: Path, **options) -> PreTrainedModel:
@@ -13,6 +14,7 @@ def load_whole(folder: Path, **options) -> PreTrainedModel:
     numbers of experts. Raises StunError."""
     Checkpoint.open(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **{"use_safetensors": True, "trust_remote_code": False, **options})
+        auto = next(iter(auto_of(type(AutoConfig.from_pretrained(folder, trust_remote_code=False)))), AutoModelForCausalLM)
+        return auto.from_pretrained(folder, **{"use_safetensors": True, "trust_remote_code": False, **options})
     except (OSError, ValueError) as error:
         raise StunError(f"{folder}: cannot be loaded as a whole: {error}") from error

@@ -28,6 +28,7 @@ from stun.run.identity import observed
 from stun.runtime.ranks import Ranks
 from stun.sparsify.joint_refit import held_bytes, replicated_bytes
 from stun.statistics.store import Statistics
+from stun.stream.self_check import check_unknown
 from stun.tracking.tracker import check_tracking
 
 HELD_OUT = 8  # the search for the best split holds out one sample in so many
@@ -149,6 +150,7 @@ def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
     cfg = replace(cfg, model=ModelConfig(hub.pinned(cfg.model.path, ranks)))
     job = resolve_model(cfg, remote=hub.headers(cfg.model.path, ranks, runs_here))
     ranks.on_first(lambda: check_tracking(cfg.tracking))
+    check_unknown(job.arch, ranks)
     if runs_here:
         check_alike(job.arch, ranks)
     samples = _samples(job, ranks) if job.cfg.target else None

@@ -4,9 +4,12 @@ No model family needs a formula of its own. Memory that libraries allocate insid
 """
 
 import weakref
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
+import torch.fx.experimental._config
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +21,7 @@ from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
 from stun.runtime.threads import workers_on
 from stun.stream.expert_parallel import tokens_together
+from stun.stream.layer_stream import States, handed_on
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
@@ -85,7 +89,8 @@ class _Exchange:
         rows_nD = received_ND[: -(-len(received_ND) // local_experts)]
         inner = [self._inner(module, rows_nD) for _ in range(min(self.workers, local_experts) - 1)]
         for _ in range(local_experts - len(inner)):
-            module._apply_gate(self._inner(module, rows_nD))
+            rows_nI = self._inner(module, rows_nD)
+            module._apply_gate(rows_nI) if module.has_gate else module.act_fn(rows_nI)
         del inner
         _back_ND = served_ND if self.world == 1 else torch.empty_like(served_ND)
         output_TD, size = torch.empty_like(hidden_TD), tokens_together(self.device, hidden_TD.shape[1], index_TK.shape[1])
@@ -96,15 +101,18 @@ class _Exchange:
 
     @staticmethod
     def _inner(module: nn.Module, rows_nD: torch.Tensor) -> torch.Tensor:
-        weight = module.gate_up_proj[0]
+        weight = (module.gate_up_proj if module.has_gate else module.up_proj)[0]
         return rows_nD @ (weight if weight.shape[0] == rows_nD.shape[1] else weight.T)
 
 
-def _arguments(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **options) -> list[dict]:
-    """Keyword arguments of every layer for B x T tokens."""
-    # They do not depend on the width of the hidden states, so an embedding of width 1 will do.
+@torch.no_grad()
+def _entered(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **options) -> States:
+    """States of B x T tokens before the first layer of a model of zeros, which take no memory."""
     tokens_BT = torch.zeros(batch, length, dtype=torch.int64)
-    return arch.enter(tokens_BT, torch.zeros(1, 1, dtype=dtype).expand(arch.info(arch.embedding).shape[0], 1), **options)[1]
+    weight_VD = torch.zeros((), dtype=dtype).expand(arch.info(arch.embedding).shape)
+    with arch.zeros_outside() if arch.probe.reads_outside else nullcontext():
+        hidden_BTD, arguments = arch.enter(tokens_BT, weight_VD, **options)
+    return States([hidden_BTD], [arguments], 1)
 
 
 @dataclass(frozen=True)
@@ -119,29 +127,42 @@ class Activations:
 
 def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int, **options) -> Activations:
     """Activations of B x T tokens on one of `world` ranks; with `use_cache=True` caches too. Equal layers are traced once."""
-    arguments_by_layer, traced, traces = _arguments(arch, batch, length, compute_dtype(arch, device), **options), {}, []
-    storage_bytes = {id(entry): entry.nbytes() for entry in _storages(arguments_by_layer)}
-    for index, (layer, arguments) in enumerate(zip(arch.decoder.layers, arguments_by_layer, strict=True)):
+    states, traced, traces = _entered(arch, batch, length, compute_dtype(arch, device), **options), {}, []
+    storage_bytes = {id(entry): entry.nbytes() for entry in _storages(states.arguments) if entry.device.type != "meta"}
+    hidden_BTD, carried = _on_meta(states.hidden[0]), {}
+    for index, layer in enumerate(arch.decoder.layers):
+        states = replace(states, hidden=[hidden_BTD], carried=[carried])
+        hidden_BTD, arguments = states.inputs(0, index)
         shapes = tuple((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
         kind = (shapes, tuple((name, getattr(value, "shape", None)) for name, value in arguments.items()))
         if kind not in traced:
-            traced[kind] = _trace(arch, index, arguments, (batch, length), device, world)
-        traces.append(traced[kind])
+            traced[kind] = _trace(arch, index, hidden_BTD, arguments, device, world)
+        *bytes_taken, output = traced[kind]
+        traces.append(bytes_taken)
+        carried = handed_on(arch.probe, index, carried, arguments, output)
+        hidden_BTD = output[0] if isinstance(output, tuple) else output
     return Activations([peak for peak, _ in traces], sum(storage_bytes.values()), sum(cached for _, cached in traces))
 
 
+def _on_meta(values: object) -> object:
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), values)
+
+
 @torch.no_grad()
-def _trace(arch: Architecture, index: int, arguments: dict, tokens: tuple[int, int], device, world: int) -> tuple[int, int]:
-    """Peak bytes of a layer's run, and bytes of its cache."""
+def _trace(
+    arch: Architecture, index: int, hidden_BTD: torch.Tensor, arguments: dict, device: torch.device, world: int
+) -> tuple[int, int, object]:
+    """Peak bytes of a layer's run, bytes of its cache, and its output on the meta device."""
     dtype, experts = compute_dtype(arch, device), arch.layers[index].num_experts
     layer = arch.build_layer(index, experts).to("meta", dtype)
     experts_module = experts_of(layer)
     if experts_module:
         experts_module[1].exchange = _Exchange(experts, world, device)
     caches = {name: value for name, value in arguments.items() if isinstance(value, Cache)}
-    on_meta = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), {**arguments, **dict.fromkeys(caches)}) | caches
-    hidden_BTD = torch.empty(*tokens, arch.config.hidden_size, dtype=dtype, device="meta")
-    with _Fused(device.type == "cuda"), Allocations() as allocations:
-        layer(hidden_BTD, **on_meta)
+    on_meta = _on_meta({**arguments, **dict.fromkeys(caches)}) | caches
+    # Of entries that are picked by their values, as many as there are at most.
+    picks_all = patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
+    with _Fused(device.type == "cuda"), picks_all, Allocations() as allocations:
+        output = layer(hidden_BTD, **on_meta)
     held = [vars(cache.layers[index]) for cache in caches.values()]
-    return allocations.peak, sum(storage.nbytes() for storage in _storages(held))
+    return allocations.peak, sum(storage.nbytes() for storage in _storages(held)), output

@@ -33,7 +33,7 @@ class Estimate:
         self.result, self.loads = result_line(job), loads_line(job)
         self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
         self.note, self.form = ZEROS if job.plan.zeros else "", job.form_note
-        states = self.tokens * arch.config.hidden_size * footprint.dtype.itemsize
+        states = self.tokens * arch.token_width * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
         self.written = model_bytes(arch, job.plan, cfg)

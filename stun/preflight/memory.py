@@ -71,7 +71,7 @@ class Footprint:
         self.arch, self.cfg, self.plan = job.arch, job.cfg, job.plan
         self.streams, self.candidates = job.streams, len(job.fractions)
         self.dtype, self.is_gpu = compute_dtype(job.arch, launch.device), launch.device.type == "cuda"
-        self.token = job.arch.config.hidden_size * self.dtype.itemsize  # bytes of its hidden state
+        self.token = job.arch.token_width * self.dtype.itemsize  # bytes of its hidden state
         self.layers = [self._weights(*pair) for pair in zip(job.arch.layers, job.plan.layers, strict=True)]
         self.heads = [self._weights(*pair) for pair in zip(job.arch.mtp, job.plan.mtp, strict=True)]
 

@@ -98,7 +98,7 @@ class _Refit:
     """
 
     def __init__(self, stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding):
-        self.layer, self.ranks, self.width = layer, stream.ranks, stream.arch.config.hidden_size
+        self.layer, self.ranks, self.width = layer, stream.ranks, layer.layout.width
         self.rounding, self.is_changed = rounding, False
         _, experts = experts_of(layer.module)
         inputs, self.mine = _Inputs(experts.exchange), experts.exchange.mine
@@ -270,7 +270,7 @@ def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def _scale(stream: LayerStream, layer: Layer, experts: torch.nn.Module, states: States) -> float:
     """What the layer multiplies the output of its experts by before it adds it, found on the first round of micro-batches."""
-    ranks, first = stream.ranks, States(states.hidden[:1], states.arguments[:1], min(states.total, stream.ranks.world))
+    ranks, first = stream.ranks, states.first(stream.ranks.world)
     seen: list[torch.Tensor] = []
 
     def with_factor(factor: float) -> list[torch.Tensor]:

@@ -135,7 +135,7 @@ def _change_weights(
     if is_refitted:
         meter.enter("refit")
         before = rounding.nonzero(layer)
-        refit = refit_jointly(stream, layer, states, states.dense, rounding)
+        refit = refit_jointly(stream, layer, states, states.dense.hidden, rounding)
         rounding.round(layer, (True,))
         rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
         stream.build(layer)
@@ -150,7 +150,7 @@ def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novice
     that are removed become novices."""
     stream.build(layer)
     sums = [OutputSums(stream, layer, [0] * states.total)] if has_novices and layer.kept else []
-    dense = stream.run(layer, replace(states, hidden=states.dense), *sums).hidden
+    dense = stream.run(layer, states.dense, *sums)
     return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
 
 

@@ -1,7 +1,7 @@
 """Files of the pruned checkpoint: shards of the layers, the tensors outside them, config.json, and at last the index."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -55,7 +55,7 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     if job.streams["prune"]:
         batches = job.samples.batches(cfg.calibration.micro_batch)
         states = embed(arch, ranks, batches, lambda name: outer[name] if outer else arch.source.read(name))
-        states.dense = states.hidden if job.runs_dense else None
+        states.dense = replace(states) if job.runs_dense else None
     outer.clear()
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))

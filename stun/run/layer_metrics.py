@@ -1,10 +1,11 @@
 """Measurements of a layer in a stream, by each rank of its part; stun.run.layer_records combines the ranks'."""
 
+import math
 from collections import Counter
 
 import torch
 
-from stun.checkpoint.writer import Tensors
+from stun.checkpoint.writer import Stacked, Tensors
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.run.kurtosis import power_sums
@@ -32,9 +33,14 @@ def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int
 def nonzero_by_kind(layout: LayerLayout, tensors: Tensors, workers: Workers) -> dict[str, int]:
     """Number of non-zero entries of a layer's tensors that a rank writes, by kind."""
     counts: Counter[str] = Counter()
-    for name, count in zip(tensors, workers.map(lambda tensor: int(tensor.count_nonzero()), tensors.values()), strict=True):
+    for name, count in zip(tensors, workers.map(_nonzero, tensors.values()), strict=True):
         counts[kind_of(layout, name)] += count
     return dict(counts)
+
+
+def _nonzero(tensor: torch.Tensor | Stacked) -> int:
+    """Non-zero entries of a tensor; of one of whole numbers, which are no weights, all."""
+    return int(tensor.count_nonzero()) if tensor.dtype.is_floating_point else math.prod(tensor.shape)
 
 
 def expert_powers(layer: Layer, workers: Workers, without_zeros: bool = False) -> dict:

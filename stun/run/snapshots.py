@@ -1,5 +1,6 @@
 """Snapshots of hidden states, from which a stream resumes: one file with a checksum per layer and rank."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,23 @@ from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
 from stun.files import digest
+from stun.model.carried import Carried, Key
 from stun.run.ledger import REPEAT, part_name
 from stun.runtime.device_copies import memory_to_read_into
 from stun.runtime.ranks import Ranks
 from stun.stream.layer_stream import States
 
 _DENSE = "dense "  # before the number of a micro-batch: its states in the dense model
+_CARRIED = " carries "  # behind it: a value that layers hand on
 KEPT = 3  # snapshots per rank: another rank may still be writing the layer before the last
+
+
+def _named(states: States, numbers: range, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the states of micro-batches with these numbers, by the names that they are saved under."""
+    for number, hidden, carried in zip(numbers, states.hidden, states.carried, strict=True):
+        yield f"{prefix}{number}", hidden
+        for key, value in carried.items():
+            yield f"{prefix}{number}{_CARRIED}{key}", value.contiguous()
 
 
 class Snapshots:
@@ -33,9 +44,9 @@ class Snapshots:
         """Write this rank's states after a layer; returns the ledger's record of the file: name, digest and micro-batches."""
         rank, world = self.ranks.rank, self.ranks.world
         own = range(rank, states.total, world)
-        tensors = {str(number): hidden for number, hidden in zip(own, states.hidden, strict=True)}
+        tensors = dict(_named(states, own, ""))
         if states.dense is not None:
-            tensors |= {_DENSE + str(number): hidden for number, hidden in zip(own, states.dense, strict=True)}
+            tensors |= _named(states.dense, own, _DENSE)
         file = self._file(layer, rank, world)
         sha256 = write_tensors(file, tensors, is_hashed=True)
         self.nbytes += file.stat().st_size
@@ -61,15 +72,23 @@ class Snapshots:
             if not file.is_file() or digest(file) != entry["sha256"]:
                 raise StunError(f"{file}: is {'damaged' if file.is_file() else 'missing'}; {REPEAT}")
         files = [(self.folder / home[number]["file"], str(number)) for number in mine]
-        hidden = [self._read(*where, before) for where, before in zip(files, states.hidden, strict=True)]
-        if states.dense is None:
-            return replace(states, hidden=hidden)
-        dense = [self._read(file, _DENSE + name, before) for (file, name), before in zip(files, states.dense, strict=True)]
-        return replace(states, hidden=hidden, dense=dense)
+        read = self._states(files, states, "")
+        return read if states.dense is None else replace(read, dense=self._states(files, states.dense, _DENSE))
 
-    def _read(self, file: Path, name: str, like: torch.Tensor) -> torch.Tensor:
+    def _states(self, files: list[tuple[Path, str]], states: States, prefix: str) -> States:
+        """Saved states of the micro-batches in `files`, with the arguments of `states`."""
+        hidden = [self._read(file, prefix + name, before) for (file, name), before in zip(files, states.hidden, strict=True)]
+        return replace(states, hidden=hidden, carried=[self._carried(file, prefix + name) for file, name in files])
+
+    def _carried(self, file: Path, name: str) -> Carried:
+        start = f"{name}{_CARRIED}"
+        names = [other for other in read_header(file) if other.startswith(start)]
+        return {Key.parse(other.removeprefix(start)): self._read(file, other) for other in names}
+
+    def _read(self, file: Path, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Tensor in a snapshot, of the shape and dtype of `like`, if that is given."""
         info = read_header(file).get(name)
-        if info is None or info.shape != like.shape or info.dtype is not like.dtype:
+        if like is not None and (info is None or info.shape != like.shape or info.dtype is not like.dtype):
             raise StunError(f"{file}: {name}: must be {tuple(like.shape)} of {like.dtype}; {REPEAT}")
         memory = memory_to_read_into(self.ranks.device)
         with Checkpoint(self.folder, {}, {name: info}).reading(memory) as read:

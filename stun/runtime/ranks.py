@@ -279,3 +279,13 @@ class Ranks:
         out = rows_ND.new_empty((sum(receive), *rows_ND.shape[1:]))
         self._comm.all_to_all_single(out, rows_ND.contiguous(), receive, send)
         return out
+
+
+class Alone(Ranks):
+    """This process as the one rank of a small job of its own on the CPU, whatever ranks it is among."""
+
+    def __init__(self) -> None:
+        self.rank, self.world, self.local_world, self.device, self._comm = 0, 1, 1, torch.device("cpu"), None
+        self.is_first_of_node, self.workers, self.meter = True, Workers(self.device), Meter()
+        self.started, self._peak, self.doing, self.command = time.monotonic(), 0, "", None
+        self.track = lambda metrics, step: None

@@ -147,7 +147,8 @@ class Moments(Sums):
         return sum(others, first)
 
     def add_expert(self, sums, number, input_nD, inner_nI, gate_n) -> None:
-        for part, rows in {"gate_up_proj": input_nD, "down_proj": inner_nI}.items():
+        first = next(part for part in ("gate_up_proj", "up_proj") if part in self.layer.layout.experts[self.layer.kept[number]])
+        for part, rows in {first: input_nD, "down_proj": inner_nI}.items():
             sums[part] = self._add(sums.get(part), rows.float() * gate_n[:, None] if self.gated else rows)
 
     def of_dense(self, name, turn, input_TD) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ class OutputSums(Observer):
     def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums [S, E, D] of g^2 f and [S, E] of g^2 over all ranks, in float64. An expert's are non-zero on one rank only: adding
         is exact."""
-        ranks, layer, width = self.stream.ranks, self.layer, self.stream.arch.config.hidden_size
+        ranks, layer, width = self.stream.ranks, self.layer, self.layer.layout.width
         count = max(self.sources, default=0) + 1
         outputs_SED = torch.zeros(count, len(layer.kept), width, dtype=torch.float64, device=ranks.device)
         gates_SE = torch.zeros(count, len(layer.kept), dtype=torch.float64, device=ranks.device)

@@ -16,8 +16,8 @@ def outside(arch: Architecture, ranks: Ranks) -> Iterator[None]:
     """Context with these weights installed: `arch.enter` needs no embedding, `arch.leave` works. The first rank reads them."""
     inside, dtype = {module for layer in arch.decoder.layers for module in layer.modules()}, compute_dtype(arch, ranks.device)
     placeholders = [(module, dict(module._parameters)) for module in arch.model.modules() if module not in inside]
-    for name in arch.outer_weights:
-        arch.install_outer({name: from_first(arch, ranks, name, arch.source.read)}, dtype)
+    for names in arch.outer_groups:
+        arch.install_outer({name: from_first(arch, ranks, name, arch.source.read) for name in names}, dtype)
     try:
         yield
     finally:

@@ -230,7 +230,9 @@ class Exchange:
 
     def inner(self, module: nn.Module, number: int, input_nD: torch.Tensor) -> torch.Tensor:
         """Input of an expert's `down_proj`: [n, I]."""
-        return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
+        if module.has_gate:
+            return module._apply_gate(self.project(number, "gate_up_proj", input_nD))
+        return module.act_fn(self.project(number, "up_proj", input_nD))
 
     def project(self, number: int, part: str, rows_nD: torch.Tensor) -> torch.Tensor:
         """Rows times one of an expert's matrices, plus its bias if the family has one."""
@@ -238,10 +240,10 @@ class Exchange:
         weight, bias = self.layer.layout.oriented(parts[part]), parts.get(f"{part}_bias")
         return linear(rows_nD, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def idle_round(self, module: nn.Module, hidden_size: int, top_k: int) -> None:
+    def idle_round(self, module: nn.Module, top_k: int) -> None:
         """Take part in a round for which this rank has no micro-batch."""
         device = self.ranks.device
-        hidden_TD = torch.empty(0, hidden_size, device=device, dtype=self.dtype)
+        hidden_TD = torch.empty(0, self.layer.layout.width, device=device, dtype=self.dtype)
         index_TK = torch.empty(0, top_k, device=device, dtype=torch.int64)
         self.forward(module, hidden_TD, index_TK, torch.empty(0, top_k, device=device))
 

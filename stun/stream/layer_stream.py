@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from stun.model.architecture import Architecture, expert_infos
+from stun.model.architecture import Architecture, Probe, expert_infos
 from stun.model.as_configured import as_configured
+from stun.model.carried import HIDDEN, Carried, Key, entries, evaluated, filled, is_expression
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
@@ -29,6 +30,7 @@ from stun.runtime.ranks import Ranks
 from stun.runtime.threads import threads_on
 from stun.sparsify.scores import require_finite
 from stun.stream.expert_parallel import Exchange, Layer, Observer
+from stun.stream.tables import renumbered
 
 
 def even_owners(layout: LayerLayout, world: int) -> list[int | None]:
@@ -147,8 +149,8 @@ class LayerStream:
         return Layer(layout, spread, part.experts, unused, kept, owner, novices, seconds={"read": part.seconds})
 
     def keep(self, layer: Layer, kept: list[int], constants_ED: torch.Tensor | None = None) -> None:
-        """Remove all experts of `layer` but `kept`, with their rows of the router; with `constants_ED` the rows are kept, and
-        these are their outputs."""
+        """Remove all experts of `layer` but `kept`, with their rows of the router and their places in tables; with `constants_ED`
+        these are kept, and they are the experts' outputs."""
         owner = dict(zip(layer.kept, layer.owner, strict=True))
         layer.owner = [owner[number] for number in kept]
         layer.kept = kept
@@ -158,29 +160,34 @@ class LayerStream:
                 e: constants_ED[e].to(self.arch.novice_dtype(layer.layout)) for e in range(len(constants_ED)) if e not in kept
             }
         elif kept != list(range(layer.layout.num_experts)):
-            entries = torch.tensor(kept, device=self.ranks.device)
+            for name in layer.layout.tables:
+                layer.dense[name] = renumbered(layer.dense[name], kept, layer.dense[layer.layout.router])
+            places = torch.tensor(kept, device=self.ranks.device)
             for name, dim in layer.layout.routed.items():
-                layer.dense[name] = layer.dense[name].index_select(dim, entries)
+                layer.dense[name] = layer.dense[name].index_select(dim, places)
 
     def build(self, layer: Layer) -> None:
         """Build `layer.module` from the layer's current tensors."""
         layer.module = self.arch.build_layer(layer.layout.index, len(layer.routed))
-        tensors = {inside: layer.dense[name] for name, inside in layer.layout.dense.items()}
-        self.arch.install(layer.module, tensors, self.dtype)
+        self.arch.install_dense(layer.module, layer.layout, layer.dense, self.dtype)
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange = Exchange(layer, self.ranks, self.dtype)
 
     def run(self, layer: Layer, states: States, *observers: Observer) -> States:
         """States after `layer`, for every micro-batch of this rank; all ranks take part in every round."""
-        return replace(states, hidden=self._rounds(layer, states, observers, True))
+        carried: list[Carried] = []
+        return replace(states, hidden=self._rounds(layer, states, observers, True, carried), carried=carried)
 
     def measure(self, layer: Layer, states: States, *observers: Observer) -> None:
-        """Run `layer` only for the observers: experts stop before their last matrix."""
-        self._rounds(layer, states, observers, False)
+        """Run `layer` only for the observers: experts stop before their last matrix, unless another is behind them."""
+        self._rounds(layer, states, observers, bool(layer.layout.behind), [])
 
     @torch.no_grad()
-    def _rounds(self, layer: Layer, states: States, observers: tuple[Observer, ...], gives_outputs: bool) -> list[torch.Tensor]:
+    def _rounds(
+        self, layer: Layer, states: States, observers: tuple[Observer, ...], gives_outputs: bool, carried: list[Carried]
+    ) -> list[torch.Tensor]:
+        """Hidden states after the layer; fills `carried` with what it and the layers before hand on."""
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange.observers, experts.exchange.gives_outputs = observers, gives_outputs
@@ -191,17 +198,17 @@ class LayerStream:
             for observer in observers:
                 observer.round_starts(turn)
             if turn < len(states.hidden):
-                hidden_BTD = states.hidden[turn]
-                arguments = states.arguments[turn][layer.layout.index]
+                hidden_BTD, arguments = states.inputs(turn, layer.layout.index)
                 with self.steady(), as_configured(self.arch.source.folder, f"layer {layer.layout.index}"):
                     output = layer.module(hidden_BTD, **arguments)
                 if gives_outputs:
                     outputs.append(output[0] if isinstance(output, tuple) else output)
                     sums.append(outputs[-1].sum())
+                    carried.append(handed_on(self.arch.probe, layer.layout.index, states.carried[turn], arguments, output))
                 self.ranks.meter.tokens += hidden_BTD.shape[:2].numel()
             elif experts is not None:
                 with self.steady():
-                    experts.exchange.idle_round(experts, self.arch.config.hidden_size, self.arch.top_k)
+                    experts.exchange.idle_round(experts, self.arch.top_k)
             for observer in observers:
                 observer.round_ends(turn)
         # NaN and infinity survive a sum. They are looked for once a layer, since a GPU is waited for then.
@@ -211,18 +218,49 @@ class LayerStream:
         return outputs
 
 
+def handed_on(probe: Probe, index: int, before: Carried, arguments: dict, output: object) -> Carried:
+    """Values that layers after layer `index` read beside its hidden states: of `before`, the layer's own, and what it has put
+    into dictionaries among its `arguments`."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    own = {Key(index, place): value for place, value in enumerate(outputs) if isinstance(value, torch.Tensor)}
+    handed = {key: value for key, value in (before | own).items() if key in probe.needed[index]}
+    for name in sorted(probe.filled & arguments.keys()):
+        handed |= entries(name, arguments[name])
+    return handed
+
+
 @dataclass
 class States:
-    """Hidden states [B, T, D] of this rank's micro-batches; `total` is their number over all ranks.
+    """Hidden states [B, T, D] of this rank's micro-batches (with residual streams [B, T, S, D]); `total` is their number over all
+    ranks.
 
-    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them. `dense`
-    are the hidden states of the dense model, where a pruned one is compared with it.
+    `arguments[i][l]` are the keyword arguments of layer l for the i-th of them; micro-batches of one shape share them.
+    `carried[i]` are the values that earlier layers hand on to later ones. `dense` are the states of the dense model, where a
+    pruned one is compared with it.
     """
 
     hidden: list[torch.Tensor]
     arguments: list[list[dict]]
     total: int
-    dense: list[torch.Tensor] | None = None
+    dense: States | None = None
+    carried: list[Carried] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.carried = self.carried or [{} for _ in self.hidden]
+
+    def first(self, world: int) -> States:
+        """States of the first round of micro-batches."""
+        return States(self.hidden[:1], self.arguments[:1], min(self.total, world), carried=self.carried[:1])
+
+    def inputs(self, turn: int, index: int) -> tuple[torch.Tensor, dict]:
+        """Hidden states and keyword arguments of layer `index` for a micro-batch."""
+        hidden_BTD = self.hidden[turn]
+        carried = self.carried[turn] | {Key(index - 1, 0): hidden_BTD}
+        arguments = {}
+        for name, value in self.arguments[turn][index].items():
+            is_filled = isinstance(value, MutableMapping) and not len(value)
+            arguments[name] = filled(value, name, carried) if is_filled else evaluated(value, carried)
+        return arguments.pop(HIDDEN, hidden_BTD), arguments
 
 
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -241,14 +279,38 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     dtype = compute_dtype(arch, ranks.device)
     weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
     hidden, arguments, by_shape = [], [], {}
-    for batch in batches[ranks.rank :: ranks.world]:
-        with steady(ranks.device, dtype, ranks.workers), as_configured(arch.source.folder, "the embedding"):
-            states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
-        hidden.append(states)
-        if batch.shape not in by_shape:
-            by_shape[batch.shape] = _expanded(by_layer, len(batch))
-        arguments.append(by_shape[batch.shape])
+    with _entrance(arch, ranks, read, dtype), as_configured(arch.source.folder, "the embedding"):
+        for batch in batches[ranks.rank :: ranks.world]:
+            with steady(ranks.device, dtype, ranks.workers):
+                states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
+            hidden.append(states)
+            if batch.shape not in by_shape:
+                by_shape[batch.shape] = _expanded(by_layer, len(batch))
+            arguments.append(_with_own(by_shape[batch.shape], by_layer, arch.probe.by_token))
     return States(hidden, arguments, len(batches))
+
+
+@contextmanager
+def _entrance(arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Context with those weights of the decoder installed, beside the embedding, that the way to the first layer needs."""
+    names = [name for name in arch.entrance if name != arch.embedding]
+    inside = {module for layer in arch.decoder.layers for module in layer.modules()}
+    placeholders = [(module, dict(module._parameters)) for module in arch.decoder.modules() if names and module not in inside]
+    if names:
+        arch.install_outer({name: from_first(arch, ranks, name, read) for name in names}, dtype)
+    try:
+        yield
+    finally:
+        for module, parameters in placeholders:
+            module._parameters.update(parameters)
+
+
+def _with_own(shared: list[dict], own: list[dict], by_token: list[set[str]]) -> list[dict]:
+    """Arguments that micro-batches of one shape share, with those that depend on the tokens."""
+    if not any(by_token):
+        return shared
+    triples = zip(shared, own, by_token, strict=True)
+    return [layer | {name: its[name] for name in names} for layer, its, names in triples]
 
 
 def _expanded(arguments: list[dict], rows: int) -> list[dict]:
@@ -258,6 +320,8 @@ def _expanded(arguments: list[dict], rows: int) -> list[dict]:
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def once(tensor: torch.Tensor) -> torch.Tensor:
+        if is_expression(tensor):
+            return tensor
         if id(tensor) not in made:
             is_equal = rows > 1 and tensor.dim() > 1 and len(tensor) == rows and bool((tensor == tensor[:1]).all())
             made[id(tensor)] = (tensor, tensor[:1].clone().expand_as(tensor) if is_equal else tensor)

@@ -64,6 +64,8 @@ def naive_statistics(module, calls) -> dict[str, torch.Tensor]:
 
 def naive_inner(module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What reaches an expert's second matrix."""
+    if not module.has_gate:
+        return module.act_fn(oriented(module, module.up_proj[expert]) @ x).detach()
     gate_up = oriented(module, module.gate_up_proj[expert]) @ x
     if module.has_bias:
         gate_up = gate_up + module.gate_up_proj_bias[expert]

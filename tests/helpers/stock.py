@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.family_runs import CALIBRATION
 from helpers.naive import captured, compare_statistics, naive_statistics
 from stun.model.tensor_names import experts_of
+from stun.model.text_part import TextPart, auto_of, text_part
 from stun.run.recorder import Recorder
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
@@ -63,11 +65,15 @@ def forbid(layer, survivors, replaced):
             replaced.callback(tensor.copy_, before)
 
 
+def text_of(model) -> TextPart:
+    """The text part of a stock model."""
+    return text_part(Path(), model)
+
+
 def load_stock(folder):
     """The checkpoint in transformers' own class for it, with nothing missing, left over or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True
-    )
+    auto = auto_of(type(AutoConfig.from_pretrained(folder)))[0]
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.eval()
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import stun  # noqa: F401  (registers Arctic)
+from stun.model.text_part import class_of
 
 SHAPE = {
     "vocab_size": 260,
@@ -138,10 +143,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def randomise(model) -> None:
+def randomise(model, seed: int = 7) -> None:
     """Weights large enough that routing varies, and no vector at the value it is born with."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     for name, tensor in model.state_dict().items():
+        if "tid2eid" in name:
+            for row in tensor:
+                row.copy_(torch.randperm(8)[: len(row)])
+        if not tensor.is_floating_point():
+            continue
         if "bias" in name:
             tensor.normal_(0, 0.1)
         elif tensor.dim() > 1:
@@ -150,12 +160,38 @@ def randomise(model) -> None:
             tensor.uniform_(0.8, 1.2)
 
 
+SEEDS = {"aria": 8, "hy_v3": 11}  # with which every expert is reached by some token
+# Names of the hub that transformers reads, and does not write.
+HUB_NAMES = {"deepseek_v4": [(r"^model\.", ""), (r"^embed_tokens\.", "embed."), (r"^hc_head\.hc_", "hc_head_")]}
+
+
 def make_checkpoint(folder: Path, family: str, dtype=torch.float32, shard: str = "60KB", **changes) -> Path:
     """A random model of `family`, saved by transformers itself."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family], **changes}))
-    randomise(model)
+    from helpers.more_families import MORE  # which takes its parts from here
+
+    content = {**SHAPE, **FAMILIES[family]} if family in FAMILIES else copy.deepcopy(MORE[family])
+    config = AutoConfig.for_model(family, **{**content, **changes})
+    model = class_of(type(config))._from_config(config)
+    randomise(model, SEEDS.get(family, 7))
     model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(folder, max_shard_size=shard)
     byte_tokenizer().save_pretrained(folder)
+    rename(folder, HUB_NAMES.get(family, []))
     return folder
+
+
+def rename(folder: Path, pairs: list[tuple[str, str]]) -> None:
+    """Rename the tensors of a checkpoint by patterns."""
+    if not pairs:
+        return
+    index = folder / "model.safetensors.index.json"
+    content, weight_map = json.loads(index.read_text()), {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = {}
+        for name, tensor in load_file(file).items():
+            for old, new in pairs:
+                name = re.sub(old, new, name)
+            tensors[name], weight_map[name] = tensor, file.name
+        save_file(tensors, file, metadata={"format": "pt"})
+    index.write_text(json.dumps({**content, "weight_map": weight_map}))

@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.pages import commands, here, page, run
 from helpers.uneven import pruned, steep
-from helpers.zoo import make_checkpoint
+from helpers.zoo import FAMILIES, make_checkpoint
 from stun.config import Budget, ExpertsConfig, ExpertsMethod, ModelConfig, SparsifyConfig, Uneven
-from stun.model.families import FAMILIES
 from stun.model.runtimes import GGUF, LEFT_VLLM, THROUGH_TRANSFORMERS
 from stun.serving.config import Runtime, ServeCheckConfig
 from stun.serving.job import serve_check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stun.model.families import FAMILIES
+from stun.model.families import TESTED
 from stun.model.runtimes import LEFT_VLLM, runtimes
 
 
@@ -15,18 +15,19 @@ def test_even_counts():
     for count in (64, 352):
         assert ": fused router kernels" in runtimes("qwen3_moe", [count, count])["vLLM"]
     assert runtimes("qwen3_moe", [17, 17])["vLLM"].endswith("expert parallel evenly over 17 ranks, unevenly over any")
-    assert "kernels" not in runtimes("deepseek_v3", [102, 102])["vLLM"], "routers with groups have a kernel of their own"
+    grouped = runtimes("deepseek_v3", [102, 102], is_grouped=True)
+    assert "kernels" not in grouped["vLLM"], "routers with groups have a kernel of their own"
     assert "import stun" in runtimes("arctic", [8, 8])["transformers"]
 
 
 def test_families_that_left_vllm():
-    assert LEFT_VLLM.keys() <= FAMILIES.keys()
+    assert LEFT_VLLM.keys() <= set(TESTED)
     assert runtimes("arctic", [8, 8])["vLLM"].startswith("0.28 and earlier: ")
     dots = runtimes("dots1", [8, 8])["vLLM"]
     assert dots.startswith("through its transformers backend, its own class until 0.23: ")
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(TESTED))
 def test_uneven_counts(family):
     uneven = runtimes(family, [6, 5])
     assert uneven["this package"] == "yes" and uneven["llama.cpp"].startswith("no")

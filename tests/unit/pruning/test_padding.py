@@ -45,7 +45,7 @@ def test_is_the_same_model_in_the_stock_form(tmp_path, ranks, family):
     small, folder = tmp_path / "code" / "model", tmp_path / "zeros" / "model"
     written, before = (json.loads((place / "config.json").read_text()) for place in (folder, source))
     counts = [count for count in by_zeros["kept"] if count]
-    zeros, name = written.pop(PADDED), Architecture(Checkpoint.open(folder)).family.count
+    zeros, name = written.pop(PADDED), Architecture(Checkpoint.open(folder)).count
     assert len(set(counts)) > 1 and written == before | {name: max(counts)} and not list(folder.glob("*.py"))
     assert {int(layer): len(experts) for layer, experts in zeros.items()} == {
         layer: max(counts) - count for layer, count in enumerate(by_zeros["kept"]) if 0 < count < max(counts)
