@@ -86,8 +86,6 @@ def _method_configs(cfg: StudyConfig) -> dict[str, StudyConfig]:
         validate(replace(_removing(cfg, _shares(cfg)[0]), calibration=replace(cfg.calibration, seed=seed)))
     for method_cfg, share in itertools.product(method_cfgs.values(), _shares(cfg)):
         resolve_model(_removing(method_cfg, share))
-        if method_cfg.experts.fraction == "auto":
-            raise StunError("study: experts.fraction=auto is not allowed; give a number")
     return method_cfgs
 
 
@@ -116,6 +114,8 @@ def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     experts = cell.experts
     if not (experts.fraction or cell.is_counted or cell.sparsify.counts_outliers):
         return cell
+    if experts.fraction == "auto":
+        return replace(cell, statistics=base)  # the run itself searches
     plan = Path(f"{cell.run_dir}.plan.json")
     ranks.on_first(lambda: plan_from_run(replace(cell, run_dir=base), plan) and None)
     given = replace(cell, plan=str(plan), fit="", experts=replace(experts, keep=None, drop=None))

@@ -214,22 +214,23 @@ def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
 
 
 def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:
-    """Fractions out of `FRACTIONS` that the model and the target allow. Raises StunError if there is none."""
-    fractions = []
+    """Fractions out of `FRACTIONS` that the model and the target allow, of those that remove the same experts the first. Raises
+    StunError if there is none."""
+    fractions: dict[tuple[int, ...], float] = {}
     for fraction in FRACTIONS:
         candidate = replace(cfg, experts=replace(cfg.experts, fraction=fraction))
         try:
             drops = experts_to_drop(candidate, sizes, arch)
             make_budget(candidate, sizes, [size.experts - drop for size, drop in zip(sizes, drops, strict=True)])
-            fractions.append(fraction)
+            fractions.setdefault(tuple(drops), fraction)
         except StunError:
             continue  # other splits may be possible
     if not fractions:
         raise StunError(f"experts.fraction=auto: no split of target={cfg.target} into experts and weights can be met")
-    return fractions
+    return list(fractions.values())
 
 
-FRACTIONS = [round(0.1 * step, 1) for step in range(11)]
+FRACTIONS = (0.0, 0.15, 0.3, 0.45, 0.6, 1.0)
 
 
 def model_bytes(arch: Architecture, plan: Plan, cfg: PruneConfig) -> int:

@@ -31,7 +31,7 @@ from stun.statistics.store import Statistics
 from stun.stream.self_check import check_unknown
 from stun.tracking.tracker import check_tracking
 
-HELD_OUT = 8  # the search for the best split holds out one sample in so many
+SHARE = 8  # the search for the best split prunes on one sample in so many, and holds out as many
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Job:
         turns = -(-calibration.samples // (calibration.micro_batch * world))
         return min(calibration.samples, turns * calibration.micro_batch) * calibration.length
 
-    def refit_bytes(self, layout: LayerLayout, plan: LayerPlan, world: int, itemsize: int) -> int:
-        """Bytes that the joint refit of a layer holds on a rank; 0 for a layer without experts."""
+    def refit_bytes(self, layout: LayerLayout, plan: LayerPlan, world: int, itemsize: int, share: int = 1) -> int:
+        """Bytes that the joint refit of a layer, on one sample in `share`, holds on a rank; 0 for a layer without experts."""
         if not layout.experts:
             return 0
-        tokens, kept = self.tokens_of(world), -(-len(plan.clusters) // world)
+        tokens, kept = -(-self.tokens_of(world) // share), -(-len(plan.clusters) // world)
         height, width = self.arch.down_shape(layout)
         replicated = [self.arch.info(name).shape[:2] for name in layout.shared_outputs]
         replicated += [(height, plan.experts - len(plan.clusters))] if self.has_novices else []
@@ -284,7 +284,7 @@ def _read_samples(job: Job) -> Samples:
     arch = job.arch
     samples = calibration_samples(job.cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
     for name, count in samples.sources.items() if job.fractions else ():
-        if count < HELD_OUT:
+        if count < SHARE:
             few = f"source {name!r} has {count} samples"
-            raise StunError(f"experts.fraction=auto: {few}; {HELD_OUT} are needed to hold some out")
+            raise StunError(f"experts.fraction=auto: {few}; {SHARE} are needed to hold some out")
     return samples

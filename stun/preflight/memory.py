@@ -13,7 +13,7 @@ from stun.config import Scope, SparsifyConfig, SparsifyMethod
 from stun.model.architecture import expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
-from stun.planning.job import Job
+from stun.planning.job import SHARE, Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
@@ -176,10 +176,15 @@ class Footprint:
 
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
-        layout, held = self.arch.layers[index], self.states * (self.candidates * min(index, 1) + 1)
+        layout, passing = self.arch.layers[index], -(-2 * self.states // SHARE)  # samples to prune on, and those held out
+        held = (
+            passing * (self.candidates * min(index, 1) + 3) + self.activations.arguments
+        )  # 3: inputs and outputs of running ones
         copy = self.layers[index].dense + self.layers[index].all_experts
-        device = held + self._held(1) - self.states + 2 * copy + self.activations.layers[index]
-        device += max(self._cast(layout), self._pruning(layout)) + self._grams(layout, index)[0]
+        masks = self._pruning(layout) + self._grams(layout, index)[0]
+        masks += self.layers[index].kept + self._closing(layout)[0] if self.cfg.sparsify.reconstruct else 0
+        joint = self._joint(layout, index, SHARE) if self.job.refits else 0
+        device = held + 2 * copy + self.activations.layers[index] + max(self._cast(layout), masks, joint)
         ahead, host = self._dense_read_ahead(index, held + copy)
         return self._memory(f"search layer {index}", device + ahead, host)
 
@@ -217,14 +222,14 @@ class Footprint:
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
         return [self._memory(f"prune layer {index}: {name}", size + unwritten + ahead, host) for name, size in device.items()]
 
-    def _joint(self, layout: LayerLayout, index: int) -> int:
-        """Bytes of a joint refit: the problem, and the rows of a micro-batch on their way."""
+    def _joint(self, layout: LayerLayout, index: int, share: int = 1) -> int:
+        """Bytes of a joint refit on one sample in `share`: the problem, and the rows of a micro-batch on their way."""
         if not layout.experts:
             return 0
         height, width = self.arch.down_shape(layout)
         tokens = min(self.states // self.token, self.cfg.calibration.micro_batch * self.cfg.calibration.length)
         passing = 3 * 4 * tokens * self.arch.top_k * height + workers_on(self.launch.device) * 12 * width**2
-        held = self.job.refit_bytes(layout, self.plan.layers[index], self.launch.world, self.dtype.itemsize)
+        held = self.job.refit_bytes(layout, self.plan.layers[index], self.launch.world, self.dtype.itemsize, share)
         return held + max(self.activations.layers[index], passing)
 
     def matrices(self, layout: LayerLayout) -> dict[str, tuple[int, int]]:

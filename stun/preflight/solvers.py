@@ -12,15 +12,15 @@ IN_TF32 = 3  # products on a GPU for one of float32 (stun.runtime.matmul)
 Flop = tuple[float, float]  # in float32, and in TF32 where the device has it
 
 
-def solvers_flop(footprint: Footprint, refits: bool = True) -> Flop:
-    """FLOP of all layers, on all ranks together, with or without the joint refit, which the search leaves out."""
+def solvers_flop(footprint: Footprint, share: int = 1, steps: int = JOINT_STEPS) -> Flop:
+    """FLOP of all layers, on all ranks together, on one sample in `share` and with so many `steps` of the joint refit."""
     job, totals, times = footprint.job, [], IN_TF32 if footprint.is_gpu else 1
     calibration, config = job.cfg.calibration, job.cfg.sparsify
-    tokens = calibration.samples * calibration.length
+    tokens = calibration.samples * calibration.length / share
     for layout, plan in zip(job.arch.layers, job.plan.layers, strict=True):
         experts = len(plan.clusters)
-        if refits and job.refits and experts:
-            totals.append((joint_flop(*footprint.arch.down_shape(layout), tokens * job.arch.top_k, experts), 0))
+        if job.refits and experts:
+            totals.append((joint_flop(*footprint.arch.down_shape(layout), tokens * job.arch.top_k, experts, steps), 0))
         if not (config.reads_grams and job.plan.zeros):
             continue
         matrices = [(1, shape, tokens, layout.closes(name)) for name, shape in footprint.matrices(layout).items()]
@@ -32,11 +32,11 @@ def solvers_flop(footprint: Footprint, refits: bool = True) -> Flop:
     return tuple(map(sum, zip(*totals, strict=True))) or (0, 0)
 
 
-def joint_flop(rows: int, columns: int, tokens: int, experts: int) -> float:
+def joint_flop(rows: int, columns: int, tokens: float, experts: int, steps: int) -> float:
     """FLOP of the joint refit of a layer's down projections [rows, columns], `tokens` in all: Gram matrices, their factors, then
     steps of an output, a gradient and two solves with a factor."""
     step = 4 * tokens * rows * columns + 2 * experts * rows * columns**2
-    return 2 * tokens * columns**2 + experts * FACTOR * columns**3 + JOINT_STEPS * step
+    return 2 * tokens * columns**2 + experts * FACTOR * columns**3 + steps * step
 
 
 def matrix_flop(config: SparsifyConfig, rows: int, columns: int, tokens: float, closes: bool) -> tuple[float, float, float]:

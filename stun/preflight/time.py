@@ -1,8 +1,10 @@
 """Least time of a run: bytes over the rate of the disk, operations over the peak of the device."""
 
 from stun.model.architecture import Architecture, expert_infos
+from stun.planning.job import SHARE
 from stun.preflight.memory import Footprint
 from stun.preflight.solvers import solvers_flop
+from stun.sparsify.joint_refit import FEW_STEPS, STEPS
 
 
 def durations(footprint: Footprint, read: dict[str, list[int]], written: int, snapshots: int) -> dict[str, dict[str, float]]:
@@ -14,8 +16,8 @@ def durations(footprint: Footprint, read: dict[str, list[int]], written: int, sn
     for name, ranks in read.items():
         node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
         out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)
-        times = {"prune": 1, "search": len(job.fractions)}.get(name, 0)
-        float32, tf32 = (times * flop / launch.world for flop in solvers_flop(footprint, refits=name == "prune"))
+        times, way = {"prune": (1, (1, STEPS)), "search": (len(job.fractions), (SHARE, FEW_STEPS))}.get(name, (0, (1, STEPS)))
+        float32, tf32 = (times * flop / launch.world for flop in solvers_flop(footprint, *way))
         compute = stream_flop(footprint, name) / launch.world / launch.flops + float32 / launch.float32 + tf32 / launch.tf32
         write = out_bytes / launch.nodes / launch.write
         by_stream[name] = {"read": node_bytes / launch.read, "compute": compute, "write": write}
@@ -31,7 +33,7 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
         return whole
     measured = footprint.passes * inputs if job.plan.zeros and cfg.sparsify.reads_inputs else 0
     if stream == "search":
-        return len(job.fractions) * (measured + whole)
+        return (len(job.fractions) * (measured + whole * (job.refits + 2)) + 2 * whole) / SHARE
     if not job.streams["prune"]:
         return 0
     return measured + whole * (job.runs_dense + job.refits) + whole * (layers - 1) / layers  # the pruned last layer is not run

@@ -25,7 +25,7 @@ from stun.config import StunError
 from stun.model.tensor_names import experts_of
 from stun.pruning.replicated import Gated, Replicated, Shared, constants
 from stun.pruning.rounding import Rounding
-from stun.sparsify.joint_refit import DAMPING, damped_factor, descend, preconditioned, refitted
+from stun.sparsify.joint_refit import DAMPING, STEPS, damped_factor, descend, preconditioned, refitted
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
@@ -35,16 +35,18 @@ HELD_OUT = 8  # one micro-batch in so many decides when to stop
 _LOUD = 64.0  # factor of the experts' output that lets it stand out of the hidden states, whose dtype rounds the sum of both
 
 
-def refit_jointly(stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding) -> dict:
+def refit_jointly(
+    stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding, steps: int = STEPS
+) -> dict:
     """Refit in place the down projections of the experts kept of a built layer, so that its outputs for `states` come nearer to
-    the `dense` ones. Returns the number of steps, and the squared error before and after, of weights as they are written. All
-    ranks call this together.
+    the `dense` ones, in at most so many `steps`. Returns the number of steps taken, and the squared error before and after, of
+    weights as they are written. All ranks call this together.
 
     Never raises the error on these tokens: otherwise the weights stay. Raises StunError if the layer does more with the output of
     its experts than to add a multiple of it.
     """
     problem = _Refit(stream, layer, states, dense, rounding)
-    before, taken = problem.error(), descend(problem)
+    before, taken = problem.error(), descend(problem, steps)
     after = problem.error() if taken else before
     if after < before:
         problem.install()

@@ -24,6 +24,7 @@ from stun.run.layer_records import left_by_refit
 from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
+from stun.sparsify.joint_refit import STEPS
 from stun.sparsify.saliency import Saliency
 from stun.statistics.output_sums import OutputSums
 from stun.stream.expert_parallel import Layer
@@ -115,15 +116,23 @@ def _prune_layer(
     if layer.layout.is_mtp:
         measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "rounded_off": rounding.round(layer)}
     else:
-        measured, states = _change_weights(job, rounding, stream, layer, quota, states)
+        measured, states = change_weights(job, rounding, stream, layer, quota, states)
     powers.weights_removed()
     return {"kept": kept, "powers": powers.stages, **measured}, states
 
 
-def _change_weights(
-    job: Job, rounding: Rounding, stream: LayerStream, layer: Layer, quota: LayerQuota, states: States | None
+def change_weights(
+    job: Job,
+    rounding: Rounding,
+    stream: LayerStream,
+    layer: Layer,
+    quota: LayerQuota,
+    states: States | None,
+    steps: int = STEPS,
 ) -> tuple[dict, States | None]:
-    """Remove the weights of the quota, round and refit what is kept, and run the layer. Returns as `_prune_layer` does."""
+    """Remove the weights of the quota from a layer's experts that are kept, round and refit the others, in at most so many
+    `steps`, and run the layer. Returns as `_prune_layer` does. Seven parameters: the search calls it as the run does, in fewer
+    steps."""
     meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
     is_refitted, refit = bool(job.refits and layer.layout.experts), {}
     if states is not None:
@@ -135,7 +144,7 @@ def _change_weights(
     if is_refitted:
         meter.enter("refit")
         before = rounding.nonzero(layer)
-        refit = refit_jointly(stream, layer, states, states.dense.hidden, rounding)
+        refit = refit_jointly(stream, layer, states, states.dense.hidden, rounding, steps)
         rounding.round(layer, (True,))
         rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
         stream.build(layer)

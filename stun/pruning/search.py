@@ -1,58 +1,71 @@
-"""Search for the share of a target removed as whole experts: the one with the least error on held-out calibration samples.
+"""Search for the share of a target removed as whole experts, on a part of the calibration samples.
 
-One stream over the dense model serves all candidates. Each candidate prunes every layer on the hidden states of its own pruned
-layers before it, as the real run does. The held-out samples pass through the same layers; the error is the distance of their
-hidden states from the dense model's after the last layer. Clusters keep their member with the best score here, whatever the run
-itself is configured to do.
+One stream over the dense model serves all candidates. Each candidate prunes, refits and runs every layer as the real run does, on
+the hidden states of its own pruned layers before it, of one sample in `SHARE`. As many held-out samples pass through the same
+layers. What counts is the geometric mean, over the layers, of the distance of their hidden states from the dense model's: the
+last layer alone does not see what the layers before it lost, and a sum would see the largest alone. Clusters keep their member
+with the best score here, whatever the run itself is configured to do.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils._pytree import tree_map
 
-from stun.config import Representative, SparsifyConfig, StunError
+from stun.config import Representative, StunError
 from stun.data.samples import Samples
 from stun.planning.budget import LayerQuota, layer_quotas
-from stun.planning.job import HELD_OUT, Job
+from stun.planning.job import SHARE, Job
 from stun.planning.make import make_plan
 from stun.planning.plan import Plan
-from stun.pruning.mask import mask_layer
+from stun.pruning.joint_refit import HELD_OUT
+from stun.pruning.layers import change_weights
+from stun.pruning.rounding import rounding_of
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
+from stun.sparsify.joint_refit import FEW_STEPS
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
 
 
+@dataclass
+class _Passing:
+    """Hidden states that pass through the layers: of the samples that layers are pruned on, and of those held out."""
+
+    fit: States
+    held: States
+
+
 def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
-    """Error by fraction: ||Y' - Y||^2 / ||Y||^2, with Y the output of the dense last layer and Y' that of the pruned one.
+    """Error by fraction: the geometric mean over the layers of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense layer and Y'
+    those of the pruned one, on held-out samples.
 
     All ranks call this together, after the job's statistics are taken. Raises StunError if no fraction can be met.
     """
-    cfg, arch = job.cfg, job.arch
+    arch, read = job.arch, job.arch.source.read
     plans = ranks.on_first(lambda: _candidates(job))
     quotas = {f: layer_quotas(job.sizes, plan) for f, plan in plans.items()}
-    size, read = cfg.calibration.micro_batch, arch.source.read
-    states, held = (embed(arch, ranks, part.batches(size), read) for part in _split(job.samples))
+    dense = _Passing(*(embed(arch, ranks, part.batches(_micro_batch(job, part)), read) for part in _split(job.samples)))
     owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     progress.is_kept = False
     ranks.log(f"search: {count(len(plans), 'split')} in one stream; a launch that is interrupted in it repeats it")
-    pruned = {fraction: (states, held) for fraction in plans}
+    pruned, errors = dict.fromkeys(plans, dense), []
     for layer in stream:
-        ranks.doing = f"search layer {layer.layout.index}"
+        index = layer.layout.index
+        ranks.doing = f"search layer {index}"
         ranks.meter.enter("propagate")
         stream.build(layer)
-        held = stream.run(layer, held)
+        dense = _Passing(stream.run(layer, dense.fit), stream.run(layer, dense.held))
         for fraction, plan in plans.items():
-            kept = plan.layers[layer.layout.index].kept
-            quota = quotas[fraction][layer.layout.index]
-            pruned[fraction] = _through(stream, layer, kept, quota, cfg.sparsify, pruned[fraction])
+            before = _Passing(replace(pruned[fraction].fit, dense=dense.fit), pruned[fraction].held)
+            pruned[fraction] = _through(job, stream, layer, plan, quotas[fraction][index], before)
+        errors.append({fraction: _relative_error(own.held, dense.held, ranks) for fraction, own in pruned.items()})
         progress.layer(layer, count(len(plans), "fraction"))
     progress.close()
-    return {fraction: _relative_error(candidate, held, ranks) for fraction, (_, candidate) in pruned.items()}
+    return {fraction: _geometric_mean([layer[fraction] for layer in errors if all(layer.values())]) for fraction in plans}
 
 
 def _candidates(job: Job) -> dict[float, Plan]:
@@ -71,36 +84,45 @@ def _candidates(job: Job) -> dict[float, Plan]:
 
 
 def _split(samples: Samples) -> tuple[Samples, Samples]:
-    """Samples for pruning, and the held-out ones: the last eighth of every source."""
+    """One sample in `SHARE` of every source to prune on, and as many that are held out."""
     parts = list(zip(samples.sources, samples.tokens_ST.split(list(samples.sources.values())), strict=True))
-    cuts = {name: len(part) - len(part) // HELD_OUT for name, part in parts}
-    first = Samples(torch.cat([part[: cuts[name]] for name, part in parts]), cuts)
-    last = Samples(torch.cat([part[cuts[name] :] for name, part in parts]), {n: len(part) - cuts[n] for n, part in parts})
-    return first, last
+    chosen = [[(name, part[first::SHARE]) for name, part in parts] for first in (0, SHARE // 2)]
+    fit, held = (Samples(torch.cat([p for _, p in own]), {name: len(p) for name, p in own}) for own in chosen)
+    return fit, held
 
 
-def _through(
-    stream: LayerStream, layer: Layer, kept: list[int], quota: LayerQuota, config: SparsifyConfig, both: tuple[States, States]
-) -> tuple[States, States]:
-    """Prune a copy of the layer; returns the pruning and held-out states after it, from `both` before it."""
-    states, held = both
-    # A copy: the dense layer serves the next candidate too.
+def _micro_batch(job: Job, samples: Samples) -> int:
+    """Samples of a micro-batch: so few that the joint refit can hold one in `HELD_OUT` of them out."""
+    return max(1, min(job.cfg.calibration.micro_batch, len(samples.tokens_ST) // HELD_OUT))
+
+
+def _through(job: Job, stream: LayerStream, layer: Layer, plan: Plan, quota: LayerQuota, before: _Passing) -> _Passing:
+    """What comes out of a pruned copy of the layer, changed as the run would do it. The dense layer itself serves the next
+    candidate too."""
+    kept = plan.layers[layer.layout.index].kept
     experts = {expert: parts for expert, parts in layer.experts.items() if expert in kept}
     copy = replace(layer, dense=tree_map(torch.clone, layer.dense), experts=tree_map(torch.clone, experts), unused={})
     stream.keep(copy, kept)
+    rounding = rounding_of(job, plan, stream)
+    _, fit = change_weights(job, rounding, stream, copy, quota, before.fit, FEW_STEPS)
     stream.build(copy)
-    mask_layer(stream, copy, states, quota, config)
-    stream.build(copy)
-    after = stream.run(copy, states), stream.run(copy, held)
+    after = _Passing(fit, stream.run(copy, before.held))
     copy.release()
     return after
 
 
 def _relative_error(pruned: States, dense: States, ranks: Ranks) -> float:
-    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed per token, then exactly, so that the order of ranks does not matter."""
-    pairs = list(zip(pruned.hidden, dense.hidden, strict=True))
-    totals = []
-    for part in ([a.float() - b.float() for a, b in pairs], [b.float() for _, b in pairs]):
-        sums = [value for hidden in part for value in hidden.square().sum(-1).flatten().tolist()]
-        totals.append(math.fsum(value for values in ranks.gather_objects(sums) for value in values))
-    return totals[0] / totals[1] if totals[1] else 0.0
+    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed over a token, over a micro-batch, then exactly, so that neither threads nor the
+    order of ranks matter."""
+    pairs = zip(pruned.hidden, dense.hidden, strict=True)
+    mine = [[_squared(part.float()) for part in (own - whole, whole)] for own, whole in pairs]
+    lost, total = map(math.fsum, zip(*(pair for part in ranks.gather_objects(mine) for pair in part), strict=True))
+    return lost / total if total else 0.0
+
+
+def _squared(hidden_BTD: torch.Tensor) -> float:
+    return math.fsum(hidden_BTD.square().sum(-1).flatten().tolist())
+
+
+def _geometric_mean(errors: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, errors)) / len(errors)) if errors else 0.0
