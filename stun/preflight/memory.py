@@ -177,9 +177,7 @@ class Footprint:
     def _search(self, index: int) -> Memory:
         """Hidden states of all candidates, the dense layer and a pruned copy of it."""
         layout, passing = self.arch.layers[index], -(-2 * self.states // SHARE)  # samples to prune on, and those held out
-        held = (
-            passing * (self.candidates * min(index, 1) + 3) + self.activations.arguments
-        )  # 3: inputs and outputs of running ones
+        held = passing * (self.candidates * min(index, 1) + 3) + self.activations.arguments  # 3: what runs
         copy = self.layers[index].dense + self.layers[index].all_experts
         masks = self._pruning(layout) + self._grams(layout, index)[0]
         masks += self.layers[index].kept + self._closing(layout)[0] if self.cfg.sparsify.reconstruct else 0

@@ -39,7 +39,7 @@ class _Passing:
 
 
 def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
-    """Error by fraction: the geometric mean over the layers of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense layer and Y'
+    """Error by fraction: the geometric mean over the layers with experts of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense layer and Y'
     those of the pruned one, on held-out samples.
 
     All ranks call this together, after the job's statistics are taken. Raises StunError if no fraction can be met.
@@ -62,7 +62,8 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
         for fraction, plan in plans.items():
             before = _Passing(replace(pruned[fraction].fit, dense=dense.fit), pruned[fraction].held)
             pruned[fraction] = _through(job, stream, layer, plan, quotas[fraction][index], before)
-        errors.append({fraction: _relative_error(own.held, dense.held, ranks) for fraction, own in pruned.items()})
+        if layer.layout.experts:  # the less of others the more experts go, so that they say nothing
+            errors.append({fraction: _relative_error(own.held, dense.held, ranks) for fraction, own in pruned.items()})
         progress.layer(layer, count(len(plans), "fraction"))
     progress.close()
     return {fraction: _geometric_mean([layer[fraction] for layer in errors if all(layer.values())]) for fraction in plans}
@@ -112,8 +113,8 @@ def _through(job: Job, stream: LayerStream, layer: Layer, plan: Plan, quota: Lay
 
 
 def _relative_error(pruned: States, dense: States, ranks: Ranks) -> float:
-    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed over a token, over a micro-batch, then exactly, so that neither threads nor the
-    order of ranks matter."""
+    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed over a token, over a micro-batch, then exactly, so that neither threads nor
+    the order of ranks matter."""
     pairs = zip(pruned.hidden, dense.hidden, strict=True)
     mine = [[_squared(part.float()) for part in (own - whole, whole)] for own, whole in pairs]
     lost, total = map(math.fsum, zip(*(pair for part in ranks.gather_objects(mine) for pair in part), strict=True))
