@@ -23,14 +23,11 @@ def work(cfg, ranks) -> None:
 
     cfg = fetched(cfg, ranks)
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
-    runs = {
-        name: replace(
-            cfg, run_dir=f"{cfg.run_dir}/{name.lower().replace(' ', '-')}", experts=replace(cfg.experts, fraction=share)
-        )
-        for name, share in shares.items()
-    }
-    for run in runs.values():
-        resolve_model(run)  # refused before anything is evaluated
+    runs = {}
+    for name, fraction in shares.items():
+        run_dir = f"{cfg.run_dir}/{name.lower().replace(' ', '-')}"
+        runs[name] = replace(cfg, run_dir=run_dir, experts=replace(cfg.experts, fraction=fraction))
+        resolve_model(runs[name])  # refused before anything is evaluated
     dense = f"{cfg.run_dir}/dense.json"
     results = {"dense": evaluate(EvaluateConfig(cfg.model, cfg.task, output=dense), ranks)}
     for name, run in runs.items():

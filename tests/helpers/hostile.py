@@ -164,8 +164,9 @@ def texts(case: Case) -> Callable:
     (case.folder / "text.jsonl").write_text(case.rng.choice([LINE * 8, CHAT * 8]))
     line = case.folder / "line.json"
     line.write_text(LINE)
-    case.harm(case.folder, case.rng.choice(["text.jsonl", "line.json"]))
-    if line.is_file() and line.stat().st_size < 10**5:
+    of = case.rng.choice(["text.jsonl", "line.json"])
+    case.harm(case.folder, of)
+    if of == "line.json" and line.is_file() and line.stat().st_size < 10**6:
         (case.folder / "text.jsonl").write_bytes((LINE * 4).encode() + line.read_bytes() + b"\n" + (LINE * 4).encode())
     calibration = replace(CALIBRATION, path=str(case.folder / "text.jsonl"))
     return lambda: calibration_samples(calibration, load_tokenizer(case.folder / "model"), 260)

@@ -173,11 +173,11 @@ def case(name: str, source: str, folder: Path, calls: int, seed: int) -> str:
 def put_files_of_others(folder: Path) -> None:
     for name in OF_OTHERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"mine: {name}")
+        (folder / name).write_text(f'"mine: {name}"')
 
 
 def are_whole(folder: Path) -> bool:
-    return all((folder / name).read_text() == f"mine: {name}" for name in OF_OTHERS)
+    return all((folder / name).read_text() == f'"mine: {name}"' for name in OF_OTHERS)
 
 
 def main(source: str, folder: Path, count: int, first: int = 0, only: str = "") -> None:
