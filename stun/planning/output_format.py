@@ -67,8 +67,10 @@ def _check_matrix(setting: str, name: str, shape: tuple[int, ...], is_fused: boo
 
 
 def _check_settings(arch: Architecture) -> None:
-    """Raise StunError if the quantisation settings pick experts by number."""
+    """Raise StunError if a router is quantised, whose rows go with their experts, or the settings pick experts by number."""
     layouts = [*arch.layers, *arch.mtp]
+    for name in (name for layout in layouts for name in layout.routed if arch.info(name).codec):
+        raise StunError(f"{arch.info(name).file}: {name}: a router that is quantised cannot stay so; give output.format=bfloat16")
     renumbered(arch.source.quantisation, kept_by_block(layouts, [layout.whole for layout in layouts]))
 
 
