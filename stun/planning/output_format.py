@@ -34,7 +34,8 @@ def settle_format(cfg: PruneConfig, arch: Architecture) -> tuple[PruneConfig, st
     if form is OutputFormat.source:
         _check_settings(arch)
         note = "what is kept stays as stored, and what changes gets the nearest code on the scale that it has"
-        note += "; experts.refit gains more with output.format=bfloat16" if cfg.experts.refit else ""
+        more = "; experts.refit gains much more on new scales (output.format=fp8_block, int4, ...) or with output.format=bfloat16"
+        note += more if cfg.experts.refit else ""
     else:
         reason = ", since experts.uneven=padded adds experts that have no stored form" if is_padded else ""
         note = f"weights are written in bfloat16, {16 / arch.source.bits:.2g} times the bytes{reason}"
@@ -67,8 +68,10 @@ def _check_matrix(setting: str, name: str, shape: tuple[int, ...], is_fused: boo
 
 
 def _check_settings(arch: Architecture) -> None:
-    """Raise StunError if the quantisation settings pick experts by number."""
+    """Raise StunError if a router is quantised, whose rows go with their experts, or the settings pick experts by number."""
     layouts = [*arch.layers, *arch.mtp]
+    for name in (name for layout in layouts for name in layout.routed if arch.info(name).codec):
+        raise StunError(f"{arch.info(name).file}: {name}: a router that is quantised cannot stay so; give output.format=bfloat16")
     renumbered(arch.source.quantisation, kept_by_block(layouts, [layout.whole for layout in layouts]))
 
 

@@ -164,6 +164,22 @@ def test_experts_of_gpt_oss(tmp_path, monkeypatch, band):
     assert source.tensors[name].stored_bytes == blocks.nbytes + scales.nbytes
 
 
+@pytest.mark.parametrize(
+    "scales, says",
+    [
+        (None, "blocks has no .*_scales"),
+        (torch.zeros(4, 24, 2, dtype=torch.uint8), r"holds .*\(4, 24, 2\); bytes"),
+        (torch.full((4, 24, 3), 255, dtype=torch.uint8), "scales holds a scale that is no number .*E8M0 of 255"),
+    ],
+)
+def test_experts_of_gpt_oss_that_cannot_be_read(tmp_path, scales, says):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {f"{name}_blocks": torch.zeros(4, 24, 3, 16, dtype=torch.uint8)}
+    tensors |= {} if scales is None else {f"{name}_scales": scales}
+    with pytest.raises(StunError, match=rf"model.safetensors: .*{says}"):
+        written(tmp_path, tensors, {"quant_method": "mxfp4"}).read(name)
+
+
 def change(end, value):
     def changed(tensors):
         (name,) = [name for name in tensors if name.endswith(end)]
@@ -207,6 +223,16 @@ HOSTILE = {
     "E8M0 of 255 in fp8": ("fp8 block, E8M0", change("_scale_inv", nan), "weight_scale_inv holds a scale that is no number"),
     "a group that is not there": ("gptq in another order", change("g_idx", lambda t: t + 1), "g_idx names groups .* there are 6"),
     "zero points without a scale": ("awq", lambda tensors: tensors.pop(f"{X}.scales"), "qweight has no .*scales"),
+    "gptq without zero points": ("gptq", lambda tensors: tensors.pop(f"{X}.qzeros"), "qweight has no .*qzeros"),
+    "gptq, scales of another shape": ("gptq", change(".scales", lambda t: t[:, :5]), r"scales is .*\(6, 5\); numbers"),
+    "awq, zero points of another shape": ("awq", change(".qzeros", lambda t: t[:1]), r"qzeros is .*\(1, 5\); words"),
+    "NaN in gptq": ("gptq", change(".scales", nan), "scales holds a scale that is no number"),
+    "NaN in int8": ("int8", change("weight_scale", nan), "weight_scale holds a scale that is no number"),
+    "modelopt without a global scale": (
+        "nvfp4 modelopt",
+        lambda tensors: tensors.pop(f"{X}.weight_scale_2"),
+        "needs one number as .*weight_scale_2",
+    ),
     "infinity": ("int4", change("_scale", lambda t: t / 0), "weight_scale holds a scale that is no number"),
     "global scale of 0": ("nvfp4", change("_global_scale", lambda t: 0 * t), "weight_global_scale is 0"),
     "order of inputs": (

@@ -190,6 +190,16 @@ def test_a_pattern_that_picks_experts_by_number(tmp_path):
     assert not resolve_model(config(folder, tmp_path, None, RANKED, output=BFLOAT16)).keeps_form
 
 
+def test_a_router_that_is_quantised(tmp_path):
+    folder = quantised(tmp_path / "source", "int4")
+    tensors, name = load_tensors(folder), "model.layers.0.mlp.gate"
+    rows, columns = tensors.pop(f"{name}.weight").shape
+    rewrite(folder, tensors | FORMS["int4"][0](name, rows, columns))
+    with pytest.raises(StunError, match=rf"{name}.weight: a router that is quantised .*output.format=bfloat16"):
+        resolve_model(config(folder, tmp_path, None, RANKED))
+    assert not resolve_model(config(folder, tmp_path, None, RANKED, output=BFLOAT16)).keeps_form
+
+
 def test_a_plain_source_cannot_be_dequantised(tmp_path, checkpoint):
     with pytest.raises(StunError, match=r"output.format=bfloat16: the source is not quantised"):
         resolve_model(config(checkpoint("mixtral"), tmp_path, 0.3, output=BFLOAT16))
