@@ -39,8 +39,8 @@ class _Passing:
 
 
 def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
-    """Error by fraction: the geometric mean over the layers with experts of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense layer and Y'
-    those of the pruned one, on held-out samples.
+    """Error by fraction: the geometric mean over the layers with experts of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense
+    layer and Y' those of the pruned one, on held-out samples.
 
     All ranks call this together, after the job's statistics are taken. Raises StunError if no fraction can be met.
     """
