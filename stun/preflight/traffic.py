@@ -31,7 +31,8 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
         total = [0] * world
         for layout, own in zip(layouts, owners(job.plan, world, job.runs_dense) if is_last else even, strict=True):
             _add_layer(total, arch, layout, own)
-        outer = arch.outer if is_last else [arch.embedding] * (2 if stream == "search" else 1)
+        outer = [*arch.outer] if is_last else [arch.embedding]
+        outer += [arch.embedding, *arch.outer_weights] if stream == "search" else []
         total[0] += sum(arch.info(name).stored_bytes for name in outer)
         again = _read_again(job) if is_last and job.keeps_form else 0
         again *= 1 + job.solves(job.plan)  # to be rounded too

@@ -2,9 +2,8 @@
 
 One stream over the dense model serves all candidates. Each candidate prunes, refits and runs every layer as the real run does, on
 the hidden states of its own pruned layers before it, of one sample in `SHARE`. As many held-out samples pass through the same
-layers. What counts is the geometric mean, over the layers, of the distance of their hidden states from the dense model's: the
-last layer alone does not see what the layers before it lost, and a sum would see the largest alone. Clusters keep their member
-with the best score here, whatever the run itself is configured to do.
+layers. What counts is how far the model's predictions for them are from the dense model's. Clusters keep their member with the
+best score here, whatever the run itself is configured to do.
 """
 
 import math
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from stun.config import Representative, StunError
 from stun.data.samples import Samples
+from stun.model.architecture import Architecture
 from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import SHARE, Job
 from stun.planning.make import make_plan
@@ -22,12 +22,16 @@ from stun.planning.plan import Plan
 from stun.pruning.joint_refit import HELD_OUT
 from stun.pruning.layers import change_weights
 from stun.pruning.rounding import rounding_of
+from stun.runtime.determinism import steady
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.sparsify.joint_refit import FEW_STEPS
+from stun.stream.embeddings import outside
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
+
+_LOGITS = 2**26  # computed at once
 
 
 @dataclass
@@ -39,8 +43,7 @@ class _Passing:
 
 
 def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
-    """Error by fraction: the geometric mean over the layers with experts of ||Y' - Y||^2 / ||Y||^2, with Y the outputs of a dense
-    layer and Y' those of the pruned one, on held-out samples.
+    """Error by fraction: the mean of KL(dense || pruned), in nats a token, on held-out samples.
 
     All ranks call this together, after the job's statistics are taken. Raises StunError if no fraction can be met.
     """
@@ -52,7 +55,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
     stream, progress = LayerStream(arch, ranks, arch.layers, owners), Progress("search", len(arch.layers), ranks)
     progress.is_kept = False
     ranks.log(f"search: {count(len(plans), 'split')} in one stream; a launch that is interrupted in it repeats it")
-    pruned, errors = dict.fromkeys(plans, dense), []
+    pruned = dict.fromkeys(plans, dense)
     for layer in stream:
         index = layer.layout.index
         ranks.doing = f"search layer {index}"
@@ -62,11 +65,10 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
         for fraction, plan in plans.items():
             before = _Passing(replace(pruned[fraction].fit, dense=dense.fit), pruned[fraction].held)
             pruned[fraction] = _through(job, stream, layer, plan, quotas[fraction][index], before)
-        if layer.layout.experts:  # the less of others the more experts go, so that they say nothing
-            errors.append({fraction: _relative_error(own.held, dense.held, ranks) for fraction, own in pruned.items()})
         progress.layer(layer, count(len(plans), "fraction"))
     progress.close()
-    return {fraction: _geometric_mean([layer[fraction] for layer in errors if all(layer.values())]) for fraction in plans}
+    with outside(arch, ranks), steady(ranks.device, stream.dtype, ranks.workers):
+        return {fraction: _divergence(arch, own.held, dense.held, ranks) for fraction, own in pruned.items()}
 
 
 def _candidates(job: Job) -> dict[float, Plan]:
@@ -112,18 +114,13 @@ def _through(job: Job, stream: LayerStream, layer: Layer, plan: Plan, quota: Lay
     return after
 
 
-def _relative_error(pruned: States, dense: States, ranks: Ranks) -> float:
-    """||Y' - Y||^2 / ||Y||^2 over all ranks: summed over a token, over a micro-batch, then exactly, so that neither threads nor
-    the order of ranks matter."""
-    pairs = zip(pruned.hidden, dense.hidden, strict=True)
-    mine = [[_squared(part.float()) for part in (own - whole, whole)] for own, whole in pairs]
-    lost, total = map(math.fsum, zip(*(pair for part in ranks.gather_objects(mine) for pair in part), strict=True))
-    return lost / total if total else 0.0
-
-
-def _squared(hidden_BTD: torch.Tensor) -> float:
-    return math.fsum(hidden_BTD.square().sum(-1).flatten().tolist())
-
-
-def _geometric_mean(errors: list[float]) -> float:
-    return math.exp(math.fsum(map(math.log, errors)) / len(errors)) if errors else 0.0
+@torch.no_grad()
+def _divergence(arch: Architecture, pruned: States, dense: States, ranks: Ranks) -> float:
+    """Mean of KL(dense || pruned) over all ranks' tokens, in nats. The sum over tokens is exact, so that their order is free."""
+    mine, rows = [], max(1, _LOGITS // arch.config.vocab_size)
+    for pair in zip(dense.hidden, pruned.hidden, strict=True):
+        for parts in zip(*(hidden_BTD.flatten(0, 1).split(rows) for hidden_BTD in pair), strict=True):
+            dense_NV, pruned_NV = (torch.log_softmax(arch.leave(part_ND).float(), -1) for part_ND in parts)
+            mine += (dense_NV.exp() * (dense_NV - pruned_NV)).sum(-1).tolist()
+    everywhere = [number for own in ranks.gather_objects(mine) for number in own]
+    return math.fsum(everywhere) / len(everywhere)
