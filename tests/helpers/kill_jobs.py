@@ -134,7 +134,7 @@ def launch(name: str, source: str, folder: Path, stop: tuple[int, str, int] = (-
     child = os.fork()
     if not child:
         become_job(name, source, folder, stop)
-    return wait([child])[0]
+    return wait([child], limit=600.0)[0]
 
 
 def comparable(file: Path) -> object:
