@@ -5,7 +5,9 @@ Everything else is found by building layers of a family and from its configurati
 
 from pathlib import Path
 
+import transformers
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.checkpoint.config_check import entries
 from stun.config import StunError
@@ -86,8 +88,11 @@ def count_field(config: PreTrainedConfig) -> str:
 
 
 def check_family(folder: Path, config: dict) -> None:
-    """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one."""
-    text = config.get("text_config")
+    """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one, or transformers has none such."""
+    text, whole = config.get("text_config"), config.get("model_type")
+    if not isinstance(whole, str) or whole.removeprefix(HETEROGENEOUS) not in CONFIG_MAPPING:
+        reason = f"transformers {transformers.__version__} has no such family, and code of a checkpoint is never run"
+        raise StunError(f"{folder}: model_type {whole!r} is not supported: {reason}")
     for model_type in (config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None):
         name = str(model_type).removeprefix(HETEROGENEOUS)
         if name in REFUSED:
