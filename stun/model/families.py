@@ -72,6 +72,8 @@ TESTED = (
     "qwen3_omni_moe",
     "qwen3_vl_moe",
 )
+# Field for the number of experts where config.json on the hub has another name for it than the family's code.
+FIELDS = {"qwen3_moe": "num_experts"}
 FLOORS = {"phimoe": 2}  # fewest experts of a layer, where its code does not tell: this router always picks two
 ALIASES = {"kimi_k2": "deepseek_v3"}  # names that checkpoints have for a family of transformers
 REFUSED = {
@@ -83,6 +85,9 @@ REFUSED = {
 
 def count_field(config: PreTrainedConfig) -> str:
     """Name of the number of experts in a family's configuration; empty if it has none of `COUNT_FIELDS`, or several."""
+    family = config.model_type.removeprefix(HETEROGENEOUS)
+    if family in FIELDS:
+        return FIELDS[family]
     names = {config.attribute_map.get(name, name) for name in COUNT_FIELDS if hasattr(config, name)}
     return names.pop() if len(names) == 1 else ""
 

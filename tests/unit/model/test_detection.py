@@ -32,7 +32,7 @@ BY_HAND = {
     "phimoe": ("num_local_experts", 0, 2),  # its router always picks two
     "qwen2_moe": ("num_experts", 0, 1),
     "qwen3_5_moe_text": ("num_experts", 0, 1),
-    "qwen3_moe": ("num_local_experts", 0, 1),
+    "qwen3_moe": ("num_experts", 0, 1),
     "qwen3_next": ("num_experts", 0, 1),
 }
 TOP_K = {"hunyuan_v1_moe": "moe_topk", "ernie4_5_moe": "moe_k"}
