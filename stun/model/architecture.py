@@ -27,7 +27,7 @@ from stun.model import heterogeneous
 from stun.model.as_configured import as_configured
 from stun.model.carried import HIDDEN, Key, Unpacked, is_expression, needs, stand_ins
 from stun.model.empty import without_weights
-from stun.model.families import ALIASES, COUNT_FIELDS, FLOORS, HETEROGENEOUS, NOVICES, check_family, count_field
+from stun.model.families import ALIASES, COUNT_FIELDS, FLOORS, HETEROGENEOUS, NOVICES, TESTED, check_family, count_field
 from stun.model.form_settings import renumbered
 from stun.model.layer_layout import LayerLayout
 from stun.model.novices import stock
@@ -117,6 +117,9 @@ class Architecture:
         name = source.config["model_type"].removeprefix(HETEROGENEOUS)
         self.model_type = ALIASES.get(name, name)
         self.count = self._count_field()
+        if not self.count and self.model_type not in TESTED:
+            reason = "no layer of it has experts that run through transformers' interface of experts"
+            raise StunError(f"{source.folder}: model_type {self.model_type!r} is not supported: {reason}")
         with as_configured(source.folder, "the model"):
             names = NameMap(source, text, self.build_layer)
         self.layers, self.mtp, self.outer = names.layers, names.mtp, names.outer

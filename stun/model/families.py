@@ -5,7 +5,9 @@ Everything else is found by building layers of a family and from its configurati
 
 from pathlib import Path
 
+import transformers
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.checkpoint.config_check import entries
 from stun.config import StunError
@@ -70,6 +72,8 @@ TESTED = (
     "qwen3_omni_moe",
     "qwen3_vl_moe",
 )
+# Field for the number of experts where config.json on the hub has another name for it than the family's code.
+FIELDS = {"qwen3_moe": "num_experts"}
 FLOORS = {"phimoe": 2}  # fewest experts of a layer, where its code does not tell: this router always picks two
 ALIASES = {"kimi_k2": "deepseek_v3"}  # names that checkpoints have for a family of transformers
 REFUSED = {
@@ -81,13 +85,19 @@ REFUSED = {
 
 def count_field(config: PreTrainedConfig) -> str:
     """Name of the number of experts in a family's configuration; empty if it has none of `COUNT_FIELDS`, or several."""
+    family = config.model_type.removeprefix(HETEROGENEOUS)
+    if family in FIELDS:
+        return FIELDS[family]
     names = {config.attribute_map.get(name, name) for name in COUNT_FIELDS if hasattr(config, name)}
     return names.pop() if len(names) == 1 else ""
 
 
 def check_family(folder: Path, config: dict) -> None:
-    """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one."""
-    text = config.get("text_config")
+    """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one, or transformers has none such."""
+    text, whole = config.get("text_config"), config.get("model_type")
+    if not isinstance(whole, str) or whole.removeprefix(HETEROGENEOUS) not in CONFIG_MAPPING:
+        reason = f"transformers {transformers.__version__} has no such family, and code of a checkpoint is never run"
+        raise StunError(f"{folder}: model_type {whole!r} is not supported: {reason}")
     for model_type in (config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None):
         name = str(model_type).removeprefix(HETEROGENEOUS)
         if name in REFUSED:

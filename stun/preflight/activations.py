@@ -118,18 +118,19 @@ def _entered(arch: Architecture, batch: int, length: int, dtype: torch.dtype, **
 @dataclass(frozen=True)
 class Activations:
     """Peak bytes of one micro-batch beside weights and hidden states, in each of `layers`. `arguments` (masks, rotary embeddings)
-    are held for the whole stream, `caches` (of all layers) until the next token."""
+    are held for the whole stream, `caches` (of all layers) until the next token. `carried` is the most that layers hand on."""
 
     layers: list[int]
     arguments: int
     caches: int
+    carried: int
 
 
 def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int, **options) -> Activations:
     """Activations of B x T tokens on one of `world` ranks; with `use_cache=True` caches too. Equal layers are traced once."""
     states, traced, traces = _entered(arch, batch, length, compute_dtype(arch, device), **options), {}, []
     storage_bytes = {id(entry): entry.nbytes() for entry in _storages(states.arguments) if entry.device.type != "meta"}
-    hidden_BTD, carried = _on_meta(states.hidden[0]), {}
+    hidden_BTD, carried, handed = _on_meta(states.hidden[0]), {}, [0]
     for index, layer in enumerate(arch.decoder.layers):
         states = replace(states, hidden=[hidden_BTD], carried=[carried])
         hidden_BTD, arguments = states.inputs(0, index)
@@ -140,8 +141,10 @@ def trace_layers(arch: Architecture, batch: int, length: int, device: torch.devi
         *bytes_taken, output = traced[kind]
         traces.append(bytes_taken)
         carried = handed_on(arch.probe, index, carried, arguments, output)
+        handed.append(sum(tensor.nbytes for tensor in carried.values()))
         hidden_BTD = output[0] if isinstance(output, tuple) else output
-    return Activations([peak for peak, _ in traces], sum(storage_bytes.values()), sum(cached for _, cached in traces))
+    caches = sum(cached for _, cached in traces)
+    return Activations([peak for peak, _ in traces], sum(storage_bytes.values()), caches, max(handed))
 
 
 def _on_meta(values: object) -> object:

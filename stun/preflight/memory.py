@@ -82,8 +82,10 @@ class Footprint:
 
     @cached_property
     def states(self) -> int:
-        """Bytes of the hidden states of a rank's micro-batches."""
-        return self.job.tokens_of(self.launch.world) * self.token
+        """Bytes of the hidden states of a rank's micro-batches, with what layers hand on beside them."""
+        cfg = self.cfg.calibration
+        carried = self.activations.carried // (min(cfg.micro_batch, cfg.samples) * cfg.length)
+        return self.job.tokens_of(self.launch.world) * (self.token + carried)
 
     def _weights(self, layout: LayerLayout, plan: LayerPlan) -> Weights:
         """Bytes of a layer on the rank with most of it."""

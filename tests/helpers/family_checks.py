@@ -37,7 +37,7 @@ NEW = 5
 
 
 def check_family(family: str, source, on_two, folder, ranks) -> None:
-    """All checks of a checkpoint, whose run on two ranks is in `on_two`. One thread: the models are too small for more."""
+    """All checks of a checkpoint, whose run on two ranks is in `on_two`, on one thread: the models are too small for more."""
     torch.set_num_threads(1)
     model = load_stock(source)
     tokens = calibration_samples(FAMILY, load_tokenizer(source), 260).tokens_ST

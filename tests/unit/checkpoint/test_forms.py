@@ -15,7 +15,7 @@ from helpers.stock import load_stock
 from helpers.tensors import load_tensors
 from helpers.zoo import FAMILIES, SHAPE, byte_tokenizer, make_checkpoint, randomise
 from stun.checkpoint.reader import Checkpoint
-from stun.config import Budget, ExpertsConfig, StunError
+from stun.config import Budget, ExpertsConfig
 from stun.model.architecture import Architecture
 
 
@@ -41,8 +41,13 @@ def test_text_model_inside_another(tmp_path, ranks):
     prompt = torch.arange(3, 40)[None]
     alone = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(alone(prompt).logits, whole(input_ids=prompt).logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(StunError, match=r"budget=global: qwen3_5_moe wraps"):
-        run(source, tmp_path / "wide", ranks, experts=ExpertsConfig(budget=Budget["global"]))
+    wide, plan, _ = run(source, tmp_path / "wide", ranks, experts=ExpertsConfig(budget=Budget["global"]))
+    config = json.loads((wide / "config.json").read_text())
+    assert config["model_type"] == "stun_qwen3_5_moe" and config["text_config"]["model_type"] == "qwen3_5_moe_text"
+    assert config["text_config"]["experts_per_layer"] == [len(layer["kept"]) for layer in plan["layers"]]
+    again = load_tensors(wide)
+    assert all(torch.equal(before[name], again[name]) for name in tower)
+    load_stock(wide)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from helpers.models_table import table
 from helpers.more_families import REFUSED, SUPPORTED, UNLISTED
+from helpers.paths import ROOT
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
 from stun.model.architecture import Architecture
@@ -30,7 +32,7 @@ BY_HAND = {
     "phimoe": ("num_local_experts", 0, 2),  # its router always picks two
     "qwen2_moe": ("num_experts", 0, 1),
     "qwen3_5_moe_text": ("num_experts", 0, 1),
-    "qwen3_moe": ("num_local_experts", 0, 1),
+    "qwen3_moe": ("num_experts", 0, 1),
     "qwen3_next": ("num_experts", 0, 1),
 }
 TOP_K = {"hunyuan_v1_moe": "moe_topk", "ernie4_5_moe": "moe_k"}
@@ -66,3 +68,7 @@ def test_refused_by_name_with_a_reason(checkpoint, family):
     with pytest.raises(StunError, match=REFUSED[family]) as refused:
         Architecture(Checkpoint.open(folder))
     assert str(folder) in str(refused.value)
+
+
+def test_the_page_on_models_is_made_from_these_lists():
+    assert table() in (ROOT / "docs" / "models.md").read_text()
