@@ -324,8 +324,8 @@ class OutputConfig:
     """Form in which weights are written. source: as the source stores them; of a quantised one, what is kept is copied as stored,
     a removed weight gets the code of zero, and what a solver or a refit changes the nearest code on the scale that it has.
     bfloat16: a quantised source dequantised. fp8_block, fp8_channel, int4 (groups of 32), nvfp4, mxfp4: bfloat16 weights are
-    rounded to nearest, layer by layer, so that the layers after see the rounded ones. auto: `bfloat16` where experts.refit follows
-    the removal of single weights, else `source` where that can be."""
+    rounded to nearest, layer by layer, so that the layers after see the rounded ones. auto: `bfloat16` where experts.refit
+    follows the removal of single weights, else `source` where that can be."""
 
 
 @dataclass
