@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from helpers.family_runs import FAMILY, run
 from helpers.kill_jobs import JOBS
 from helpers.kill_runs import KILLS, request
 from helpers.launches import run_warm
@@ -143,3 +144,14 @@ def test_one_launch_at_a_time(checkpoint, ranks, tmp_path):
     before = sorted(file.name for file in (tmp_path / "run").iterdir())
     prune(cfg, ranks)
     assert before == sorted(file.name for file in (tmp_path / "run").iterdir()) and ".lock" not in before
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "mistral_large4"])
+def test_values_that_layers_hand_on_are_resumed(checkpoint, tmp_path, ranks, family):
+    """Indices, and keys and values that layers share: what later layers read of earlier ones is in the snapshot."""
+    source = checkpoint(family)
+    run("both", source, tmp_path / "whole", ranks, FAMILY)
+    with stopped_after("prune", 2):
+        run("both", source, tmp_path / "resumed", ranks, FAMILY)
+    run("both", source, tmp_path / "resumed", ranks, FAMILY)
+    same_tensors(tmp_path / "whole" / "model", tmp_path / "resumed" / "model")
