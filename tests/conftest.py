@@ -32,7 +32,6 @@ LONG = {
     "test_wheel.py": 80,
     "test_more_families.py": 150,
     "test_families.py": 60,
-    "test_more_families.py": 80,
     "test_hub.py": 60,
     "test_same_bytes_on_any_number_of_ranks": 60,
     "test_every_launcher_and_repeat": 40,

@@ -28,6 +28,8 @@ from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
 
+_NEARLY = 1.15  # errors of splits that differ by less say nothing of which is better (docs/quality.md)
+
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     """Prune the checkpoint at `cfg.model.path` into `cfg.run_dir`/model; returns the run's summary.
@@ -124,7 +126,8 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
-    """Fraction with the least held-out error; the curve is written to search.json and search.png."""
+    """The largest fraction whose held-out error is nearly the least, since fewer experts make a smaller model; the curve is written
+    to search.json and search.png."""
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, job.fractions) if file.is_file() else None)
     if curve is None:
@@ -132,7 +135,7 @@ def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
         curve = {str(fraction): error for fraction, error in errors.items()}
         ranks.on_first(lambda: _draw(errors, run.folder / "search.png"))
         ranks.on_first(lambda: write_json(file, {"error": curve}))
-    best = float(min(curve, key=curve.get))
+    best = max(float(fraction) for fraction, error in curve.items() if error <= _NEARLY * min(curve.values()))
     for fraction, error in curve.items():
         ranks.log(f"experts.fraction={fraction}: held-out error {error:.5f}{' <- chosen' if float(fraction) == best else ''}")
     return best

@@ -93,7 +93,7 @@ def test_auto_on_the_command_line(checkpoint, tmp_path):
     assert (tmp_path / "1" / "search.png").read_bytes().startswith(b"\x89PNG")
     error = json.loads(curve)["error"]
     plan = json.loads((tmp_path / "1" / "plan.json").read_text())
-    asked = float(min(error, key=error.get)) * plan["target"]
+    asked = max(float(fraction) for fraction, own in error.items() if own <= 1.15 * min(error.values())) * plan["target"]
     assert plan["dropped"] / plan["parameters"] == pytest.approx(asked, abs=0.06), "as near as whole experts allow"
     refused = run_job("plan", [*settings(source, tmp_path / "1", **how), f"output={tmp_path}/p.json"], check=False)
     assert refused.returncode == 2 and "stun prune does that" in refused.stderr
