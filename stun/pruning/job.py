@@ -126,8 +126,8 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
-    """The largest fraction whose held-out error is nearly the least, since fewer experts make a smaller model; the curve is written
-    to search.json and search.png."""
+    """The largest fraction whose held-out error is nearly the least, since fewer experts make a smaller model; the curve is
+    written to search.json and search.png."""
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, job.fractions) if file.is_file() else None)
     if curve is None:
