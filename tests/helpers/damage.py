@@ -167,7 +167,7 @@ SHAPES: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda t: t > 0,
     lambda t: t.to(torch.int8),
     lambda t: t.float().to(torch.float8_e4m3fn),
-    lambda t: t * float("nan"),
+    lambda t: (t.float() * float("nan")).to(t.dtype),
     lambda t: t.float() + float("inf"),
     lambda t: t.half() if t.is_floating_point() else -1 - t,
     lambda t: t.reshape(-1)[0],
