@@ -214,7 +214,8 @@ class LayerStream:
         # NaN and infinity survive a sum. They are looked for once a layer, since a GPU is waited for then.
         for turn, is_finite in enumerate(torch.stack(sums).isfinite().tolist() if sums else ()):
             if not is_finite:
-                require_finite(outputs[turn], f"{self.arch.source.folder}: layer {layer.layout.index}: output of micro-batch {turn}")
+                where = f"{self.arch.source.folder}: layer {layer.layout.index}"
+                require_finite(outputs[turn], f"{where}: output of micro-batch {turn}")
         return outputs
 
 
