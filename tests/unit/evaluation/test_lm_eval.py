@@ -32,7 +32,7 @@ def test_its_command_measures_what_this_package_does(tmp_path, ranks):
     places = {name: str(tmp_path / name) for name in ("HF_MODULES_CACHE", "HF_DATASETS_CACHE")}
     environment = {**os.environ, **places, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     _, shown = commands("uneven", page("serving"))[0].splitlines()  # the command of the page, with another folder and task
-    words = shlex.split(shown.replace("runs/uneven/model", str(folder)).replace("gsm8k", "stun_text"))
+    words = shlex.split(shown.replace("runs/best/model", str(folder)).replace("gsm8k", "stun_text"))
     assert words[:2] == ["lm_eval", "run"]
     command = [*words[2:], "--include_path", str(tasks), "--device", "cpu"]
     done = subprocess.run(
