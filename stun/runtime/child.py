@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS, GIB = 30, 2  # of computing one answer; of memory beside what this process has
+SECONDS, GIB = 60, 4  # of computing one answer; of memory beside what this process has
 _WAIT = 10  # times as many seconds pass at most: a machine may be busy
 
 
