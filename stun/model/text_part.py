@@ -74,7 +74,8 @@ def text_part(folder: Path, whole: PreTrainedModel) -> TextPart:
             count = sum(experts_of(layer) is not None for layer in layers)
             decoders += [(count, path, module)] if _embeds(module) else []
     if not decoders:
-        raise StunError(f"{folder}: {type(whole).__name__} has no decoder layers that take token embeddings")
+        reason = f"{type(whole).__name__} has no decoder layers that take token embeddings"
+        raise StunError(f"{folder}: model_type {whole.config.model_type!r} is not supported: {reason}")
     most = max(count for count, _, _ in decoders)
     path, decoder = next((path, module) for count, path, module in decoders if count == most)
     above = [module for place, module in whole.named_modules() if path.startswith(f"{place}.") or not place or place == path]

@@ -32,6 +32,7 @@ def test_same_bytes_on_more_ranks_and_after_an_interruption(tmp_path, ranks, for
         gpt_oss(source)
     elif form == "int4":
         quantised(source, form)
+        output = OutputConfig(OutputFormat.source)
     else:  # q, k and v share a scale, and different ranks write them
         make_checkpoint(source, "mixtral", dtype=torch.bfloat16)
         output, world = OutputConfig(OutputFormat.nvfp4), 4

@@ -13,7 +13,7 @@ from helpers.paths import TEXT
 from helpers.quantised import gpt_oss, quantised
 from helpers.selections import config
 from stun.checkpoint.reader import Checkpoint
-from stun.config import CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig
+from stun.config import CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, OutputConfig, OutputFormat
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.pruning.job import prune
@@ -52,7 +52,8 @@ def test_through_both_streams_evaluation_and_report(tmp_path, ranks, family):
     else:
         fp8(source, family, 16, 12)
     experts = ExpertsConfig(method=ExpertsMethod.rank, fraction=0.5, refit=True)
-    summary = prune(config(source, run, 0.4, experts, calibration=CALIBRATION), ranks)
+    kept = OutputConfig(OutputFormat.source)
+    summary = prune(config(source, run, 0.4, experts, calibration=CALIBRATION, output=kept), ranks)
     form, bits = ("mxfp4", "4.25") if family == "gpt_oss" else ("fp8", f"{Checkpoint.open(source).bits:.3g}")
     assert summary["form"]["written"] == "source" and list(Checkpoint.open(run / "model").formats) == [form]
     assert scored(run / "model", ranks) == scored(dequantised(run / "model"), ranks)

@@ -156,7 +156,7 @@ CHANGES = {
 def test_what_changes_gets_the_nearest_codes(tmp_path, ranks, change):
     """... on scales that stay: the files hold what the layers after have seen, as near as they can to what bfloat16 holds."""
     source, asked = quantised(tmp_path / "source", "int4"), {"target": None, **CHANGES[change]}
-    folder, kept, summary = pruned(source, tmp_path / "run", ranks, **asked)
+    folder, kept, summary = pruned(source, tmp_path / "run", ranks, **asked, output=SOURCE)
     exact, _, _ = pruned(source, tmp_path / "plain", ranks, **asked, output=BFLOAT16)
     own = sum(summary["kept"]) < sum(summary["experts"]) and not summary["ratio"]  # the source's zeros are beside whole experts
     assert own or abs(summary["sparsity"] - summary["target"]) < 1e-4
@@ -188,6 +188,9 @@ def test_a_pattern_that_picks_experts_by_number(tmp_path):
     with pytest.raises(StunError, match=r"quantization_config: re:.*a pattern that picks experts by number"):
         resolve_model(config(folder, tmp_path, None, RANKED))
     assert not resolve_model(config(folder, tmp_path, None, RANKED, output=BFLOAT16)).keeps_form
+    refitted = replace(RANKED, keep=None, fraction=0.3, refit=True)
+    note = resolve_model(config(folder, tmp_path, 0.4, refitted)).form_note
+    assert "written in bfloat16" in note and "outgrows the scales" in note, "where single weights go and others are refitted"
 
 
 def test_a_router_that_is_quantised(tmp_path):
