@@ -30,7 +30,7 @@ LONG = {
     "test_memory_is_what_was_estimated": 100,
     "test_pretend_runs.py": 90,
     "test_wheel.py": 80,
-    "test_more_families.py": 150,
+    "test_more_families.py": 70,
     "test_families.py": 60,
     "test_hub.py": 60,
     "test_same_bytes_on_any_number_of_ranks": 60,

@@ -713,3 +713,8 @@ REFUSED = {
 # Accepted by the self-check alone: in no list of the package.
 UNLISTED = ["axk2", "flex_olmo", "granitemoe_swa", "granitemoeshared", "minimax", "unlimited_ocr"]
 SUPPORTED = [family for family in MORE if family not in REFUSED]
+# Those that differ in kind from each other and from the first twenty: every run tests them.
+KINDS = [
+    *("axk2", "deepseek_v4", "gemma4", "glm5_next", "glm_moe_dsa", "granitemoehybrid", "kimi_k25", "kimi_linear"),
+    *("minimax_m3_vl", "mistral_large4", "nemotron_h", "qwen3_vl_moe", "unlimited_ocr"),
+]

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from helpers.family_checks import check_family
 from helpers.launches import run_warm
-from helpers.more_families import SUPPORTED
+from helpers.more_families import KINDS, SUPPORTED
 from helpers.zoo import make_checkpoint
 
 pytestmark = pytest.mark.ranks
+TRIED = SUPPORTED if os.environ.get("STUN_ALL_FAMILIES") else KINDS
+ALIKE = pytest.mark.skip(reason="STUN_ALL_FAMILIES: not set, and a family of its kind is tested")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """(sources, runs): a checkpoint of every family, and its run on two ranks, made by one launch."""
     folder = tmp_path_factory.mktemp("more")
-    for family in SUPPORTED:
+    for family in TRIED:
         make_checkpoint(folder / "sources" / family, family)
-    run_warm(["-m", "helpers.family_runs", folder / "sources", folder / "runs", *SUPPORTED], 2)
+    run_warm(["-m", "helpers.family_runs", folder / "sources", folder / "runs", *TRIED], 2)
     return folder / "sources", folder / "runs"
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in TRIED else ALIKE) for f in SUPPORTED])
 def test_family(two_ranks, ranks, tmp_path, family):
     sources, runs = two_ranks
     assert len(list((sources / family).glob("model-*.safetensors"))) > 3, "several shards"
