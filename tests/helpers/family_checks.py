@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections.abc import Iterable
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +37,17 @@ from stun.stream.layer_stream import embed
 
 PROMPTS = ["Hello there, how", "What?", "The quick brown fox jumps over", "a"]
 NEW = 5
+
+
+def tried(kinds: list[str], families: Iterable[str]) -> list[str]:
+    """Families that this run tests: all if STUN_ALL_FAMILIES is set, else one of every kind."""
+    return list(families) if os.environ.get("STUN_ALL_FAMILIES") else kinds
+
+
+def cases(kinds: list[str], families: Iterable[str]) -> list:
+    """Parameters of a test of each family; those that this run leaves out are skipped with the reason."""
+    alike = pytest.mark.skip(reason="STUN_ALL_FAMILIES: not set, and a family of its kind is tested")
+    return [pytest.param(name, marks=[] if name in tried(kinds, families) else alike) for name in families]
 
 
 def check_family(family: str, source, on_two, folder, ranks) -> None:

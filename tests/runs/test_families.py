@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.family_checks import check_family
+from helpers.family_checks import cases, check_family, tried
 from helpers.launches import run_warm
-from helpers.zoo import FAMILIES, make_checkpoint
+from helpers.zoo import FAMILIES, KINDS, make_checkpoint
 
 pytestmark = pytest.mark.ranks
+TRIED = tried(KINDS, FAMILIES)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """(sources, runs): a checkpoint of every family, and its run on two ranks, made by one launch."""
     folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
+    for family in TRIED:
         make_checkpoint(folder / "sources" / family, family)
-    run_warm(["-m", "helpers.family_runs", folder / "sources", folder / "runs", *FAMILIES], 2)
+    run_warm(["-m", "helpers.family_runs", folder / "sources", folder / "runs", *TRIED], 2)
     return folder / "sources", folder / "runs"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", cases(KINDS, FAMILIES))
 def test_family(two_ranks, ranks, tmp_path, family):
     sources, runs = two_ranks
     assert len(list((sources / family).glob("model-*.safetensors"))) > 3, "several shards"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from helpers.family_checks import check_family
+from helpers.family_checks import cases, check_family, tried
 from helpers.launches import run_warm
 from helpers.more_families import KINDS, SUPPORTED
 from helpers.zoo import make_checkpoint
 
 pytestmark = pytest.mark.ranks
-TRIED = SUPPORTED if os.environ.get("STUN_ALL_FAMILIES") else KINDS
-ALIKE = pytest.mark.skip(reason="STUN_ALL_FAMILIES: not set, and a family of its kind is tested")
+TRIED = tried(KINDS, SUPPORTED)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,7 @@ def two_ranks(tmp_path_factory):
     return folder / "sources", folder / "runs"
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in TRIED else ALIKE) for f in SUPPORTED])
+@pytest.mark.parametrize("family", cases(KINDS, SUPPORTED))
 def test_family(two_ranks, ranks, tmp_path, family):
     sources, runs = two_ranks
     assert len(list((sources / family).glob("model-*.safetensors"))) > 3, "several shards"
