@@ -391,17 +391,23 @@ class Architecture:
 
     @contextmanager
     def zeros_outside(self) -> Iterator[None]:
-        """Context in which the decoder's parameters outside its layers are zeros, which take no memory."""
-        inside = {module for layer in self.decoder.layers for module in layer.modules()}
-        modules = [module for module in self.decoder.modules() if module not in inside]
-        placeholders = [(module, dict(module._parameters)) for module in modules]
-        for module, parameters in placeholders:
-            for name, parameter in parameters.items():
-                if parameter is not None and parameter.is_meta:
-                    zeros = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
-                    module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
-        try:
+        """Context in which the text model's parameters outside its layers are zeros, which take no memory."""
+        with self.outside_restored() as placeholders:
+            for module, parameters in placeholders:
+                for name, parameter in parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        zeros = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
             yield
+
+    @contextmanager
+    def outside_restored(self) -> Iterator[list[tuple[nn.Module, dict]]]:
+        """Context after which the modules of the text model outside its layers have the parameters that they had; gives both."""
+        inside = {module for layer in self.decoder.layers for module in layer.modules()}
+        modules = {*self.model.modules(), *self.decoder.modules()} - inside
+        placeholders = [(module, dict(module._parameters)) for module in modules]
+        try:
+            yield placeholders
         finally:
             for module, parameters in placeholders:
                 module._parameters.update(parameters)

@@ -14,15 +14,11 @@ from stun.stream.layer_stream import from_first
 @contextmanager
 def outside(arch: Architecture, ranks: Ranks) -> Iterator[None]:
     """Context with these weights installed: `arch.enter` needs no embedding, `arch.leave` works. The first rank reads them."""
-    inside, dtype = {module for layer in arch.decoder.layers for module in layer.modules()}, compute_dtype(arch, ranks.device)
-    placeholders = [(module, dict(module._parameters)) for module in arch.model.modules() if module not in inside]
-    for names in arch.outer_groups:
-        arch.install_outer({name: from_first(arch, ranks, name, arch.source.read) for name in names}, dtype)
-    try:
+    dtype = compute_dtype(arch, ranks.device)
+    with arch.outside_restored():
+        for names in arch.outer_groups:
+            arch.install_outer({name: from_first(arch, ranks, name, arch.source.read) for name in names}, dtype)
         yield
-    finally:
-        for module, parameters in placeholders:
-            module._parameters.update(parameters)
 
 
 def outside_bytes(arch: Architecture, device: torch.device) -> int:

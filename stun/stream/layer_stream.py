@@ -295,15 +295,10 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
 def _entrance(arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> Iterator[None]:
     """Context with those weights of the decoder installed, beside the embedding, that the way to the first layer needs."""
     names = [name for name in arch.entrance if name != arch.embedding]
-    inside = {module for layer in arch.decoder.layers for module in layer.modules()}
-    placeholders = [(module, dict(module._parameters)) for module in arch.decoder.modules() if names and module not in inside]
-    if names:
-        arch.install_outer({name: from_first(arch, ranks, name, read) for name in names}, dtype)
-    try:
+    with arch.outside_restored():
+        if names:
+            arch.install_outer({name: from_first(arch, ranks, name, read) for name in names}, dtype)
         yield
-    finally:
-        for module, parameters in placeholders:
-            module._parameters.update(parameters)
 
 
 def _with_own(shared: list[dict], own: list[dict], by_token: list[set[str]]) -> list[dict]:
