@@ -116,6 +116,8 @@ class Architecture:
         self.is_nested = self.config is not whole.config
         name = source.config["model_type"].removeprefix(HETEROGENEOUS)
         self.model_type = ALIASES.get(name, name)
+        # As config.json names it: runtimes look their own class up by it.
+        self.class_name = next(iter(source.config.get("architectures") or []), "").removeprefix("Stun")
         self.count = self._count_field()
         if not self.count and self.model_type not in TESTED:
             reason = "no layer of it has experts that run through transformers' interface of experts"

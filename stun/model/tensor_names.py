@@ -130,8 +130,14 @@ class NameMap:
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
             is_inside = target.startswith(self.text.path) or target in heads
+            number = EXPERT_NUMBER.search(name)
+            if number and pattern is None and not is_inside and target not in parameters:
+                # A head beside a wrapped text model: conversions may be of names within it.
+                within_text = f"{self.text.path}{name}"
+                target, pattern = rename_source_key(within_text, renamings, converters, model.base_model_prefix, parameters)
+                target = target.removeprefix(self.text.path)
             block, is_expert, part = target.partition(".experts.")
-            match, number = within.fullmatch(target), EXPERT_NUMBER.search(name)
+            match = within.fullmatch(target)
             if not is_inside and (target in parameters or not is_expert):
                 self.outer[name] = ""  # of another tower, or none that transformers knows
                 self._unknown[target] = name

@@ -16,6 +16,7 @@ from stun.planning.plan import LayerPlan, Plan
 from stun.planning.protection import protected_experts
 from stun.statistics.router import router_distance
 from stun.statistics.store import Statistics
+from stun.stream.tables import successors
 
 
 def make_plan(job: Job, stats: Statistics | None) -> Plan:
@@ -41,6 +42,7 @@ def make_plan(job: Job, stats: Statistics | None) -> Plan:
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     plan.layers, plan.mtp = layers, _plan_heads(cfg, arch, [len(layers[index].clusters) for index in moe])
     set_ratios(plan, cfg.sparsify, arch, sizes, stats)
+    name_successors(plan, arch, cfg.experts.dropped)
     return plan
 
 
@@ -50,7 +52,15 @@ def complete_plan(job: Job) -> Plan:
     if not job.is_given:
         return make_plan(job, stats)
     set_ratios(job.plan, job.cfg.sparsify, job.arch, job.sizes, stats)
+    name_successors(job.plan, job.arch, job.cfg.experts.dropped)
     return job.plan
+
+
+def name_successors(plan: Plan, arch: Architecture, dropped: Dropped) -> None:
+    """Say in the plan who takes the tokens of removed experts, in layers with a table whose survivors are known."""
+    for layout, layer in zip(arch.layers, plan.layers, strict=True):
+        if layout.tables and layer.kept and len(layer.kept) < layer.experts and dropped is Dropped.reroute:
+            plan.successors[layout.index] = successors(layer.kept, arch.source.read(layout.router).float())
 
 
 def gather_evidence(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics | None) -> list[Evidence]:

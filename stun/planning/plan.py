@@ -45,7 +45,8 @@ class Plan:
     """Plan of all decoder layers. Parameters are counted over them, routers and norms included.
 
     `dropped` parameters are removed as whole experts, then `zeros` single weights out of `scope_size` in scope. `mtp` are the
-    plans of multi-token-prediction heads, which are not counted.
+    plans of multi-token-prediction heads, which are not counted. `successors` says for layers whose tokens find their experts in
+    a table which survivor takes the tokens of each removed expert.
     """
 
     target: float
@@ -55,6 +56,7 @@ class Plan:
     scope_size: int
     layers: list[LayerPlan]
     mtp: list[LayerPlan] = field(default_factory=list)
+    successors: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -67,8 +69,9 @@ class Plan:
         return max(len(layer.clusters) for layer in [*self.layers, *self.mtp])
 
     def to_json(self) -> dict:
-        """Content of plan.json."""
-        return {**asdict(self), "ratio": self.ratio}
+        """Content of plan.json; `successors` only where there are any."""
+        content = {**asdict(self), "ratio": self.ratio}
+        return content if self.successors else {name: value for name, value in content.items() if name != "successors"}
 
 
 def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:

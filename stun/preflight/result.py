@@ -71,5 +71,5 @@ def loads_line(job: Job) -> str:
         return "what loads the original: experts of zeros fill every layer up to the most that one keeps"
     is_uneven = _may_differ(job) and not job.has_novices
     arch, novices = job.arch, job.has_novices
-    loads = runtimes.uneven(arch.model_type) if is_uneven else runtimes.runtimes(arch.model_type, kept, novices, arch.is_grouped)
+    loads = runtimes.uneven(arch.class_name) if is_uneven else runtimes.runtimes(arch.class_name, kept, novices, arch.is_grouped)
     return f"transformers: {loads['transformers']}; vLLM: {loads['vLLM']}"

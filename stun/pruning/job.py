@@ -10,7 +10,7 @@ from stun.files import load_json, load_yaml, write_json
 from stun.model.precision import compute_dtype
 from stun.planning import usage
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
-from stun.planning.make import complete_plan
+from stun.planning.make import complete_plan, name_successors
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
 from stun.pruning.describe import describe, notices
@@ -173,6 +173,7 @@ def finish(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> di
     def write() -> None:
         for layer, kept in zip([*plan.layers, *plan.mtp], written.kept, strict=True):
             layer.kept = kept
+        name_successors(plan, job.arch, job.cfg.experts.dropped)
         write_json(run.folder / "plan.json", plan.to_json())
         layers = save_layers(job, written, run)
         config = load_yaml(run.folder / "config.yaml")["config"]

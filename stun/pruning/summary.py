@@ -43,7 +43,7 @@ def summarise(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) ->
         "experts": [layer.experts for layer in plan.layers],
         "kept": kept,
         "groups": arch.groups,
-        "loads_in": runtimes.runtimes(arch.model_type, stored, job.has_novices, arch.is_grouped),
+        "loads_in": runtimes.runtimes(arch.class_name, stored, job.has_novices, arch.is_grouped),
         "experts_without_tokens": sum(layer[0]["unseen"] for layer in written.layers[: len(plan.layers)]),
         "ratio": plan.ratio,
         "ranks": ranks.world,

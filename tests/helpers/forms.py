@@ -42,9 +42,10 @@ def with_head(folder, family: str, last: str, head: str):
     make_checkpoint(folder, family)
     tensors = load_tensors(folder)
     own = {name.replace(last, head): t + 0.05 * torch.randn_like(t) for name, t in tensors.items() if name.startswith(last)}
-    router = own[f"{head}mlp.gate.weight"]
+    (router,) = (tensor for name, tensor in own.items() if tensor.shape == (8, 32) and "gate" in name)
     router[1:4] = router[0] + 0.001 * torch.randn(3, 32)  # without groups, all that leave would leave the first
-    rewrite(folder, {**tensors, **own, f"{head}eh_proj.weight": torch.randn(32, 64)})
+    numbered = {} if "mtp" in head else {"num_nextn_predict_layers": 1}
+    rewrite(folder, {**tensors, **own, f"{head}eh_proj.weight": torch.randn(32, 64)}, **numbered)
     return own
 
 

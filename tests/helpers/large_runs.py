@@ -96,7 +96,7 @@ def summary(layers: int, experts: int, kept: int) -> dict:
         "experts": [experts] * layers,
         "kept": [kept] * layers,
         "groups": 1,
-        "loads_in": runtimes("deepseek_v3", [kept] * layers),
+        "loads_in": runtimes("DeepseekV3ForCausalLM", [kept] * layers),
         "ratio": 0.2,
         "ranks": 8,
         "peak_bytes": 30 * 2**30,

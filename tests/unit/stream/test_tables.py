@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from helpers.family_checks import nearest
+from helpers.family_runs import FAMILY, run
+from helpers.tensors import load_tensors
 from stun.stream import tables
 
 
@@ -23,3 +27,21 @@ def test_nearest_survivors(monkeypatch, kept):
 def test_ties_go_to_the_lower_number():
     router_ED = torch.tensor([[0.0], [1.0], [-1.0], [5.0]])
     assert tables.renumbered(torch.tensor([[0, 3]]), [1, 2, 3], router_ED).tolist() == [[0, 2]]
+
+
+def test_the_plan_says_who_takes_whose_tokens(checkpoint, tmp_path, ranks):
+    """... as the written table has it, where a row does not name the survivor already."""
+    source = checkpoint("deepseek_v4")
+    run("both", source, tmp_path / "run", ranks, FAMILY)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    before, after = load_tensors(source), load_tensors(tmp_path / "run" / "model")
+    assert plan["successors"]
+    for layer, takes in plan["successors"].items():
+        (name,) = (name for name in before if name.startswith(f"layers.{layer}.") and name.endswith("tid2eid"))
+        kept = plan["layers"][int(layer)]["kept"]
+        assert sorted([*map(int, takes), *kept]) == list(range(8)) and set(takes.values()) <= set(kept)
+        for old, new in zip(before[name].tolist(), after[name].tolist(), strict=True):
+            now = [kept[place] for place in new]
+            assert now[0] == (old[0] if old[0] in kept else now[0])
+            if old[0] not in kept and takes[str(old[0])] not in old:
+                assert now[0] == takes[str(old[0])]
