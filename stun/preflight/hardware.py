@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from stun.model.precision import compute_dtype
 from stun.preflight.config import ClusterConfig
 from stun.preflight.speeds import product_speed, read_speed, write_speed
 from stun.runtime.ranks import Ranks
+from stun.runtime.threads import Workers
 
 GIB = 2**30
 _WRITTEN = 2**26  # bytes written to measure the disk of the run folder
@@ -87,9 +89,7 @@ def this_launch(ranks: Ranks, arch: Architecture, cfg: PruneConfig, base: int) -
     place, host = (-(-ranks.world // local), local), host_memory(local)
     disk = ranks.on_first(lambda: _disk_speeds(arch, cfg.run_dir))
     if ranks.device.type == "cpu":
-        speeds = [
-            product_speed(ranks.workers, dtype, _ROWS, _WIDTH) for dtype in (compute_dtype(arch, ranks.device), torch.float32)
-        ]
+        speeds = [_product_speed(ranks.workers, dtype) for dtype in (compute_dtype(arch, ranks.device), torch.float32)]
         flops, float32 = map(min, zip(*ranks.gather_objects(speeds), strict=True))
         ranks.return_memory()
         return Launch("cpu", *place, 0, host, flops, float32, float32, *disk, base)
@@ -105,12 +105,19 @@ def data_sheet(name: str, nbytes: int) -> tuple[float, ...]:
     return min(alike, key=lambda gpu: abs(gpu[0] - nbytes))
 
 
+@lru_cache(maxsize=2)
+def _product_speed(workers: Workers, dtype: torch.dtype) -> float:
+    """FLOP/s of a rank, measured once a process."""
+    return product_speed(workers, dtype, _ROWS, _WIDTH)
+
+
 def _disk_speeds(arch: Architecture, run_dir: str) -> tuple[float, float]:
-    """Bytes/s of reading the source and of writing the run folder. If a sample cannot be written, the write rate is set to
-    the read rate: the run itself reports that it cannot write."""
+    """Bytes/s of reading the source and of writing the run folder, of no more bytes than the source has. If a sample cannot be
+    written, the write rate is set to the read rate: the run itself reports that it cannot write."""
     read = read_speed(arch.source)
     try:
-        return read, write_speed(_existing_folder(run_dir), max(1, min(_WRITTEN, disk_free(run_dir) // 2)))
+        most = min(_WRITTEN, arch.source.file_bytes, disk_free(run_dir) // 2)
+        return read, write_speed(_existing_folder(run_dir), max(1, most))
     except StunError:
         return read, read
 

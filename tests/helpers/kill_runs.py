@@ -41,7 +41,7 @@ KILLS = {
 
 
 def request(source: str, run_dir: Path) -> PruneConfig:
-    calibration = CalibrationConfig(path=str(TEXT), samples=16, length=64, micro_batch=2)
+    calibration = CalibrationConfig(path=str(TEXT), samples=8, length=32, micro_batch=2)
     experts = ExpertsConfig(fraction=0.5, budget=Budget["global"], refit=True)
     return PruneConfig(ModelConfig(source), calibration, experts, SparsifyConfig(ratios="owl"), 0.5, str(run_dir))
 

@@ -56,12 +56,13 @@ def test_serve_check(checkpoint, tmp_path):
 
 @pytest.mark.ranks
 @pytest.mark.slow
-def test_paper_comparison(tmp_path):
+def test_paper_comparison(checkpoint, tmp_path):
     """On the reference model it is the demo of the README, which its test runs; here it has another task."""
     reference, large = commands("paper", page("paper-comparison"))
     paper, demo = (composed("compare", words) for words in (job_and_overrides(reference)[1], DEMO))
     assert {key for key in paper if paper[key] != demo[key]} == {"run_dir", "precision"}
-    own = {**TEXT, **rows_of(tmp_path), **MODEL, "task.prompt": "'{question}'", "run_dir": str(tmp_path / "b")}
+    own = {**TEXT, **rows_of(tmp_path), "task.prompt": "'{question}'", "run_dir": str(tmp_path / "b")}
+    own["model.path"] = str(checkpoint("arctic"))
     output = run(here(large, own))
     assert "exact match, average" in output and output.splitlines()[-1] == str(tmp_path / "b" / "report" / "index.html")
     (report,) = commands("read", page("read-a-report"))

@@ -166,7 +166,7 @@ def test_the_nodes_of_a_launch(checkpoint, ranks, tmp_path, monkeypatch):
     cfg, measured = asked(checkpoint("mixtral"), tmp_path), "stun.preflight.hardware"
     monkeypatch.setenv("LOCAL_SIZE", "8")
     monkeypatch.setattr(f"{measured}._disk_speeds", lambda *_: (1e9, 1e9))
-    monkeypatch.setattr(f"{measured}.product_speed", lambda *_: 1e9)
+    monkeypatch.setattr(f"{measured}._product_speed", lambda *_: 1e9)
     for world, nodes in ((8, 1), (16, 2), (15, 2)):
         several = SimpleNamespace(world=world, local_world=8, device=ranks.device, workers=None)
         several.on_first, several.gather_objects, several.return_memory = lambda made: made(), lambda own: [own], lambda: None
@@ -375,7 +375,7 @@ SHAPES = {
     "experts": CheckpointShape(hidden=1024, expert_width=1024, experts=56, layers=3),
     "thin": CheckpointShape(hidden=512, expert_width=64, experts=4, layers=3),
     "vocabulary": CheckpointShape(hidden=512, expert_width=256, experts=4, layers=2, vocabulary=200_000),
-    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=2),
+    "grams": CheckpointShape(hidden=1536, expert_width=128, experts=40, layers=1),
 }
 
 
