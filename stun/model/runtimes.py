@@ -8,7 +8,7 @@ from stun.schema import COUNT, TEXT
 # Expert counts that vLLM's fused top-k kernels are compiled for (the instances of `topkGating` in the CUDA wheel); for all others
 # they fall back to two general ones. Routers with groups have a kernel of their own.
 VLLM_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 352, 384, 448, 512, 576)
-# Classes of MoE models in vLLM's registry, as `architectures` in config.json names them; it runs all others through its transformers
+# Classes of MoE models in vLLM's registry, as `architectures` in config.json names them; all others run through its transformers
 # backend, where that takes them.
 VLLM_CLASSES = (
     *("AfmoeForCausalLM", "AriaForConditionalGeneration", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"),

@@ -7,12 +7,11 @@ import os
 import subprocess
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.pages import commands, here, page, run
-from helpers.uneven import pruned, steep
 from helpers.models_table import class_of
 from helpers.more_families import SUPPORTED
+from helpers.pages import commands, here, page, run
+from helpers.uneven import pruned, steep
 from helpers.zoo import FAMILIES, make_checkpoint
 from stun.config import Budget, ExpertsConfig, ExpertsMethod, ModelConfig, SparsifyConfig, Uneven
 from stun.model.runtimes import GGUF, LEFT_VLLM, VLLM_CLASSES
@@ -83,7 +82,9 @@ def test_a_pruned_model(tmp_path, ranks, family, experts):
 
 
 @pytest.mark.skipif(not LLAMA_CPP, reason="STUN_LLAMA_CPP: no folder of llama.cpp is named (CONTRIBUTING.md)")
-@pytest.mark.parametrize("family, experts", [*((family, IN_GROUPS) for family in IN_LLAMA_CPP), *((family, PADDED) for family in BIASED)])
+@pytest.mark.parametrize(
+    "family, experts", [*((family, IN_GROUPS) for family in IN_LLAMA_CPP), *((family, PADDED) for family in BIASED)]
+)
 def test_a_pruned_model_in_llama_cpp(tmp_path, ranks, family, experts):
     """The page's commands, with settings of the test's."""
     request = {"target": None if experts.is_counted else 0.4, "experts": experts, "sparsify": SparsifyConfig()}

@@ -15,7 +15,6 @@ from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
 from stun.config import Budget, ExpertsConfig, StunError
 
-
 # Family -> its last layer with experts, and where released models of it have a head.
 HEADS = {
     "deepseek_v3": ("model.layers.2.", "model.layers.3."),
