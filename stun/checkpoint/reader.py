@@ -178,17 +178,17 @@ class Checkpoint:
         scales that it is stored with; or those that `rounded(weight, near)` chooses among them: `near(values, places)` gives the
         nearest ones at some places of the weight."""
         info, stored = self._parts(name, row)
-        codec, parts = info.codec, {part.role: stored[part.name].to(weight.device) for part in info.parts}
-        if rounded:
-            scale, zero = (
-                each.expand(info.lines).T if codec.is_transposed else each.expand(info.lines) for each in codec.grid(parts)
-            )
+        parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
+        return fit(info, parts, _on_grid(info, parts, weight, rounded) if rounded else weight)
 
-            def near(values: torch.Tensor, places: tuple) -> torch.Tensor:
-                return codec.near(values, scale[places], zero[places]) * scale[places]
-
-            weight = rounded(weight, near).to(info.dtype)
-        return fit(info, parts, weight)
+    def rescaled(self, name: str, weight: torch.Tensor, rounded: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same on scales that have the size which the largest values of `weight` need, and the tensors, by source name, that
+        the weight is then stored in."""
+        info, stored = self._parts(name, None)
+        parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
+        info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
+        values = fit(info, parts, _on_grid(info, parts, weight, rounded))
+        return values, {part.name: parts[part.role] if part.role else stored[part.name] for part in info.parts}
 
     def _parts(self, name: str, row: int | None) -> tuple[TensorInfo, dict[str, torch.Tensor]]:
         """Description and parts, by name, of a quantised weight or one entry of its first dimension."""
@@ -293,6 +293,17 @@ def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
             raise StunError(f"{part.info.file}: {part.name} names groups that are not there; there are {groups}")
     if part.role == "shape" and tuple(content.tolist()) != info.shape:
         raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
+
+
+def _on_grid(info: TensorInfo, parts: dict[str, torch.Tensor], weight: torch.Tensor, rounded: Callable) -> torch.Tensor:
+    """What `rounded(weight, near)` makes of a weight; `near(values, places)` gives the nearest values that have codes."""
+    codec = info.codec
+    scale, zero = (each.expand(info.lines).T if codec.is_transposed else each.expand(info.lines) for each in codec.grid(parts))
+
+    def near(values: torch.Tensor, places: tuple) -> torch.Tensor:
+        return codec.near(values, scale[places], zero[places]) * scale[places]
+
+    return rounded(weight, near).to(info.dtype)
 
 
 def fit(info: TensorInfo, parts: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,8 @@ def refit_jointly(
     after = problem.error() if taken else before
     if after < before:
         problem.install()
+    else:
+        rounding.fits.clear()
     return {"steps": taken if after < before else 0, "error": [before, min(before, after)]}
 
 
@@ -258,11 +260,10 @@ class _Refit:
     def install(self) -> None:
         """Give the experts their new weights."""
         for number in self.mine:
-            change_DI = self.change[number]
-            change_DI = change_DI + self.direction[number] if self.rounding.is_fitted else change_DI
+            change_DI = self.change[number] if self.rounding.is_exact else self.change[number] + self.direction[number]
             self._weight(number).copy_(refitted(self._weight(number), change_DI))
         for own in self.replicated:
-            own.install(self.rounding.is_fitted)
+            own.install(not self.rounding.is_exact)
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ from stun.pruning.mask import mask_layer
 from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.rounding import Rounding, rounding_of
-from stun.pruning.shards import as_rounded, origins, own_tensors
+from stun.pruning.shards import as_rounded, own_tensors
 from stun.run.layer_metrics import WeightPowers, nonzero_by_kind
 from stun.run.layer_records import left_by_refit
 from stun.run.ledger import REPEAT, part_name
@@ -74,7 +74,7 @@ def prune_layers(
         tensors = own_tensors(stream, layer)
         nonzero = Counter(nonzero_by_kind(layer.layout, tensors, ranks.workers))
         nonzero.update(entry.pop("rounded_off"))  # what rounding made zero was not removed
-        tensors = as_rounded(layer, tensors)
+        tensors, places = as_rounded(layer, tensors)
         tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
@@ -83,7 +83,7 @@ def prune_layers(
         layer.seconds["write"] = recorder.wait()
         experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry['refit'])}"
         _show(progress, stream, layer, experts, sum(nonzero.values()))
-        recorder.layer(index, states, entry, partial(write, name, tensors, origins(layer)))
+        recorder.layer(index, states, entry, partial(write, name, tensors, places))
     recorder.close()
     progress.close()
     return recorder.finished()
@@ -137,7 +137,7 @@ def change_weights(
     is_refitted, refit = bool(job.refits and layer.layout.experts), {}
     if states is not None:
         stream.build(layer)
-    unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify)
+    unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify, partial(rounding.fit, layer, is_refitted))
     rounded_off = rounding.round(layer, (False,) if is_refitted else (False, True))
     if states is not None and (is_refitted or not is_last):
         stream.build(layer)

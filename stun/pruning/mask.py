@@ -1,5 +1,6 @@
 """Weight pruning of one layer: measure the inputs of its matrices, then remove the weights of its quota."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,18 +14,26 @@ from stun.statistics.input_moments import Moments, pooled
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
+Solved = Callable[[tuple[int, str] | str, torch.Tensor, torch.Tensor], None]
+
 
 def mask_layer(
-    stream: LayerStream, layer: Layer, states: States | None, quota: LayerQuota, config: SparsifyConfig
+    stream: LayerStream,
+    layer: Layer,
+    states: States | None,
+    quota: LayerQuota,
+    config: SparsifyConfig,
+    solved: Solved = lambda *_: None,
 ) -> tuple[int, Saliency]:
     """Remove the quota's weights in place. Returns the number of experts without tokens, and this rank's scores.
 
-    `states` may be None if the method reads no inputs. All ranks call this together.
+    `states` may be None if the method reads no inputs. `solved(place, weight_OD, gram_DD)` is called with every matrix whose
+    inputs' Gram matrix was read; its place is an expert and a part, or a name. All ranks call this together.
     """
     names = [name for name, count in quota.dense.items() if count]
     if not names and not any(count for expert in quota.experts for count in expert.values()):
         return 0, Saliency()
-    return _Masking(stream, layer, states, quota, config, names).run()
+    return _Masking(stream, layer, states, quota, config, names, solved).run()
 
 
 @dataclass
@@ -37,6 +46,7 @@ class _Masking:
     quota: LayerQuota
     config: SparsifyConfig
     names: list[str]
+    solved: Solved
     saliency: Saliency = field(default_factory=Saliency)
 
     def run(self) -> tuple[int, Saliency]:
@@ -107,12 +117,15 @@ class _Masking:
         for part, count in self.quota.experts[number].items():
             if count:
                 weight_OD = layer.layout.oriented(layer.experts[expert][part])
-                self._matrix(weight_OD, sums.get(part), count, f"layer {layer.layout.index} expert {expert} {part}")
+                self._matrix(weight_OD, sums.get(part), count, (expert, part))
 
-    def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, name: str) -> None:
-        """Prune one matrix, named `name` in errors, and count the scores of every STRIDE-th row."""
+    def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, place: tuple[int, str] | str) -> None:
+        """Prune one matrix, and count the scores of every STRIDE-th row."""
+        name = place if isinstance(place, str) else f"layer {self.layer.layout.index} expert {place[0]} {place[1]}"
         dense_oD = weight_OD[::STRIDE].clone()
         weight_OD.copy_(sparsify(self.config, weight_OD, moment, count, name))
+        if self.config.reads_grams:
+            self.solved(place, weight_OD, moment)
         self.saliency.add(self.config, dense_oD, weight_OD[::STRIDE] == 0, moment)
 
     def _unseen(self, tokens: torch.Tensor, norms: dict[int, dict[str, torch.Tensor]]) -> int:

@@ -22,8 +22,11 @@ from stun.planning.plan import Plan
 from stun.planning.written_form import matrices_of_experts, rounded_dense
 from stun.run.layer_metrics import kind_of
 from stun.sparsify.compensated import compensated
+from stun.sparsify.joint_refit import damped_factor
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
+
+_DAMPING = 0.01  # of the mean square of an input, added to every input's (GPTQ's)
 
 
 class Target(Protocol):
@@ -43,9 +46,9 @@ class Target(Protocol):
 
     def fitted(
         self, name: str, weight: torch.Tensor, row: int | None, factor_DD: torch.Tensor | None, is_transposed: bool
-    ) -> torch.Tensor:
-        """Rounded values of a matrix that shares its scale with no other. Given the factor of the inputs' Gram matrix, outputs
-        are near those of `weight` too, where the target can. `is_transposed`: inputs are rows."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same of a matrix that shares its scale with no other. Given the factor of the inputs' Gram matrix, outputs are near
+        those of `weight` too. `is_transposed`: inputs are rows."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,32 @@ class NewForm:
     def dense(self, layout: LayerLayout) -> list[list[str]]:
         return rounded_dense(self.arch, layout, self.grid)
 
+    def alone(self, layout: LayerLayout) -> set[str]:
+        """Names of matrices outside the experts that share a scale with no other."""
+        return {name for group in self.dense(layout) if len(group) == 1 or not self.grid.is_shared for name in group}
+
     def parts(self, layout: LayerLayout) -> list[str]:
         return matrices_of_experts(self.arch, layout)
 
     def rounded(self, name, weight, row, largest):
-        parts = self.grid.parts(weight.contiguous(), largest)
-        stem = name.removesuffix("weight")
-        return self.grid.values(parts, weight.dtype), {stem + end: parts[role] for role, end in self.grid.ends.items()}
+        return self._stored(name, self.grid.parts(weight.contiguous(), largest), weight.dtype)
 
     def fitted(self, name, weight, row, factor_DD, is_transposed):
-        return self.rounded(name, weight, row, _largest([weight]))[0]
+        if factor_DD is None:
+            return self.rounded(name, weight, row, _largest([weight]))
+        return self.compensated(name, weight, factor_DD, _largest([weight]))
+
+    def compensated(self, name: str, weight_OD: torch.Tensor, factor_DD: torch.Tensor, largest: torch.Tensor):
+        """As `rounded`, column by column, given the factor of the inputs' Gram matrix."""
+
+        def chosen(near: Callable) -> torch.Tensor:
+            return compensated(weight_OD, factor_DD, lambda column, values_O: near(values_O, (slice(None), column)))
+
+        return self._stored(name, self.grid.compensated(weight_OD.contiguous(), largest, chosen), weight_OD.dtype)
+
+    def _stored(self, name: str, parts: dict[str, torch.Tensor], dtype: torch.dtype):
+        stem = name.removesuffix("weight")
+        return self.grid.values(parts, dtype), {stem + end: parts[role] for role, end in self.grid.ends.items()}
 
 
 @dataclass(frozen=True)
@@ -90,14 +109,19 @@ class OwnCodes:
         return self.source.nearest(name, weight, row), {}
 
     def fitted(self, name, weight, row, factor_DD, is_transposed):
-        # By itself every small change would be rounded off, since the source's own weights are on the grid.
+        # By itself every small change would be rounded off, since the source's own weights are on the grid. One tensor of all
+        # experts keeps its scales: another rank writes it, from values alone.
         def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
             place = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
             oriented_OD = weight.T if is_transposed else weight
             new_OD = compensated(oriented_OD, factor_DD, lambda column, values_O: near(values_O, place(column)))
             return new_OD.T if is_transposed else new_OD
 
-        return self.source.nearest(name, weight, row, None if factor_DD is None else rounded)
+        if factor_DD is None:
+            return self.rounded(name, weight, row, weight)
+        if row is not None:
+            return self.source.nearest(name, weight, row, rounded), {}
+        return self.source.rescaled(name, weight, rounded)
 
 
 @dataclass(frozen=True)
@@ -114,7 +138,7 @@ class AllValues:
         return weight, {}
 
     def fitted(self, name, weight, row, factor_DD, is_transposed):
-        return weight
+        return weight, {}
 
 
 def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
@@ -127,10 +151,15 @@ def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
 
 
 class Rounding:
-    """Rounding of layers. Matrices that the joint refit changes (`is_refitted`) are rounded after it, all others before it."""
+    """Rounding of layers. Matrices that the joint refit changes (`is_refitted`) are rounded after it, all others before it.
+
+    What is rounded with its inputs in view, where their Gram matrix is at hand, waits in `fits` by source name, as values and
+    stored tensors, until `round` takes it in place of the nearest.
+    """
 
     def __init__(self, stream: LayerStream, target: Target):
         self.stream, self.target = stream, target
+        self.fits: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
 
     def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> Counter[str]:
         """Round matrices in place; returns the weights of this rank that became zero, by kind. All ranks call this together."""
@@ -147,7 +176,26 @@ class Rounding:
             ranks.broadcast(layer.dense[name], owners[name])
         experts = [(expert, part) for expert in sorted(layer.experts) for part in parts]
         lost["experts"] += sum(ranks.workers.map(lambda entry: self._expert(layer, *entry), experts))
+        self.fits.clear()
         return lost
+
+    def fit(
+        self, layer: Layer, refits: bool, place: tuple[int, str] | str, weight_OD: torch.Tensor, gram_DD: torch.Tensor
+    ) -> None:
+        """Round a solved matrix to a new form, a part of an expert or one outside them by name, with its inputs in view; `round`
+        puts it in place. Left to the nearest: one that shares its scale with others outside the experts; and to the joint refit,
+        if the layer `refits`, what that changes."""
+        layout, is_dense = layer.layout, isinstance(place, str)
+        closes = place in layout.shared_outputs if is_dense else place[1] == "down_proj"
+        if not isinstance(self.target, NewForm) or (refits and closes):
+            return
+        names = [place] if is_dense else layout.experts[place[0]][place[1]]
+        if place in self.target.alone(layout) if is_dense else place[1] in self.target.parts(layout):
+            damping = _DAMPING * float(gram_DD.diagonal().double().mean()) or 1.0
+            factor_DD, largest = damped_factor(gram_DD, damping), _largest([weight_OD])
+            pieces = weight_OD.split([self.stream.arch.info(name).shape[0] for name in names])
+            for name, piece in zip(names, pieces, strict=True):
+                self.fits[name] = self.target.compensated(name, piece, factor_DD, largest)
 
     def nonzero(self, layer: Layer) -> Counter[str]:
         """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
@@ -161,8 +209,10 @@ class Rounding:
 
     def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
         weight_OD = layer.dense[name]
-        values_OD, stored = self.target.rounded(name, weight_OD, None, largest)
-        return _put(layer, name, weight_OD, values_OD, stored)
+        return _put(layer, name, weight_OD, *self._rounded(name, weight_OD, None, largest))
+
+    def _rounded(self, name: str, weight: torch.Tensor, row: int | None, largest: torch.Tensor):
+        return self.fits[name] if name in self.fits else self.target.rounded(name, weight, row, largest)
 
     def _expert(self, layer: Layer, expert: int, part: str) -> int:
         weight = layer.experts[expert][part]
@@ -173,19 +223,14 @@ class Rounding:
         """Name, piece of `weight`, its rounded values and their stored form, of each source tensor of one part of an expert."""
         names, largest = layout.experts[expert][part], _largest([weight])
         if part in layout.fused:
-            return [(names[0], weight, *self.target.rounded(names[0], weight, expert, largest))]
+            return [(names[0], weight, *self._rounded(names[0], weight, expert, largest))]
         pieces = weight.split([self.stream.arch.info(name).shape[0] for name in names])
-        return [(n, piece, *self.target.rounded(n, piece, None, largest)) for n, piece in zip(names, pieces, strict=True)]
+        return [(n, piece, *self._rounded(n, piece, None, largest)) for n, piece in zip(names, pieces, strict=True)]
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is rounded."""
         return isinstance(self.target, AllValues)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the values of `closing` and `shared` stay as they are when they are rounded."""
-        return isinstance(self.target, OwnCodes)
 
     def closing(self, layout: LayerLayout, expert: int, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
         """What the down projection of an expert becomes if it is `weight_DI`, with the factor of its inputs' Gram matrix if it is
@@ -193,13 +238,18 @@ class Rounding:
         if "down_proj" not in self.target.parts(layout):
             return weight_DI
         (name,), row = layout.experts[expert]["down_proj"], expert if "down_proj" in layout.fused else None
-        stored = self.target.fitted(name, layout.oriented(weight_DI), row, factor_II, layout.is_transposed)
-        return layout.oriented(stored)
+        return layout.oriented(self._fitted(name, layout.oriented(weight_DI), row, factor_II, layout.is_transposed))
 
     def shared(self, layout: LayerLayout, name: str, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
         """The same of a shared expert's."""
         is_rounded = [name] in self.target.dense(layout)
-        return self.target.fitted(name, weight_DI, None, factor_II, False) if is_rounded else weight_DI
+        return self._fitted(name, weight_DI, None, factor_II, False) if is_rounded else weight_DI
+
+    def _fitted(self, name: str, weight: torch.Tensor, row: int | None, factor: torch.Tensor | None, is_transposed: bool):
+        values, stored = self.target.fitted(name, weight, row, factor, is_transposed)
+        if stored and factor is not None:
+            self.fits[name] = values, stored
+        return values
 
 
 def _largest(weights: list[torch.Tensor]) -> torch.Tensor:

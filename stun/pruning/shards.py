@@ -15,6 +15,8 @@ from stun.run.ledger import REPEAT
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
+Places = dict[str, tuple[str, list[int]]]
+
 
 @dataclass(frozen=True)
 class Form:
@@ -46,7 +48,7 @@ def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | S
     return tensors
 
 
-def origins(layer: Layer) -> dict[str, tuple[str, list[int]]]:
+def origins(layer: Layer) -> Places:
     """Source name of each expert's tensors, by the name that they are written under; of a tensor that holds all experts also the
     entries that are kept."""
     layout = layer.layout
@@ -57,14 +59,17 @@ def origins(layer: Layer) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def as_rounded(layer: Layer, tensors: Tensors) -> Tensors:
-    """Tensors of a layer with those in place that matrices were rounded to."""
-    places = origins(layer) if layer.stored else {}
+def as_rounded(layer: Layer, tensors: Tensors) -> tuple[Tensors, Places]:
+    """Tensors of a layer with those in place that matrices were rounded to, and the `origins` of all; what is rounded has
+    none."""
+    places = origins(layer)
     found: dict[str, torch.Tensor | Stacked] = {}
     for name, tensor in tensors.items():
         stored = layer.stored.get(places.get(name, (name, []))[0])
-        found |= {name: tensor} if stored is None else _renumbered(stored, name)
-    return found
+        new = {name: tensor} if stored is None else _renumbered(stored, name)
+        found |= new
+        places |= {} if stored is None else dict.fromkeys(new, ("", []))
+    return found, places
 
 
 def _renumbered(parts: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
@@ -73,7 +78,7 @@ def _renumbered(parts: dict[str, torch.Tensor], name: str) -> dict[str, torch.Te
     return {renumber(part, int(number[2])) if number else part: content for part, content in parts.items()}
 
 
-def as_stored(source: Checkpoint, tensors: Tensors, places: dict[str, tuple[str, list[int]]], is_changed: bool) -> Tensors:
+def as_stored(source: Checkpoint, tensors: Tensors, places: Places, is_changed: bool) -> Tensors:
     """Tensors in the form in which the source stores them: quantised ones are read again, and get other codes where `tensors`
     have other values, if `is_changed`. `places` are `origins`; other tensors have the names that they have in the source."""
     stored: dict[str, torch.Tensor | Stacked] = {}
@@ -99,7 +104,7 @@ def _entries(stream: LayerStream, layer: Layer, part: str, writer: int) -> list[
     return [weight for weight in moved if weight is not None]
 
 
-def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: dict[str, tuple[str, list[int]]]) -> dict:
+def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: Places) -> dict:
     """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file` and the bytes of its `tensors` by name.
 
     `places` are the `origins` of experts' tensors. Runs in the background, so the caller must not change the tensors any more.

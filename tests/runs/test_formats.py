@@ -15,7 +15,7 @@ from helpers.stops import stopped_after
 from helpers.tensors import same_tensors
 from helpers.zoo import make_checkpoint
 from stun.checkpoint.reader import Checkpoint
-from stun.config import ExpertsConfig, ExpertsMethod, OutputConfig, OutputFormat
+from stun.config import ExpertsConfig, ExpertsMethod, OutputConfig, OutputFormat, SparsifyConfig, SparsifyMethod
 from stun.pruning.job import prune
 
 SMALL = {"calibration__samples": CALIBRATION.samples, "calibration__length": CALIBRATION.length}
@@ -36,14 +36,18 @@ def test_same_bytes_on_more_ranks_and_after_an_interruption(tmp_path, ranks, for
     else:  # q, k and v share a scale, and different ranks write them
         make_checkpoint(source, "mixtral", dtype=torch.bfloat16)
         output, world = OutputConfig(OutputFormat.nvfp4), 4
-    experts = replace(EXPERTS, refit=form != "gpt_oss")
-    prune(config(source, tmp_path / "whole", 0.4, experts, calibration=CALIBRATION, output=output), ranks)
+    experts, method = (
+        replace(EXPERTS, refit=form != "gpt_oss"),
+        SparsifyMethod.sparsegpt if form == "plain" else SparsifyMethod.wanda,
+    )
+    how = {"calibration": CALIBRATION, "output": output, "sparsify": SparsifyConfig(method=method)}
+    prune(config(source, tmp_path / "whole", 0.4, experts, **how), ranks)
     whole = tmp_path / "whole" / "model"
     assert list(Checkpoint.open(whole).formats) == (["nvfp4"] if form == "plain" else list(Checkpoint.open(source).formats))
-    own = {"experts__refit": experts.refit, "output__format": output.format.name}
+    own = {"experts__refit": experts.refit, "output__format": output.format.name, "sparsify": method.name}
     run_job("prune", settings(source, tmp_path / "more", experts="rank", experts__fraction=0.5, **own, **SMALL), world)
     same_tensors(whole, tmp_path / "more" / "model")
-    cfg = config(source, tmp_path / "stopped", 0.4, experts, calibration=CALIBRATION, output=output)
+    cfg = config(source, tmp_path / "stopped", 0.4, experts, **how)
     with stopped_after("prune", 1):
         prune(cfg, ranks)
     prune(cfg, ranks)

@@ -18,6 +18,7 @@ from stun.checkpoint.headers import Part, TensorInfo
 Tensors = Mapping[str, TensorInfo]
 Parts = Mapping[str, torch.Tensor]
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # dtypes of scales that are powers of two (E8M0: 2 ** (byte - 127), 255 is NaN)
+_ROUNDS_UP = 8 / 7  # a largest magnitude of 1.75 times a power of two, or more, takes the next one
 # Ends of names of what belongs to a layer's inputs: they are not read, and travel with their weight.
 PASSENGERS = ("input_scale", "input_global_scale")
 
@@ -33,6 +34,11 @@ class Codec:
     name: str
     bits: int
     is_transposed: bool = False
+
+    @property
+    def exponent(self) -> int:
+        """Exponent of the largest power of two that a code is worth."""
+        raise NotImplementedError
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         """Values [L, W] in float32; rounded to the weight's dtype, they are those of the form's own library."""
@@ -54,6 +60,27 @@ class Codec:
         """Write the codes of multiples that have one, in place, where `changed_LW` is true."""
         raise NotImplementedError
 
+    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
+        """Largest magnitudes of the values that share a scale, in the shape of the scales."""
+        raise NotImplementedError
+
+    def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
+        """Change the scales, in place, as the largest magnitude of those that share one does from the weight to `values_LW`.
+        Scales of zeros alone stay; powers of two are those of a form that is made anew (MX)."""
+        scale, before = parts["scale"], self.largest(parts, self.dequantise(parts))
+        after = self.largest(parts, values_LW.float())
+        if scale.dtype in EXPONENTS:
+            _, exponent = torch.frexp(after * _ROUNDS_UP)
+            new = (exponent - 1 - self.exponent + 127).clamp(0, 254).to(torch.uint8).view(scale.dtype)
+        else:
+            most = torch.finfo(scale.dtype).max
+            new = (scale.float() * (after / before)).clamp(max=most).to(scale.dtype)
+            smallest = torch.finfo(scale.dtype).smallest_normal
+            new = torch.where(new.float() == 0, smallest, new.float()).to(scale.dtype)
+        is_scaled = (before > 0) & (after > 0)
+        raw = torch.uint8 if scale.element_size() == 1 else scale.dtype
+        scale.view(raw).copy_(torch.where(is_scaled, new.view(raw), scale.view(raw)))
+
     def near(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Multiples of the scale nearest to values; 0 where both are 0."""
         return self.rounded((values.float() / scale).nan_to_num_(0), zero)
@@ -67,6 +94,11 @@ class Codec:
 def decoded(scale: torch.Tensor) -> torch.Tensor:
     """Stored scales in float32."""
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale).float()
+
+
+def of_groups(values_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
+    """Largest magnitudes [L, G] of the groups of neighbours in a line that share a scale."""
+    return values_LW.view(*scale_LG.shape, -1).abs().amax(-1)
 
 
 def multiplied(steps_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,20 @@ class EightBits(Codec):
 
     block: tuple[int, int] = (1, 1)
 
+    @property
+    def exponent(self) -> int:
+        return 8
+
+    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
+        largest, scale = values_LW.abs(), parts["scale"]
+        shape = scale.shape if scale.dim() == 2 else (scale.numel(), 1)
+        for dim, blocks in enumerate(shape):
+            size = largest.shape[dim]
+            step = size if blocks == 1 else self.block[dim]
+            missing = [0, 0, 0, blocks * step - size] if dim == 0 else [0, blocks * step - size]
+            largest = torch.nn.functional.pad(largest, missing).unflatten(dim, (blocks, step)).amax(dim + 1)
+        return largest.view(scale.shape)
+
     def dequantise(self, parts: Parts) -> torch.Tensor:
         codes_LW = parts["codes"]
         return codes_LW.float().mul_(_spread(decoded(parts["scale"]), codes_LW.shape, self.block))

@@ -20,6 +20,7 @@ from stun.checkpoint.codecs.codec import (
     from_nibbles,
     multiplied,
     nibbles,
+    of_groups,
     passengers,
     weight,
     worth,
@@ -39,8 +40,22 @@ class FourBits(Codec):
 
     divides: bool = False
 
+    @property
+    def exponent(self) -> int:
+        return 2
+
+    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
+        return of_groups(values_LW, parts["scale"])
+
     def dequantise(self, parts: Parts) -> torch.Tensor:
         return multiplied(worth(parts["codes"], E2M1), self._scales(parts))
+
+    def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
+        """As others do; first the scale of the matrix, since E4M3 would end below what its scales could become."""
+        growth = values_LW.float().abs().amax() / self.dequantise(parts).abs().amax()
+        if "global" in parts and bool(growth.isfinite() & (growth > 0)):
+            parts["global"].mul_(1 / growth if self.divides else growth)
+        super().rescale(parts, values_LW)
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].copy_(from_nibbles(nibbles(parts["codes"]).masked_fill_(gone_LW, 0), parts["codes"]))

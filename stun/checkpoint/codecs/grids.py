@@ -35,6 +35,11 @@ class Grid:
     settings: Callable[[list[str]], dict]
     parts: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether matrices that runtimes merge have a scale in common."""
+        return "global" in self.ends
+
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether matrices of this shape can be rounded."""
         return all(size % step == 0 for size, step in zip(shape, self.block, strict=True) if step)
@@ -42,6 +47,17 @@ class Grid:
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """Values [O, D] of rounded weights."""
         return self.codec.dequantise(parts).to(dtype)
+
+    def compensated(
+        self, weight_OD: torch.Tensor, largest: torch.Tensor, rounded: Callable[[Callable], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors by role with the scales of nearest rounding and the values that `rounded(near)` chooses: `near(values, places)`
+        gives the nearest ones at some places of the matrix."""
+        parts = self.parts(weight_OD, largest)
+        scale_OD, zero_OD = (each.expand(weight_OD.shape) for each in self.codec.grid(parts))
+        values_OD = rounded(lambda values, at: self.codec.near(values, scale_OD[at], zero_OD[at]) * scale_OD[at])
+        self.codec.fit(parts, values_OD, torch.ones_like(values_OD, dtype=torch.bool))
+        return parts
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix of this shape."""

@@ -17,6 +17,7 @@ from stun.checkpoint.codecs.codec import (
     from_nibbles,
     multiplied,
     nibbles,
+    of_groups,
     passengers,
     weight,
     worth,
@@ -30,6 +31,9 @@ PACKED = "weight_packed"
 @dataclass(frozen=True)
 class Packed(Codec):
     """Codes in words, scales [L, G], and zero points in words, those of a group of neighbours, where a form has its own."""
+
+    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
+        return of_groups(values_LW, parts["scale"])
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         codes, middle = parts["codes"], 0 if "zero" in parts else 1 << self.bits - 1

@@ -30,6 +30,10 @@ class Transposed(Codec):
     offset: int = 0
     is_ordered: bool = False
 
+    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
+        largest_GW = torch.zeros_like(parts["scale"], dtype=torch.float32)
+        return largest_GW.index_reduce_(0, self._groups(parts, len(values_LW)), values_LW.abs(), "amax")
+
     def dequantise(self, parts: Parts) -> torch.Tensor:
         codes_LW = self._codes(parts["codes"])
         group_L = self._groups(parts, len(codes_LW))

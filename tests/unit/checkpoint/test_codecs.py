@@ -294,3 +294,32 @@ def test_integers_of_unknown_width(tmp_path):
 def test_a_form_that_no_weight_has(tmp_path):
     with pytest.raises(StunError, match=r"config.json: quantization_config says mxfp4, but no weight is stored so"):
         written(tmp_path, {"a": torch.zeros(3)}, {"quant_method": "mxfp4"})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scales_follow_values_of_another_size(tmp_path, form):
+    """Rounded on scales that follow them, larger and smaller values lose no more than the weight's own size would; settings, zero
+    points and passengers stay, and what is stored is read as those values."""
+    make, settings = FORMS[form]
+    torch.manual_seed(0)
+    tensors, name, later = make(X, ROWS, COLUMNS), f"{X}.weight", tmp_path / "later"
+    source = written(tmp_path, tensors, settings)
+    before = source.read(name).float()
+    # As many times as large, and a little more: every row of a scale for rows, the whole for others.
+    factor = 2 ** torch.tensor([-3.0, 2.0]).repeat(ROWS // 2)[:, None] if "channel" in form or form == "int8" else 3.7
+    wanted = (before * factor + 0.3 * before.std() * factor * torch.randn(before.shape)).to(source.tensors[name].dtype)
+    wanted[torch.rand(wanted.shape) < 0.2] = 0
+
+    def plain(weight, near):
+        return near(weight, (slice(None), slice(None))) * (weight != 0)
+
+    values, stored = source.rescaled(name, wanted, plain)
+    old = source.nearest(name, wanted)
+    errors = [float((own.float() - wanted.float()).square().mean() / wanted.float().square().mean()) for own in (values, old)]
+    assert errors[0] < 0.12**2
+    assert errors[0] < 0.5 * errors[1] and bool((values[wanted == 0] == 0).all())
+    changed = {key for key, tensor in tensors.items() if raw(tensor) != raw(stored[key])}
+    scales = {part.name for part in source.tensors[name].parts if part.role in ("scale", "global")}
+    assert stored.keys() == tensors.keys() and changed == {next(iter(tensors)), *scales}
+    later.mkdir()
+    assert torch.equal(written(later, stored, settings).read(name), values)

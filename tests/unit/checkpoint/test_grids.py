@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from stun.checkpoint.codecs.grids import GRIDS
 from stun.checkpoint.reader import Checkpoint
+from stun.sparsify.compensated import compensated
 
 X = "model.layers.0.mlp.experts.3.up_proj."
 BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
@@ -71,6 +72,30 @@ def test_what_is_read_again(tmp_path, form):
     assert info.stored_bytes == grid.nbytes(tuple(weight_OD.shape)) and info.codec.name == grid.codec.name
     error = float((values_OD.float() - weight_OD.float()).square().sum() / weight_OD.float().square().sum())
     assert error**0.5 < {"fp8": 0.03, "int4": 0.1, "nvfp4": 0.1, "mxfp4": 0.12}[grid.codec.name]
+
+
+@pytest.mark.parametrize("form", GRIDS)
+def test_rounded_with_inputs_in_view(form):
+    """On the scales of nearest rounding: outputs are nearer, zeros stay. Inputs that have nothing in common change next to
+    nothing: values halfway between two codes, which nearest rounding finds in bfloat16."""
+    grid, weight_OD = GRIDS[form], weights()
+    largest, inputs_ND = weight_OD.abs().amax(), torch.randn(600, 384) @ torch.randn(384, 384)
+    nearest = grid.parts(weight_OD, largest)
+
+    def rounded(gram_DD: torch.Tensor) -> dict[str, torch.Tensor]:
+        factor_DD = torch.linalg.cholesky(gram_DD)
+        return grid.compensated(
+            weight_OD,
+            largest,
+            lambda near: compensated(weight_OD, factor_DD, lambda n, values_O: near(values_O, (slice(None), n))),
+        )
+
+    alone, seen = rounded(torch.eye(384)), rounded(inputs_ND.T @ inputs_ND + torch.eye(384))
+    values = [grid.values(parts, torch.float32) for parts in (nearest, alone, seen)]
+    assert float((values[0] != values[1]).float().mean()) < 0.02 and bool((values[2][weight_OD == 0] == 0).all())
+    errors = [float(((own - weight_OD) @ inputs_ND.T)[128:].square().sum(1).clamp(min=1e-30).log().mean()) for own in values]
+    assert errors[2] < errors[0] - 0.1
+    assert all(torch.equal(nearest[role], seen[role]) for role in nearest if role != "codes")
 
 
 @pytest.mark.parametrize("form", GRIDS)
