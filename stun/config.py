@@ -322,10 +322,10 @@ class OutputConfig:
 
     format: OutputFormat = OutputFormat.auto
     """Form in which weights are written. source: as the source stores them; of a quantised one, what is kept is copied as stored,
-    a removed weight gets the code of zero, and what a solver or a refit changes the nearest code on the scale that it has.
-    bfloat16: a quantised source dequantised. fp8_block, fp8_channel, int4 (groups of 32), nvfp4, mxfp4: bfloat16 weights are
-    rounded to nearest, layer by layer, so that the layers after see the rounded ones. auto: `bfloat16` where experts.refit
-    follows the removal of single weights, else `source` where that can be."""
+    a removed weight gets the code of zero, what a solver changes the nearest code on the scale that it has, and what
+    experts.refit changes a scale of its new size. bfloat16: a quantised source dequantised. fp8_block, fp8_channel, int4 (groups
+    of 32), nvfp4, mxfp4: bfloat16 weights are rounded, layer by layer, so that the layers after see the rounded ones; with their
+    inputs in view (GPTQ) where a solver or experts.refit has measured these, else to nearest. auto: `source` where that can be."""
 
 
 @dataclass

@@ -181,10 +181,12 @@ class Checkpoint:
         parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
         return fit(info, parts, _on_grid(info, parts, weight, rounded) if rounded else weight)
 
-    def rescaled(self, name: str, weight: torch.Tensor, rounded: Callable) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def rescaled(
+        self, name: str, weight: torch.Tensor, row: int | None, rounded: Callable
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same on scales that have the size which the largest values of `weight` need, and the tensors, by source name, that
         the weight is then stored in."""
-        info, stored = self._parts(name, None)
+        info, stored = self._parts(name, row)
         parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
         info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
         values = fit(info, parts, _on_grid(info, parts, weight, rounded))

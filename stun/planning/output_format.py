@@ -30,26 +30,15 @@ def settle_format(cfg: PruneConfig, arch: Architecture) -> tuple[PruneConfig, st
         raise StunError(
             f"output.format=source: experts.uneven=padded: {reason}; give experts.uneven=code, or output.format=bfloat16"
         )
-    reason = _why_plain(cfg, is_padded) if asked is OutputFormat.auto else ""
-    form = OutputFormat.bfloat16 if asked is OutputFormat.bfloat16 or reason else OutputFormat.source
+    form = OutputFormat.bfloat16 if asked is OutputFormat.bfloat16 or is_padded else OutputFormat.source
     if form is OutputFormat.source:
         _check_settings(arch)
-        note = "what is kept stays as stored, and what changes gets the nearest code on the scale that it has"
-        more = "; experts.refit gains much more on new scales (output.format=fp8_block, int4, ...) or with output.format=bfloat16"
-        note += more if cfg.experts.refit else ""
+        note = "what is kept stays as stored, and what a solver changes gets the nearest code on the scale that it has"
+        note += "; what experts.refit changes gets a scale of its new size" if cfg.experts.refit else ""
     else:
+        reason = ", since experts.uneven=padded adds experts that have no stored form" if is_padded else ""
         note = f"weights are written in bfloat16, {16 / arch.source.bits:.2g} times the bytes{reason}"
     return replace(cfg, output=replace(cfg.output, format=form)), f"{_stored(arch)}; {note}"
-
-
-def _why_plain(cfg: PruneConfig, is_padded: bool) -> str:
-    """Why a quantised source's weights are written plain where nothing was asked; empty if they keep their form."""
-    if is_padded:
-        return ", since experts.uneven=padded adds experts that have no stored form"
-    if cfg.experts.refit and not cfg.is_counted:
-        others = "output.format=fp8_block, int4, ... has new scales, output.format=source the old ones at a loss"
-        return f", since what experts.refit gives back outgrows the scales of weights that lose others; {others}"
-    return ""
 
 
 def _check_grid(cfg: PruneConfig, arch: Architecture, grid: Grid) -> None:

@@ -259,6 +259,7 @@ class _Refit:
 
     def install(self) -> None:
         """Give the experts their new weights."""
+        self.layer.rescaled = self.rounding.rescaled(self.layer.layout)
         for number in self.mine:
             change_DI = self.change[number] if self.rounding.is_exact else self.change[number] + self.direction[number]
             self._weight(number).copy_(refitted(self._weight(number), change_DI))

@@ -74,7 +74,7 @@ def prune_layers(
         tensors = own_tensors(stream, layer)
         nonzero = Counter(nonzero_by_kind(layer.layout, tensors, ranks.workers))
         nonzero.update(entry.pop("rounded_off"))  # what rounding made zero was not removed
-        tensors, places = as_rounded(layer, tensors)
+        tensors, places = as_rounded(stream, layer, tensors)
         tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}

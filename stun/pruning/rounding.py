@@ -109,8 +109,7 @@ class OwnCodes:
         return self.source.nearest(name, weight, row), {}
 
     def fitted(self, name, weight, row, factor_DD, is_transposed):
-        # By itself every small change would be rounded off, since the source's own weights are on the grid. One tensor of all
-        # experts keeps its scales: another rank writes it, from values alone.
+        # By itself every small change would be rounded off, since the source's own weights are on the grid.
         def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
             place = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
             oriented_OD = weight.T if is_transposed else weight
@@ -119,9 +118,7 @@ class OwnCodes:
 
         if factor_DD is None:
             return self.rounded(name, weight, row, weight)
-        if row is not None:
-            return self.source.nearest(name, weight, row, rounded), {}
-        return self.source.rescaled(name, weight, rounded)
+        return self.source.rescaled(name, weight, row, rounded)
 
 
 @dataclass(frozen=True)
@@ -153,13 +150,13 @@ def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
 class Rounding:
     """Rounding of layers. Matrices that the joint refit changes (`is_refitted`) are rounded after it, all others before it.
 
-    What is rounded with its inputs in view, where their Gram matrix is at hand, waits in `fits` by source name, as values and
-    stored tensors, until `round` takes it in place of the nearest.
+    What is rounded with its inputs in view, where their Gram matrix is at hand, waits in `fits` by source name and entry, as
+    values and stored tensors, until `round` takes it in place of the nearest.
     """
 
     def __init__(self, stream: LayerStream, target: Target):
         self.stream, self.target = stream, target
-        self.fits: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+        self.fits: dict[tuple[str, int | None], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
 
     def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> Counter[str]:
         """Round matrices in place; returns the weights of this rank that became zero, by kind. All ranks call this together."""
@@ -195,7 +192,7 @@ class Rounding:
             factor_DD, largest = damped_factor(gram_DD, damping), _largest([weight_OD])
             pieces = weight_OD.split([self.stream.arch.info(name).shape[0] for name in names])
             for name, piece in zip(names, pieces, strict=True):
-                self.fits[name] = self.target.compensated(name, piece, factor_DD, largest)
+                self.fits[name, None] = self.target.compensated(name, piece, factor_DD, largest)
 
     def nonzero(self, layer: Layer) -> Counter[str]:
         """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
@@ -209,15 +206,16 @@ class Rounding:
 
     def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
         weight_OD = layer.dense[name]
-        return _put(layer, name, weight_OD, *self._rounded(name, weight_OD, None, largest))
+        return _put(layer, (name, None), weight_OD, *self._rounded(name, weight_OD, None, largest))
 
     def _rounded(self, name: str, weight: torch.Tensor, row: int | None, largest: torch.Tensor):
-        return self.fits[name] if name in self.fits else self.target.rounded(name, weight, row, largest)
+        return self.fits[name, row] if (name, row) in self.fits else self.target.rounded(name, weight, row, largest)
 
     def _expert(self, layer: Layer, expert: int, part: str) -> int:
         weight = layer.experts[expert][part]
         rounded = self._of_expert(layer.layout, expert, part, weight)
-        return sum(_put(layer, name, piece, values, stored) for name, piece, values, stored in rounded)
+        row = expert if part in layer.layout.fused else None
+        return sum(_put(layer, (name, row), piece, values, stored) for name, piece, values, stored in rounded)
 
     def _of_expert(self, layout: LayerLayout, expert: int, part: str, weight: torch.Tensor):
         """Name, piece of `weight`, its rounded values and their stored form, of each source tensor of one part of an expert."""
@@ -248,18 +246,23 @@ class Rounding:
     def _fitted(self, name: str, weight: torch.Tensor, row: int | None, factor: torch.Tensor | None, is_transposed: bool):
         values, stored = self.target.fitted(name, weight, row, factor, is_transposed)
         if stored and factor is not None:
-            self.fits[name] = values, stored
+            self.fits[name, row] = values, stored
         return values
+
+    def rescaled(self, layout: LayerLayout) -> list[str]:
+        """Tensors of all experts that have new scales after a joint refit."""
+        has_codes = isinstance(self.target, OwnCodes) and "down_proj" in layout.fused and "down_proj" in self.target.parts(layout)
+        return [layout.fused_names["down_proj"]] if has_codes else []
 
 
 def _largest(weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([weight.abs().amax() for weight in weights]).amax()
 
 
-def _put(layer: Layer, name: str, weight: torch.Tensor, values: torch.Tensor, stored: dict[str, torch.Tensor]) -> int:
+def _put(layer: Layer, place: tuple[str, int | None], weight: torch.Tensor, values: torch.Tensor, stored: dict) -> int:
     """Give a matrix its rounded values in place; returns how many entries became zero."""
     lost = int(weight.count_nonzero()) - int(values.count_nonzero())
     weight.copy_(values)
     if stored:
-        layer.stored[name] = stored
+        layer.stored[place] = stored
     return lost

@@ -59,17 +59,27 @@ def origins(layer: Layer) -> Places:
     return found
 
 
-def as_rounded(layer: Layer, tensors: Tensors) -> tuple[Tensors, Places]:
-    """Tensors of a layer with those in place that matrices were rounded to, and the `origins` of all; what is rounded has
-    none."""
-    places = origins(layer)
-    found: dict[str, torch.Tensor | Stacked] = {}
+def as_rounded(stream: LayerStream, layer: Layer, tensors: Tensors) -> tuple[Tensors, Places]:
+    """Tensors of a layer with those in place that matrices were rounded to, and the `origins` of all; what is rounded has none.
+    All ranks call this together."""
+    places, found, rounded = origins(layer), {}, {}
     for name, tensor in tensors.items():
-        stored = layer.stored.get(places.get(name, (name, []))[0])
-        new = {name: tensor} if stored is None else _renumbered(stored, name)
-        found |= new
-        places |= {} if stored is None else dict.fromkeys(new, ("", []))
-    return found, places
+        stored = layer.stored.get((places.get(name, (name, []))[0], None))
+        rounded |= {} if stored is None else _renumbered(stored, name)
+        found |= {name: tensor} if stored is None and name not in layer.rescaled else {}
+    for name in layer.rescaled:
+        rounded |= _rescaled(stream, layer, name)
+    return found | rounded, places | dict.fromkeys(rounded, ("", []))
+
+
+def _rescaled(stream: LayerStream, layer: Layer, name: str) -> dict[str, Stacked]:
+    """What a tensor of all experts is stored in on new scales, on the rank that writes it."""
+    writer, found = stream.writer_of(layer.layout)[name], {}
+    for part in stream.arch.source.tensors[name].row(0).parts:
+        own = [layer.stored[name, expert][part.name] if expert in layer.experts else None for expert in layer.kept]
+        entries = _moved(stream, layer, own, part.info.shape, part.info.dtype, writer)
+        found |= {part.name: Stacked(entries)} if entries else {}
+    return found
 
 
 def _renumbered(parts: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
@@ -99,9 +109,14 @@ def _entries(stream: LayerStream, layer: Layer, part: str, writer: int) -> list[
     """One part of all experts kept, sent to rank `writer`; empty elsewhere."""
     (piece,) = stream.arch.piece(layer.layout, 0, part)
     weights = [layer.experts[expert][part] if expert in layer.experts else None for expert in layer.kept]
-    sent = zip(weights, layer.owner, strict=True)
-    moved = [stream.ranks.moved(weight, piece.shape, piece.dtype, owner, writer) for weight, owner in sent]
-    return [weight for weight in moved if weight is not None]
+    return _moved(stream, layer, weights, piece.shape, piece.dtype, writer)
+
+
+def _moved(stream: LayerStream, layer: Layer, entries: list, shape: tuple, dtype: torch.dtype, writer: int) -> list[torch.Tensor]:
+    """Tensors of the experts kept, None for those of other ranks, on rank `writer`; empty elsewhere."""
+    sent = zip(entries, layer.owner, strict=True)
+    moved = [stream.ranks.moved(entry, shape, dtype, owner, writer) for entry, owner in sent]
+    return [entry for entry in moved if entry is not None]
 
 
 def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: Places) -> dict:

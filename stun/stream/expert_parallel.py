@@ -55,7 +55,8 @@ class Layer:
     `dense` (on every rank) and `experts` (of this rank, by number in the source) hold tensors in their stored dtype. `unused`
     are the tensors that this rank copies. `kept` lists the experts kept, by number in the source; rank `owner[i]` has `kept[i]`.
     `novices` has, on every rank, a constant output [D] for each expert that was removed but is still routed to. `stored` are the
-    tensors in place of a matrix of this rank that is written in another form than it is computed with, by source name and name.
+    tensors in place of a matrix of this rank that is written in another form than it is computed with, by source name and entry,
+    and name; `rescaled` are the names of those of all experts that are on new scales, the same on every rank.
     """
 
     layout: LayerLayout
@@ -65,7 +66,8 @@ class Layer:
     kept: list[int]
     owner: list[int]
     novices: dict[int, torch.Tensor] = field(default_factory=dict)
-    stored: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    stored: dict[tuple[str, int | None], dict[str, torch.Tensor]] = field(default_factory=dict)
+    rescaled: list[str] = field(default_factory=list)
     module: nn.Module | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 

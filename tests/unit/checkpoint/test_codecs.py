@@ -313,7 +313,7 @@ def test_scales_follow_values_of_another_size(tmp_path, form):
     def plain(weight, near):
         return near(weight, (slice(None), slice(None))) * (weight != 0)
 
-    values, stored = source.rescaled(name, wanted, plain)
+    values, stored = source.rescaled(name, wanted, None, plain)
     old = source.nearest(name, wanted)
     errors = [float((own.float() - wanted.float()).square().mean() / wanted.float().square().mean()) for own in (values, old)]
     assert errors[0] < 0.12**2

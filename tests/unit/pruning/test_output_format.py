@@ -130,7 +130,7 @@ def test_gpt_oss(tmp_path, ranks):
     for name, tensor in after.items():
         layer = re.search(r"layers\.(\d+)\.mlp\.(experts|router)", name)
         is_same = same_bytes(tensor, before[name][kept[int(layer[1])]] if layer else before[name])
-        assert is_same or name.endswith("down_proj_blocks"), "only the refit has changed what is kept"
+        assert is_same or name.endswith(("down_proj_blocks", "down_proj_scales")), "only the refit has changed what is kept"
     same, _, _ = pruned(source, tmp_path / "same", ranks, ExpertsConfig(), target=0.0)
     assert all(same_bytes(tensor, before[name]) for name, tensor in load_tensors(same).items())
     wanda = SparsifyConfig(method=SparsifyMethod.wanda)
@@ -191,9 +191,6 @@ def test_a_pattern_that_picks_experts_by_number(tmp_path):
     with pytest.raises(StunError, match=r"quantization_config: re:.*a pattern that picks experts by number"):
         resolve_model(config(folder, tmp_path, None, RANKED))
     assert not resolve_model(config(folder, tmp_path, None, RANKED, output=BFLOAT16)).keeps_form
-    refitted = replace(RANKED, keep=None, fraction=0.3, refit=True)
-    note = resolve_model(config(folder, tmp_path, 0.4, refitted)).form_note
-    assert "written in bfloat16" in note and "outgrows the scales" in note, "where single weights go and others are refitted"
 
 
 def test_a_router_that_is_quantised(tmp_path):
