@@ -1,20 +1,17 @@
 """Weight pruning of one layer: measure the inputs of its matrices, then remove the weights of its quota."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from stun.config import SparsifyConfig, SparsifyMethod
 from stun.planning.budget import LayerQuota
-from stun.pruning.reconstruct import Reconstruction
+from stun.pruning.reconstruct import Reconstruction, Solved
 from stun.sparsify.matrix import sparsify
 from stun.sparsify.saliency import STRIDE, Saliency
 from stun.statistics.input_moments import Moments, pooled
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
-
-Solved = Callable[[tuple[int, str] | str, torch.Tensor, torch.Tensor], None]
 
 
 def mask_layer(
@@ -64,7 +61,7 @@ class _Masking:
         unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
-            reconstruction.refit(self.states)
+            reconstruction.refit(self.states, self.solved)
         return unseen, self.saliency
 
     def _blocks(self) -> list[list[int]]:
@@ -124,7 +121,8 @@ class _Masking:
         name = place if isinstance(place, str) else f"layer {self.layer.layout.index} expert {place[0]} {place[1]}"
         dense_oD = weight_OD[::STRIDE].clone()
         weight_OD.copy_(sparsify(self.config, weight_OD, moment, count, name))
-        if self.config.reads_grams:
+        closes = self.layer.layout.closes(place) if isinstance(place, str) else place[1] == "down_proj"
+        if self.config.reads_grams and not (self.config.reconstruct and closes):  # that will have other values
             self.solved(place, weight_OD, moment)
         self.saliency.add(self.config, dense_oD, weight_OD[::STRIDE] == 0, moment)
 

@@ -7,6 +7,7 @@ Gram matrix of z and the sum of x z^T. Experts are weighed with their gate weigh
 the inputs that the pruned layer gives them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,9 @@ from stun.sparsify.refit import refit
 from stun.statistics.input_moments import Sums, added, gram
 from stun.stream.expert_parallel import Exchange, Layer
 from stun.stream.layer_stream import LayerStream, States
+
+# Called with a matrix that was solved for, at its place (an expert and a part, or a name), and its inputs' Gram matrix.
+Solved = Callable[[tuple[int, str] | str, torch.Tensor, torch.Tensor], None]
 
 
 class Reconstruction:
@@ -36,8 +40,9 @@ class Reconstruction:
         experts = {layer.kept[number]: layer.experts[layer.kept[number]] for block in blocks for number in block}
         self.before = replace(layer, dense={}, experts=tree_map(torch.clone, experts), unused={}, module=None)
 
-    def refit(self, states: States) -> None:
-        """Run the pruned layer once for each block of experts, and refit the matrices that end attention, MLPs and experts."""
+    def refit(self, states: States, solved: Solved) -> None:
+        """Run the pruned layer once for each block of experts, and refit the matrices that end attention, MLPs and experts;
+        `solved(place, weight_OD, gram_DD)` is told of each."""
         stream, layer, oriented = self.stream, self.layer, self.layer.layout.oriented
         stream.build(layer)
         for place, block in enumerate(self.blocks):
@@ -46,11 +51,13 @@ class Reconstruction:
             for number, pair in sums.experts.items():
                 parts, before = layer.experts[layer.kept[number]], self.before.experts[layer.kept[number]]
                 _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), pair)
+                solved((layer.kept[number], "down_proj"), oriented(parts["down_proj"]), pair["gram"])
             if not place:
                 dense = sums.dense
         for name in self.names:
             if name in self.dense:
                 _refit(layer.dense[name], self.dense[name], dense[name])
+                solved(name, layer.dense[name], dense[name]["gram"])
             stream.ranks.broadcast(layer.dense[name], self.owners[name])
 
 

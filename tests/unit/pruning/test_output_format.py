@@ -33,6 +33,7 @@ from stun.planning.budget import model_bytes
 from stun.planning.job import resolve_model
 from stun.preflight.traffic import bytes_read
 from stun.pruning.job import prune
+from stun.pruning.rounding import Rounding
 from stun.report.tables import summary_table
 
 RANKED = ExpertsConfig(method=ExpertsMethod.rank, score=Score.reap, keep=6)
@@ -245,6 +246,25 @@ def test_plain_weights_are_pruned_then_rounded(tmp_path, ranks, plain, form):
     own = {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate"}
     narrow = {f"model.layers.{layer}.self_attn.{leaf}" for layer in range(3) for leaf in ("q_proj", "k_proj", "v_proj")}
     assert set(skipped) == own | (narrow if form == "fp8_block" else set()), "64 outputs of k_proj are half a block"
+
+
+@pytest.mark.slow
+def test_what_was_solved_is_rounded_with_its_inputs_in_view(tmp_path, ranks, plain, monkeypatch):
+    """... whatever has changed it last: the first layer is near what the same run writes unrounded, outputs more than weights."""
+    solved = SparsifyConfig(method=SparsifyMethod.sparsegpt, reconstruct=True)
+    asked = {"experts": ExpertsConfig(fraction=0.0), "target": 0.3, "sparsify": solved}
+    exact = load_tensors(pruned(plain, tmp_path / "plain", ranks, **asked)[0])
+    folder = pruned(plain, tmp_path / "run", ranks, **asked, output=to("int4"))[0]
+    monkeypatch.setattr(Rounding, "fit", lambda *_: None)
+    nearest = Checkpoint.open(pruned(plain, tmp_path / "nearest", ranks, **asked, output=to("int4"))[0])
+    rounded, differ = Checkpoint.open(folder), set()
+    for name in (name for name in exact if ".layers.0." in name and "proj" in name):
+        off, least = (
+            (own.read(name).float() - exact[name].float()).norm() / exact[name].float().norm() for own in (rounded, nearest)
+        )
+        assert 0 < off < 0.2, name
+        differ |= {name.split(".")[-2]} if off > least else set()
+    assert differ == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.slow
