@@ -78,6 +78,7 @@ FLOORS = {"phimoe": 2}  # fewest experts of a layer, where its code does not tel
 ALIASES = {"kimi_k2": "deepseek_v3"}  # names that checkpoints have for a family of transformers
 REFUSED = {
     "dbrx": "its experts run in the family's own code, where the inputs of single experts cannot be observed",
+    "diffusion_gemma": "it generates by denoising blocks of text with a second stack of layers, not by predicting the next token",
     "llama4": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
     "llama4_text": "its gate multiplies an expert's input, not its output, and every expert runs on every token",
 }

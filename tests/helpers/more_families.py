@@ -692,7 +692,7 @@ WRAPPED: dict[str, dict] = {
 MORE = {**TEXT, **WRAPPED}
 # Refused, each by a part of what it says.
 REFUSED = {
-    "diffusion_gemma": "holds 0 experts",
+    "diffusion_gemma": "denoising blocks of text",
     "ernie4_5_vl_moe": "ErnieFuseAndSplitTextVisionExperts",
     "inkling2": "Interleave",
     "inkling2_loop": "Inkling2LoopDequantizeExperts",
