@@ -5,7 +5,7 @@ An instant is just before or after one of the calls that give files their names,
 layer, of a stream, a score or a generation. Launches are forks of one process that has imported everything; each works in
 a folder of its own, where paths are relative, so that what it writes can be compared byte by byte with what a launch has written
 that was not stopped. Files of others lie wherever a job accepts them, and must be as they were. The first seed of every job is of
-one rank, the next of two, of which one is stopped, and so on; what goes on has one or two.
+one rank, the next of two, of which one is stopped, and so on.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from stun.stream.layer_stream import LayerStream
 
 CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-# Figures of time and memory, which no two launches share, and the number of ranks.
-MEASURED = {"seconds", "phases", "read_bytes_per_second", "peak_bytes", "bytes_read", "GiB", "ranks"}
+# Figures of time and memory, which no two launches share.
+MEASURED = {"seconds", "phases", "read_bytes_per_second", "peak_bytes", "bytes_read", "GiB"}
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=32, micro_batch=2)
 
 
@@ -166,24 +166,24 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted((files[0] ^ files[1]) | {n for n in shown if comparable(one / n) != comparable(other / n)})
 
 
-def case(name: str, source: str, folder: Path, calls: list[list[dict[str, int]]], seed: int, world: int) -> str:
-    """Stop a launch of so many ranks at the instant of the seed, and go on; returns what differs from a launch that was not
-    stopped. `calls[w - 1]` has the calls of every rank of w."""
-    choice = random.Random(f"{name} {seed}")
-    rank, after = choice.randrange(world), choice.randrange(1, world + 1)
-    made = calls[world - 1][rank]
-    kind = choice.choice([kind for kind, number in made.items() if number])
-    stop = (rank, kind, choice.randrange(made[kind]), choice.choice(["before", "after"]), choice.choice(SIGNALS))
+def case(name: str, source: str, folder: Path, calls: list[dict[str, int]], seed: int) -> str:
+    """Stop a launch at the instant of the seed, and go on; returns what differs from a launch that was not stopped. `calls` are
+    those of every rank."""
+    choice, world = random.Random(f"{name} {seed}"), len(calls)
+    rank = choice.randrange(world)
+    kind = choice.choice([kind for kind, number in calls[rank].items() if number])
+    number, when = choice.randrange(calls[rank][kind]), choice.choice(["before", "after"])
+    stop = (rank, kind, number, when, choice.choice(SIGNALS))
     place = folder / f"{name}-{seed}"
     shutil.copytree(folder / f"{name}-start", place)
     launch(name, source, place, world, stop)
-    codes = launch(name, source, place, after)
+    codes = launch(name, source, place, world)
     differences = [f"exit {codes}: {place.with_suffix('.log').read_text()[-3000:]}"] if any(codes) else []
-    differences += differing(folder / f"{name}-whole", place)
+    differences += differing(folder / f"{name}-whole-{world}", place)
     if not differences:
         shutil.rmtree(place)
-    said = f"rank {rank} of {world} {stop[3]} {kind} {stop[2]} of {made[kind]}, {signal.Signals(stop[4]).name}, then {after}"
-    return f"{said}: {'; '.join(differences) or 'the same'}"
+    instant = f"rank {rank} of {world} {when} {kind} {number} of {calls[rank][kind]}, {signal.Signals(stop[-1]).name}"
+    return f"{instant}: {'; '.join(differences) or 'the same'}"
 
 
 def put_files(folder: Path) -> None:
@@ -201,32 +201,35 @@ def are_whole(folder: Path) -> bool:
     return all((folder / name).read_text() == f'"mine: {name}"' for name in OF_OTHERS)
 
 
-def prepared(name: str, source: str, folder: Path, worlds: int) -> list[list[dict[str, int]]]:
-    """Calls of every rank of launches of 1 to `worlds` ranks that are not stopped; they write the same."""
-    calls = []
-    for world in range(1, worlds + 1):
-        places = [folder / f"{name}-{end}" for end in (("start", "whole") if world == 1 else ("other",))]
-        for place in places:
-            shutil.copytree(folder / "ready", place) if name in NEED_A_RUN else place.mkdir()
-            put_files(place)
-        codes = launch(name, source, places[-1], world)
-        assert not any(codes), places[-1].with_suffix(".log").read_text()
-        assert are_whole(places[-1]), f"{name}: a file of others is not as it was"
-        assert not differing(folder / f"{name}-whole", places[-1]), f"{name}: not the same on {world} ranks"
-        calls.append([json.loads(places[-1].with_suffix(f".calls{rank}").read_text()) for rank in range(world)])
-    return calls
+def begun(name: str, folder: Path, place: Path) -> Path:
+    """The folder of a job before its first launch."""
+    shutil.copytree(folder / "ready", place) if name in NEED_A_RUN else place.mkdir()
+    put_files(place)
+    return place
+
+
+def whole(name: str, source: str, folder: Path, world: int) -> list[dict[str, int]]:
+    """Calls of every rank of a launch that is not stopped."""
+    place = begun(name, folder, folder / f"{name}-whole-{world}")
+    codes = launch(name, source, place, world)
+    assert not any(codes), place.with_suffix(".log").read_text()
+    assert are_whole(place), f"{name}: a file of others is not as it was"
+    return [json.loads(place.with_suffix(f".calls{rank}").read_text()) for rank in range(world)]
 
 
 def main(source: str, folder: Path, count: int, first: int = 0, only: str = "") -> None:
     get_ready()
-    names, calls = [only] if only else list(JOBS), {}
+    names = [only] if only else list(JOBS)
     (folder / "ready").mkdir(parents=True)
     assert launch("prune", source, folder / "ready") == [0]
-    for name in names:
-        calls[name] = prepared(name, source, folder, 2 if count > len(names) else 1)
+    calls = {}
     for seed in range(first, first + count):
-        name, turn = names[seed % len(names)], seed // len(names)
-        print(f"{name} {seed}: {case(name, source, folder, calls[name], seed, 1 + turn % len(calls[name]))}", flush=True)
+        name, world = names[seed % len(names)], 1 + seed // len(names) % 2
+        if not (folder / f"{name}-start").is_dir():
+            begun(name, folder, folder / f"{name}-start")
+        if (name, world) not in calls:
+            calls[name, world] = whole(name, source, folder, world)
+        print(f"{name} {seed}: {case(name, source, folder, calls[name, world], seed)}", flush=True)
 
 
 if __name__ == "__main__":
