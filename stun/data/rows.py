@@ -42,7 +42,7 @@ def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Da
     elif file.is_file() or kind or path.startswith(("/", ".", "~")):
         _check_file(file, where)
     for part in [file] if file.is_file() else file.rglob("*"):
-        _check_depth(part, where if part == file else f"{where}: {part.name}")
+        _check_lines(part, where if part == file else f"{where}: {part.name}")
     # Imported here: it takes seconds and 100 MiB, and only the first rank reads.
     from datasets import load_dataset
 
@@ -87,17 +87,24 @@ def _check_folder(folder: Path, where: str) -> None:
     _check_zstandard(kinds, where)
 
 
-def _check_depth(file: Path, where: str) -> None:
-    """Raise StunError for a line of JSON nested so deep that the library which reads it would end this process."""
+def _check_lines(file: Path, where: str) -> None:
+    """Raise StunError for a line of JSON over which the library that reads it would end this process: a row that is null, or is
+    nested too deep."""
     if not (_type(file).startswith(".json") and file.is_file()):
         return
     import fsspec
 
-    deep: list[tuple[int, bytes]] = []
+    bad: list[tuple[int, bytes]] = []
     with suppress(Exception), fsspec.open(str(file), compression="infer") as lines:  # `datasets` says what is wrong with the file
-        deep = [(number, line) for number, line in enumerate(lines, 1) if _brackets(line) > _DEEP]
-    for number, line in deep:
+        bad = [(number, line) for number, line in enumerate(lines, 1) if _is_null(line) or _brackets(line) > _DEEP]
+    for number, line in bad:
+        if _is_null(line) and (number == 1 or _type(file).startswith(".jsonl")):  # elsewhere in .json it may be one of a list
+            raise StunError(f"{where}: line {number} is null, not a JSON object")
         parse_json(line, f"{where}: line {number}")
+
+
+def _is_null(line: bytes) -> bool:
+    return line.lstrip().startswith(b"null")
 
 
 def _brackets(line: bytes) -> int:

@@ -59,7 +59,9 @@ BAD = {
         {"rows.jsonl": DEEP},
         "line 4: cannot be read as JSON",
     ),
-    "the same, packed, in a folder": (
+    "null": ({"rows.json": "null"}, "line 1 is null, not a JSON object"),
+    "a row that is null": ({"rows.jsonl": f" null\n{LINES}"}, "line 1 is null, not a JSON object"),
+    "deep, packed, in a folder": (
         {"a.jsonl.gz": PACKED[".jsonl.gz"], "b.jsonl.gz": gzip.compress(DEEP.encode())},
         r"b\.jsonl\.gz: line 4: cannot be read as JSON",
     ),
