@@ -7,6 +7,7 @@ from jobs import launch
 from stun.config import StunError
 from stun.evaluation.config import EvaluateConfig
 from stun.files import write_json
+from stun.schema import TEXT, check_output
 
 
 def work(cfg, ranks) -> None:
@@ -21,6 +22,8 @@ def work(cfg, ranks) -> None:
     from stun.report.tables import results_table
     from stun.report.write import write_reports
 
+    file = Path(cfg.run_dir) / "comparison.json"
+    ranks.on_first(lambda: check_output(file, {TEXT: {"request": {}}}, str(file)))
     cfg = fetched(cfg, ranks)
     shares = {"STUN": cfg.experts.fraction, "experts only": 1.0, "weights only": 0.0}
     runs = {}
@@ -34,7 +37,7 @@ def work(cfg, ranks) -> None:
         results[name] = prune_and_evaluate(run, ranks, dense)
 
     def report() -> None:
-        write_json(Path(cfg.run_dir) / "comparison.json", results)
+        write_json(file, results)
         print(results_table(results))
         print(write_reports(Path(cfg.run_dir))[-1])
 

@@ -5,6 +5,7 @@ may lack fields marked by `?` and have others too; or a tuple of kinds, of which
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,17 @@ def load_record(file: Path, kind: object, advice: str = "") -> dict:
     if reason := misfit(content, kind):
         raise StunError(f"{file}: {reason}{'; ' if advice else ''}{advice}")
     return content
+
+
+def check_output(file: Path, kind: object, where: str) -> None:
+    """Check, before any work, that what is in the place of an output, if anything, is a record of its kind, which may be
+    replaced. Raises StunError, named `where`, otherwise."""
+    if not os.path.lexists(file):
+        return
+    try:
+        load_record(file, kind)
+    except StunError as error:
+        raise StunError(f"{where}: something else is there, and stays ({error}); move it, or choose another place") from error
 
 
 def misfit(value: object, kind: object, where: str = "") -> str:

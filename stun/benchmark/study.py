@@ -23,9 +23,10 @@ from stun.pruning.job import prune, take_statistics
 from stun.run.folder import SUMMARY
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
-from stun.schema import load_record
+from stun.schema import TEXT, check_output, load_record
 
 _SCORED = kinds_of({"rows": True, "sequences": True})  # kind of every result
+_SCORES = {"dense": {}, "results": {TEXT: {}}}  # kind of a study's scores
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
@@ -33,6 +34,8 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
 
     All methods and shares share the statistics of a seed. Finished results are not computed again.
     """
+    if cfg.scores:
+        ranks.on_first(lambda: check_output(Path(cfg.scores), _SCORES, f"scores={cfg.scores}"))
     cfg = fetched(cfg, ranks)
     folder, method_cfgs = Path(cfg.run_dir), _method_configs(cfg)
     task = {"task": asdict(cfg.task)} | ({"text": asdict(cfg.text)} if cfg.text != CalibrationConfig() else {})

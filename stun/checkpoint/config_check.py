@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stun.checkpoint.headers import TensorInfo
 from stun.config import StunError
+from stun.schema import NULL, TEXT, misfit
 
 _COUNT = re.compile(r"(^|_)(num|n)_|_(size|dim|rank|layers|heads|experts)$")
 _NO_COUNT = re.compile(r"scale")  # mscale_all_dim is a factor
@@ -21,6 +22,8 @@ def check_config(file: Path, config: dict, tensors: dict[str, TensorInfo]) -> No
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise StunError(f"{file}: text_config: must be an object, is {str(text)[:80]}")
+    if reason := misfit(config, {"architectures?": (NULL, [TEXT])}):
+        raise StunError(f"{file}: {reason}")
     most = max([_ALWAYS, *(size for info in tensors.values() for size in info.shape)])
     for name, value in entries(config):
         where = f"{file}: {name}={str(value)[:80]}"

@@ -5,7 +5,6 @@ Quantised weights (stun.checkpoint.codecs) are listed under the names and dtypes
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -23,7 +22,7 @@ from stun.checkpoint.headers import Part, TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form
 from stun.checkpoint.quantised import settings_of, with_weights
 from stun.config import StunError
-from stun.files import check_folder, is_file_name, load_json
+from stun.files import check_folder, is_file_name, load_json, sample
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
 from stun.runtime.threads import one_thread
 
@@ -128,15 +127,7 @@ class Checkpoint:
 
     def sampled(self) -> list[tuple[str, int, str]]:
         """(name, size, digest of 16 evenly spaced pages) of every file: they differ between models of the same shapes."""
-        samples = []
-        for file, (size, _) in sorted(self._stamps.items()):
-            digest = hashlib.sha256()
-            with file.open("rb") as handle:
-                for part in range(16):
-                    handle.seek(size * part // 16)
-                    digest.update(handle.read(4096))
-            samples.append((file.name, size, digest.hexdigest()))
-        return samples
+        return [(file.name, size, sample(file, size)) for file, (size, _) in sorted(self._stamps.items())]
 
     @classmethod
     def open(cls, path: str | Path, remote: Headers | None = None) -> Checkpoint:

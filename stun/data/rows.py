@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from stun.config import StunError
 from stun.files import parse_json
@@ -25,6 +28,7 @@ _TEXTS: dict[str, tuple[str, dict]] = {
 _PACKED = (".gz", ".zst")
 _TYPES = _TEXTS | {kind + packed: how for kind, how in _TEXTS.items() for packed in _PACKED} | {".parquet": ("parquet", {})}
 _KNOWN = f"known: {', '.join(_TEXTS)}, each also as {' or '.join(_PACKED)}, and .parquet"
+_DEEP = 1000  # brackets open at once: no row has so many, and with 50,000 the reader still works
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # beside the files of a dataset
 
 
@@ -37,6 +41,8 @@ def load_rows(path: str, key: str, split: str = "train", config: str = "") -> Da
         _check_folder(file, where)
     elif file.is_file() or kind or path.startswith(("/", ".", "~")):
         _check_file(file, where)
+    for part in [file] if file.is_file() else file.rglob("*"):
+        _check_lines(part, where if part == file else f"{where}: {part.name}")
     # Imported here: it takes seconds and 100 MiB, and only the first rank reads.
     from datasets import load_dataset
 
@@ -79,6 +85,35 @@ def _check_folder(folder: Path, where: str) -> None:
     if len(plain) > 1:
         raise StunError(f"{where}: a folder with files of several types ({', '.join(plain)}); give a file, or one type alone")
     _check_zstandard(kinds, where)
+
+
+def _check_lines(file: Path, where: str) -> None:
+    """Raise StunError for a line of JSON over which the library that reads it would end this process: a row that is null, or is
+    nested too deep."""
+    if not (_type(file).startswith(".json") and file.is_file()):
+        return
+    import fsspec
+
+    bad: list[tuple[int, bytes]] = []
+    with suppress(Exception), fsspec.open(str(file), compression="infer") as lines:  # `datasets` says what is wrong with the file
+        bad = [(number, line) for number, line in enumerate(lines, 1) if _is_null(line) or _brackets(line) > _DEEP]
+    for number, line in bad:
+        if _is_null(line) and (number == 1 or _type(file).startswith(".jsonl")):  # elsewhere in .json it may be one of a list
+            raise StunError(f"{where}: line {number} is null, not a JSON object")
+        parse_json(line, f"{where}: line {number}")
+
+
+def _is_null(line: bytes) -> bool:
+    return line.lstrip().startswith(b"null")
+
+
+def _brackets(line: bytes) -> int:
+    """Most brackets of a line that are open at once, those in texts among them; 0 if it has few."""
+    if line.count(b"{") + line.count(b"[") <= _DEEP:
+        return 0
+    byte_N = np.frombuffer(line, np.uint8)
+    opens_N, closes_N = np.isin(byte_N, list(b"{[")), np.isin(byte_N, list(b"}]"))
+    return int((opens_N.astype(np.int32) - closes_N).cumsum().max())
 
 
 def _check_zstandard(kinds: Iterable[str], where: str) -> None:

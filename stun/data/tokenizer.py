@@ -14,6 +14,7 @@ _FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.js
 _TRIAL = "A text of words, numbers such as 1,234.5, and signs: é, 漢字, (a + b) * c.\n\n\tIt ends here. "
 _BYTES = 256  # tokens that any text can be written with
 _CHARACTERS = 100  # most of them a token, on average, in any text
+_tried: set[tuple] = set()  # folders, as they were, whose tokenizers have been tried in this process
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -26,11 +27,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "vocab.json and merges.txt, with tokenizer_config.json"
         )
     try:
-        with child(_load) as ask:
-            ask(folder)
+        if (state := _state(folder)) not in _tried:
+            with child(_load) as ask:
+                ask(folder)
+            _tried.add(state)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds, all of them about these files
         raise StunError(f"{folder}: its tokenizer ({_present(folder)}) cannot be loaded: {one_line(error)}") from error
+
+
+def _state(folder: Path) -> tuple:
+    """What changes with any file of a folder: names, places on disk, sizes and times."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    return tuple((name, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in files)
 
 
 def _load(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def earlier_result(output: str, request: dict) -> dict | None:
     file, advice = Path(output), "choose another file"
     if file.is_dir():
         raise StunError(f"output={output}: is a folder; a file is needed")
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     result = load_json(file)
     old_request = result.get("request")

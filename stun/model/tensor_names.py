@@ -262,6 +262,10 @@ class NameMap:
             raise StunError(f"{where}, expert {number}: {part} must be {shape} by config.json, found {shapes or 'nothing'}")
         for name, piece in zip(names, shapes, strict=True):
             self._check(name, piece)
+        dtypes = {name: self.source.tensors[name].dtype for name in names}  # their bytes become one tensor
+        if len(set(dtypes.values())) > 1:
+            found = ", ".join(f"{name} holds {dtype}" for name, dtype in dtypes.items())
+            raise StunError(f"{where}, expert {number}: {part} must be of one dtype, and {found}")
         return names
 
     def _describe(self, layout: LayerLayout, layer: nn.Module, grown: dict[str, torch.Tensor]) -> None:

@@ -9,10 +9,11 @@ from stun.model.architecture import Architecture
 from stun.planning.budget import model_bytes
 from stun.planning.job import resolve_model
 from stun.planning.make import make_plan
-from stun.planning.plan import Plan
+from stun.planning.plan import PLAN, Plan
 from stun.planning.plan_file import read_plan
 from stun.run.folder import STATISTICS
 from stun.run.identity import model_digest
+from stun.schema import check_output
 from stun.statistics.store import Statistics
 
 
@@ -29,8 +30,9 @@ class Described:
 def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str, Described]:
     """Make a plan from the statistics of `cfg.run_dir` and write it to `output`; returns it, and the plan in `compare`, by file.
 
-    Raises StunError if the statistics are missing or belong to another model, or the file cannot be written.
+    Raises StunError if the statistics are missing or belong to another model, or the file cannot be written or is no plan.
     """
+    check_output(output, PLAN, f"output={output}")
     stats = Statistics(Path(cfg.run_dir) / STATISTICS)
     if not stats.complete:
         raise StunError(f"run_dir={cfg.run_dir}: holds no complete statistics; a run that removes experts takes them")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from stun.config import StunError
 from stun.files import is_count, read_json
+from stun.schema import COUNT
+
+PLAN = {"layers": [{"experts": COUNT, "clusters": [[COUNT]]}]}  # kind of a plan's file, as far as it tells one from another file
 
 
 @dataclass

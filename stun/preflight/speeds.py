@@ -44,7 +44,8 @@ def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
     file = max({info.file for info in source.tensors.values()}, key=lambda file: file.stat().st_size)
     with file.open("rb", buffering=0) as handle:
         os.posix_fadvise(handle.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)
-        buffer, read, start = bytearray(_CHUNK), 0, time.perf_counter()
+        buffer = bytearray(min(_CHUNK, nbytes, file.stat().st_size))
+        read, start = 0, time.perf_counter()
         while read < nbytes and (count := handle.readinto(buffer)):
             read += count
         return read / (time.perf_counter() - start)

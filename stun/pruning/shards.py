@@ -10,6 +10,7 @@ from stun.checkpoint.headers import read_header
 from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import Stacked, Tensors, write_tensors
 from stun.config import StunError
+from stun.files import sample
 from stun.model.layer_layout import EXPERT_NUMBER, novice_name, renumber
 from stun.run.ledger import REPEAT
 from stun.stream.expert_parallel import Layer
@@ -120,16 +121,21 @@ def _moved(stream: LayerStream, layer: Layer, entries: list, shape: tuple, dtype
 
 
 def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: Places) -> dict:
-    """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file` and the bytes of its `tensors` by name.
+    """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file`, the bytes of its `tensors` by name, and a `sample`
+    of its content.
 
     `places` are the `origins` of experts' tensors. Runs in the background, so the caller must not change the tensors any more.
     """
     if not tensors:
-        return {"file": None, "tensors": {}}
+        return {"file": None, "tensors": {}, "sample": ""}
     if form.source:
         tensors = as_stored(form.source, tensors, places, form.is_changed)
     write_tensors(folder / name, tensors)
-    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
+    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}, "sample": _sample(folder / name)}
+
+
+def _sample(file: Path) -> str:
+    return sample(file, file.stat().st_size)
 
 
 # Files that only an unfinished run has in its folder `model`.
@@ -140,9 +146,9 @@ def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
     """Remove the shards of an interrupted launch from `folder`, the run's own, that no entry names.
 
     Raises StunError if the run has not written one of the files (`extras` are those that it writes beside the shards), or if a
-    file is missing or holds other tensors than its entry says.
+    file is missing or holds something else than its entry says.
     """
-    known = {entry["file"]: entry["tensors"] for entry in entries if entry["file"]}
+    known = {entry["file"]: entry for entry in entries if entry["file"]}
     if len(known) < sum(entry["file"] is not None for entry in entries):
         raise StunError(f"{folder}: two entries in the run's folder `progress` name the same file; {REPEAT}")
     unknown = [file for file in sorted(folder.iterdir()) if file.name not in known and file.name not in extras]
@@ -152,12 +158,14 @@ def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
         raise StunError(f"{foreign}: was not written by this run; move it elsewhere, or remove it if it is not needed")
     for file in unfinished:
         file.unlink()
-    for name, tensors in known.items():
-        file, state = folder / name, ""
+    for name, entry in known.items():
+        file, tensors, state = folder / name, entry["tensors"], ""
         if file.is_symlink() or not file.is_file() or file.stat().st_size < sum(tensors.values()):
             state = "is too short" if file.is_file() else "is missing"
         elif {tensor: info.nbytes for tensor, info in read_header(file).items()} != tensors:
             state = "holds other tensors than its entry in `progress` says"
+        elif _sample(file) != entry["sample"]:
+            state = "has changed since"
         if state:
             raise StunError(f"{file}: {state}, but was written whole; {REPEAT}")
 

@@ -57,7 +57,7 @@ class Ledger:
 
 
 _FILE = Leaf("the plain name of a safetensors file", is_file_name)
-_SHARD = {"file": (NULL, _FILE), "tensors": {TEXT: COUNT}}
+_SHARD = {"file": (NULL, _FILE), "tensors": {TEXT: COUNT}, "sample": TEXT}
 _SNAPSHOT = {"snapshot": (NULL, {"file": _FILE, "sha256": TEXT, "micro_batches": [COUNT]})}
 _ASCENDING = lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value))  # noqa: E731
 _KEPT = Leaf("whole numbers, ascending", _ASCENDING)

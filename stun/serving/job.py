@@ -18,15 +18,18 @@ from stun.data.tokenizer import load_tokenizer
 from stun.evaluation.generate import Decoding, generate
 from stun.evaluation.memory import generation_capacity
 from stun.evaluation.task import encoded
-from stun.files import load_json, write_json
+from stun.files import load_json, opened, write_json
 from stun.model.architecture import Architecture
 from stun.model.remote_code import is_own
 from stun.model.runtimes import SERVED
 from stun.run.folder import MANIFEST
 from stun.run.identity import model_digest
 from stun.runtime.ranks import Ranks
+from stun.schema import TEXT, check_output
 from stun.serving.config import Runtime, ServeCheckConfig
 
+_KIND = {"model": TEXT, "runtimes": {TEXT: {}}}  # of the result
+_LOG = b"stun serve-check "  # first words of a log
 _SCRIPTS = Path(__file__).parent / "scripts"
 _PACKAGES = {Runtime.transformers: "transformers", Runtime.vllm: "vllm", Runtime["llama.cpp"]: "xllamacpp"}
 _INSTALL = {
@@ -110,18 +113,29 @@ def _python(cfg: ServeCheckConfig) -> str:
 
 
 def _output(cfg: ServeCheckConfig, folder: Path) -> Path:
-    """File of the result. Raises StunError if none is given and the model is no run's."""
-    if cfg.output:
-        return Path(cfg.output)
+    """File of the result. Raises StunError if none is given and the model is no run's, or if that file, or the log beside it, is
+    somebody else's."""
     run = Path(folder).resolve().parent
-    if not (run / MANIFEST).is_file():
+    if not cfg.output and not (run / MANIFEST).is_file():
         raise StunError(f"output: {folder} is not the model of a complete run; give a file for the result")
-    return run / SERVED
+    output = Path(cfg.output) if cfg.output else run / SERVED
+    check_output(output, _KIND, f"output={output}")
+    log = _log_of(output)
+    if os.path.lexists(log):
+        with opened(log) as content:
+            if content.read(len(_LOG)) not in (_LOG, b""):
+                raise StunError(f"{log}: is where the runtime's log goes, and was not written by stun serve-check; move it away")
+    return output
+
+
+def _log_of(output: Path) -> Path:
+    """File of what the runtime prints."""
+    return output.with_suffix(".log")
 
 
 def _served(cfg: ServeCheckConfig, source: Checkpoint, prompts: list[list[int]], output: Path) -> dict:
     """Tokens of the runtime and its versions. Raises StunError if it fails; what it printed is in a file beside the output."""
-    folder, log = Path(source.folder).resolve(), output.with_suffix(".log")
+    folder, log = Path(source.folder).resolve(), _log_of(output)
     model = str(Path(cfg.gguf).resolve() if cfg.gguf else folder)
     request = {"model": model, "prompts": prompts, "tokens": cfg.tokens, "trust": is_own(folder, source.config)}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
@@ -130,9 +144,11 @@ def _served(cfg: ServeCheckConfig, source: Checkpoint, prompts: list[list[int]],
         files = [str(Path(place) / name) for name in ("request.json", "answer.json")]
         Path(files[0]).write_text(json.dumps(request))
         command = [_python(cfg), str(script), *files]
+        printed.write(_LOG + f"runtime={cfg.runtime.name}\n".encode())
+        printed.flush()
         code = subprocess.run(command, cwd=place, env=environment, stdout=printed, stderr=subprocess.STDOUT).returncode
         if code or not Path(files[1]).is_file():
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            last = [line for line in log.read_text(errors="replace").splitlines()[1:] if line.strip()][-1:]
             raise StunError(f"runtime={cfg.runtime.name}: ended with {code}: {' '.join(last)[:300]} ({log} has the rest)")
         return load_json(Path(files[1]))
 

@@ -133,7 +133,8 @@ def _check_choice(override: Override) -> None:
     values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
     for value in values:
         is_none = value is None and group not in ("experts", "sparsify")
-        if not is_none and str(value) not in choices(group) and not override.is_delete():
+        is_removed = override.is_delete() and (value is None or isinstance(value, str))  # of other values Hydra has no error
+        if not is_none and not is_removed and str(value) not in choices(group):
             own = f"; for one of your own: {group}.path={value}" if group in ("model", "calibration", "task") else ""
             raise StunError(f"{group}={value}: must be one of {', '.join(choices(group))}{own}")
 

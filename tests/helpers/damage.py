@@ -164,7 +164,7 @@ SHAPES: list[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda t: t.T,
     torch.flatten,
     lambda t: t.to(torch.int32),
-    lambda t: t > 0,
+    lambda t: t.float() > 0,  # fp8 cannot be compared
     lambda t: t.to(torch.int8),
     lambda t: t.float().to(torch.float8_e4m3fn),
     lambda t: (t.float() * float("nan")).to(t.dtype),

@@ -378,7 +378,8 @@ def main(folder: Path, count: int, first: int = 0, only: str = "") -> None:
     with Ranks() as ranks:
         printed, sys.stdout = sys.stdout, io.StringIO()
         ready = folder / "ready" if (folder / "ready").is_dir() else make_ready(folder / "ready", ranks)
-        failure("plan", -1, folder / "case", ready, ranks)  # libraries and allocators then have what they need
+        prune(config(ready / "model", folder / "warm", calibration=CALIBRATION), ranks)  # threads and libraries are then there
+        shutil.rmtree(folder / "warm")
         for name in [only] if only else CLASSES:
             failures = [failure(name, seed, folder / "case", ready, ranks) for seed in range(first, first + count)]
             failures = list(filter(None, failures))

@@ -1,10 +1,11 @@
 """Jobs that are stopped, each at an instant and by a signal that a seed chooses, and go on: `-m helpers.kill_jobs SOURCE FOLDER
 COUNT [FIRST] [JOB]` prints a line for each of COUNT seeds from FIRST on.
 
-An instant is just before or after one of the calls that give files their names, make folders or remove something. Launches are
-forks of one process that has imported everything; each works in a folder of its own, where paths are relative, so that what it
-writes can be compared byte by byte with what a launch has written that was not stopped. Files of others lie wherever a job
-accepts them, and must be as they were.
+An instant is just before or after one of the calls that give files their names, make folders or remove something, or that run a
+layer, of a stream, a score or a generation. Launches are forks of one process that has imported everything; each works in
+a folder of its own, where paths are relative, so that what it writes can be compared byte by byte with what a launch has written
+that was not stopped. Files of others lie wherever a job accepts them, and must be as they were. The first seed of every job is of
+one rank, the next of two, of which one is stopped, and so on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from helpers.kill_runs import wait
 from helpers.paths import HELDOUT, TEXT
-from helpers.warm import get_ready, redirect
+from helpers.warm import fork_ranks, get_ready, redirect
 from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
 from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig, TaskConfig
@@ -32,6 +34,9 @@ from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune, take_statistics
 from stun.report.write import write_reports
 from stun.runtime.ranks import Ranks
+from stun.serving.config import Runtime, ServeCheckConfig
+from stun.serving.job import PROMPTS, serve_check
+from stun.stream.layer_stream import LayerStream
 
 CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir")
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -46,10 +51,7 @@ def request(source: str, kind: type = PruneConfig, run_dir: str = "run", **chang
 
 
 def task() -> TaskConfig:
-    rows = Path("rows.jsonl")
-    if not rows.is_file():
-        rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:12]))
-    return TaskConfig(str(rows), max_new_tokens=6)
+    return TaskConfig("rows.jsonl", max_new_tokens=6)
 
 
 def evaluated(source: str, ranks: Ranks) -> None:
@@ -73,7 +75,13 @@ def studied(source: str, ranks: Ranks) -> None:
 
 
 def planned(source: str, ranks: Ranks) -> None:
-    plan_from_run(request(source, experts=ExpertsConfig(fraction=0.3)), Path("plans/own.json"))
+    cfg = request(source, experts=ExpertsConfig(fraction=0.3))
+    ranks.on_first(lambda: plan_from_run(cfg, Path("plans/own.json")) and None)
+
+
+def served(source: str, ranks: Ranks) -> None:
+    """By a runtime that is there at once, and answers with nothing."""
+    serve_check(ServeCheckConfig(ModelConfig("run/model"), Runtime["vllm"], python="./runtime", tokens=2), ranks)
 
 
 JOBS: dict[str, Callable[[str, Ranks], object]] = {
@@ -84,20 +92,24 @@ JOBS: dict[str, Callable[[str, Ranks], object]] = {
     "compare": compared,
     "study": studied,
     "plan": planned,
-    "report": lambda source, ranks: write_reports(Path("run")),
+    "report": lambda source, ranks: ranks.on_first(lambda: write_reports(Path("run"))),
+    "serve": served,
 }
-NEED_A_RUN = ("plan", "report")
+NEED_A_RUN = ("plan", "report", "serve")
+Stop = tuple[int, str, int, str, int]  # rank, kind and number of the call, before or after it, the signal
+NEVER: Stop = (0, "files", -1, "before", 0)
 OF_OTHERS = ("run/logs/1.log", "run/code/a.py", "run/mine.out", "plans/other.json", "notes.txt", "text.json.bak", "result.json")
 
 
-def stop_at(number: int, when: str, signal_number: int) -> list[int]:
-    """Stop this process before or after the call of that number, none if it is negative. The list has how many were made."""
-    made = [0]
+def stop_at(kind: str, number: int, when: str, signal_number: int) -> dict[str, int]:
+    """Stop this process before or after the call of that kind and number, none if it is negative. The mapping has how many were
+    made of each kind."""
+    made = {"files": 0, "layers": 0}
 
-    def patch(operation):
+    def patch(own: str, operation):
         def call(*arguments, **keywords):
-            is_meant = made[0] == number
-            made[0] += 1
+            is_meant = (own, made[own]) == (kind, number)
+            made[own] += 1
             if is_meant and when == "before":
                 os.kill(os.getpid(), signal_number)
             result = operation(*arguments, **keywords)
@@ -108,20 +120,22 @@ def stop_at(number: int, when: str, signal_number: int) -> list[int]:
         return call
 
     for name in CALLS:
-        setattr(os, name, patch(getattr(os, name)))
+        setattr(os, name, patch("files", getattr(os, name)))
+    LayerStream._rounds = patch("layers", LayerStream._rounds)
     return made
 
 
-def become_job(name: str, source: str, folder: Path, stop: tuple[int, str, int]) -> NoReturn:
-    """Run the job in its folder, and end; the number of calls goes to the file `calls`."""
-    code = 1
+def become_job(name: str, source: str, folder: Path, stop: Stop, told: dict[str, str]) -> NoReturn:
+    """Run the job in its folder, as one of two ranks if `told` says so, and end; the numbers of calls go to the file `calls`."""
+    code, rank = 1, int(told["RANK"])
     try:
         os.chdir(folder)
         redirect(stdout=folder.with_suffix(".log"), stderr=folder.with_suffix(".log"))
-        made = stop_at(*stop)
+        os.environ.update(told if told["WORLD_SIZE"] != "1" else {})
+        made = stop_at(*(stop[1:] if rank == stop[0] else NEVER[1:]))
         with Ranks() as ranks:
             JOBS[name](source, ranks)
-        folder.with_suffix(".calls").write_text(str(made[0]))
+        folder.with_suffix(f".calls{rank}").write_text(json.dumps(made))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -129,12 +143,9 @@ def become_job(name: str, source: str, folder: Path, stop: tuple[int, str, int])
         os._exit(code)
 
 
-def launch(name: str, source: str, folder: Path, stop: tuple[int, str, int] = (-1, "before", 0)) -> int:
-    """Exit code of a launch."""
-    child = os.fork()
-    if not child:
-        become_job(name, source, folder, stop)
-    return wait([child], limit=600.0)[0]
+def launch(name: str, source: str, folder: Path, world: int = 1, stop: Stop = NEVER) -> list[int]:
+    """Exit codes of a launch's ranks."""
+    return wait(fork_ranks(world, partial(become_job, name, source, folder, stop)), limit=600.0)
 
 
 def comparable(file: Path) -> object:
@@ -155,48 +166,70 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted((files[0] ^ files[1]) | {n for n in shown if comparable(one / n) != comparable(other / n)})
 
 
-def case(name: str, source: str, folder: Path, calls: int, seed: int) -> str:
-    """Stop a launch at the instant of the seed, and go on; returns what differs from a launch that was not stopped."""
-    choice = random.Random(f"{name} {seed}")
-    stop = (choice.randrange(calls), choice.choice(["before", "after"]), choice.choice(SIGNALS))
+def case(name: str, source: str, folder: Path, calls: list[dict[str, int]], seed: int) -> str:
+    """Stop a launch at the instant of the seed, and go on; returns what differs from a launch that was not stopped. `calls` are
+    those of every rank."""
+    choice, world = random.Random(f"{name} {seed}"), len(calls)
+    rank = choice.randrange(world)
+    kind = choice.choice([kind for kind, number in calls[rank].items() if number])
+    number, when = choice.randrange(calls[rank][kind]), choice.choice(["before", "after"])
+    stop = (rank, kind, number, when, choice.choice(SIGNALS))
     place = folder / f"{name}-{seed}"
     shutil.copytree(folder / f"{name}-start", place)
-    launch(name, source, place, stop)
-    code = launch(name, source, place)
-    differences = [f"exit {code}: {place.with_suffix('.log').read_text()[-3000:]}"] if code else []
-    differences += differing(folder / f"{name}-whole", place)
+    launch(name, source, place, world, stop)
+    codes = launch(name, source, place, world)
+    differences = [f"exit {codes}: {place.with_suffix('.log').read_text()[-3000:]}"] if any(codes) else []
+    differences += differing(folder / f"{name}-whole-{world}", place)
     if not differences:
         shutil.rmtree(place)
-    return f"{stop[1]} call {stop[0]} of {calls}, {signal.Signals(stop[2]).name}: {'; '.join(differences) or 'the same'}"
+    instant = f"rank {rank} of {world} {when} {kind} {number} of {calls[rank][kind]}, {signal.Signals(stop[-1]).name}"
+    return f"{instant}: {'; '.join(differences) or 'the same'}"
 
 
-def put_files_of_others(folder: Path) -> None:
+def put_files(folder: Path) -> None:
+    """Files of others, and what jobs read."""
     for name in OF_OTHERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'"mine: {name}"')
+    (folder / "rows.jsonl").write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:12]))
+    answer = json.dumps({"tokens": [[]] * len(PROMPTS), "versions": {"vllm": "0"}})
+    (folder / "runtime").write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo \'{answer}\' > "$3"\n')
+    (folder / "runtime").chmod(0o755)
 
 
 def are_whole(folder: Path) -> bool:
     return all((folder / name).read_text() == f'"mine: {name}"' for name in OF_OTHERS)
 
 
+def begun(name: str, folder: Path, place: Path) -> Path:
+    """The folder of a job before its first launch."""
+    shutil.copytree(folder / "ready", place) if name in NEED_A_RUN else place.mkdir()
+    put_files(place)
+    return place
+
+
+def whole(name: str, source: str, folder: Path, world: int) -> list[dict[str, int]]:
+    """Calls of every rank of a launch that is not stopped."""
+    place = begun(name, folder, folder / f"{name}-whole-{world}")
+    codes = launch(name, source, place, world)
+    assert not any(codes), place.with_suffix(".log").read_text()
+    assert are_whole(place), f"{name}: a file of others is not as it was"
+    return [json.loads(place.with_suffix(f".calls{rank}").read_text()) for rank in range(world)]
+
+
 def main(source: str, folder: Path, count: int, first: int = 0, only: str = "") -> None:
     get_ready()
-    names, calls = [only] if only else list(JOBS), {}
+    names = [only] if only else list(JOBS)
     (folder / "ready").mkdir(parents=True)
-    assert launch("prune", source, folder / "ready") == 0
-    for name in names:
-        for end in ("start", "whole"):
-            place = folder / f"{name}-{end}"
-            shutil.copytree(folder / "ready", place) if name in NEED_A_RUN else place.mkdir()
-            put_files_of_others(place)
-        code = launch(name, source, folder / f"{name}-whole")
-        assert code == 0, (folder / f"{name}-whole.log").read_text()
-        assert are_whole(folder / f"{name}-whole"), f"{name}: a file of others is not as it was"
-        calls[name] = int((folder / f"{name}-whole.calls").read_text())
+    assert launch("prune", source, folder / "ready") == [0]
+    calls = {}
     for seed in range(first, first + count):
-        name = names[seed % len(names)]
-        print(f"{name} {seed}: {case(name, source, folder, calls[name], seed)}", flush=True)
+        name, world = names[seed % len(names)], 1 + seed // len(names) % 2
+        if not (folder / f"{name}-start").is_dir():
+            begun(name, folder, folder / f"{name}-start")
+        if (name, world) not in calls:
+            calls[name, world] = whole(name, source, folder, world)
+        print(f"{name} {seed}: {case(name, source, folder, calls[name, world], seed)}", flush=True)
 
 
 if __name__ == "__main__":

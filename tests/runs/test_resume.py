@@ -105,6 +105,10 @@ def test_lost_and_stray_files(interrupted, ranks):
     shard.write_bytes(whole[:100])
     with pytest.raises(StunError, match=rf"{shard.name}: is too short"):
         prune(cfg, ranks)
+    middle = len(whole) // 2
+    shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(StunError, match=rf"{shard.name}: has changed since, but was written whole"):
+        prune(cfg, ranks)
     shard.write_bytes(whole)
     prune(cfg, ranks)
     assert not [name for name in (file.name for file in (folder / "model").iterdir()) if name.startswith("layer-")]

@@ -54,6 +54,11 @@ TENSORS = {
     ),
     "short embedding": ("mixtral", cut("model.embed_tokens.weight", 200), r"embed_tokens\.weight has shape \(200, 32\)"),
     "integer experts": ("mixtral", retype("experts.3.w2", torch.int8), r"experts\.3\.w2\.weight holds torch\.int8"),
+    "an expert's matrices of two dtypes": (
+        "mixtral",
+        retype("experts.3.w3", torch.bfloat16),
+        r"layer 0, expert 3: gate_up_proj must be of one dtype, and .*w1\.weight holds torch\.float32, .*w3.* torch\.bfloat16",
+    ),
     "integer router": ("mixtral", retype("layers.2.block_sparse_moe.gate", torch.int32), r"gate\.weight holds torch\.int32"),
     "fp8 that config.json does not tell": ("mixtral", retype("experts.", torch.float8_e4m3fn), "holds torch.float8_e4m3fn"),
     "head with a short router": ("head", cut(f"{HEAD}gate.weight", 4), r"3\.mlp\.gate\.weight has shape \(4, 32\).*\(8, 32\)"),
@@ -101,6 +106,7 @@ CONFIGS = {
     "more groups chosen than there are": ("deepseek_v3", {"topk_group": 3}, "n_group=2, topk_group=3"),
     "groups of one": ("deepseek_v3", {"n_group": 8}, "8 experts in n_group=8 groups; routing needs equal groups of at least 2"),
     "quantization_config is a text": ("mixtral", {"quantization_config": "fp8"}, "quantization_config must be an object"),
+    "architectures are numbers": ("mixtral", {"architectures": [1]}, r"config\.json: architectures\.0: must be a text"),
     "text_config is a text": ("mixtral", {"text_config": "x"}, "cannot build|must be"),
 }
 

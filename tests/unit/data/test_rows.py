@@ -52,8 +52,19 @@ def test_a_folder_is_the_rows_of_its_files(tmp_path):
     assert load_rows(str(tmp_path / "splits"), "text.path", "test")["text"][:] == TEXTS
 
 
+DEEP = LINES + '{"text": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001 + "\n"
 # Files of a folder, or one file: what the error says.
 BAD = {
+    "nested so deep that the reader would end the process": (
+        {"rows.jsonl": DEEP},
+        "line 4: cannot be read as JSON",
+    ),
+    "null": ({"rows.json": "null"}, "line 1 is null, not a JSON object"),
+    "a row that is null": ({"rows.jsonl": f" null\n{LINES}"}, "line 1 is null, not a JSON object"),
+    "deep, packed, in a folder": (
+        {"a.jsonl.gz": PACKED[".jsonl.gz"], "b.jsonl.gz": gzip.compress(DEEP.encode())},
+        r"b\.jsonl\.gz: line 4: cannot be read as JSON",
+    ),
     "a type of no data": ({"rows.xlsx": "x"}, r"unknown file type; known: \.jsonl, .*\.csv.*\.gz or \.zst, and \.parquet"),
     "packed in another way": ({"rows.jsonl.bz2": "x"}, "unknown file type"),
     "packed parquet": ({"rows.parquet.gz": "x"}, "unknown file type"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -72,3 +73,17 @@ def test_no_false_alarm(tmp_path, name, text):
         (ByT5Tokenizer() if "ByT5" in name else byte_tokenizer()).save_pretrained(folder)
         (folder / "config.json").write_text("{}")
     assert sampled(folder, vocab_size, path).tokens_ST.shape == (2, 64)
+
+
+def test_it_is_tried_once_as_long_as_no_file_changes(tmp_path, monkeypatch):
+    """In a child, which takes as long again as the loading."""
+    forks, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: forks.append(None) or fork())
+    byte_tokenizer().save_pretrained(tmp_path)
+    for _ in range(3):
+        load_tokenizer(tmp_path)
+    assert len(forks) == 1
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(file.read_text().replace(":", ": ", 1))
+    load_tokenizer(tmp_path)
+    assert len(forks) == 2

@@ -8,12 +8,21 @@ from dataclasses import replace
 import pytest
 
 from helpers.kill_runs import request
+from helpers.paths import TEXT
 from helpers.stops import stopped_after
 from helpers.tensors import same_tensors
-from stun.config import StunError
+from jobs import compare
+from stun.benchmark.config import CompareConfig, StudyConfig
+from stun.benchmark.study import study
+from stun.config import CalibrationConfig, ModelConfig, StunError
+from stun.evaluation.config import EvaluateConfig
+from stun.evaluation.job import evaluate
+from stun.planning.from_statistics import plan_from_run
 from stun.pruning.job import prune, take_statistics
 from stun.report.write import write_reports
 from stun.run.ownership import MARK, own_folder, remove_written
+from stun.serving.config import Runtime, ServeCheckConfig
+from stun.serving.job import serve_check
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -150,3 +159,41 @@ def test_a_finished_run_needs_its_shared_statistics_no_more(checkpoint, tmp_path
     summary = prune(shared, ranks)
     shutil.rmtree(tmp_path / "shared")
     assert prune(shared, ranks) == summary
+
+
+JOBS = {
+    "plan": lambda model, file, ranks: plan_from_run(request(model.path, file.parent / "run"), file),
+    "study": lambda model, file, ranks: study(StudyConfig(model, scores=str(file)), ranks),
+    "compare": lambda model, file, ranks: compare.work(CompareConfig(model, target=0.4, run_dir=str(file.parent)), ranks),
+    "serve-check": lambda model, file, ranks: serve_check(
+        ServeCheckConfig(model, Runtime["transformers"], output=str(file)), ranks
+    ),
+    "evaluate": lambda model, file, ranks: evaluate(
+        EvaluateConfig(model, text=CalibrationConfig(str(TEXT), samples=1, length=8), output=str(file)), ranks
+    ),
+}
+TOLD = r"comparison.json: (something else is there, and stays|holds another|cannot be read|must hold)"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_output_that_somebody_else_wrote_stays(checkpoint, tmp_path, ranks, job):
+    """... and is told of before any work; another job's result is somebody else's too."""
+    model, file = ModelConfig(str(checkpoint("arctic"))), tmp_path / "comparison.json"
+    for content in ("my notes", "[1]", '{"mine": {"a": 1}}', '{"layers": 3, "dense": [], "runtimes": {}}'):
+        file.write_text(content)
+        with pytest.raises(StunError, match=TOLD):
+            JOBS[job](model, file, ranks)
+        assert contents(tmp_path) == {file.name: content.encode()}
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(StunError, match=r"comparison.json"):
+        JOBS[job](model, file, ranks)
+    assert file.is_symlink() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_log_that_somebody_else_wrote_stays(checkpoint, tmp_path, ranks):
+    (tmp_path / "served.log").write_text("mine")
+    cfg = ServeCheckConfig(ModelConfig(str(checkpoint("arctic"))), Runtime["transformers"], output=str(tmp_path / "served.json"))
+    with pytest.raises(StunError, match=r"served.log: .* was not written by stun serve-check"):
+        serve_check(cfg, ranks)
+    assert contents(tmp_path) == {"served.log": b"mine"}

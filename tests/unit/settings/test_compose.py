@@ -30,6 +30,7 @@ def test_a_configuration_is_an_object_of_the_jobs_dataclass():
         ("samples=64", "samples: no such setting; did you mean calibration.samples?"),
         ("+experts.protect.expert=[L0E1]", "did you mean experts.protect.experts?"),
         ("~target", "~target: a setting cannot be removed; give it a value"),
+        ("~task=['a']", "task=['a']: must be one of"),
         ("~experts.protect", "~experts.protect: a setting cannot be removed"),
         ("experiment=bset", "experiment=bset: must be one of arctic, best"),
         ("model=/data/x", "model=/data/x: must be one of reference; for one of your own: model.path=/data/x"),
