@@ -19,6 +19,7 @@ Tensors = Mapping[str, TensorInfo]
 Parts = Mapping[str, torch.Tensor]
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # dtypes of scales that are powers of two (E8M0: 2 ** (byte - 127), 255 is NaN)
 _ROUNDS_UP = 8 / 7  # a largest magnitude of 1.75 times a power of two, or more, takes the next one
+_E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
 # Ends of names of what belongs to a layer's inputs: they are not read, and travel with their weight.
 PASSENGERS = ("input_scale", "input_global_scale")
 
@@ -93,7 +94,13 @@ class Codec:
 
 def decoded(scale: torch.Tensor) -> torch.Tensor:
     """Stored scales in float32."""
-    return (scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale).float()
+    return in_float32(scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale)
+
+
+def in_float32(codes: torch.Tensor) -> torch.Tensor:
+    """Numbers in float32. E4M3 [L, W] is looked up in pairs on CPUs, where torch converts one number after the other."""
+    is_slow = codes.dtype is torch.float8_e4m3fn and codes.device.type == "cpu"
+    return worth(codes, _E4M3) if is_slow and codes.dim() == 2 and codes.shape[1] % 2 == 0 else codes.float()
 
 
 def of_groups(values_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
@@ -109,17 +116,19 @@ def multiplied(steps_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _pairs(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """[256] int64: the bytes of the two float32 that a byte of two codes is worth, the low code first."""
+    """The bytes, as one int64, of the two float32 that neighbouring codes are worth, the low one first: [256] for a byte of two
+    codes, [65536] for two bytes."""
     one = torch.tensor(values)
-    pairs = torch.stack([one.repeat(16), one.repeat_interleave(16)], 1)
+    pairs = torch.stack([one.repeat(len(one)), one.repeat_interleave(len(one))], 1)
     return pairs.view(torch.int64).flatten().to(device)
 
 
-def worth(packed: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
-    """[L, W] float32: what codes of four bits, packed along the lines of `packed`, are worth. A look-up of byte pairs is ten
-    times as fast as taking the codes apart."""
-    raw_Lb = packed.contiguous().view(torch.uint8).flatten(1)
-    return _pairs(values, packed.device).index_select(0, raw_Lb.flatten().int()).view(torch.float32).view(len(raw_Lb), -1)
+def worth(codes: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
+    """[L, W] float32: what codes are worth of `values`: 16 for those of four bits, packed along the lines, 256 for bytes, an even
+    number of them a line. A look-up of pairs is several times as fast as taking codes one by one."""
+    raw_Lb = codes.contiguous().view(torch.uint8).flatten(1)
+    index = raw_Lb if len(values) == 16 else raw_Lb.view(torch.uint16)
+    return _pairs(values, codes.device).index_select(0, index.flatten().int()).view(torch.float32).view(len(raw_Lb), -1)
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:

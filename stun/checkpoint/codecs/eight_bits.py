@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stun.checkpoint.codecs.codec import EXPONENTS, Codec, Parts, Tensors, decoded, passengers, weight
+from stun.checkpoint.codecs.codec import EXPONENTS, Codec, Parts, Tensors, decoded, in_float32, passengers, weight
 from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
@@ -38,8 +38,7 @@ class EightBits(Codec):
         return largest.view(scale.shape)
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
-        codes_LW = parts["codes"]
-        return codes_LW.float().mul_(_spread(decoded(parts["scale"]), codes_LW.shape, self.block))
+        return _scaled(in_float32(parts["codes"]), decoded(parts["scale"]), self.block)
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:
         parts["codes"].view(torch.uint8).masked_fill_(gone_LW, 0)
@@ -56,6 +55,19 @@ class EightBits(Codec):
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         raw_LW = parts["codes"].view(torch.uint8)
         raw_LW.copy_(torch.where(changed_LW, steps_LW.to(parts["codes"].dtype).view(torch.uint8), raw_LW))
+
+
+def _scaled(steps_LW: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Steps, in place, times the scales of their blocks."""
+    lines, width = steps_LW.shape
+    scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
+    if scale.shape[1] > 1:
+        scale = scale[..., None].expand(-1, -1, min(block[1], width)).flatten(1)[:, :width]
+    rows = min(block[0], lines)
+    whole = lines // rows
+    steps_LW[: whole * rows].unflatten(0, (whole, rows)).mul_(scale[:whole, None])
+    steps_LW[whole * rows :].mul_(scale[-1])  # the last block may be cut
+    return steps_LW
 
 
 def _spread(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:

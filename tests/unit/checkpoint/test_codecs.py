@@ -85,19 +85,33 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("band", [2**22, 500], ids=["at once", "in bands"])
+AT_ONCE = {"_BAND": 2**22, "_BLOCK": 2**22}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"_BAND": 500}, {"_BLOCK": 500}], ids=["at once", "in bands", "in blocks"])
 @pytest.mark.parametrize("form", FORMS)
-def test_values_are_those_of_the_forms_own_library(tmp_path, monkeypatch, form, band):
+def test_values_are_those_of_the_forms_own_library(tmp_path, monkeypatch, form, sizes):
     make, settings = FORMS[form]
     torch.manual_seed(0)
     tensors = make(X, ROWS, COLUMNS)
-    monkeypatch.setattr("stun.checkpoint.reader._BAND", band)
+    for name, size in (AT_ONCE | sizes).items():
+        monkeypatch.setattr(f"stun.checkpoint.reader.{name}", size)
     source = written(tmp_path, tensors, settings)
     assert list(source.tensors) == [f"{X}.weight"]
     ours, theirs = source.read(f"{X}.weight"), LIBRARIES[settings["quant_method"]](tensors, settings)
     assert ours.dtype == theirs.dtype and ours.shape == (ROWS, COLUMNS)
     # But for the sign of zero, which ModelOpt's table lacks.
     assert torch.equal(ours, theirs) and int((ours != 0).sum()) > ROWS * COLUMNS // 2
+
+
+@pytest.mark.parametrize("columns", [16, 1], ids=["pairs", "odd"])
+def test_every_code_of_e4m3(tmp_path, columns):
+    """... has the value that torch gives it, NaN among them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(-1, columns).view(torch.float8_e4m3fn)
+    tensors = {f"{X}.weight": codes, f"{X}.weight_scale": torch.ones(len(codes), 1)}
+    read = written(tmp_path, tensors, FORMS["fp8 channel"][1]).read(f"{X}.weight")
+    assert int(read.isnan().sum()) == 2
+    torch.testing.assert_close(read, codes.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -147,13 +161,14 @@ def test_other_values_get_the_nearest_codes(tmp_path, form):
     assert bool(((fitted.float() - wanted.float()).abs() <= least * (1 + 2**-6) + 2**-8 * wanted.float().abs()).all())
 
 
-@pytest.mark.parametrize("band", [2**22, 100], ids=["at once", "in bands"])
-def test_experts_of_gpt_oss(tmp_path, monkeypatch, band):
+@pytest.mark.parametrize("sizes", [{}, {"_BAND": 500}, {"_BLOCK": 500}], ids=["at once", "in bands", "in blocks"])
+def test_experts_of_gpt_oss(tmp_path, monkeypatch, sizes):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     torch.manual_seed(0)
     blocks = torch.randint(0, 256, (4, 24, 3, 16), dtype=torch.uint8)
     scales = torch.randint(0, 200, (4, 24, 3), dtype=torch.uint8)
-    monkeypatch.setattr("stun.checkpoint.reader._BAND", band)
+    for size, weights in (AT_ONCE | sizes).items():
+        monkeypatch.setattr(f"stun.checkpoint.reader.{size}", weights)
     source = written(tmp_path, {f"{name}_blocks": blocks, f"{name}_scales": scales}, {"quant_method": "mxfp4"})
     theirs = _convert_moe_packed_tensors(blocks.clone(), scales.clone())
     assert source.tensors[name].shape == theirs.shape == (4, 96, 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from helpers.family_runs import CALIBRATION
 from helpers.forms import rewrite
+from helpers.launches import launch
 from helpers.quantised import FORMS, gpt_oss, quantised
 from helpers.selections import config
 from helpers.tensors import load_tensors
@@ -281,6 +283,47 @@ def test_the_layers_after_see_rounded_weights(tmp_path, ranks, plain):
             int(((found[key] != 0) & (read.read(key) == 0) & ~small(tensor)).sum()) for key, tensor in dense.items()
         )
     assert second["rounded"] == 0 < second["exact"]
+
+
+# llm-compressor's scheme of each form; of W4A16 with the groups that are written here.
+SCHEMES = {"fp8_block": "FP8_BLOCK", "fp8_channel": "FP8_DYNAMIC", "int4": "W4A16", "nvfp4": "NVFP4A16", "mxfp4": "MXFP4A16"}
+PEER = """
+import json, sys
+from compressed_tensors.quantization import preset_name_to_scheme
+from llmcompressor import model_free_ptq
+for source, folder, name, ignore in json.loads(sys.argv[1]):
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    if name == "W4A16":
+        scheme.weights.group_size = 32
+    model_free_ptq(source, folder, scheme, ignore=ignore, device="cpu")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLMCOMPRESSOR_PYTHON" not in os.environ, reason="LLMCOMPRESSOR_PYTHON: an interpreter with llmcompressor")
+def test_bytes_are_those_of_llm_compressor(tmp_path, ranks, plain):
+    """... of its model_free_ptq, tensor by tensor, where nothing is removed.
+
+    Two things have another form. Scales of FP8 blocks are DeepSeek's: the same numbers in float32, as `weight_scale_inv`. NVFP4
+    is compared on Mixtral: of experts whose matrices are named gate_proj and up_proj llm-compressor shares no scale.
+    """
+    mixtral = make_checkpoint(tmp_path / "mixtral", "mixtral", dtype=torch.bfloat16, shard="5GB", **WHOLE)
+    own, theirs, jobs = {}, {}, []
+    for form, scheme in SCHEMES.items():
+        source = mixtral if form == "nvfp4" else plain
+        own[form], _, _ = pruned(source, tmp_path / form, ranks, ExpertsConfig(), target=0.0, output=to(form))
+        settings = json.loads((own[form] / "config.json").read_text())["quantization_config"]
+        theirs[form] = tmp_path / f"{form} of llm-compressor"
+        skipped = settings.get("ignore", settings.get("modules_to_not_convert"))
+        jobs.append((str(source), str(theirs[form]), scheme, skipped))
+    launch([os.environ["LLMCOMPRESSOR_PYTHON"], "-c", PEER, json.dumps(jobs)])
+    for form in SCHEMES:
+        ours, wanted = load_tensors(own[form]), load_tensors(theirs[form])
+        if form == "fp8_block":
+            scales = {name for name in wanted if name.endswith("weight_scale")}
+            wanted |= {f"{name}_inv": wanted.pop(name).float() for name in scales}
+        assert ours.keys() == wanted.keys()
+        assert [name for name in ours if not same_bytes(ours[name], wanted[name])] == [], form
 
 
 def small(weight_OD: torch.Tensor) -> torch.Tensor:
