@@ -122,6 +122,26 @@ def test_removed_weights_get_the_code_of_zero(tmp_path, ranks, form):
 
 
 @pytest.mark.slow
+def test_identity_and_masks(tmp_path, ranks):
+    """Where nothing is removed, all bytes are the source's; where weights are, codes alone differ, and what is kept is what was.
+    Of forms that no other test here runs."""
+    wanda = SparsifyConfig(method=SparsifyMethod.wanda)
+    for form in ("int8", "mxfp4", "gptq in another order", "awq"):
+        source = quantised(tmp_path / form, form, num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64, num_experts=4)
+        before, read = load_tensors(source), Checkpoint.open(source)
+        for target in (0.0, 0.3):
+            run_dir = tmp_path / f"{form} {target}"
+            folder, _, _ = pruned(source, run_dir, ranks, ExpertsConfig(fraction=0.0), target, sparsify=wanda)
+            after, own = load_tensors(folder), Checkpoint.open(folder)
+            assert before.keys() == after.keys() and own.quantisation == FORMS[form][1]
+            differ = {name for name in after if not same_bytes(after[name], before[name])}
+            assert bool(differ) == bool(target) and all(re.search(r"weight(_packed)?$", name) for name in differ), form
+            for name in own.tensors if target else ():
+                values, dense = own.read(name), read.read(name)
+                assert torch.equal(values, torch.where(values == 0, 0, dense)), (form, name)
+
+
+@pytest.mark.slow
 def test_gpt_oss(tmp_path, ranks):
     """The default method on whole experts alone; nothing removed; weights removed."""
     source = gpt_oss(tmp_path / "source")
