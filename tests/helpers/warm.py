@@ -59,6 +59,8 @@ def get_ready() -> None:
     import deepspeed.comm  # noqa: F401
     import scipy.cluster.hierarchy  # noqa: F401
 
+    import stun.model.arctic  # noqa: F401
+
     gc.freeze()
 
 
