@@ -30,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BAND = 2**22  # weights of a quantised matrix that one thread reads at once
 _BLOCK = 2**17  # ... and dequantises at once on a CPU, whose cache holds them
-DEQUANTISED = 7 * THREADS * _BAND  # most bytes of that beside the result: codes, indices and values in float32 of a whole band
+DEQUANTISED = 10 * THREADS * _BAND  # most bytes of that beside the result: those of GPTQ, a band at once
 
 Headers = dict[str, dict[str, TensorInfo]]  # by file name
 
