@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ _PACKED = (".gz", ".zst")
 _TYPES = _TEXTS | {kind + packed: how for kind, how in _TEXTS.items() for packed in _PACKED} | {".parquet": ("parquet", {})}
 _KNOWN = f"known: {', '.join(_TEXTS)}, each also as {' or '.join(_PACKED)}, and .parquet"
 _DEEP = 1000  # brackets open at once: no row has so many, and with 50,000 the reader still works
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # beside the files of a dataset
 
 
@@ -98,22 +100,27 @@ def _check_lines(file: Path, where: str) -> None:
     with suppress(Exception), fsspec.open(str(file), compression="infer") as lines:  # `datasets` says what is wrong with the file
         bad = [(number, line) for number, line in enumerate(lines, 1) if _is_null(line) or _brackets(line) > _DEEP]
     for number, line in bad:
+        if _brackets(_STRING.sub(b"", line)) > _DEEP:
+            raise StunError(f"{where}: line {number} is nested more than {_DEEP} deep")
         if _is_null(line) and (number == 1 or _type(file).startswith(".jsonl")):  # elsewhere in .json it may be one of a list
             raise StunError(f"{where}: line {number} is null, not a JSON object")
-        parse_json(line, f"{where}: line {number}")
 
 
 def _is_null(line: bytes) -> bool:
-    return line.lstrip().startswith(b"null")
+    return line[:64].lstrip().startswith(b"null")
 
 
 def _brackets(line: bytes) -> int:
     """Most brackets of a line that are open at once, those in texts among them; 0 if it has few."""
     if line.count(b"{") + line.count(b"[") <= _DEEP:
         return 0
-    byte_N = np.frombuffer(line, np.uint8)
-    opens_N, closes_N = np.isin(byte_N, list(b"{[")), np.isin(byte_N, list(b"}]"))
-    return int((opens_N.astype(np.int32) - closes_N).cumsum().max())
+    most, depth = 0, 0
+    for start in range(0, len(line), 2**20):
+        byte_N = np.frombuffer(line[start : start + 2**20], np.uint8)
+        steps_N = np.isin(byte_N, list(b"{[")).astype(np.int64) - np.isin(byte_N, list(b"}]"))
+        depth_N = depth + steps_N.cumsum()
+        most, depth = max(most, int(depth_N.max())), int(depth_N[-1])
+    return most
 
 
 def _check_zstandard(kinds: Iterable[str], where: str) -> None:

@@ -57,13 +57,13 @@ DEEP = LINES + '{"text": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001 + "\n"
 BAD = {
     "nested so deep that the reader would end the process": (
         {"rows.jsonl": DEEP},
-        "line 4: cannot be read as JSON",
+        "line 4 is nested more than 1000 deep",
     ),
     "null": ({"rows.json": "null"}, "line 1 is null, not a JSON object"),
     "a row that is null": ({"rows.jsonl": f" null\n{LINES}"}, "line 1 is null, not a JSON object"),
     "deep, packed, in a folder": (
         {"a.jsonl.gz": PACKED[".jsonl.gz"], "b.jsonl.gz": gzip.compress(DEEP.encode())},
-        r"b\.jsonl\.gz: line 4: cannot be read as JSON",
+        r"b\.jsonl\.gz: line 4 is nested more than 1000 deep",
     ),
     "a type of no data": ({"rows.xlsx": "x"}, r"unknown file type; known: \.jsonl, .*\.csv.*\.gz or \.zst, and \.parquet"),
     "packed in another way": ({"rows.jsonl.bz2": "x"}, "unknown file type"),
@@ -93,6 +93,13 @@ def test_what_cannot_be_read_says_so_in_one_line(tmp_path, name, capfd):
     with pytest.raises(StunError, match=rf"task\.path={path}: .*{says}") as caught:
         load_rows(str(path), "task.path")
     assert "\n" not in str(caught.value) and "ailed" not in capfd.readouterr().err
+
+
+def test_null_inside_a_row_and_many_brackets_are_read(tmp_path):
+    """Also where a line of the file begins with it, and where the brackets are a text's."""
+    row = {"text": "[" * 2000, "tags": [None, "a"] + [[]] * 2000}
+    for name, content in {"a.json": json.dumps([row], indent=1), "b.jsonl": f"{json.dumps(row)}\n"}.items():
+        assert load_rows(str(written(tmp_path / name, content)), "text.path")["text"][:] == [row["text"]]
 
 
 def test_zst_without_its_package(tmp_path, monkeypatch):
