@@ -325,7 +325,8 @@ class OutputConfig:
     a removed weight gets the code of zero, what a solver changes the nearest code on the scale that it has, and what
     experts.refit changes a scale of its new size. bfloat16: a quantised source dequantised. fp8_block, fp8_channel, int4 (groups
     of 32), nvfp4, mxfp4: bfloat16 weights are rounded, layer by layer, so that the layers after see the rounded ones; with their
-    inputs in view (GPTQ) where a solver or experts.refit has measured these, else to nearest. auto: source where that can be."""
+    inputs in view (GPTQ) where a solver or experts.refit has measured these, else to nearest. auto: source, but bfloat16 with
+    experts.uneven=padded."""
 
 
 @dataclass

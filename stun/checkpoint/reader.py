@@ -165,24 +165,31 @@ class Checkpoint:
                     raise StunError(f"{name}: {reason}, which output.format=source cannot hold; use output.format=bfloat16")
         return parts
 
-    def nearest(self, name: str, weight: torch.Tensor, row: int | None = None, rounded: Callable | None = None) -> torch.Tensor:
+    def nearest(self, name: str, weight: torch.Tensor, row: int | None = None) -> torch.Tensor:
         """The values nearest to those of `weight` that a quantised weight, or one entry of its first dimension, can have on the
-        scales that it is stored with; or those that `rounded(weight, near)` chooses among them: `near(values, places)` gives the
-        nearest ones at some places of the weight."""
+        scales that it is stored with."""
         info, stored = self._parts(name, row)
-        parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
-        return fit(info, parts, _on_grid(info, parts, weight, rounded) if rounded else weight)
+        return fit(info, {part.role: stored[part.name].to(weight.device) for part in info.parts}, weight)
 
-    def rescaled(
-        self, name: str, weight: torch.Tensor, row: int | None, rounded: Callable
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same on scales that have the size which the largest values of `weight` need, and the tensors, by source name, that
-        the weight is then stored in."""
+    def rescaled(self, name: str, weight: torch.Tensor, row: int | None, rounded: Callable) -> dict[str, torch.Tensor]:
+        """Tensors, by source name, in which a quantised weight, or one entry of its first dimension, is stored if it becomes
+        `weight`: on scales that have the size which its largest values need, what `rounded(weight, near)` makes of it;
+        `near(values, places)` gives the nearest values that have codes. One that has not changed, but for removed weights, keeps
+        its scales and codes."""
         info, stored = self._parts(name, row)
-        parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
-        info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
-        values = fit(info, parts, _on_grid(info, parts, weight, rounded))
-        return values, {part.name: parts[part.role] if part.role else stored[part.name] for part in info.parts}
+        if not torch.equal(fit(info, {part.role: stored[part.name].to(weight.device) for part in info.parts}, weight), weight):
+            _, stored = self._parts(name, row)
+            parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
+            info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
+            fit(info, parts, _on_grid(info, parts, weight, rounded))
+            stored |= {part.name: parts[part.role] for part in info.parts if part.role}
+        return stored
+
+    def worth(self, name: str, row: int | None, stored: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+        """The values of a quantised weight, or one entry of it, if it is stored in these tensors."""
+        info = self.tensors[name] if row is None else self.tensors[name].row(row)
+        values_LW = info.codec.dequantise({part.role: stored[part.name].to(device) for part in info.parts}).to(info.dtype)
+        return values_LW.T if info.codec.is_transposed else values_LW
 
     def _parts(self, name: str, row: int | None) -> tuple[TensorInfo, dict[str, torch.Tensor]]:
         """Description and parts, by name, of a quantised weight or one entry of its first dimension."""

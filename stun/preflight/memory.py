@@ -25,6 +25,7 @@ LIBRARIES = 160 * 2**20  # allocated by the first calls of libraries (datasets, 
 # tests/unit/preflight/test_preflight.py. The eigenvectors of ALPS need 8 more inside LAPACK.
 SELECT, PATTERN, OUTLIERS = (11, 0), (12, 0), (20, 0)
 SPARSEGPT, ALPS, REFIT = (17, 11), (49, 21), (47, 4)
+COMPENSATED = (34, 28)  # rounded column by column
 ROUND = 26  # the same of a matrix that is rounded to what is written
 
 
@@ -198,11 +199,13 @@ class Footprint:
         grams, turn = self._grams(layout, index) if is_run else (0, 0)
         idle = max(0, held - self.states) if is_run else 0
         stored = int((weights.kept + weights.owned) * self.job.grid.bits / 16) if self.job.grid else 0
+        if self.job.keeps_form and self.job.refits:  # what has new scales
+            stored = int(weights.owned * self.arch.source.bits / 16)
         clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
         device = {
             "choose": weights.dense + weights.experts + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
-            "mask": kept + idle + grams + clones + (self._pruning(layout) if self.plan.zeros else 0),
+            "mask": kept + idle + grams + clones + stored + (self._pruning(layout) if self.plan.zeros else 0),
             "run": kept + run + stored,
             "hand over": kept + idle + received + stored,
         }
@@ -210,13 +213,14 @@ class Footprint:
             device["round"] = kept + idle + stored + self._rounding(layout)
         if config.reconstruct:
             sums, passing = self._pairs(layout, index)
-            device["refit"] = kept + clones + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
+            device["refit"] = kept + clones + stored + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
         joint = self._joint(layout, index) if self.job.refits else 0
         dense = 2 * self.states  # the dense model's, before and after the layer
         if self.job.runs_dense:
             device["dense"] = weights.dense + weights.experts + run + dense
         if self.job.refits:
-            device["joint refit"] = kept + idle + dense + joint
+            rounded = workers_on(self.launch.device) * self._largest(layout, [COMPENSATED]) if stored else 0
+            device["joint refit"] = kept + idle + dense + joint + stored + rounded
         following, unwritten = [*self.layers, *self.heads][index + 1 : index + 2], self._being_written(index)
         beside = unwritten + weights.dense + weights.experts + (held if is_run else 0) + joint
         ahead, host = self._read_ahead(sum(layer.read for layer in following), beside)
@@ -254,7 +258,8 @@ class Footprint:
 
     def _pruning(self, layout: LayerLayout) -> int:
         """Bytes for all workers while each of them prunes a matrix."""
-        return workers_on(self.launch.device) * self._largest(layout, transient_costs(self.cfg.sparsify))
+        rounded = [COMPENSATED] if self.job.grid and self.cfg.sparsify.reads_grams else []
+        return workers_on(self.launch.device) * self._largest(layout, [*transient_costs(self.cfg.sparsify), *rounded])
 
     def _rounding(self, layout: LayerLayout) -> int:
         """Bytes for all workers while each of them rounds a matrix to what is written."""

@@ -35,7 +35,8 @@ def mask_layer(
 
 @dataclass
 class _Masking:
-    """Weight pruning of one layer. `names` are the dense matrices that lose weights."""
+    """Weight pruning of one layer. `names` are the dense matrices that lose weights, `tokens` counts those of this rank's
+    experts."""
 
     stream: LayerStream
     layer: Layer
@@ -45,6 +46,7 @@ class _Masking:
     names: list[str]
     solved: Solved
     saliency: Saliency = field(default_factory=Saliency)
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def run(self) -> tuple[int, Saliency]:
         """See `mask_layer`."""
@@ -61,7 +63,7 @@ class _Masking:
         unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
-            reconstruction.refit(self.states, self.solved)
+            reconstruction.refit(self.states, self._solved)
         return unseen, self.saliency
 
     def _blocks(self) -> list[list[int]]:
@@ -96,7 +98,8 @@ class _Masking:
                 moments = Moments(self.stream, self.layer, names, block, self.config.reads_grams, gated, remember)
                 moments.measure(self.states)
                 if is_first:
-                    tokens, dense = moments.tokens, moments.dense
+                    self.tokens = tokens = moments.tokens
+                    dense = moments.dense
                 if remember:
                     reconstruction.inputs = moments.inputs
             ranks.meter.enter("mask")
@@ -123,8 +126,13 @@ class _Masking:
         weight_OD.copy_(sparsify(self.config, weight_OD, moment, count, name))
         closes = self.layer.layout.closes(place) if isinstance(place, str) else place[1] == "down_proj"
         if self.config.reads_grams and not (self.config.reconstruct and closes):  # that will have other values
-            self.solved(place, weight_OD, moment)
+            self._solved(place, weight_OD, moment)
         self.saliency.add(self.config, dense_oD, weight_OD[::STRIDE] == 0, moment)
+
+    def _solved(self, place: tuple[int, str] | str, weight_OD: torch.Tensor, gram_DD: torch.Tensor) -> None:
+        """Tell of a matrix, but of none of an expert with fewer tokens than inputs: they say too little of other tokens."""
+        if isinstance(place, str) or int(self.tokens[self.layer.kept.index(place[0])]) >= weight_OD.shape[1]:
+            self.solved(place, weight_OD, gram_DD)
 
     def _unseen(self, tokens: torch.Tensor, norms: dict[int, dict[str, torch.Tensor]]) -> int:
         """Prune the experts without tokens by the pooled inputs of all other experts; returns their number."""

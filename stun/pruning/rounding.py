@@ -21,11 +21,13 @@ from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.planning.written_form import matrices_of_experts, rounded_dense
 from stun.run.layer_metrics import kind_of
-from stun.sparsify.compensated import compensated
+from stun.sparsify.compensated import compensated, inverted
 from stun.sparsify.joint_refit import damped_factor
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
+Place = tuple[str, int | None]  # source name of a matrix, and its entry where one tensor holds all experts
+Stored = dict[str, torch.Tensor]  # what a matrix is stored in, by source name
 _DAMPING = 0.01  # of the mean square of an input, added to every input's (GPTQ's)
 
 
@@ -38,17 +40,18 @@ class Target(Protocol):
     def parts(self, layout: LayerLayout) -> list[str]:
         """Parts of its experts."""
 
-    def rounded(
-        self, name: str, weight: torch.Tensor, row: int | None, largest: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Rounded values of a source tensor, or of one entry of it, and the tensors by name that they are to be stored in, empty
-        if writing finds them. `largest` is the largest magnitude among all that share its scale."""
+    def rounded(self, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, Stored]:
+        """Nearest values of a source tensor, or of one entry of it, and the tensors that they are to be stored in, empty if
+        writing finds them. `largest` is the largest magnitude among all that share its scale."""
 
     def fitted(
-        self, name: str, weight: torch.Tensor, row: int | None, factor_DD: torch.Tensor | None, is_transposed: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The same of a matrix that shares its scale with no other. Given the factor of the inputs' Gram matrix, outputs are near
-        those of `weight` too. `is_transposed`: inputs are rows."""
+        self, place: Place, weight: torch.Tensor, largest: torch.Tensor, upper_DD: torch.Tensor, is_transposed: bool
+    ) -> Stored:
+        """Tensors that a matrix is to be stored in so that its outputs too are near those of `weight`, given `inverted` of the
+        inputs' Gram matrix; empty if nothing is to be rounded. `is_transposed`: inputs are rows."""
+
+    def worth(self, place: Place, stored: Stored, weight: torch.Tensor) -> torch.Tensor:
+        """Values of such tensors, on the device and in the dtype of `weight`."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +71,24 @@ class NewForm:
     def parts(self, layout: LayerLayout) -> list[str]:
         return matrices_of_experts(self.arch, layout)
 
-    def rounded(self, name, weight, row, largest):
-        return self._stored(name, self.grid.parts(weight.contiguous(), largest), weight.dtype)
+    def rounded(self, place, weight, largest):
+        parts = self.grid.parts(weight.contiguous(), largest)
+        return self.grid.values(parts, weight.dtype), self._named(place, parts)
 
-    def fitted(self, name, weight, row, factor_DD, is_transposed):
-        if factor_DD is None:
-            return self.rounded(name, weight, row, _largest([weight]))
-        return self.compensated(name, weight, factor_DD, _largest([weight]))
-
-    def compensated(self, name: str, weight_OD: torch.Tensor, factor_DD: torch.Tensor, largest: torch.Tensor):
-        """As `rounded`, column by column, given the factor of the inputs' Gram matrix."""
-
+    def fitted(self, place, weight, largest, upper_DD, is_transposed):
         def chosen(near: Callable) -> torch.Tensor:
-            return compensated(weight_OD, factor_DD, lambda column, values_O: near(values_O, (slice(None), column)))
+            return compensated(weight, upper_DD, lambda column, values_O: near(values_O, (slice(None), column)))
 
-        return self._stored(name, self.grid.compensated(weight_OD.contiguous(), largest, chosen), weight_OD.dtype)
+        return self._named(place, self.grid.compensated(weight.contiguous(), largest, chosen))
 
-    def _stored(self, name: str, parts: dict[str, torch.Tensor], dtype: torch.dtype):
-        stem = name.removesuffix("weight")
-        return self.grid.values(parts, dtype), {stem + end: parts[role] for role, end in self.grid.ends.items()}
+    def worth(self, place, stored, weight):
+        names = self._named(place, {role: role for role in self.grid.ends})
+        return self.grid.values({role: stored[name] for name, role in names.items()}, weight.dtype)
+
+    def _named(self, place: Place, parts: dict) -> dict:
+        """What there is by role, by the names of the tensors."""
+        stem = place[0].removesuffix("weight")
+        return {stem + end: parts[role] for role, end in self.grid.ends.items()}
 
 
 @dataclass(frozen=True)
@@ -98,27 +100,33 @@ class OwnCodes:
 
     def dense(self, layout: LayerLayout) -> list[list[str]]:
         names = sorted(layout.linears) if self.is_solved else layout.shared_outputs
-        return [[name] for name in names if self.source.tensors[name].codec]
+        return [[name] for name in names if self._has_codes(name)]
 
     def parts(self, layout: LayerLayout) -> list[str]:
-        some = layout.experts[layout.whole[0]] if layout.experts else {}
-        stored = [part for part, names in some.items() if self.source.tensors[names[0]].codec]
-        return [part for part in stored if self.is_solved or part == "down_proj"]
+        experts = [layout.experts[number] for number in layout.whole]
+        parts = {part for expert in experts for part, names in expert.items() if self._has_codes(names[0])}
+        return sorted(part for part in parts if self.is_solved or part == "down_proj")
 
-    def rounded(self, name, weight, row, largest):
-        return self.source.nearest(name, weight, row), {}
+    def _has_codes(self, name: str) -> bool:
+        return self.source.tensors[name].codec is not None
 
-    def fitted(self, name, weight, row, factor_DD, is_transposed):
+    def rounded(self, place, weight, largest):
+        name, row = place
+        return (self.source.nearest(name, weight, row) if self._has_codes(name) else weight), {}
+
+    def fitted(self, place, weight, largest, upper_DD, is_transposed):
         # By itself every small change would be rounded off, since the source's own weights are on the grid.
-        def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
-            place = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
+        def chosen(weight: torch.Tensor, near: Callable) -> torch.Tensor:
+            at = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
             oriented_OD = weight.T if is_transposed else weight
-            new_OD = compensated(oriented_OD, factor_DD, lambda column, values_O: near(values_O, place(column)))
+            new_OD = compensated(oriented_OD, upper_DD, lambda column, values_O: near(values_O, at(column)))
             return new_OD.T if is_transposed else new_OD
 
-        if factor_DD is None:
-            return self.rounded(name, weight, row, weight)
-        return self.source.rescaled(name, weight, row, rounded)
+        name, row = place
+        return self.source.rescaled(name, weight, row, chosen) if self._has_codes(name) else {}
+
+    def worth(self, place, stored, weight):
+        return self.source.worth(*place, stored, weight.device)
 
 
 @dataclass(frozen=True)
@@ -131,11 +139,14 @@ class AllValues:
     def parts(self, layout: LayerLayout) -> list[str]:
         return []
 
-    def rounded(self, name, weight, row, largest):
+    def rounded(self, place, weight, largest):
         return weight, {}
 
-    def fitted(self, name, weight, row, factor_DD, is_transposed):
-        return weight, {}
+    def fitted(self, place, weight, largest, upper_DD, is_transposed):
+        return {}
+
+    def worth(self, place, stored, weight):
+        return weight
 
 
 def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
@@ -150,13 +161,13 @@ def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
 class Rounding:
     """Rounding of layers. Matrices that the joint refit changes (`is_refitted`) are rounded after it, all others before it.
 
-    What is rounded with its inputs in view, where their Gram matrix is at hand, waits in `fits` by source name and entry, as
-    values and stored tensors, until `round` takes it in place of the nearest.
+    What is rounded with its inputs in view, where their Gram matrix is at hand, waits in `fits` as it is to be stored, until
+    `round` takes it in place of the nearest.
     """
 
     def __init__(self, stream: LayerStream, target: Target):
         self.stream, self.target = stream, target
-        self.fits: dict[tuple[str, int | None], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+        self.fits: dict[Place, Stored] = {}
 
     def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> Counter[str]:
         """Round matrices in place; returns the weights of this rank that became zero, by kind. All ranks call this together."""
@@ -189,10 +200,10 @@ class Rounding:
         names = [place] if is_dense else layout.experts[place[0]][place[1]]
         if place in self.target.alone(layout) if is_dense else place[1] in self.target.parts(layout):
             damping = _DAMPING * float(gram_DD.diagonal().double().mean()) or 1.0
-            factor_DD, largest = damped_factor(gram_DD, damping), _largest([weight_OD])
+            upper_DD, largest = inverted(damped_factor(gram_DD, damping)), _largest([weight_OD])
             pieces = weight_OD.split([self.stream.arch.info(name).shape[0] for name in names])
             for name, piece in zip(names, pieces, strict=True):
-                self.fits[name, None] = self.target.compensated(name, piece, factor_DD, largest)
+                self.fits[name, None] = self.target.fitted((name, None), piece, largest, upper_DD, False)
 
     def nonzero(self, layer: Layer) -> Counter[str]:
         """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
@@ -206,24 +217,19 @@ class Rounding:
 
     def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
         weight_OD = layer.dense[name]
-        return _put(layer, (name, None), weight_OD, *self._rounded(name, weight_OD, None, largest))
+        return _put(layer, (name, None), weight_OD, *self._rounded((name, None), weight_OD, largest))
 
-    def _rounded(self, name: str, weight: torch.Tensor, row: int | None, largest: torch.Tensor):
-        return self.fits[name, row] if (name, row) in self.fits else self.target.rounded(name, weight, row, largest)
+    def _rounded(self, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, Stored]:
+        stored = self.fits.pop(place, None)
+        return (self.target.worth(place, stored, weight), stored) if stored else self.target.rounded(place, weight, largest)
 
     def _expert(self, layer: Layer, expert: int, part: str) -> int:
         weight = layer.experts[expert][part]
-        rounded = self._of_expert(layer.layout, expert, part, weight)
-        row = expert if part in layer.layout.fused else None
-        return sum(_put(layer, (name, row), piece, values, stored) for name, piece, values, stored in rounded)
-
-    def _of_expert(self, layout: LayerLayout, expert: int, part: str, weight: torch.Tensor):
-        """Name, piece of `weight`, its rounded values and their stored form, of each source tensor of one part of an expert."""
-        names, largest = layout.experts[expert][part], _largest([weight])
-        if part in layout.fused:
-            return [(names[0], weight, *self._rounded(names[0], weight, expert, largest))]
-        pieces = weight.split([self.stream.arch.info(name).shape[0] for name in names])
-        return [(n, piece, *self._rounded(n, piece, None, largest)) for n, piece in zip(names, pieces, strict=True)]
+        layout, largest = layer.layout, _largest([weight])
+        names, is_fused = layout.experts[expert][part], part in layout.fused
+        pieces = [weight] if is_fused else weight.split([self.stream.arch.info(name).shape[0] for name in names])
+        places = [(name, expert if is_fused else None) for name in names]
+        return sum(_put(layer, p, piece, *self._rounded(p, piece, largest)) for p, piece in zip(places, pieces, strict=True))
 
     @property
     def is_exact(self) -> bool:
@@ -236,18 +242,22 @@ class Rounding:
         if "down_proj" not in self.target.parts(layout):
             return weight_DI
         (name,), row = layout.experts[expert]["down_proj"], expert if "down_proj" in layout.fused else None
-        return layout.oriented(self._fitted(name, layout.oriented(weight_DI), row, factor_II, layout.is_transposed))
+        return layout.oriented(self._fitted((name, row), layout.oriented(weight_DI), factor_II, layout.is_transposed))
 
     def shared(self, layout: LayerLayout, name: str, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
         """The same of a shared expert's."""
         is_rounded = [name] in self.target.dense(layout)
-        return self._fitted(name, weight_DI, None, factor_II, False) if is_rounded else weight_DI
+        return self._fitted((name, None), weight_DI, factor_II, False) if is_rounded else weight_DI
 
-    def _fitted(self, name: str, weight: torch.Tensor, row: int | None, factor: torch.Tensor | None, is_transposed: bool):
-        values, stored = self.target.fitted(name, weight, row, factor, is_transposed)
-        if stored and factor is not None:
-            self.fits[name, row] = values, stored
-        return values
+    def _fitted(self, place: Place, weight: torch.Tensor, factor: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
+        largest = _largest([weight])
+        if factor is None:
+            return self.target.rounded(place, weight, largest)[0]
+        stored = self.target.fitted(place, weight, largest, inverted(factor), is_transposed)
+        if not stored:
+            return weight
+        self.fits[place] = stored
+        return self.target.worth(place, stored, weight)
 
     def rescaled(self, layout: LayerLayout) -> list[str]:
         """Tensors of all experts that have new scales after a joint refit."""
@@ -259,7 +269,7 @@ def _largest(weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([weight.abs().amax() for weight in weights]).amax()
 
 
-def _put(layer: Layer, place: tuple[str, int | None], weight: torch.Tensor, values: torch.Tensor, stored: dict) -> int:
+def _put(layer: Layer, place: Place, weight: torch.Tensor, values: torch.Tensor, stored: Stored) -> int:
     """Give a matrix its rounded values in place; returns how many entries became zero."""
     lost = int(weight.count_nonzero()) - int(values.count_nonzero())
     weight.copy_(values)

@@ -9,16 +9,20 @@ from stun.runtime.threads import one_thread
 BLOCK = 128
 
 
+def inverted(factor_DD: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor [D, D] of the inverse of a damped Gram matrix, of which `factor_DD` is the lower one."""
+    with one_thread():  # the last bits of LAPACK's results depend on its threads
+        return torch.linalg.cholesky(torch.cholesky_inverse(factor_DD.double()), upper=True).float()
+
+
 def compensated(
-    weight_OD: torch.Tensor, factor_DD: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]
+    weight_OD: torch.Tensor, upper_DD: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Rounded weights [O, D] in float32, whose outputs are near those of `weight_OD`; its zeros stay zero.
 
-    `factor_DD` is the Cholesky factor of the inputs' damped Gram matrix; `nearest(column, values_O)` rounds values of one column.
+    `upper_DD` is `inverted` of the inputs' Gram matrix; `nearest(column, values_O)` rounds values of one column.
     """
     weight_OD, kept_OD = weight_OD.float().clone(), weight_OD != 0
-    with one_thread():  # the last bits of LAPACK's results depend on its threads
-        upper_DD = torch.linalg.cholesky(torch.cholesky_inverse(factor_DD.double()), upper=True).float()
     for start in range(0, weight_OD.shape[1], BLOCK):
         columns = range(start, min(start + BLOCK, weight_OD.shape[1]))
         errors = []

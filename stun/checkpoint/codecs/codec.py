@@ -17,8 +17,9 @@ from stun.checkpoint.headers import Part, TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 Parts = Mapping[str, torch.Tensor]
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes of a number
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # dtypes of scales that are powers of two (E8M0: 2 ** (byte - 127), 255 is NaN)
-_ROUNDS_UP = 8 / 7  # a largest magnitude of 1.75 times a power of two, or more, takes the next one
+_ROUNDS_UP = 8 / 7 * (1 - 2**-20)  # a largest magnitude above 1.75 times a power of two takes the next one
 _E4M3 = tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
 # Ends of names of what belongs to a layer's inputs: they are not read, and travel with their weight.
 PASSENGERS = ("input_scale", "input_global_scale")
@@ -68,19 +69,17 @@ class Codec:
     def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
         """Change the scales, in place, as the largest magnitude of those that share one does from the weight to `values_LW`.
         Scales of zeros alone stay; powers of two are those of a form that is made anew (MX)."""
-        scale, before = parts["scale"], self.largest(parts, self.dequantise(parts))
+        scale, raw = parts["scale"], _RAW[parts["scale"].element_size()]
+        before = self.largest(parts, self.dequantise(parts).to(values_LW.dtype).float())
         after = self.largest(parts, values_LW.float())
         if scale.dtype in EXPONENTS:
             _, exponent = torch.frexp(after * _ROUNDS_UP)
-            new = (exponent - 1 - self.exponent + 127).clamp(0, 254).to(torch.uint8).view(scale.dtype)
+            new = (exponent - 1 - self.exponent + 127).clamp(0, 254).to(torch.uint8)
         else:
             most = torch.finfo(scale.dtype).max
-            new = (scale.float() * (after / before)).clamp(max=most).to(scale.dtype)
-            smallest = torch.finfo(scale.dtype).smallest_normal
-            new = torch.where(new.float() == 0, smallest, new.float()).to(scale.dtype)
-        is_scaled = (before > 0) & (after > 0)
-        raw = torch.uint8 if scale.element_size() == 1 else scale.dtype
-        scale.view(raw).copy_(torch.where(is_scaled, new.view(raw), scale.view(raw)))
+            new = (scale.float() * (after / before)).clamp(max=most).to(scale.dtype).view(raw).clamp(min=1)  # the smallest, not 0
+        is_scaled = (before > 0) & (after > 0) & (before != after)
+        scale.view(raw).copy_(torch.where(is_scaled, new, scale.view(raw)))
 
     def near(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Multiples of the scale nearest to values; 0 where both are 0."""

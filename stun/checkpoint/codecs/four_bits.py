@@ -8,6 +8,7 @@ gpt-oss: `X_blocks` [E, O, D / 32, 16] and `X_scales` [E, O, D / 32] of the weig
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -31,7 +32,12 @@ from stun.config import StunError
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BLOCKS, SCALES = "_blocks", "_scales"
 # Between the magnitudes of E2M1. A tie goes to the even code: upwards at every second of them, which is so the float32 below.
-_MIDDLES = [0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0]
+_MIDDLES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
+
+
+@cache
+def _constants(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class FourBits(Codec):
 
     def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
         """As others do; first the scale of the matrix, since E4M3 would end below what its scales could become."""
-        growth = values_LW.float().abs().amax() / self.dequantise(parts).abs().amax()
+        growth = values_LW.float().abs().amax() / self.dequantise(parts).to(values_LW.dtype).float().abs().amax()
         if "global" in parts and bool(growth.isfinite() & (growth > 0)):
             parts["global"].mul_(1 / growth if self.divides else growth)
         super().rescale(parts, values_LW)
@@ -66,7 +72,7 @@ class FourBits(Codec):
         return scale_LG.repeat_interleave(width // scale_LG.shape[1], 1), scale_LG.new_zeros(())
 
     def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(E2M1, device=steps.device)[nearest_e2m1(steps).int()]
+        return _constants(E2M1, steps.device)[nearest_e2m1(steps).int()]
 
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         codes = parts["codes"]
@@ -83,7 +89,7 @@ class FourBits(Codec):
 
 def nearest_e2m1(steps: torch.Tensor) -> torch.Tensor:
     """Nearest codes of numbers in float32; those above 6 get its code, and no code is -0 but for numbers below 0."""
-    middles = torch.tensor(_MIDDLES, device=steps.device)
+    middles = _constants(_MIDDLES, steps.device)
     near = torch.bucketize(steps.abs().contiguous(), middles, out_int32=True).to(torch.uint8)
     return near | (steps < 0).to(torch.uint8) << 3
 

@@ -32,7 +32,8 @@ class Transposed(Codec):
 
     def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
         largest_GW = torch.zeros_like(parts["scale"], dtype=torch.float32)
-        return largest_GW.index_reduce_(0, self._groups(parts, len(values_LW)), values_LW.abs(), "amax")
+        group_LW = self._groups(parts, len(values_LW))[:, None].expand(values_LW.shape)
+        return largest_GW.scatter_reduce_(0, group_LW, values_LW.abs(), "amax")
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         codes_LW = self._codes(parts["codes"])

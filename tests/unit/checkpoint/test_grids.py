@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from stun.checkpoint.codecs.grids import GRIDS
 from stun.checkpoint.reader import Checkpoint
-from stun.sparsify.compensated import compensated
+from stun.sparsify.compensated import compensated, inverted
 
 X = "model.layers.0.mlp.experts.3.up_proj."
 BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
@@ -83,11 +83,11 @@ def test_rounded_with_inputs_in_view(form):
     nearest = grid.parts(weight_OD, largest)
 
     def rounded(gram_DD: torch.Tensor) -> dict[str, torch.Tensor]:
-        factor_DD = torch.linalg.cholesky(gram_DD)
+        upper_DD = inverted(torch.linalg.cholesky(gram_DD))
         return grid.compensated(
             weight_OD,
             largest,
-            lambda near: compensated(weight_OD, factor_DD, lambda n, values_O: near(values_O, (slice(None), n))),
+            lambda near: compensated(weight_OD, upper_DD, lambda n, values_O: near(values_O, (slice(None), n))),
         )
 
     alone, seen = rounded(torch.eye(384)), rounded(inputs_ND.T @ inputs_ND + torch.eye(384))

@@ -197,6 +197,18 @@ def test_what_changes_gets_the_nearest_codes(tmp_path, ranks, change):
         assert "down_proj" in name or torch.equal(read.read(name), near), name
 
 
+@pytest.mark.parametrize("expert", [0, 3])
+def test_experts_that_are_plain_beside_others(tmp_path, ranks, expert):
+    """... are refitted and stay plain, whichever it is."""
+    source = quantised(tmp_path / "source", "int4")
+    tensors, read, name = load_tensors(source), Checkpoint.open(source), f"model.layers.0.mlp.experts.{expert}.down_proj"
+    plain = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+    rewrite(source, plain | {f"{name}.weight": read.read(f"{name}.weight")})
+    asked = {"target": 0.3, "sparsify": SparsifyConfig(method=SparsifyMethod.wanda)}
+    folder, _, summary = pruned(source, tmp_path / "run", ranks, ExpertsConfig(fraction=0.0, refit=True), **asked)
+    assert load_tensors(folder)[f"{name}.weight"].dtype is torch.bfloat16 and abs(summary["sparsity"] - 0.3) < 1e-4
+
+
 def test_padding_cannot_keep_the_form(tmp_path):
     """... so that it is refused where the form is asked for, and else the form goes."""
     folder = quantised(tmp_path / "source", "int4", "glm4_moe")

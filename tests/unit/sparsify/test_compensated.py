@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stun.sparsify import compensated as module
-from stun.sparsify.compensated import compensated
+from stun.sparsify.compensated import compensated, inverted
 
 
 def published(weight_OD: torch.Tensor, gram_DD: torch.Tensor, step_D: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,8 @@ def test_as_published(monkeypatch, block):
     gram_DD = inputs_ND.T @ inputs_ND + torch.eye(24)
     weight_OD, step_D = torch.randn(16, 24), torch.rand(24) / 2 + 0.1
     weight_OD[torch.rand(16, 24) < 0.4] = 0
-    rounded_OD = compensated(weight_OD, torch.linalg.cholesky(gram_DD), lambda n, v_O: (v_O / step_D[n]).round() * step_D[n])
+    upper_DD = inverted(torch.linalg.cholesky(gram_DD))
+    rounded_OD = compensated(weight_OD, upper_DD, lambda n, v_O: (v_O / step_D[n]).round() * step_D[n])
     torch.testing.assert_close(rounded_OD, published(weight_OD, gram_DD, step_D))
     plain_OD = (weight_OD / step_D).round() * step_D
     errors = [float(((own - weight_OD) @ inputs_ND.T).square().sum()) for own in (rounded_OD, plain_OD)]
