@@ -51,10 +51,22 @@ snapshot() {
 # Queue again, once the step is over: before the time limit (USR1), or when preempted (TERM, to the step alone or to this shell
 # too). A job that is cancelled or over its limit gets TERM too, but no longer counts as running.
 again=""
-is() { scontrol -o show job "$me" | grep -q "$1"; }
+# Not through a pipe: grep ends at the first match, and scontrol would fail if it had not written its last byte by then.
+is() {
+    local about
+    about=$(scontrol -o show job "$me") && grep -q "$1" <<<"$about"
+}
 stop() {
-    if is "JobState=RUNNING"; then again=yes; fi
+    if [ "$1" = USR1 ] || is "JobState=RUNNING"; then again=yes; fi
     kill -TERM "$step" 2>/dev/null || true
+}
+queue_again() {
+    local attempt
+    for attempt in 1 2 3 4 5; do
+        if scontrol requeue "$me"; then exit 0; fi
+        sleep "$attempt"
+    done
+    exit 1
 }
 
 # run_ranks LOGS MODULE ARGUMENTS: `python -m MODULE ARGUMENTS` on all ranks of all nodes, the output of each in the folder LOGS.
@@ -70,13 +82,13 @@ run_ranks() {
             --master-addr="$2" --master-port="$3" --log-dir="$4" --tee=3 -m "${@:5}"
     ' step "$ranks" "$here" "$port" "$@" &
     step=$!
-    trap stop USR1 TERM
+    trap "stop USR1" USR1
+    trap "stop TERM" TERM
     wait "$step" || status=$?
     if [ "$status" != 0 ] && is "JobState=RUNNING.* PreemptTime=[0-9]"; then again=yes; fi
     if [ -n "$again" ]; then
         wait "$step" || true
-        scontrol requeue "$me"
-        exit 0
+        queue_again
     fi
     trap - USR1 TERM
     return "$status"
