@@ -60,7 +60,8 @@ HEADS = {
 REGISTRY = """
 import json
 from vllm.model_executor.models import registry as r
-print(json.dumps([r._PREVIOUSLY_SUPPORTED_MODELS, {name: entry[0] for name, entry in r._TEXT_GENERATION_MODELS.items()}]))
+own = {**r._TEXT_GENERATION_MODELS, **r._MULTIMODAL_MODELS}
+print(json.dumps([r._PREVIOUSLY_SUPPORTED_MODELS, {name: entry[0] for name, entry in own.items()}]))
 """
 
 
@@ -108,6 +109,7 @@ def _serve(folder, ranks, output=""):
 def test_families_that_vllm_has_classes_for():
     done = subprocess.run([PYTHON, "-c", REGISTRY], capture_output=True, text=True, check=True)
     left, own = json.loads(done.stdout.splitlines()[-1])
+    assert all(own.get(name, "transformers") != "transformers" for name in VLLM_CLASSES)
     for family in [*FAMILIES, *SUPPORTED]:
         name = class_of(family)
         assert left.get(name, "").rpartition(".")[0] == LEFT_VLLM.get(name, ""), family
