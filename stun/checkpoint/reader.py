@@ -173,15 +173,14 @@ class Checkpoint:
 
     def rescaled(self, name: str, weight: torch.Tensor, row: int | None, rounded: Callable) -> dict[str, torch.Tensor]:
         """Tensors, by source name, in which a quantised weight, or one entry of its first dimension, is stored if it becomes
-        `weight`: on scales that have the size which its largest values need, what `rounded(weight, near)` makes of it;
-        `near(values, places)` gives the nearest values that have codes. One that has not changed, but for removed weights, keeps
-        its scales and codes."""
+        `weight`: on scales that have the size which its largest values need, what `rounded(weight, near)` makes of it, with
+        `near` of `Codec.near_at`. One that has not changed, but for removed weights, keeps its scales and codes."""
         info, stored = self._parts(name, row)
         if not torch.equal(fit(info, {part.role: stored[part.name].to(weight.device) for part in info.parts}, weight), weight):
             _, stored = self._parts(name, row)
             parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
             info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
-            fit(info, parts, _on_grid(info, parts, weight, rounded))
+            fit(info, parts, rounded(weight, info.codec.near_at(parts, info.lines)).to(info.dtype))
             stored |= {part.name: parts[part.role] for part in info.parts if part.role}
         return stored
 
@@ -297,17 +296,6 @@ def _check_content(part: Part, info: TensorInfo, content: torch.Tensor) -> None:
             raise StunError(f"{part.info.file}: {part.name} names groups that are not there; there are {groups}")
     if part.role == "shape" and tuple(content.tolist()) != info.shape:
         raise StunError(f"{part.info.file}: {part.name} says {tuple(content.tolist())}, the codes hold {info.shape}")
-
-
-def _on_grid(info: TensorInfo, parts: dict[str, torch.Tensor], weight: torch.Tensor, rounded: Callable) -> torch.Tensor:
-    """What `rounded(weight, near)` makes of a weight; `near(values, places)` gives the nearest values that have codes."""
-    codec = info.codec
-    scale, zero = (each.expand(info.lines).T if codec.is_transposed else each.expand(info.lines) for each in codec.grid(parts))
-
-    def near(values: torch.Tensor, places: tuple) -> torch.Tensor:
-        return codec.near(values, scale[places], zero[places]) * scale[places]
-
-    return rounded(weight, near).to(info.dtype)
 
 
 def _are_finite(scale_N: torch.Tensor) -> bool:

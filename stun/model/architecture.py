@@ -27,7 +27,17 @@ from stun.model import heterogeneous
 from stun.model.as_configured import as_configured
 from stun.model.carried import HIDDEN, Key, Unpacked, is_expression, needs, stand_ins
 from stun.model.empty import without_weights
-from stun.model.families import ALIASES, COUNT_FIELDS, FLOORS, HETEROGENEOUS, NOVICES, TESTED, check_family, count_field
+from stun.model.families import (
+    ALIASES,
+    COUNT_FIELDS,
+    FLOORS,
+    HETEROGENEOUS,
+    HETEROGENEOUS_CLASS,
+    NOVICES,
+    TESTED,
+    check_family,
+    count_field,
+)
 from stun.model.form_settings import renumbered
 from stun.model.layer_layout import LayerLayout
 from stun.model.novices import stock
@@ -117,7 +127,7 @@ class Architecture:
         name = source.config["model_type"].removeprefix(HETEROGENEOUS)
         self.model_type = ALIASES.get(name, name)
         # As config.json names it: runtimes look their own class up by it.
-        self.class_name = next(iter(source.config.get("architectures") or []), "").removeprefix("Stun")
+        self.class_name = next(iter(source.config.get("architectures") or []), "").removeprefix(HETEROGENEOUS_CLASS)
         self.count = self._count_field()
         if not self.count and self.model_type not in TESTED:
             reason = "no layer of it has experts that run through transformers' interface of experts"

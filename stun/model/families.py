@@ -13,6 +13,7 @@ from stun.checkpoint.config_check import entries
 from stun.config import StunError
 
 HETEROGENEOUS = "stun_"  # prefix of the model type where layers keep different numbers of experts
+HETEROGENEOUS_CLASS = "Stun"  # ... and of the class
 # Lists, in config.json, each layer's experts that are novices, in the form that vLLM reads (its design/expert_substitution.md).
 NOVICES = "approximate_experts"
 PADDED = "padded_experts"  # lists, in config.json, each layer's experts of zeros that only fill it up

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.model import remote_code
-from stun.model.families import HETEROGENEOUS, count_field
+from stun.model.families import HETEROGENEOUS, HETEROGENEOUS_CLASS, count_field
 from stun.model.text_part import auto_of, class_of, text_part
 
 _PER_LAYER = "experts_per_layer"
@@ -41,13 +41,13 @@ def forget(config: dict, text: dict, name: str, count: int) -> None:
     """Write one count for all layers, in the family's standard form."""
     if text.pop(_PER_LAYER, None) is not None:
         config["model_type"] = config["model_type"].removeprefix(HETEROGENEOUS)
-        config["architectures"] = [a.removeprefix("Stun") for a in config.get("architectures") or []]
+        config["architectures"] = [a.removeprefix(HETEROGENEOUS_CLASS) for a in config.get("architectures") or []]
         config.pop("auto_map", None)
     text[name] = count
 
 
 def _class_name(name: str) -> str:
-    return name if name.startswith("Stun") else f"Stun{name}"
+    return HETEROGENEOUS_CLASS + name.removeprefix(HETEROGENEOUS_CLASS)
 
 
 @functools.cache

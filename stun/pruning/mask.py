@@ -46,21 +46,21 @@ class _Masking:
     names: list[str]
     solved: Solved
     saliency: Saliency = field(default_factory=Saliency)
-    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: torch.Tensor = field(init=False)
 
     def run(self) -> tuple[int, Saliency]:
         """See `mask_layer`."""
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
         reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.config.reconstruct else None
-        tokens, dense, norms = self._experts(blocks, reconstruction)
+        dense, norms = self._experts(blocks, reconstruction)
         ranks.meter.enter("mask")
         mine = [name for name in self.names if owners[name] == ranks.rank]
         moments = {name: dense[name]["inputs"] if self.config.reads_inputs else None for name in mine}
         ranks.workers.map(lambda name: self._matrix(layer.dense[name], moments[name], self.quota.dense[name], name), mine)
         for name in self.names:
             ranks.broadcast(layer.dense[name], owners[name])
-        unseen = self._unseen(tokens, norms) if self.config.reads_inputs else 0
+        unseen = self._unseen(norms) if self.config.reads_inputs else 0
         if reconstruction:
             ranks.meter.enter("refit")
             reconstruction.refit(self.states, self._solved)
@@ -84,10 +84,9 @@ class _Masking:
     def _experts(self, blocks: list[list[int]], reconstruction: Reconstruction | None):
         """Measure and prune the experts with tokens, block by block; the first block measures the dense matrices too.
 
-        Returns the tokens of every expert of this rank, the moments of the dense matrices, and by part the inputs' sums of
-        squares of every expert with tokens.
+        Returns the moments of the dense matrices, and by part the inputs' sums of squares of every expert with tokens.
         """
-        tokens, dense, norms = torch.zeros(len(self.layer.kept), dtype=torch.int64), {}, {}
+        dense, norms = {}, {}
         for place, block in enumerate(blocks):
             moments, ranks = None, self.stream.ranks
             ranks.meter.enter("measure")
@@ -98,8 +97,7 @@ class _Masking:
                 moments = Moments(self.stream, self.layer, names, block, self.config.reads_grams, gated, remember)
                 moments.measure(self.states)
                 if is_first:
-                    self.tokens = tokens = moments.tokens
-                    dense = moments.dense
+                    self.tokens, dense = moments.tokens, moments.dense
                 if remember:
                     reconstruction.inputs = moments.inputs
             ranks.meter.enter("mask")
@@ -109,7 +107,7 @@ class _Masking:
             # The diagonal holds the sums of squares; cloned, so that the Gram matrix is freed with its block.
             for number, sums in seen.items():
                 norms[number] = {part: total.diagonal().clone() if total.dim() == 2 else total for part, total in sums.items()}
-        return tokens, dense, norms
+        return dense, norms
 
     def _expert(self, number: int, sums: dict[str, torch.Tensor]) -> None:
         """Prune one expert; `sums` are its inputs' moments by part."""
@@ -134,10 +132,10 @@ class _Masking:
         if isinstance(place, str) or int(self.tokens[self.layer.kept.index(place[0])]) >= weight_OD.shape[1]:
             self.solved(place, weight_OD, gram_DD)
 
-    def _unseen(self, tokens: torch.Tensor, norms: dict[int, dict[str, torch.Tensor]]) -> int:
+    def _unseen(self, norms: dict[int, dict[str, torch.Tensor]]) -> int:
         """Prune the experts without tokens by the pooled inputs of all other experts; returns their number."""
         ranks = self.stream.ranks
-        seen_E = ranks.sum_integers(tokens.to(ranks.device)).cpu() > 0
+        seen_E = ranks.sum_integers(self.tokens.to(ranks.device)).cpu() > 0
         if seen_E.all():
             return 0
         stand_in = pooled(norms, ranks)

@@ -76,10 +76,8 @@ class NewForm:
         return self.grid.values(parts, weight.dtype), self._named(place, parts)
 
     def fitted(self, place, weight, largest, upper_DD, is_transposed):
-        def chosen(near: Callable) -> torch.Tensor:
-            return compensated(weight, upper_DD, lambda column, values_O: near(values_O, (slice(None), column)))
-
-        return self._named(place, self.grid.compensated(weight.contiguous(), largest, chosen))
+        rounded = _by_columns(upper_DD, is_transposed)
+        return self._named(place, self.grid.compensated(weight.contiguous(), largest, rounded))
 
     def worth(self, place, stored, weight):
         names = self._named(place, {role: role for role in self.grid.ends})
@@ -116,14 +114,8 @@ class OwnCodes:
 
     def fitted(self, place, weight, largest, upper_DD, is_transposed):
         # By itself every small change would be rounded off, since the source's own weights are on the grid.
-        def chosen(weight: torch.Tensor, near: Callable) -> torch.Tensor:
-            at = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
-            oriented_OD = weight.T if is_transposed else weight
-            new_OD = compensated(oriented_OD, upper_DD, lambda column, values_O: near(values_O, at(column)))
-            return new_OD.T if is_transposed else new_OD
-
         name, row = place
-        return self.source.rescaled(name, weight, row, chosen) if self._has_codes(name) else {}
+        return self.source.rescaled(name, weight, row, _by_columns(upper_DD, is_transposed)) if self._has_codes(name) else {}
 
     def worth(self, place, stored, weight):
         return self.source.worth(*place, stored, weight.device)
@@ -263,6 +255,18 @@ class Rounding:
         """Tensors of all experts that have new scales after a joint refit."""
         has_codes = isinstance(self.target, OwnCodes) and "down_proj" in layout.fused and "down_proj" in self.target.parts(layout)
         return [layout.fused_names["down_proj"]] if has_codes else []
+
+
+def _by_columns(upper_DD: torch.Tensor, is_transposed: bool) -> Callable[[torch.Tensor, Callable], torch.Tensor]:
+    """`compensated` as a function of a weight and `near` of `Codec.near_at`."""
+
+    def rounded(weight: torch.Tensor, near: Callable) -> torch.Tensor:
+        at = (lambda column: (column,)) if is_transposed else (lambda column: (slice(None), column))
+        oriented_OD = weight.T if is_transposed else weight
+        new_OD = compensated(oriented_OD, upper_DD, lambda column, values_O: near(values_O, at(column)))
+        return new_OD.T if is_transposed else new_OD
+
+    return rounded
 
 
 def _largest(weights: list[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ transposed has L = D.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,6 +84,12 @@ class Codec:
     def near(self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Multiples of the scale nearest to values; 0 where both are 0."""
         return self.rounded((values.float() / scale).nan_to_num_(0), zero)
+
+    def near_at(self, parts: Parts, lines: tuple[int, ...]) -> Callable[[torch.Tensor, tuple], torch.Tensor]:
+        """Function `near(values, places)` that gives the values nearest to some at these places of a matrix [O, D], whose lines
+        are [L, W], on the scales that are there."""
+        scale, zero = (each.expand(lines).T if self.is_transposed else each.expand(lines) for each in self.grid(parts))
+        return lambda values, places: self.near(values, scale[places], zero[places]) * scale[places]
 
     def fit(self, parts: Parts, values_LW: torch.Tensor, changed_LW: torch.Tensor) -> None:
         """Write the codes that come nearest to `values_LW` on the scales that are there, in place, where `changed_LW` is true."""

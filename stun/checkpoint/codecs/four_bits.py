@@ -58,9 +58,10 @@ class FourBits(Codec):
 
     def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
         """As others do; first the scale of the matrix, since E4M3 would end below what its scales could become."""
-        growth = values_LW.float().abs().amax() / self.dequantise(parts).to(values_LW.dtype).float().abs().amax()
-        if "global" in parts and bool(growth.isfinite() & (growth > 0)):
-            parts["global"].mul_(1 / growth if self.divides else growth)
+        if "global" in parts:
+            growth = values_LW.float().abs().amax() / self.dequantise(parts).to(values_LW.dtype).float().abs().amax()
+            if bool(growth.isfinite() & (growth > 0)):
+                parts["global"].mul_(1 / growth if self.divides else growth)
         super().rescale(parts, values_LW)
 
     def remove(self, parts: Parts, gone_LW: torch.Tensor) -> None:

@@ -49,13 +49,12 @@ class Grid:
         return self.codec.dequantise(parts).to(dtype)
 
     def compensated(
-        self, weight_OD: torch.Tensor, largest: torch.Tensor, rounded: Callable[[Callable], torch.Tensor]
+        self, weight_OD: torch.Tensor, largest: torch.Tensor, rounded: Callable[[torch.Tensor, Callable], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Tensors by role with the scales of nearest rounding and the values that `rounded(near)` chooses: `near(values, places)`
-        gives the nearest ones at some places of the matrix."""
+        """Tensors by role with the scales of nearest rounding and the values that `rounded(weight, near)` chooses, with `near` of
+        `Codec.near_at`."""
         parts = self.parts(weight_OD, largest)
-        scale_OD, zero_OD = (each.expand(weight_OD.shape) for each in self.codec.grid(parts))
-        values_OD = rounded(lambda values, at: self.codec.near(values, scale_OD[at], zero_OD[at]) * scale_OD[at])
+        values_OD = rounded(weight_OD, self.codec.near_at(parts, weight_OD.shape))
         self.codec.fit(parts, values_OD, torch.ones_like(values_OD, dtype=torch.bool))
         return parts
 

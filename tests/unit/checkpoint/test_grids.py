@@ -87,7 +87,7 @@ def test_rounded_with_inputs_in_view(form):
         return grid.compensated(
             weight_OD,
             largest,
-            lambda near: compensated(weight_OD, upper_DD, lambda n, values_O: near(values_O, (slice(None), n))),
+            lambda own_OD, near: compensated(own_OD, upper_DD, lambda n, values_O: near(values_O, (slice(None), n))),
         )
 
     alone, seen = rounded(torch.eye(384)), rounded(inputs_ND.T @ inputs_ND + torch.eye(384))
