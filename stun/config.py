@@ -24,8 +24,9 @@ def printable(text: str) -> str:
 
 
 # Hydra matches an enum by member name, and `global` is a keyword: hence the functional form.
-Budget = Enum("Budget", ["uniform", "global"])
-Budget.__doc__ = "uniform: every layer keeps the same number of experts; global: one threshold over all layers."
+Budget = Enum("Budget", ["uniform", "global", "measured"])
+Budget.__doc__ = """uniform: every layer keeps the same number of experts; global: one threshold over all layers; measured: as what
+their outputs lose says."""
 
 
 class ExpertsMethod(Enum):
@@ -218,14 +219,15 @@ class ExpertsConfig:
     """How the experts to remove are chosen. stun: clusters by complete linkage, the paper's text; stun_official: the algorithm of
     its code; rank: by score."""
     keep: int | None = None
-    """Experts that every layer keeps; on average, with the global budget. Without `target` no single weight is removed."""
+    """Experts that every layer keeps; on average, where the budget lets layers differ. Without `target` no single weight is removed."""
     drop: float | None = None
     """The same as a share of each layer's experts to remove."""
     fraction: int | float | str = 0.5
     """Share of the parameters removed for `target` that is removed as whole experts, if neither `keep` nor `drop` says it; 0 is
     weights alone, `auto` searches for it."""
     budget: Budget = Budget.uniform
-    """uniform: every layer keeps the same number; global: one threshold over all layers."""
+    """uniform: every layer keeps the same number; global: one threshold over all layers; measured: the numbers whose layers' outputs
+    lose least in all, from trials on a part of the calibration text, refit included."""
     representative: Representative = Representative.nearest
     """Expert kept of a cluster: `nearest` to its mean, or the best by `score`."""
     score: Score = Score.reap
@@ -254,6 +256,11 @@ class ExpertsConfig:
     """Form of the result where layers keep different numbers. code: with a file of code, run with trust_remote_code; padded:
     experts of zeros fill the layers up, so that what loads the original loads it too, llama.cpp among them; the files are as
     large as if every layer kept the most, and the router must have a bias."""
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether layers may keep different numbers of experts."""
+        return self.budget is not Budget.uniform
 
     @property
     def is_counted(self) -> bool:
@@ -358,6 +365,11 @@ class PruneConfig:
     fit: str = ""
     """Memory that the result shall serve in, such as 24GiB: as many whole experts are kept as fit, and no single weight is
     removed, since zeros save no memory. Weights and a tenth more, for cache and activations, are counted."""
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether layers may keep different numbers of experts."""
+        return self.budget is not Budget.uniform
 
     @property
     def is_counted(self) -> bool:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from stun.config import Budget, Dropped, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
+from stun.config import Dropped, PruneConfig, Scope, SparsifyConfig, StunError, Uneven
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.planning.plan import Plan
@@ -66,20 +66,20 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
     """Experts to remove per layer: all but `experts.keep`, or else for `target` and `experts.fraction`, rounded to whole experts,
     the same in every routing group.
 
-    With the global budget only the sum counts. Raises StunError if a layer would keep fewer than `floor_of` allows.
+    Where layers may differ only the sum counts. Raises StunError if a layer would keep fewer than `floor_of` allows.
     """
     moe = [size for size in sizes if size.experts]
     if not moe:
         raise StunError("model.path: no decoder layer of this checkpoint has experts")
-    floor, groups, is_global = floor_of(cfg, arch), groups_of(cfg, arch), cfg.experts.budget is Budget["global"]
+    floor, groups, may_differ = floor_of(cfg, arch), groups_of(cfg, arch), cfg.experts.may_differ
     if cfg.experts.keep is not None:
         _check_kept(cfg, arch, moe)
         drops = [max(0, size.experts - cfg.experts.keep) for size in sizes]
-        return _spread(sum(drops), [max(0, size.experts - floor) for size in sizes], groups) if is_global else drops
-    room = (sum if is_global else min)(max(0, size.experts - floor) for size in moe)
+        return _spread(sum(drops), [max(0, size.experts - floor) for size in sizes], groups) if may_differ else drops
+    room = (sum if may_differ else min)(max(0, size.experts - floor) for size in moe)
     count = groups * _groups_to_drop(cfg, sizes, groups * unit_of(cfg, sizes))
     if count > room:
-        per_layer = "" if is_global else " of every layer"
+        per_layer = "" if may_differ else " of every layer"
         in_groups = f", in {groups} groups of at least {arch.group_floor}" if groups > 1 else ""
         setting, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
         if not cfg.sparsify.pattern:
@@ -89,7 +89,7 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
             f"target={cfg.target} with {setting} removes {count} experts{per_layer}, but at most {room} can be: a layer must "
             f"keep {floor} (top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
         )
-    if is_global:
+    if may_differ:
         return _spread(count, [max(0, size.experts - floor) for size in sizes], groups)
     return [count if size.experts else 0 for size in sizes]
 
@@ -104,13 +104,13 @@ def _check_kept(cfg: PruneConfig, arch: Architecture, moe: list[LayerSize]) -> N
 
 
 def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:
-    """Parameters removed by one more expert (global budget) or one more of every layer (uniform), except those that the pattern,
+    """Parameters removed by one more expert where layers may differ, or else one more of every layer, except those that the pattern,
     if any, removes anyway."""
     pattern = Pattern.parse(cfg.sparsify.pattern)
     units = [
         size.expert - (sum(map(pattern.zeros, size.expert_parts.values())) if pattern else 0) for size in sizes if size.experts
     ]
-    return sum(units) / len(units) if cfg.experts.budget is Budget["global"] else sum(units)
+    return sum(units) / len(units) if cfg.experts.may_differ else sum(units)
 
 
 def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> int:
@@ -129,7 +129,7 @@ def _groups_to_drop(cfg: PruneConfig, sizes: list[LayerSize], unit: float) -> in
 
 
 def _spread(count: int, room: list[int], step: int) -> list[int]:
-    """Split `count` into shares that differ by at most `step`, none above its room; a global budget reads only their sum."""
+    """Split `count` into shares that differ by at most `step`, none above its room; of which only the sum is read."""
     shares = [0] * len(room)
     while count:
         for layer, limit in enumerate(room):

@@ -5,7 +5,7 @@ import re
 from bisect import bisect_right
 from dataclasses import replace
 
-from stun.config import Budget, ExpertsMethod, PruneConfig, Representative, StunError, Uneven
+from stun.config import ExpertsMethod, PruneConfig, Representative, StunError, Uneven
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerSize, count_of_heads, experts_to_drop, floor_of, groups_of, make_budget, model_bytes
 from stun.planning.plan import LayerPlan, Plan
@@ -97,7 +97,7 @@ def plan_of_counts(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize])
     layers = [_layer(layout.num_experts, drop, reads_all) for layout, drop in zip(arch.layers, drops, strict=True)]
     plan = make_budget(cfg, sizes, [len(layer.clusters) for layer in layers])
     counts = {len(layer.clusters) for layer in layers if layer.experts}
-    may_differ = cfg.experts.budget is Budget["global"] and any(drops) and cfg.experts.uneven is Uneven.code
+    may_differ = cfg.experts.may_differ and any(drops) and cfg.experts.uneven is Uneven.code
     common = None if may_differ else count_of_heads(cfg, counts)
     heads = [(head.num_experts, 0 if common is None else head.num_experts - common) for head in arch.mtp]
     plan.layers, plan.mtp = layers, [_layer(experts, drop, True) for experts, drop in heads]

@@ -42,8 +42,9 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
         raise StunError(f"run_dir={cfg.run_dir}: its statistics belong to another model than {cfg.model.path}")
     if output.resolve() in ((Path(cfg.run_dir) / "plan.json").resolve(), Path(compare).resolve()):
         raise StunError(f"output={output}: is the plan of the run itself, or the one to compare with; choose another file")
-    if job.fractions:
-        raise StunError("experts.fraction=auto: a search runs the model; stun prune does that")
+    if job.fractions or job.measures:
+        setting = "experts.fraction=auto: a search" if job.fractions else "experts.budget=measured: it"
+        raise StunError(f"{setting} runs the model; stun prune does that")
     other = read_plan(compare, arch, job.sizes, cfg, None) if compare else None
     plan = make_plan(job, stats)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stun.checkpoint import hub
@@ -15,6 +15,7 @@ from stun.model.architecture import Architecture
 from stun.model.families import NOVICES, PADDED
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import check_alike, compute_dtype
+from stun.planning.allocation import Losses
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
@@ -31,7 +32,8 @@ from stun.statistics.store import Statistics
 from stun.stream.self_check import check_unknown
 from stun.tracking.tracker import check_tracking
 
-SHARE = 8  # the search for the best split prunes on one sample in so many, and holds out as many
+SHARE = 8  # trials prune on one sample in so many, and hold out as many
+TRIED = ("budget", "search")  # streams of trials, on that share of the samples; nothing is saved in them
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Job:
     """A request that can be met.
 
     `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
-    splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `samples` are the calibration
+    splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `losses` are those of the layers,
+    once they are measured for experts.budget=measured. `samples` are the calibration
     tokens, None if nothing reads any. `form_note` says in which form weights are written, where that is not the plain source's.
     """
 
@@ -49,12 +52,13 @@ class Job:
     plan: Plan
     is_given: bool = False
     fractions: tuple[float, ...] = ()
+    losses: Losses = field(default_factory=list)
     samples: Samples | None = None
     form_note: str = ""
 
     @property
     def drops(self) -> list[int]:
-        """Experts removed per layer; with the global budget only the sum counts."""
+        """Experts removed per layer; where the budget lets layers differ only the sum counts."""
         return [layer.experts - len(layer.clusters) for layer in self.plan.layers]
 
     @property
@@ -67,6 +71,12 @@ class Job:
         """Whether the plan or the search reads statistics of the first stream."""
         chooses = any(self.drops) and not self.is_given and self.cfg.experts.reads_statistics
         return bool(chooses or (self.plan.zeros and self.cfg.sparsify.counts_outliers) or self.fractions)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the layers' losses decide how many experts each of them keeps."""
+        removes = any(self.drops) or bool(self.fractions)
+        return self.cfg.experts.budget is Budget.measured and removes and not self.is_given
 
     @property
     def refits(self) -> bool:
@@ -125,8 +135,9 @@ class Job:
         """Streams over the layers still to run, and whether each of them runs the model's forward."""
         is_taken = self.cfg.statistics or self.statistics.complete
         first = {"observe": True} if self.reads_statistics and not is_taken else {}
+        budget = {"budget": True} if self.measures else {}
         search = {"search": True} if self.fractions else {}
-        return first | search | {"prune": self.runs_dense or bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
+        return first | budget | search | {"prune": self.runs_dense or bool(self.plan.zeros and self.cfg.sparsify.reads_inputs)}
 
     @property
     def is_finished(self) -> bool:
@@ -232,13 +243,9 @@ def statistics_identity(job: Job, ranks: Ranks) -> dict:
 
 def _check_loadable(cfg: PruneConfig, arch: Architecture) -> None:
     """Raises StunError if layers may differ in experts and the checkpoint's form cannot hold that."""
-    if (
-        cfg.experts.budget is Budget["global"]
-        and (cfg.experts.fraction or cfg.experts.is_counted or cfg.sparsify.pattern)
-        and arch.cannot_differ
-    ):
+    if cfg.experts.may_differ and (cfg.experts.fraction or cfg.experts.is_counted or cfg.sparsify.pattern) and arch.cannot_differ:
         reason = f"{arch.cannot_differ}; layers cannot keep different numbers of experts"
-        raise StunError(f"experts.budget=global: {reason}. Use experts.budget=uniform")
+        raise StunError(f"experts.budget={cfg.experts.budget.name}: {reason}. Use experts.budget=uniform")
 
 
 def _check_novices(cfg: PruneConfig, arch: Architecture) -> None:
@@ -283,8 +290,8 @@ def _samples(job: Job, ranks: Ranks) -> Samples:
 def _read_samples(job: Job) -> Samples:
     arch = job.arch
     samples = calibration_samples(job.cfg.calibration, load_tokenizer(arch.source.folder), arch.config.vocab_size)
-    for name, count in samples.sources.items() if job.fractions else ():
+    for name, count in samples.sources.items() if job.fractions or job.measures else ():
         if count < SHARE:
-            few = f"source {name!r} has {count} samples"
-            raise StunError(f"experts.fraction=auto: {few}; {SHARE} are needed to hold some out")
+            setting = "experts.fraction=auto" if job.fractions else "experts.budget=measured"
+            raise StunError(f"{setting}: source {name!r} has {count} samples; {SHARE} are needed to hold some out")
     return samples

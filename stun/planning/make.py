@@ -6,6 +6,7 @@ import torch
 from stun.config import Budget, Dropped, ExpertsConfig, ExpertsMethod, PruneConfig, Representative, Score, StunError
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
+from stun.planning.allocation import allocate
 from stun.planning.budget import count_of_heads, floor_of, groups_of, make_budget
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import score_experts
@@ -13,19 +14,22 @@ from stun.planning.experts.select import Evidence, select_experts
 from stun.planning.job import Job
 from stun.planning.layer_ratios import set_ratios
 from stun.planning.plan import LayerPlan, Plan
-from stun.planning.protection import protected_experts
+from stun.planning.protection import protected_experts, removable
 from stun.statistics.router import router_distance
 from stun.statistics.store import Statistics
 from stun.stream.tables import successors
 
+TRIALS = (0.5, 1.0, 1.5, 2.5)  # times the share of experts that is removed on average
 
-def make_plan(job: Job, stats: Statistics | None) -> Plan:
-    """Plan of a job without a plan file.
+
+def make_plan(job: Job, stats: Statistics | None, drops: list[int] | None = None) -> Plan:
+    """Plan of a job without a plan file, which removes `drops` experts from the layers if they are given.
 
     `stats` may be None if no outliers are counted and either no expert is removed or the routers' rows suffice. Raises StunError
     if the protected experts do not allow a plan.
     """
-    cfg, arch, sizes, drops = job.cfg, job.arch, job.sizes, job.drops
+    cfg, arch, sizes = job.cfg, job.arch, job.sizes
+    drops = drops or (allocate(job.losses, sum(job.drops), groups_of(cfg, arch)) if job.losses else job.drops)
     layers = [LayerPlan.of(layout.num_experts, [[e] for e in range(layout.num_experts)]) for layout in arch.layers]
     moe = [layout.index for layout in arch.layers if layout.experts]
     if any(drops):
@@ -44,6 +48,22 @@ def make_plan(job: Job, stats: Statistics | None) -> Plan:
     set_ratios(plan, cfg.sparsify, arch, sizes, stats)
     name_successors(plan, arch, cfg.experts.dropped)
     return plan
+
+
+def trial_drops(job: Job, stats: Statistics) -> list[list[int]]:
+    """Experts to remove from every layer in each of the trials that tell what its output loses (stun.pruning.sensitivity): around the
+    share that is removed on average, and so many that the job's total can be met."""
+    cfg, step, total = job.cfg, groups_of(job.cfg, job.arch), sum(job.drops)
+    moe = [layout.index for layout in job.arch.layers if layout.experts]
+    rooms = removable(cfg, job.arch, protected_experts(cfg, job.arch, moe, stats))
+    experts = [size.experts for size in job.sizes]
+
+    def removed(times: float) -> list[int]:
+        shares = (step * round(times * total / sum(experts) * number / step) for number in experts)
+        return [min(room, max(step, share)) for room, share in zip(rooms, shares, strict=True)]
+
+    trials = [removed(times) for times in TRIALS]
+    return trials if sum(trials[-1]) >= total else [*trials[:-1], rooms]
 
 
 def complete_plan(job: Job) -> Plan:

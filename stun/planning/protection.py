@@ -5,7 +5,7 @@ import re
 import numpy as np
 import torch
 
-from stun.config import Budget, ExpertsMethod, PruneConfig, StunError
+from stun.config import ExpertsMethod, PruneConfig, StunError
 from stun.model.architecture import Architecture
 from stun.planning.budget import floor_of, groups_of
 from stun.statistics.store import Statistics
@@ -26,20 +26,27 @@ def listed_experts(cfg: PruneConfig, arch: Architecture) -> list[tuple[int, int]
 
 
 def check_listed(cfg: PruneConfig, arch: Architecture, drops: list[int]) -> None:
-    """Raises StunError if the listed experts allow fewer removals than `drops`, per layer or, with the global budget, in all."""
-    listed, rooms = listed_experts(cfg, arch), []
-    alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # a cluster keeps one member
-    for layout in arch.layers:
-        size = max(1, layout.num_experts // groups_of(cfg, arch))
-        homes = [expert // size for layer, expert in listed if layer == layout.index]
-        movable = min(max(0, size - homes.count(group) - alone) for group in range(groups_of(cfg, arch)))
-        rooms.append(min(groups_of(cfg, arch) * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
+    """Raises StunError if the listed experts allow fewer removals than `drops`, per layer or, where layers may differ, in all."""
+    listed = listed_experts(cfg, arch)
+    rooms = removable(cfg, arch, {layer: {e for own, e in listed if own == layer} for layer, _ in listed})
     needs = [(f"layer {number}: ", *need) for number, need in enumerate(zip(rooms, drops, strict=True))]
-    if cfg.experts.budget is Budget["global"]:
+    if cfg.experts.may_differ:
         needs = [("", sum(rooms), sum(drops))]
     for where, room, drop in needs:
         if listed and room < drop:
             raise StunError(f"{where}{drop} experts are to be removed, but experts.protect.experts allows {room}; list fewer")
+
+
+def removable(cfg: PruneConfig, arch: Architecture, protected: dict[int, set[int]]) -> list[int]:
+    """Most experts that each layer can lose beside its protected ones."""
+    rooms, groups = [], groups_of(cfg, arch)
+    alone = 0 if cfg.experts.method is ExpertsMethod.rank else 1  # a cluster keeps one member
+    for layout in arch.layers:
+        size = max(1, layout.num_experts // groups)
+        homes = [expert // size for expert in protected.get(layout.index, ())]
+        movable = min(max(0, size - homes.count(group) - alone) for group in range(groups))
+        rooms.append(min(groups * movable, max(0, layout.num_experts - floor_of(cfg, arch))))
+    return rooms
 
 
 def protected_experts(cfg: PruneConfig, arch: Architecture, moe: list[int], stats: Statistics) -> dict[int, set[int]]:

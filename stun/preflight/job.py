@@ -34,7 +34,7 @@ class Estimate:
         self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
         self.note, self.form = ZEROS if job.plan.zeros else "", job.form_note
         states = self.tokens * arch.token_width * footprint.dtype.itemsize
-        recorded = sum(runs for name, runs in streams.items() if name != "search")
+        recorded = sum(runs for name, runs in streams.items() if name not in TRIED)
         self.read = bytes_read(job, launch.world)
         self.written = model_bytes(arch, job.plan, cfg)
         self.snapshots = states * (self.layers - 1) * recorded

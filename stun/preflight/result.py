@@ -1,6 +1,6 @@
 """Result of a job in words, before it starts: experts a layer, bytes on disk and to serve, runtimes that load it, and the way."""
 
-from stun.config import Budget, ExpertsMethod
+from stun.config import ExpertsMethod
 from stun.model import runtimes
 from stun.planning.budget import model_bytes
 from stun.planning.counts import SERVED
@@ -55,8 +55,8 @@ def _experts(job: Job) -> str:
 
 def _may_differ(job: Job) -> bool:
     removes = any(job.drops) or bool(job.fractions)
-    is_global = not job.is_given and job.cfg.experts.budget is Budget["global"] and removes
-    return is_global or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
+    is_open = not job.is_given and job.cfg.experts.may_differ and removes
+    return is_open or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
 
 
 def may_grow(job: Job) -> bool:

@@ -12,7 +12,7 @@ def durations(footprint: Footprint, read: dict[str, list[int]], written: int, sn
     and rank, `written` bytes of the model, written by the last stream, and `snapshots` bytes of hidden states, spread over the
     streams that run the model."""
     job, launch, by_stream = footprint.job, footprint.launch, {}
-    saving = [name for name, runs in job.streams.items() if runs and name != "search"]
+    saving = [name for name, runs in job.streams.items() if runs and name not in TRIED]
     for name, ranks in read.items():
         node_bytes = max(sum(ranks[start : start + launch.per_node]) for start in range(0, len(ranks), launch.per_node))
         out_bytes = (written if name == "prune" else 0) + (snapshots / len(saving) if name in saving else 0)

@@ -1,6 +1,5 @@
 """Log lines about a job, printed before it starts."""
 
-from stun.config import Budget
 from stun.planning.job import Job
 from stun.runtime.units import count
 
@@ -24,7 +23,7 @@ def describe(job: Job) -> str:
 
 def notices(job: Job) -> list[str]:
     """Lines about unusual properties of the result."""
-    arch, is_global = job.arch, not job.is_given and job.cfg.experts.budget is Budget["global"]
+    arch, may_differ = job.arch, not job.is_given and job.cfg.experts.may_differ
     lines = []
     if job.plan.target > _HIGH:
         kept = f"{_DEFAULT:.3f} by default and {_WANDA} by Wanda, of {_DENSE}"
@@ -32,7 +31,7 @@ def notices(job: Job) -> list[str]:
         lines.append(f"warning: target={job.plan.target:g}: {unknown}")
     if arch.mtp and any(job.drops):
         differ = "the most where layers differ" if job.is_padded else "all where layers differ"
-        keep = f"as many experts as every layer, {differ}" if is_global else "as many experts as every layer"
+        keep = f"as many experts as every layer, {differ}" if may_differ else "as many experts as every layer"
         keep = "all experts" if job.has_novices else keep
         heads = count(len(arch.mtp), "multi-token-prediction head")
         lines.append(f"{heads}: {keep} are kept; no single weights are removed")

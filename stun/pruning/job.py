@@ -3,19 +3,22 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from stun.config import PruneConfig, StunError
 from stun.files import load_json, load_yaml, write_json
 from stun.model.precision import compute_dtype
 from stun.planning import usage
+from stun.planning.allocation import Losses
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
-from stun.planning.make import complete_plan, name_successors
+from stun.planning.make import complete_plan, name_successors, trial_drops
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
 from stun.pruning.describe import describe, notices
 from stun.pruning.output import Written, prune_and_write
 from stun.pruning.search import search_fraction
+from stun.pruning.sensitivity import measure_losses
 from stun.pruning.summary import save_layers, save_observed, summarise
 from stun.report.model_card import write_card
 from stun.run.folder import Run
@@ -24,10 +27,13 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 from stun.runtime.units import count, duration
+from stun.schema import SIZE, Leaf, load_record
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
 
+_REMOVED = Leaf("a whole number", lambda name: name.isdecimal() and len(name) < 10)
+_LOSSES = {"losses": [{_REMOVED: SIZE}]}
 _NEARLY = 1.15  # errors of splits that differ by less say nothing of which is better (docs/quality.md)
 
 
@@ -98,6 +104,9 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
 
 def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
     """Take the statistics that the job reads, if any; returns the job with its target split into experts and weights."""
+    if job.measures:
+        _observe(job, run, ranks)
+        job = replace(job, losses=_losses(job, run, ranks))
     if job.fractions:
         _observe(job, run, ranks)
         job = job.with_fraction(_best_fraction(job, run, ranks))
@@ -123,6 +132,27 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
         recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)
         observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers, cfg.experts.sums_outputs)
         ranks.on_first(lambda: stats.finish(statistics_identity(job, ranks)))
+
+
+def _losses(job: Job, run: Run, ranks: Ranks) -> Losses:
+    """The layers' losses, kept in budget.json for a launch that goes on. Raises StunError if that file does not fit the job."""
+    file = run.folder / "budget.json"
+
+    def stored() -> Losses | None:
+        if not file.is_file():
+            return None
+        losses = load_record(file, _LOSSES, "remove it to measure again")["losses"]
+        losses = [{int(removed): loss for removed, loss in layer.items()} for layer in losses]
+        wanted = [set(numbers) - {0} for numbers in zip(*trial_drops(job, job.statistics), strict=True)]
+        if [set(layer) for layer in losses] != wanted:
+            raise StunError(f"{file}: losses: are those of other trials; remove it to measure again")
+        return losses
+
+    losses = ranks.on_first(stored)
+    if losses is None:
+        losses = measure_losses(job, ranks)
+        ranks.on_first(lambda: write_json(file, {"losses": losses}))
+    return losses
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:

@@ -78,7 +78,7 @@ def remove_written(folder: Path, names: str) -> None:
 
 # Paths of the files that a run, and its evaluation, write in its folder.
 _OF_RUN = (
-    rf"(plan|layers|manifest|result|search|served)\.json|search\.png|\.lock|{re.escape(MARK)}|\..+\.tmp"
+    rf"(plan|layers|manifest|result|budget|search|served)\.json|search\.png|\.lock|{re.escape(MARK)}|\..+\.tmp"
     r"|(stats|progress|hidden|model|tracking|result\.json\.partial)/.+"
 )
 
