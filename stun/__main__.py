@@ -33,15 +33,17 @@ def main() -> None:
         print(_completion(arguments))
     elif name in ABOUT:
         job, first = ("compare", DEMO) if name == "demo" else (name, [])
+        from jobs import launch  # with Hydra, which takes a second
+
         module = importlib.import_module(f"jobs.{job.replace('-', '_')}")
         sys.argv = [module.__file__, *first, *arguments]
-        module.main()
+        launch(job, module.work, module.__doc__, getattr(module, "observe", None))
     else:
         sys.exit(f"error: stun {name}: no such job; there are {', '.join(ABOUT)}")
 
 
 def _completion(shells: list[str]) -> str:
-    from stun.settings.completion import script  # with Hydra, which takes a second
+    from stun.settings.completion import script
 
     try:
         return script(list(ABOUT), shells)
