@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.model.runtimes import SERVED, served_in_words
-from stun.report.tables import job_command
+from stun.report.wording import job_command
 from stun.serving.job import serve_check
 
 

@@ -2,15 +2,16 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from stun.files import write_atomically
-from stun.report import html, quality, verdict
-from stun.report.fronts import Measure, Point, dense_models, fronts, quality_measure
+from stun.report import html, quality_charts, wording
 from stun.report.page import FOLDER, PAGE, bytes_in_words
 from stun.report.png import pictures
+from stun.report.quality import Measure, Point, dense_models, fronts, quality_measure
 from stun.run.ownership import own_folder
 
 _LONGEST = 30  # characters of a name in a picture
@@ -30,7 +31,7 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
             )
         )
     commands = [] if measure or not complete else _commands(folder, complete)
-    header = html.header(f"{len(complete)} runs compared", title, verdict.of_runs(measure, complete), commands)
+    header = html.header(f"{len(complete)} runs compared", title, wording.of_runs(measure, complete), commands)
     body = f'{header}\n<div class="sections">{chr(10).join(filter(None, parts))}</div>'
     file = target / PAGE
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
@@ -40,7 +41,7 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
 def _commands(folder: Path, runs: dict[str, dict]) -> list[str]:
     """Commands that evaluate the first run; those of the others differ in the folder."""
     name, run = next(iter(runs.items()))
-    return verdict.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
+    return wording.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
 
 
 def _best(runs: dict[str, dict], measure: Measure | None) -> str:
@@ -102,8 +103,8 @@ def _fronts(folder: Path, runs: dict[str, dict], measure: Measure | None) -> lis
         title, label, divisor = labels[cost]
         shown = [replace(p, name=shorter[p.name], cost=p.cost / divisor) for p in points]
         if shown:
-            drawn = pictures(folder, f"front-{cost}", lambda theme, s=shown, x=label: quality.front(theme, s, x, measure), title)
-            parts.append(html.section(title, aid, drawn))
+            figure_of = partial(quality_charts.front, points=shown, xlabel=label, measure=measure)
+            parts.append(html.section(title, aid, pictures(folder, f"front-{cost}", figure_of, title)))
     return parts
 
 

@@ -10,7 +10,7 @@ from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.model.runtimes import SERVED, SERVED_RESULTS, in_words, served_in_words
-from stun.report.form import form_in_words
+from stun.report.wording import form_in_words
 from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
 from stun.schema import load_record

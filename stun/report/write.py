@@ -6,10 +6,9 @@ from typing import TypeVar
 
 from stun.config import StunError
 from stun.report.comparison import write_comparison
-from stun.report.folder import RunFolder, identity_of
+from stun.report.folder import RunFolder, identity_of, runs_in
 from stun.report.model_card import write_card
 from stun.report.page import FOLDER, PAGE, write_page
-from stun.report.runs import runs_in
 from stun.report.tables import report_table
 
 T = TypeVar("T")
