@@ -53,16 +53,9 @@ def _completion(shells: list[str]) -> str:
 
 def usage() -> str:
     """Text of `stun --help`."""
-    rows = [f"  {name:11s} {about}" for name, about in ABOUT.items()]
-    return "\n".join(
-        [
-            "stun JOB SETTING=VALUE ...    (several ranks: torchrun --nproc-per-node 8 -m stun JOB ...)",
-            "",
-            *rows,
-            "",
-            "stun JOB --help lists the job's settings; stun --version; stun completion bash|zsh",
-        ]
-    )
+    rows = "\n".join(f"  {name:11s} {about}" for name, about in ABOUT.items())
+    first = "stun JOB SETTING=VALUE ...    (several ranks: torchrun --nproc-per-node 8 -m stun JOB ...)"
+    return f"{first}\n\n{rows}\n\nstun JOB --help lists the job's settings; stun --version; stun completion bash|zsh"
 
 
 if __name__ == "__main__":

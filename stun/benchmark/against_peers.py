@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 
 from stun.benchmark.checkpoints import forget, qwen3_moe, random_checkpoint, shapes_of
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
-from stun.benchmark.peer_runs import run_peer
-from stun.benchmark.runs import figures, run_prune
+from stun.benchmark.processes import figures, run_peer, run_prune
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, ExpertsMethod, Precision, PruneConfig, Score, SparsifyConfig, StunError
 from stun.data.samples import Samples, calibration_samples

@@ -13,8 +13,14 @@ from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShape
 from stun.benchmark.io import benchmark_io
 from stun.benchmark.layer import benchmark_layer, layer_shape
-from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
-from stun.benchmark.weights import benchmark_weights, method_configs
+from stun.benchmark.whole_runs import (
+    benchmark_depth,
+    benchmark_growth,
+    benchmark_ranks,
+    benchmark_weights,
+    method_configs,
+    sizes,
+)
 from stun.checkpoint import hub
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.samples import calibration_samples
@@ -42,7 +48,6 @@ def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     anything is written, if the case cannot run."""
     made = Path(cfg.run_dir) / "made"  # everything but the result
     cfg = replace(cfg, model=ModelConfig(hub.folder(hub.pinned(cfg.model.path, ranks))))
-    _check_request(cfg)
     ranks.on_first(lambda: _check(cfg, ranks))
     ranks.on_first(lambda: made.mkdir(parents=True))
     try:
@@ -85,14 +90,10 @@ def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
     return list(prune_configs(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
 
 
-def _check_request(cfg: BenchmarkConfig) -> None:
-    """Raises StunError unless the runs are given by a target, which fits checkpoints of every size."""
-    if cfg.target is None or cfg.is_counted:
-        raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
-
-
 def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     """Check the whole request before anything is written. Raises StunError."""
+    if cfg.target is None or cfg.is_counted:  # a target fits checkpoints of every size
+        raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
     _check_folder(cfg)
     if ranks.world > 1 and cfg.case is not BenchmarkCase.weights:
         raise StunError(f"case={cfg.case.name}: runs on one rank, here are {ranks.world}; case=ranks starts its own")

@@ -1,4 +1,4 @@
-"""Measured rates of this machine: its disk, and the products of one rank."""
+"""Measured rates of this machine: its disk, and the memory and products of one rank."""
 
 import os
 import tempfile
@@ -11,11 +11,13 @@ import torch
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
 from stun.runtime.matmul import linear
+from stun.runtime.ranks import Ranks
 from stun.runtime.threads import Workers
 
 SAMPLE = 2**28  # bytes read, written or copied to measure a rate
 _ROUNDS = 3
 _CHUNK = 2**24
+_LARGE = {"cpu": (512, 2048), "cuda": (8192, 8192)}  # rows and width of a product that takes the device's peak
 
 
 def best(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
@@ -71,3 +73,13 @@ def product_speed(workers: Workers, dtype: torch.dtype, rows: int, width: int, d
     weights = [torch.ones(width, width, dtype=dtype, device=device) for _ in range(2 * workers.count)]
     seconds = best(lambda: workers.map(lambda weight_OD: linear(rows_nD, weight_OD), weights), device)
     return len(weights) * 2 * rows * width**2 / seconds
+
+
+def measure_rates(source: Checkpoint, folder: Path, ranks: Ranks, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes/s to `read` the disk of `source` (without cache), to `write` to that of `folder` (synced), and to `copy` in
+    the memory of this rank's device (read and written together); `flops` of a large product in the compute dtype, in FLOP/s."""
+    flops = product_speed(ranks.workers, dtype, *_LARGE[ranks.device.type], ranks.device)
+    disk = {"read": read_speed(source), "write": write_speed(folder)}
+    content = torch.ones(SAMPLE, dtype=torch.uint8, device=ranks.device)
+    target = torch.empty_like(content)
+    return {**disk, "copy": 2 * SAMPLE / best(lambda: target.copy_(content), ranks.device), "flops": flops}

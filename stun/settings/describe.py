@@ -93,14 +93,7 @@ def groups(job: str) -> list[str]:
     return [group for group in GROUPS if f"- {group}:" in text]
 
 
-PAGES = {
-    "prune": "Prune",
-    "evaluate": "Evaluate",
-    "serve-check": "Serve-check",
-    "preflight": "Preflight",
-    "plan": "Plan",
-    "report": "Report",
-}
+PAGES = ("prune", "evaluate", "serve-check", "preflight", "plan", "report")
 INTRODUCTION = """# Configuration
 
 Settings of the jobs; `python -m stun.settings.describe > docs/configuration.md` makes this page from their dataclasses. On the
@@ -112,28 +105,19 @@ of `prune` too.
 def page() -> str:
     """Text of docs/configuration.md."""
     common, parts = {row.key for row in settings("prune")}, [INTRODUCTION]
-    for job, title in PAGES.items():
+    for job in PAGES:
         rows = [row for row in settings(job) if job in ("prune", "evaluate") or row.key not in common]
         sets = [f"- `{group}`: {', '.join(choices(group))}" for group in groups(job)]
-        parts += [
-            f"## {title}",
-            "",
-            _table(rows),
-            "",
-            *(["Sets of settings, as `experiment=best`:", "", *sets, ""] if sets else []),
-        ]
+        parts += [f"## {job.capitalize()}", "", _table(rows), ""]
+        parts += ["Sets of settings, as `experiment=best`:", "", *sets, ""] if sets else []
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _table(rows: list[Setting]) -> str:
     lines = ["| setting | meaning | values | default |", "|---|---|---|---|"]
     for row in rows:
-        cells = (
-            f"`{row.key}`",
-            row.meaning,
-            row.allowed,
-            {"none": "", "required": "**required**"}.get(row.default, f"`{row.default}`"),
-        )
+        default = {"none": "", "required": "**required**"}.get(row.default, f"`{row.default}`")
+        cells = (f"`{row.key}`", row.meaning, row.allowed, default)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
