@@ -28,7 +28,7 @@ from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.speeds import wait_for
+from stun.preflight.hardware import wait_for
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.stream.layer_stream import LayerStream, embed, even_owners

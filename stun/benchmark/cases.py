@@ -27,8 +27,7 @@ from stun.data.samples import calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.files import write_json
 from stun.planning.validation import validate
-from stun.preflight.hardware import disk_free
-from stun.preflight.speeds import SAMPLE
+from stun.preflight.hardware import SAMPLE, disk_free
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 

@@ -19,7 +19,7 @@ from stun.checkpoint.headers import read_header
 from stun.checkpoint.reader import SINGLE, Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.files import write_json
-from stun.preflight.speeds import best
+from stun.preflight.hardware import best
 from stun.runtime.device_copies import PIECE, Memory, memory_to_read_into
 from stun.runtime.ranks import Ranks
 

@@ -27,7 +27,7 @@ from stun.planning.budget import LayerQuota, layer_quotas, measure_layers
 from stun.planning.job import Job, plan_of_counts
 from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
-from stun.preflight.speeds import measure_rates, wait_for
+from stun.preflight.hardware import measure_rates, wait_for
 from stun.preflight.time import forward_flop
 from stun.pruning.mask import mask_layer
 from stun.pruning.representatives import keep_representatives

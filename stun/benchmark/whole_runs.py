@@ -14,7 +14,7 @@ from stun.config import PruneConfig, with_overrides
 from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.speeds import measure_rates, read_speed, write_speed
+from stun.preflight.hardware import measure_rates, read_speed, write_speed
 from stun.pruning.job import prune
 from stun.run.layer_records import FILE, PHASES
 from stun.runtime.ranks import Ranks

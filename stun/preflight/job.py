@@ -23,33 +23,29 @@ SURE = 0.85  # refuse if less than this share of the estimate is available: esti
 class Estimate:
     """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
     over the whole run, `memory` of a rank, `host` of a node, `statistics`, `disk` beside the files that a run left, `free` on
-    disk. `durations` are seconds by stream. `text` says how many tokens the calibration text has; empty if it was not read."""
+    disk. `durations` are seconds by stream."""
 
     def __init__(self, job: Job, launch: Launch):
-        cfg, arch, streams, footprint = job.cfg, job.arch, job.streams, Footprint(job, launch)
-        self.launch, self.layers, self.experts = launch, len(arch.layers), sum(layout.num_experts for layout in arch.layers)
+        cfg, arch, streams, layers, footprint = job.cfg, job.arch, job.streams, len(job.arch.layers), Footprint(job, launch)
+        self.job, self.launch, self.footprint = job, launch, footprint
         self.tokens = cfg.calibration.samples * cfg.calibration.length
-        self.text = job.samples.available if job.samples else ""
-        self.result, self.loads = result_line(job), loads_line(job)
-        self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
-        self.note, self.form = ZEROS if job.plan.zeros else "", job.form_note
         states = self.tokens * arch.token_width * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name != "search")
         self.read = bytes_read(job, launch.world)
         self.written = model_bytes(arch, job.plan, cfg)
-        self.snapshots = states * (self.layers - 1) * recorded
+        self.snapshots = states * (layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
         self.statistics = statistics_bytes(job) if "observe" in streams else 0
         most = sum(info.nbytes for info in arch.source.tensors.values()) if may_grow(job) else self.written
-        whole = most + states * snapshots_on_disk(self.layers, recorded) + self.statistics
+        whole = most + states * snapshots_on_disk(layers, recorded) + self.statistics
         self.disk, self.free = max(0, whole - existing_bytes(cfg.run_dir)), disk_free(cfg.run_dir)
         self.durations = durations(footprint, self.read, self.written, self.snapshots)
 
 
 def report(needs: Estimate) -> list[str]:
     """Lines to print."""
-    launch, read = needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
+    job, launch, read = needs.job, needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
     streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
     most_read = max(sum(ranks) for ranks in zip(*needs.read.values(), strict=True))
     libraries = f"with {size(gpu_base(launch.world))} for CUDA and its libraries, estimated"
@@ -61,15 +57,16 @@ def report(needs: Estimate) -> list[str]:
     times = ", ".join(f"{name} {duration(seconds)} to {bound[name]}" for name, seconds in least.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
-    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {needs.text} in the text" if needs.text else "")
+    experts = sum(layout.num_experts for layout in job.arch.layers)
+    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {job.samples.available} in the text" if job.samples else "")
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {tokens}",
-        "result": needs.result,
-        "form": needs.form,
-        "loads": needs.loads,
-        "method": needs.method,
-        "note": needs.note,
+        "model": f"{count(len(job.arch.layers), 'layer')}, {count(experts, 'expert')}; {tokens}",
+        "result": result_line(job),
+        "form": job.form_note,
+        "loads": loads_line(job),
+        "method": method_line(job, needs.footprint.passes + 1, needs.footprint.gram_bytes),
+        "note": ZEROS if job.plan.zeros else "",
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",

@@ -25,23 +25,17 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     parts = [_best(complete, measure), _table(complete), *_fronts(target, complete, measure)]
     incomplete = [[html.breakable(name), html.breakable(run)] for name, run in runs.items() if isinstance(run, str)]
     if incomplete:
-        parts.append(
-            html.section(
-                "Without a page", "Runs that are not complete or cannot be read.", html.table([], incomplete, "words"), True
-            )
-        )
-    commands = [] if measure or not complete else _commands(folder, complete)
+        table = html.table([], incomplete, "words")
+        parts.append(html.section("Without a page", "Runs that are not complete or cannot be read.", table, True))
+    commands = []
+    if complete and measure is None:  # for the first run: those of the others differ in the folder
+        name, run = next(iter(complete.items()))
+        commands = wording.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
     header = html.header(f"{len(complete)} runs compared", title, wording.of_runs(measure, complete), commands)
     body = f'{header}\n<div class="sections">{chr(10).join(filter(None, parts))}</div>'
     file = target / PAGE
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
     return file
-
-
-def _commands(folder: Path, runs: dict[str, dict]) -> list[str]:
-    """Commands that evaluate the first run; those of the others differ in the folder."""
-    name, run = next(iter(runs.items()))
-    return wording.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
 
 
 def _best(runs: dict[str, dict], measure: Measure | None) -> str:
