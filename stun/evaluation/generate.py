@@ -128,7 +128,7 @@ def generate(
     where tokens are saved is not this module's concern.
     """
     batches = micro_batches([len(ids) for ids in prompts], capacity.batch)
-    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners)
     stream.stays, stream.steady = capacity.held_layers, nullcontext
     wave, completions = capacity.turns * ranks.world, {}

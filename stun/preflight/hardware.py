@@ -192,17 +192,17 @@ def wait_for(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def read_speed(source: Checkpoint, nbytes: int = SAMPLE) -> float:
+def read_speed(source: Checkpoint) -> float:
     """Bytes/s of reading the start of the largest shard, or of writing where the shards are still to come. The system is asked to
     drop the shard from its cache first; if it does not, this is the speed of the cache."""
     if not source.is_here:
-        return write_speed(source.folder, nbytes)
+        return write_speed(source.folder)
     file = max({info.file for info in source.tensors.values()}, key=lambda file: file.stat().st_size)
     with file.open("rb", buffering=0) as handle:
-        os.posix_fadvise(handle.fileno(), 0, nbytes, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(min(_CHUNK, nbytes, file.stat().st_size))
+        os.posix_fadvise(handle.fileno(), 0, SAMPLE, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(min(_CHUNK, file.stat().st_size))
         read, start = 0, time.perf_counter()
-        while read < nbytes and (count := handle.readinto(buffer)):
+        while read < SAMPLE and (count := handle.readinto(buffer)):
             read += count
         return read / (time.perf_counter() - start)
 

@@ -281,14 +281,10 @@ class Footprint:
         """Experts that are measured at the same time, each with its own sums of a micro-batch."""
         return max(1, min(workers_on(self.launch.device), self.block(index)))
 
-    def blocks(self, index: int) -> int:
-        """Number of forwards in which a layer is measured."""
-        return -(-self.layers[index].local // max(1, self.block(index))) or 1
-
     @cached_property
     def passes(self) -> int:
         """Forwards of a layer in which its weights are measured and refitted."""
-        blocks = max((self.blocks(index) for index in range(len(self.layers))), default=1)
+        blocks = max(-(-layer.local // max(1, self.block(index))) or 1 for index, layer in enumerate(self.layers))
         return blocks * (2 if self.cfg.sparsify.reconstruct else 1)
 
     @cached_property
