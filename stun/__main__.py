@@ -43,10 +43,10 @@ def main() -> None:
 
 
 def _completion(shells: list[str]) -> str:
-    from stun.settings.completion import script
+    from stun.settings.describe import completion
 
     try:
-        return script(list(ABOUT), shells)
+        return completion(list(ABOUT), shells)
     except StunError as error:
         sys.exit(f"error: {error}")
 

@@ -5,7 +5,6 @@ import inspect
 import shutil
 import textwrap
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from functools import cache
 from itertools import pairwise
 from typing import get_type_hints
@@ -13,6 +12,7 @@ from typing import get_type_hints
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+from stun.config import StunError
 from stun.settings.compose import CONF, SCHEMAS, allowed, choices, nested, own_hydra
 
 GROUPS = ("experiment", "experts", "sparsify", "calibration", "model", "task", "tracking", "launcher", "case")
@@ -71,7 +71,7 @@ def _plain(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return value.name if isinstance(value, Enum) else str(value)
+    return str(value)
 
 
 def help_text(job: str, about: str) -> str:
@@ -91,6 +91,40 @@ def groups(job: str) -> list[str]:
     """Groups of `conf/` that the job's YAML file names."""
     text = (CONF / f"{job}.yaml").read_text() + ((CONF / "prune.yaml").read_text() if job == "observe" else "")
     return [group for group in GROUPS if f"- {group}:" in text]
+
+
+# A script of the shell, which needs no Python to run.
+_SCRIPT = """{zsh}_stun() {{
+    local word=${{COMP_WORDS[COMP_CWORD]}}
+    COMP_WORDBREAKS=${{COMP_WORDBREAKS//=}}
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W '{jobs}' -- "$word"))
+        return
+    fi
+    case ${{COMP_WORDS[1]}} in
+{cases}
+    esac
+}}
+complete -o nospace -o default -F _stun stun"""
+_CASE = """        {job}) COMPREPLY=($(compgen -W '{words}' -- "$word"));;"""
+
+
+def completion(jobs: list[str], shells: list[str]) -> str:
+    """Completion script for bash or zsh, of jobs, settings and their values. Raises StunError for another shell."""
+    if shells not in (["bash"], ["zsh"]):
+        raise StunError(f"stun completion {' '.join(shells)}: give bash or zsh")
+    cases = [_CASE.format(job=job, words=" ".join(_words("compare" if job == "demo" else job))) for job in jobs]
+    zsh = "autoload -U +X bashcompinit && bashcompinit\n" if shells == ["zsh"] else ""
+    return _SCRIPT.format(zsh=zsh, jobs=" ".join(jobs), cases="\n".join(cases))
+
+
+def _words(job: str) -> list[str]:
+    """Settings as `key=`, with one word a value where the values are few; groups of `conf/` with their choices."""
+    words = [f"{group}={choice}" for group in groups(job) for choice in choices(group)] if job in SCHEMAS else []
+    for setting in settings(job):
+        values = setting.allowed.removeprefix("one of ").split(", ") if setting.allowed.startswith("one of ") else [""]
+        words += [f"{setting.key}={value}" for value in values]
+    return words
 
 
 PAGES = ("prune", "evaluate", "serve-check", "preflight", "plan", "report")
