@@ -8,19 +8,12 @@ from pathlib import Path
 
 import torch
 
+from stun.benchmark import whole_runs
 from stun.benchmark.against_peers import benchmark_peers, check_peers, prune_configs
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShape
 from stun.benchmark.io import benchmark_io
 from stun.benchmark.layer import benchmark_layer, layer_shape
-from stun.benchmark.whole_runs import (
-    benchmark_depth,
-    benchmark_growth,
-    benchmark_ranks,
-    benchmark_weights,
-    method_configs,
-    sizes,
-)
 from stun.checkpoint import hub
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.samples import calibration_samples
@@ -34,10 +27,10 @@ from stun.runtime.units import size
 _CASES = {
     BenchmarkCase.layer: benchmark_layer,
     BenchmarkCase.io: benchmark_io,
-    BenchmarkCase.weights: benchmark_weights,
-    BenchmarkCase.growth: benchmark_growth,
-    BenchmarkCase.ranks: benchmark_ranks,
-    BenchmarkCase.depth: benchmark_depth,
+    BenchmarkCase.weights: whole_runs.benchmark_weights,
+    BenchmarkCase.growth: whole_runs.benchmark_growth,
+    BenchmarkCase.ranks: whole_runs.benchmark_ranks,
+    BenchmarkCase.depth: whole_runs.benchmark_depth,
     BenchmarkCase.peers: benchmark_peers,
 }
 
@@ -77,7 +70,7 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
     if cfg.case is BenchmarkCase.layer:
         return [layer_shape(cfg, ranks.device)]
     if cfg.case is BenchmarkCase.growth:
-        return [shape for shape, _ in sizes(cfg).values()]
+        return [shape for shape, _ in whole_runs.sizes(cfg).values()]
     deepest = [replace(cfg.shape, layers=max(cfg.depths))] if cfg.depths else []
     return {BenchmarkCase.depth: deepest, BenchmarkCase.peers: [cfg.shape, *deepest]}.get(cfg.case, [cfg.shape])
 
@@ -85,7 +78,7 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
 def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
     """Configurations of a case's runs that differ in more than their sizes."""
     if cfg.case is BenchmarkCase.weights:
-        return list(method_configs(cfg, Path(cfg.model.path)).values())
+        return list(whole_runs.method_configs(cfg, Path(cfg.model.path)).values())
     return list(prune_configs(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
 
 

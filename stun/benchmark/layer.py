@@ -41,7 +41,7 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 
 _WARM = 8  # experts of the warm-up layer
-_OBSERVE, _PRUNE = ("observe",), ("select", "records", "measure", "mask", "refit", "propagate")  # phases that compute
+_PRUNE = ("select", "records", "measure", "mask", "refit", "propagate")  # phases of the second stream that compute
 _STREAM = "layer"
 _FORWARDS = ("plain", "observe", "measure", "propagate")
 
@@ -57,9 +57,10 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     shape, calibration = layer_shape(cfg, ranks.device), cfg.calibration
     small_shape = replace(shape, experts=min(shape.experts, max(_WARM, shape.top_k)))
     one_batch = replace(calibration, samples=min(calibration.samples, calibration.micro_batch))
-    _run(replace(cfg, target=cfg.target / 2, calibration=one_batch), small_shape, folder / "warm", ranks)
+    LayerPhases(replace(cfg, target=cfg.target / 2, calibration=one_batch), small_shape, folder / "warm", ranks).run()
     shutil.rmtree(folder / "warm")
-    phases = _run(cfg, shape, folder / "timed", ranks)
+    phases = LayerPhases(cfg, shape, folder / "timed", ranks)
+    phases.run()
     rates = measure_rates(phases.arch.source, folder, ranks, phases.stream.dtype)
     rows = {name: _beside(seconds, phases.work.get(name), rates) for name, seconds in phases.seconds.items()}
     return {
@@ -71,15 +72,6 @@ def benchmark_layer(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
         "phases": rows,
         **_totals(phases.seconds, cfg.depth),
     }
-
-
-def _run(cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks) -> "LayerPhases":
-    """Write a checkpoint with one layer of `shape`, run its phases and return them."""
-    write_checkpoint(folder / "source", arctic(shape), ranks.device)
-    arch = Architecture(Checkpoint.open(folder / "source"), cfg.precision)
-    phases = LayerPhases(cfg, arch, _random_states(cfg, arch, shape.vocabulary, ranks), folder, ranks)
-    phases.run()
-    return phases
 
 
 def _random_states(cfg: BenchmarkConfig, arch: Architecture, vocabulary: int, ranks: Ranks) -> States:
@@ -105,7 +97,7 @@ def _beside(seconds: float, work: tuple[str, int] | None, rates: dict[str, float
 def _totals(seconds: dict[str, float], depth: int) -> dict:
     """Ratio of observing to the plain forward; the mask's share in both streams' phases (each reads the layer); seconds of both
     streams over `depth` layers, with reading, computing and writing at the same time, and for computing alone."""
-    observe, prune = (sum(seconds.get(name, 0.0) for name in names) for names in (_OBSERVE, _PRUNE))
+    observe, prune = seconds["observe"], sum(seconds.get(name, 0.0) for name in _PRUNE)
     stored = max(seconds["read"], observe) + max(seconds["read"], prune, seconds["write"])
     return {
         "observe_to_plain": seconds["observe"] / seconds["plain"],
@@ -129,15 +121,17 @@ class _DeviceMeter(Meter):
 
 
 class LayerPhases:
-    """One layer from disk to disk: `seconds` by phase, `work` by phase as (limiting rate, bytes or FLOP), and `peak` memory in
-    bytes."""
+    """One layer of `shape`, from disk to disk: `seconds` by phase, `work` by phase as (limiting rate, bytes or FLOP), and `peak`
+    memory in bytes."""
 
-    def __init__(self, cfg: BenchmarkConfig, arch: Architecture, states: States, folder: Path, ranks: Ranks):
-        self.cfg, self.arch, self.states, self.folder, self.ranks = cfg, arch, states, folder, ranks
+    def __init__(self, cfg: BenchmarkConfig, shape: CheckpointShape, folder: Path, ranks: Ranks):
+        write_checkpoint(folder / "source", arctic(shape), ranks.device)
+        self.arch = arch = Architecture(Checkpoint.open(folder / "source"), cfg.precision)
+        self.cfg, self.folder, self.ranks, self.states = cfg, folder, ranks, _random_states(cfg, arch, shape.vocabulary, ranks)
         self.layout, sizes = arch.layers[0], measure_layers(arch, cfg.sparsify.scope)
         self.job = Job(cfg, arch, sizes, plan_of_counts(cfg, arch, sizes))
         self.stream = LayerStream(arch, ranks, arch.layers, [even_owners(self.layout, ranks.world)])
-        self.tokens = sum(hidden_BTD.shape[:2].numel() for hidden_BTD in states.hidden)
+        self.tokens = cfg.calibration.samples * cfg.calibration.length
         self.work: dict[str, tuple[str, int]] = {}
         self.peak = 0
 

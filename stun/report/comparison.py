@@ -22,7 +22,9 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
     target, title, measure = folder / FOLDER, folder.resolve().name, quality_measure(complete)
     own_folder(target, "report")
-    parts = [_best(complete, measure), _table(complete), *_fronts(target, complete, measure)]
+    parts = [_table(complete)]
+    if measure:
+        parts = [_best(complete, measure), *parts, *_fronts(target, complete, measure)]
     incomplete = [[html.breakable(name), html.breakable(run)] for name, run in runs.items() if isinstance(run, str)]
     if incomplete:
         table = html.table([], incomplete, "words")
@@ -32,16 +34,14 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
         name, run = next(iter(complete.items()))
         commands = wording.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
     header = html.header(f"{len(complete)} runs compared", title, wording.of_runs(measure, complete), commands)
-    body = f'{header}\n<div class="sections">{chr(10).join(filter(None, parts))}</div>'
+    body = f'{header}\n<div class="sections">{chr(10).join(parts)}</div>'
     file = target / PAGE
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
     return file
 
 
-def _best(runs: dict[str, dict], measure: Measure | None) -> str:
+def _best(runs: dict[str, dict], measure: Measure) -> str:
     """Section with the best run at each size: those on a front, the smallest first."""
-    if measure is None:
-        return ""
     by_cost = fronts(runs, measure)
     points = sorted((p for p in by_cost["bytes"] or by_cost["share"] if p.is_best), key=lambda point: point.cost)
     rows = [[_link(p.name), _size(runs[p.name]), f"{runs[p.name]['sparsity']:.1%}", *_beside(p, measure)] for p in points]
@@ -82,10 +82,8 @@ def _link(name: str) -> str:
     return f'<a href="{quote(f"../{name}/{FOLDER}/{PAGE}")}">{html.breakable(name)}</a>'
 
 
-def _fronts(folder: Path, runs: dict[str, dict], measure: Measure | None) -> list[str]:
+def _fronts(folder: Path, runs: dict[str, dict], measure: Measure) -> list[str]:
     """Sections with the pictures of the fronts."""
-    if measure is None:
-        return []
     largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
     scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     labels = {

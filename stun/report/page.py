@@ -76,13 +76,11 @@ def _method(run: RunFolder) -> str:
     return f"experts by {chosen}, weights by {weights}"
 
 
-def _drawn(
-    name: str, title: str, aid: str, data_of: Callable, figure_of: Callable, missing: str
-) -> Callable[[RunFolder, Path], str]:
+def _drawn(name: str, title: str, data_of: Callable, figure_of: Callable, missing: str) -> Callable[[RunFolder, Path], str]:
     """Section with one picture, or a line on why its data are missing and what gives them."""
 
     def write(run: RunFolder, folder: Path) -> str:
-        values = data_of(run)
+        values, aid = data_of(run), _AIDS[name]
         if not values:
             return html.section(title, aid, html.none(missing))
         return html.section(title, aid, pictures(folder, name, lambda theme: figure_of(theme, values), title))
@@ -137,98 +135,41 @@ def _loads(run: RunFolder, folder: Path) -> str:
 
 _NO_STATISTICS = "This run took no statistics, or they are not where they were. A run that selects experts takes them."
 _NO_MEASURES = "This run was made before layers were measured (layers.json). Prune again to have them."
+_NO_SINGLE_WEIGHTS = "No single weights were removed. With a higher target, or experts.fraction below 1, they are."
+_NO_ERRORS = "Not measured. Evaluation with dense=, the dense model's own result, measures it."
+_NO_REFIT = "Experts were not refitted. With experts.refit=true, those that are kept make up for what was removed."
+_NO_SEARCH = "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken."
+_AIDS = {  # text below a section's title, by the name of its picture
+    "experts-kept": "Experts of each layer; with the global budget, more are removed from layers whose experts are alike.",
+    "sparsity": "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
+    "usage": "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lacks experts it relied on.",
+    "expert-scores": "Every dot is an expert; a removed one far above its layer's mean is worth a second look. In large models a "
+    "dot is the highest of a layer's kept or removed experts, and a line holds nine in ten of them.",
+    "saliency": "Scores by which single weights were chosen, on every sixteenth row; where both colours overlap, rows or layers "
+    "differ.",
+    "kurtosis": "Weights with long tails can be pruned more: removing experts should keep the kurtosis, removing small weights "
+    "lowers it (STUN, section\u00a05).",
+    "layer-error": "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
+    "refit": "Squared error of each layer's output once its kept experts were fitted together, as a share of that before.",
+    "budget": "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was "
+    "taken.",
+    "timeline": "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that "
+    "held most.",
+    "size": "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",
+}
 _SECTIONS: list[Callable[[RunFolder, Path], str]] = [
     _evaluation,
-    _drawn(
-        "experts-kept",
-        "Experts kept",
-        "Experts of each layer; with the global budget, more are removed from layers whose experts are alike.",
-        data.experts_kept,
-        charts.experts_kept,
-        _NO_MEASURES,
-    ),
-    _drawn(
-        "sparsity",
-        "Sparsity by kind of tensor",
-        "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
-        data.sparsity,
-        charts.sparsity,
-        _NO_MEASURES,
-    ),
+    _drawn("experts-kept", "Experts kept", data.experts_kept, charts.experts_kept, _NO_MEASURES),
+    _drawn("sparsity", "Sparsity by kind of tensor", data.sparsity, charts.sparsity, _NO_MEASURES),
     _selections,
-    _drawn(
-        "usage",
-        "Use of the experts by calibration source",
-        "Experts in strong colour serve many of a source's tokens; a short bar is a layer that lacks experts it relied on.",
-        data.usage,
-        charts.usage,
-        _NO_STATISTICS,
-    ),
-    _drawn(
-        "expert-scores",
-        "Worth of the experts",
-        "Every dot is an expert; a removed one far above its layer's mean is worth a second look. In large models a dot is the "
-        "highest of a layer's kept or removed experts, and a line holds nine in ten of them.",
-        data.scores,
-        charts.scores,
-        _NO_STATISTICS,
-    ),
-    _drawn(
-        "saliency",
-        "Worth of single weights",
-        "Scores by which single weights were chosen, on every sixteenth row; where both colours overlap, rows or layers differ.",
-        data.saliency,
-        charts.saliency,
-        "No single weights were removed. With a higher target, or experts.fraction below 1, they are.",
-    ),
-    _drawn(
-        "kurtosis",
-        "Kurtosis of the weights",
-        "Weights with long tails can be pruned more: removing experts should keep the kurtosis, removing small weights lowers it "
-        "(STUN, section\u00a05).",
-        data.kurtosis,
-        charts.kurtosis,
-        _NO_MEASURES,
-    ),
-    _drawn(
-        "layer-error",
-        "Error of the layers' outputs",
-        "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
-        data.layer_error,
-        charts.layer_error,
-        "Not measured. Evaluation with dense=, the dense model's own result, measures it.",
-    ),
-    _drawn(
-        "refit",
-        "Error after the joint refit",
-        "Squared error of each layer's output once its kept experts were fitted together, as a share of that before.",
-        data.refit,
-        charts.refit,
-        "Experts were not refitted. With experts.refit=true, those that are kept make up for what was removed.",
-    ),
-    _drawn(
-        "budget",
-        "Experts or weights",
-        "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was taken.",
-        data.budget,
-        charts.budget,
-        "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken.",
-    ),
-    _drawn(
-        "timeline",
-        "Where the time went",
-        "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that held most.",
-        data.timeline,
-        charts.timeline,
-        _NO_MEASURES,
-    ),
-    _drawn(
-        "size",
-        "Size on disk",
-        "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",
-        data.size,
-        charts.size,
-        _NO_MEASURES,
-    ),
+    _drawn("usage", "Use of the experts by calibration source", data.usage, charts.usage, _NO_STATISTICS),
+    _drawn("expert-scores", "Worth of the experts", data.scores, charts.scores, _NO_STATISTICS),
+    _drawn("saliency", "Worth of single weights", data.saliency, charts.saliency, _NO_SINGLE_WEIGHTS),
+    _drawn("kurtosis", "Kurtosis of the weights", data.kurtosis, charts.kurtosis, _NO_MEASURES),
+    _drawn("layer-error", "Error of the layers' outputs", data.layer_error, charts.layer_error, _NO_ERRORS),
+    _drawn("refit", "Error after the joint refit", data.refit, charts.refit, _NO_REFIT),
+    _drawn("budget", "Experts or weights", data.budget, charts.budget, _NO_SEARCH),
+    _drawn("timeline", "Where the time went", data.timeline, charts.timeline, _NO_MEASURES),
+    _drawn("size", "Size on disk", data.size, charts.size, _NO_MEASURES),
     _loads,
 ]

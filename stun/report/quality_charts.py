@@ -122,18 +122,10 @@ def _name(axes: Axes, theme: Theme, names: list[Name]) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((name.x, name.y))[1]) for name in ordered]
     heights = _apart(wanted, _LINE * DPI / axes.get_window_extent().height)
+    line = {"arrowstyle": "-", "color": theme.line, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
     for name, height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            words(name.text),
-            (name.x, name.y),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            va="center",
-            color=name.color,
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": theme.line, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)},
-            zorder=1,
-        )
+        text = {"textcoords": "axes fraction", "va": "center", "color": name.color, "fontsize": 9, "zorder": 1}
+        axes.annotate(words(name.text), (name.x, name.y), xytext=(1.04, height), arrowprops=line, **text)
 
 
 def _apart(wanted: list[float], gap: float) -> list[float]:
