@@ -1,6 +1,6 @@
 """Model families: the tested ones, the refused ones, and what of a family its code does not tell.
 
-Everything else is found by building layers of a family and from its configuration (stun.model.architecture).
+Everything else is found by building layers of a family and from its configuration (stun.model.routing).
 """
 
 from pathlib import Path

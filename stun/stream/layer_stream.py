@@ -18,9 +18,10 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_map_only
 
-from stun.model.architecture import Architecture, Probe, expert_infos
+from stun.model.architecture import Architecture, expert_infos
 from stun.model.as_configured import as_configured
 from stun.model.carried import HIDDEN, Carried, Key, entries, evaluated, filled, is_expression
+from stun.model.forward import Probe
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
