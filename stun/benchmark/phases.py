@@ -24,7 +24,7 @@ from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
 from stun.preflight.speeds import wait_for
 from stun.preflight.time import forward_flop
-from stun.pruning.mask import mask_layer
+from stun.pruning.mask import Masking
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.shards import Form, own_tensors, write_shard
 from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
@@ -122,7 +122,7 @@ class LayerPhases:
         enter("measure")
         quota = layer_quotas(self.job.sizes, plan)[0]
         stream.build(layer)
-        mask_layer(stream, layer, self.states, quota, cfg.sparsify)
+        Masking(stream, layer, self.states, quota, cfg.sparsify).run()
         enter("propagate")
         self._forward(layer)
         enter("records")

@@ -14,7 +14,7 @@ from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, owners
 from stun.pruning.joint_refit import refit_jointly
-from stun.pruning.mask import mask_layer
+from stun.pruning.mask import Masking
 from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.rounding import Rounding, rounding_of
@@ -137,7 +137,8 @@ def change_weights(
     is_refitted, refit = bool(job.refits and layer.layout.experts), {}
     if states is not None:
         stream.build(layer)
-    unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify, partial(rounding.fit, layer, is_refitted))
+    solved = partial(rounding.fit, layer, is_refitted)
+    unseen, saliency = Masking(stream, layer, states, quota, job.cfg.sparsify, solved).run()
     rounded_off = rounding.round(layer, (False,) if is_refitted else (False, True))
     if states is not None and (is_refitted or not is_last):
         stream.build(layer)

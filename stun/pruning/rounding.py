@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -31,31 +30,36 @@ Stored = dict[str, torch.Tensor]  # what a matrix is stored in, by source name
 _DAMPING = 0.01  # of the mean square of an input, added to every input's (GPTQ's)
 
 
-class Target(Protocol):
-    """What matrices are rounded to."""
+class Target:
+    """What matrices are rounded to. This one holds all values, so that nothing is rounded."""
 
     def dense(self, layout: LayerLayout) -> list[list[str]]:
         """Names of a layer's matrices outside the experts, those that share a scale in one list."""
+        return []
 
     def parts(self, layout: LayerLayout) -> list[str]:
         """Parts of its experts."""
+        return []
 
     def rounded(self, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, Stored]:
         """Nearest values of a source tensor, or of one entry of it, and the tensors that they are to be stored in, empty if
         writing finds them. `largest` is the largest magnitude among all that share its scale."""
+        return weight, {}
 
     def fitted(
         self, place: Place, weight: torch.Tensor, largest: torch.Tensor, upper_DD: torch.Tensor, is_transposed: bool
     ) -> Stored:
         """Tensors that a matrix is to be stored in so that its outputs too are near those of `weight`, given `inverted` of the
         inputs' Gram matrix; empty if nothing is to be rounded. `is_transposed`: inputs are rows."""
+        return {}
 
     def worth(self, place: Place, stored: Stored, weight: torch.Tensor) -> torch.Tensor:
         """Values of such tensors, on the device and in the dtype of `weight`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NewForm:
+class NewForm(Target):
     """A new form of plain weights."""
 
     arch: Architecture
@@ -90,7 +94,7 @@ class NewForm:
 
 
 @dataclass(frozen=True)
-class OwnCodes:
+class OwnCodes(Target):
     """Codes of a quantised source on its own scales. `is_solved`: not only what the joint refit changes has other values."""
 
     source: Checkpoint
@@ -121,33 +125,13 @@ class OwnCodes:
         return self.source.worth(*place, stored, weight.device)
 
 
-@dataclass(frozen=True)
-class AllValues:
-    """What holds all values, so that nothing is rounded."""
-
-    def dense(self, layout: LayerLayout) -> list[list[str]]:
-        return []
-
-    def parts(self, layout: LayerLayout) -> list[str]:
-        return []
-
-    def rounded(self, place, weight, largest):
-        return weight, {}
-
-    def fitted(self, place, weight, largest, upper_DD, is_transposed):
-        return {}
-
-    def worth(self, place, stored, weight):
-        return weight
-
-
 def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
     """Rounding of a run with this plan."""
     if job.grid:
         return Rounding(stream, NewForm(job.arch, job.grid))
     is_solved = job.solves(plan)
     is_changed = job.keeps_form and (job.refits or is_solved)
-    return Rounding(stream, OwnCodes(job.arch.source, is_solved) if is_changed else AllValues())
+    return Rounding(stream, OwnCodes(job.arch.source, is_solved) if is_changed else Target())
 
 
 class Rounding:
@@ -226,7 +210,7 @@ class Rounding:
     @property
     def is_exact(self) -> bool:
         """Whether nothing is rounded."""
-        return isinstance(self.target, AllValues)
+        return type(self.target) is Target
 
     def closing(self, layout: LayerLayout, expert: int, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
         """What the down projection of an expert becomes if it is `weight_DI`, with the factor of its inputs' Gram matrix if it is
