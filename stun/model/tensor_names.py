@@ -28,6 +28,7 @@ from stun.checkpoint.reader import Checkpoint
 from stun.config import Scope, StunError
 from stun.model.families import NOVICES
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, GATES, LayerLayout, scope_of
+from stun.schema import ASCENDING, INTEGER, misfit
 
 if TYPE_CHECKING:
     from stun.model.text_part import TextPart
@@ -40,15 +41,9 @@ Pieces = dict[str, dict[int | None, list[tuple[int, str]]]]
 def novices_of(source: Checkpoint) -> dict[int, list[int]]:
     """Novices of each layer that config.json lists, ascending. Raises StunError if it lists anything else."""
     listed = source.config.get(NOVICES, {})
-    try:
-        novices = {int(layer): sorted(map(int, experts)) for layer, experts in listed.items()}
-        is_valid = all(list(experts) == novices[int(layer)] for layer, experts in listed.items())
-    except (AttributeError, TypeError, ValueError):
-        is_valid = False
-    if not is_valid:
-        file = source.folder / "config.json"
-        raise StunError(f"{file}: {NOVICES}: must map numbers of layers to ascending lists of experts, is {str(listed)[:80]}")
-    return {layer: experts for layer, experts in novices.items() if experts}
+    if reason := misfit(listed, {INTEGER: ASCENDING}, NOVICES):
+        raise StunError(f"{source.folder / 'config.json'}: {reason} (experts by layer)")
+    return {int(layer): experts for layer, experts in listed.items() if experts}
 
 
 def all_experts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
