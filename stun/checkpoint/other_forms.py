@@ -20,9 +20,7 @@ _FORMS = {
     **{f"*{end}": f"{_PICKLED}; {_RELEASE}" for end in PICKLED},
 }
 # Methods of quantisation that are not read and that transformers can undo, and how.
-_UNDO = {
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(folder).dequantize()",
-}
+_UNDO = {"bitsandbytes": "AutoModelForCausalLM.from_pretrained(folder).dequantize()"}
 _ARE = (
     "read are fp8 with weight_block_size, mxfp4 (gpt-oss), compressed-tensors (float-, int-, pack-quantized, nvfp4, mxfp4), "
     "modelopt (FP8, NVFP4), gptq and awq of 4 bits"

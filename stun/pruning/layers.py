@@ -45,12 +45,7 @@ def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Re
 
 
 def prune_layers(
-    job: Job,
-    plan: Plan,
-    states: States | None,
-    ranks: Ranks,
-    recorder: Recorder,
-    write: Callable[[str, Tensors, dict], dict],
+    job: Job, plan: Plan, states: States | None, ranks: Ranks, recorder: Recorder, write: Callable[[str, Tensors, dict], dict]
 ) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
     Returns the ledger entries of every layer, by rank.
@@ -122,13 +117,7 @@ def _prune_layer(
 
 
 def change_weights(
-    job: Job,
-    rounding: Rounding,
-    stream: LayerStream,
-    layer: Layer,
-    quota: LayerQuota,
-    states: States | None,
-    steps: int = STEPS,
+    job: Job, rounding: Rounding, stream: LayerStream, layer: Layer, quota: LayerQuota, states: States | None, steps: int = STEPS
 ) -> tuple[dict, States | None]:
     """Remove the weights of the quota from a layer's experts that are kept, round and refit the others, in at most so many
     `steps`, and run the layer. Returns as `_prune_layer` does. Seven parameters: the search calls it as the run does, in fewer

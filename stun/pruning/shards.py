@@ -131,11 +131,7 @@ def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: P
     if form.source:
         tensors = as_stored(form.source, tensors, places, form.is_changed)
     write_tensors(folder / name, tensors)
-    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}, "sample": _sample(folder / name)}
-
-
-def _sample(file: Path) -> str:
-    return sample(file, file.stat().st_size)
+    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}, "sample": sample(folder / name)}
 
 
 # Files that only an unfinished run has in its folder `model`.
@@ -164,7 +160,7 @@ def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
             state = "is too short" if file.is_file() else "is missing"
         elif {tensor: info.nbytes for tensor, info in read_header(file).items()} != tensors:
             state = "holds other tensors than its entry in `progress` says"
-        elif _sample(file) != entry["sample"]:
+        elif sample(file) != entry["sample"]:
             state = "has changed since"
         if state:
             raise StunError(f"{file}: {state}, but was written whole; {REPEAT}")

@@ -21,7 +21,6 @@ from stun.checkpoint.codecs.codec import (
     from_nibbles,
     multiplied,
     nibbles,
-    of_groups,
     passengers,
     weight,
     worth,
@@ -49,9 +48,6 @@ class FourBits(Codec):
     @property
     def exponent(self) -> int:
         return 2
-
-    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
-        return of_groups(values_LW, parts["scale"])
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         return multiplied(worth(parts["codes"], E2M1), self._scales(parts))

@@ -49,9 +49,6 @@ class Transposed(Codec):
         group_L = self._groups(parts, len(self._codes(parts["codes"])))
         return parts["scale"].float()[group_L], self._zeros(parts).float()[group_L]
 
-    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return steps.round().clamp_(-zero, 15 - zero)
-
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._codes(parts["codes"])))
 
