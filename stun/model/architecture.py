@@ -155,10 +155,6 @@ class Architecture(Forward):
         target = next(name for name, parameter in self.whole.named_parameters() if parameter is own)
         return next(name for name, other in self.outer.items() if other == target)
 
-    def install_dense(self, layer: nn.Module, layout: LayerLayout, dense: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Put the tensors outside the experts, by source name, into a layer as `install` does."""
-        self.install(layer, joined(layout.dense, dense), dtype)
-
     def install_outer(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Put tensors outside the layers, by source name, into the model as `install` does; a tied head shares the embedding.
         Those that become one tensor of the model come together."""
@@ -168,23 +164,17 @@ class Architecture(Forward):
             head.weight = embedding_of(self.decoder).weight
 
     @property
-    def entrance(self) -> list[str]:
-        """Source names of the decoder's tensors outside its layers if the way to the first layer needs more of them than the
-        embedding."""
-        return [name for name in self.outer_weights if self.probe.reads_outside and self.outer[name].startswith(self.path)]
-
-    @property
     def outer_weights(self) -> list[str]:
         """Source names of the tensors outside the layers that the model uses, in a fixed order."""
         return sorted(name for name, target in self.outer.items() if target)
 
     @cached_property
-    def outer_groups(self) -> list[list[str]]:
-        """The same, those together that become one tensor of the model."""
+    def outer_groups(self) -> dict[str, list[str]]:
+        """The same by the tensor of the model that they become."""
         groups: dict[str, list[str]] = {}
         for name in self.outer_weights:
             groups.setdefault(self.outer[name], []).append(name)
-        return list(groups.values())
+        return groups
 
     @property
     def cannot_differ(self) -> str:

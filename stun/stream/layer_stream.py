@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_map_only
 
-from stun.model.architecture import Architecture, expert_infos
+from stun.model.architecture import Architecture, expert_infos, joined
 from stun.model.as_configured import as_configured
 from stun.model.carried import HIDDEN, Carried, Key, entries, evaluated, filled, is_expression
 from stun.model.forward import Probe
@@ -170,7 +170,7 @@ class LayerStream:
     def build(self, layer: Layer) -> None:
         """Build `layer.module` from the layer's current tensors."""
         layer.module = self.arch.build_layer(layer.layout.index, len(layer.routed))
-        self.arch.install_dense(layer.module, layer.layout, layer.dense, self.dtype)
+        self.arch.install(layer.module, joined(layer.layout.dense, layer.dense), self.dtype)
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange = Exchange(layer, self.ranks, self.dtype)
@@ -281,7 +281,10 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     dtype = compute_dtype(arch, ranks.device)
     weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
     hidden, arguments, by_shape = [], [], {}
-    with _entrance(arch, ranks, read, dtype), as_configured(arch.source.folder, "the embedding"):
+    # The way to the first layer may need more of the decoder's weights than the embedding.
+    others = {target: names for target, names in arch.outer_groups.items() if arch.embedding not in names}
+    needed = [names for target, names in others.items() if arch.probe.reads_outside and target.startswith(arch.path)]
+    with installed(arch, ranks, read, needed), as_configured(arch.source.folder, "the embedding"):
         for batch in batches[ranks.rank :: ranks.world]:
             with steady(ranks.device, dtype, ranks.workers):
                 states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
@@ -293,11 +296,13 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
 
 
 @contextmanager
-def _entrance(arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Context with those weights of the decoder installed, beside the embedding, that the way to the first layer needs."""
-    names = [name for name in arch.entrance if name != arch.embedding]
+def installed(
+    arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], groups: Iterable[list[str]]
+) -> Iterator[None]:
+    """Context with weights outside the layers installed, by groups of those that become one tensor of the model."""
+    dtype = compute_dtype(arch, ranks.device)
     with arch.outside_restored():
-        if names:
+        for names in groups:
             arch.install_outer({name: from_first(arch, ranks, name, read) for name in names}, dtype)
         yield
 
