@@ -1,7 +1,5 @@
 """Form in which weights are written: as a quantised source stores them, dequantised, or rounded to a new form."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -47,7 +47,8 @@ class Written:
 def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model, _form(job, plan))
+    form = Form(arch.source if job.keeps_form else None, bool(plan.zeros) or job.refits or job.solves(plan))
+    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model, form)
     outer: dict[str, torch.Tensor] = {}
     finished = ranks.on_first(recorder.ledger.finished)
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
@@ -60,10 +61,6 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))
     return written
-
-
-def _form(job: Job, plan: Plan) -> Form:
-    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros) or job.refits or job.solves(plan))
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:

@@ -6,8 +6,6 @@ tokens are those of the micro-batches of all ranks, added in their order, so tha
 Shapes: T tokens of a micro-batch, X inputs of a matrix (for constants: one a novice, its gate weight), D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Shapes, as stored: L lines of a weight, W entries of a line, G scales of a line.
 transposed has L = D.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

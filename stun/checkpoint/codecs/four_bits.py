@@ -5,8 +5,6 @@ gpt-oss: `X_blocks` [E, O, D / 32, 16] and `X_scales` [E, O, D / 32] of the weig
 `weight_scale`, and `weight_scale_2`, by which they are multiplied.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -3,8 +3,6 @@
 All arithmetic is in the weights' dtype, as there. Shapes: O outputs, D inputs, G groups of inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

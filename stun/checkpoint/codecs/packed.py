@@ -4,8 +4,6 @@
 `weight_zero_point`, packed along the outputs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ are stored one too small, but for checkpoint_format gptq_v2. AWQ: `qweight` I32 
 a word in an order of its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
