@@ -6,6 +6,7 @@ between families is data in `stun.model.families`.
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 
@@ -85,13 +86,13 @@ class Architecture(Forward):
         self.top_k = routing.most_of_a_token(self.decoder, self.folder)
         self.groups, self.group_floor = routing.groups(self)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of most of the checkpoint's bytes."""
-        nbytes: dict[torch.dtype, int] = {}
+        nbytes: Counter[torch.dtype] = Counter()
         for info in self.source.tensors.values():
-            nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
-        return max(nbytes, key=nbytes.get)
+            nbytes[info.dtype] += info.nbytes
+        return nbytes.most_common(1)[0][0]
 
     def info(self, name: str) -> TensorInfo:
         """Place, shape and dtype of a source tensor."""

@@ -8,12 +8,11 @@ from pathlib import Path
 from stun.config import PruneConfig, StunError
 from stun.files import load_yaml, write_json
 from stun.model.precision import compute_dtype
-from stun.planning import usage
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan, name_successors
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
-from stun.pruning.describe import describe, notices
+from stun.pruning.describe import describe, notices, usage_warning
 from stun.pruning.output import Written, prune_and_write
 from stun.pruning.search import search_fraction
 from stun.pruning.summary import save_layers, save_observed, summarise
@@ -108,7 +107,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
         ranks.log(notice)
     if job.reads_statistics:
         _observe(job, run, ranks)
-        rarely = ranks.on_first(lambda: usage.warning(job.arch, job.statistics)) if any(job.drops) else ""
+        rarely = ranks.on_first(lambda: usage_warning(job.arch, job.statistics)) if any(job.drops) else ""
         if rarely:
             ranks.log(rarely)
     return job

@@ -76,7 +76,8 @@ def prune_layers(
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry['refit'])}"
+        left = f" | refit leaves {left_by_refit(entry['refit']):.3f} of the error" if entry["refit"] else ""
+        experts = f"experts {plans[index].experts}->{len(layer.kept)}{left}"
         _show(progress, stream, layer, experts, sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors, places))
     recorder.close()
@@ -151,11 +152,6 @@ def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novice
     sums = [OutputSums(stream, layer, [0] * states.total)] if has_novices and layer.kept else []
     dense = stream.run(layer, states.dense, *sums)
     return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
-
-
-def _refitted(told: dict) -> str:
-    """Words for the log: what the joint refit left of the layer's error."""
-    return f" | refit leaves {left_by_refit(told):.3f} of the error" if told else ""
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

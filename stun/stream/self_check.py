@@ -106,12 +106,8 @@ def _shrink(config: PreTrainedConfig, factor: int, layers: int) -> None:
             setattr(config, name, min(value, layers))
         elif layers and isinstance(value, list) and len(value) == depth > layers:
             setattr(config, name, value[:layers])
-        elif _is_width(name, value) and value % factor == 0 and value // factor >= 4:
-            setattr(config, name, value // factor)
-
-
-def _is_width(name: str, value: object) -> bool:
-    return type(value) is int and bool(_WIDTH.search(name)) and not _NO_WIDTH.search(name)
+        elif type(value) is int and _WIDTH.search(name) and not _NO_WIDTH.search(name):
+            setattr(config, name, value // factor if value % factor == 0 and value // factor >= 4 else value)
 
 
 def _randomise(model: PreTrainedModel) -> None:
