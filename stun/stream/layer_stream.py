@@ -268,11 +268,8 @@ class States:
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Source tensor on every rank: the first gets it from `read` and broadcasts it."""
     info = arch.info(name)
-    if ranks.is_first:
-        tensor = read(name).to(ranks.device)
-    else:
-        tensor = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
-    return ranks.broadcast(tensor, 0)
+    own = read(name).to(ranks.device) if ranks.is_first else torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
+    return ranks.broadcast(own, 0)
 
 
 def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
