@@ -26,7 +26,7 @@ from stun.preflight.speeds import wait_for
 from stun.preflight.time import forward_flop
 from stun.pruning.mask import Masking
 from stun.pruning.representatives import keep_representatives
-from stun.pruning.shards import Form, own_tensors, write_shard
+from stun.pruning.shards import own_tensors, write_shard
 from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
@@ -128,9 +128,9 @@ class LayerPhases:
         enter("records")
         powers.weights_removed()
         tensors = own_tensors(stream, layer)
-        nonzero_by_kind(self.layout, tensors, self.ranks.workers)
+        nonzero_by_kind(stream, layer)
         enter("write")
-        entry = write_shard(self.folder, Form(None, False), "layer.safetensors", tensors, {})
+        entry = write_shard(self.folder, None, False, "layer.safetensors", tensors, {})
         enter("")
         self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # every matrix is read and written
         dense, after = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)

@@ -1,7 +1,6 @@
 """Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -66,10 +65,8 @@ def prune_layers(
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
         entry, states = _prune_layer(job, rounding, stream, layer, (plans[index], quotas[index]), states)
-        tensors = own_tensors(stream, layer)
-        nonzero = Counter(nonzero_by_kind(layer.layout, tensors, ranks.workers))
-        nonzero.update(entry.pop("rounded_off"))  # what rounding made zero was not removed
-        tensors, places = as_rounded(stream, layer, tensors)
+        nonzero = entry["nonzero"] or nonzero_by_kind(stream, layer)
+        tensors, places = as_rounded(stream, layer, own_tensors(stream, layer))
         tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
@@ -110,7 +107,8 @@ def _prune_layer(
     kept = keep_representatives(stream, layer, plan, constants_ED)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
     if layer.layout.is_mtp:
-        measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "rounded_off": rounding.round(layer)}
+        measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "nonzero": rounding.nonzero_before(layer)}
+        rounding.round(layer)
     else:
         measured, states = change_weights(job, rounding, stream, layer, quota, states)
     powers.weights_removed()
@@ -129,20 +127,19 @@ def change_weights(
         stream.build(layer)
     solved = partial(rounding.fit, layer, is_refitted)
     unseen, saliency = Masking(stream, layer, states, quota, job.cfg.sparsify, solved).run()
-    rounded_off = rounding.round(layer, (False,) if is_refitted else (False, True))
+    nonzero = rounding.nonzero_before(layer)
+    rounding.round(layer, (False,) if is_refitted else (False, True))
     if states is not None and (is_refitted or not is_last):
         stream.build(layer)
     if is_refitted:
         meter.enter("refit")
-        before = rounding.nonzero(layer)
         refit = refit_jointly(stream, layer, states, states.dense.hidden, rounding, steps)
         rounding.round(layer, (True,))
-        rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
         stream.build(layer)
     if states is not None and not is_last:  # nothing reads the last one's output
         meter.enter("propagate")
         states = stream.run(layer, states)
-    return {"unseen": unseen, "saliency": saliency.to_json(), "refit": refit, "rounded_off": rounded_off}, states
+    return {"unseen": unseen, "saliency": saliency.to_json(), "refit": refit, "nonzero": nonzero}, states
 
 
 def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novices: bool) -> tuple[States, torch.Tensor | None]:
