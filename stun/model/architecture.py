@@ -19,18 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from stun.checkpoint.headers import TensorInfo
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Precision, StunError
-from stun.model import heterogeneous, routing
+from stun.model import families, heterogeneous, routing
 from stun.model.as_configured import as_configured
-from stun.model.families import (
-    ALIASES,
-    COUNT_FIELDS,
-    HETEROGENEOUS,
-    HETEROGENEOUS_CLASS,
-    NOVICES,
-    TESTED,
-    check_family,
-    count_field,
-)
 from stun.model.form_settings import renumbered
 from stun.model.forward import Forward, embedding_of
 from stun.model.layer_layout import LayerLayout
@@ -52,7 +42,7 @@ class Architecture(Forward):
 
     def __init__(self, source: Checkpoint, precision: Precision = Precision.auto):
         self.source, self.precision = source, precision
-        check_family(source.folder, source.config)
+        families.check_family(source.folder, source.config)
         try:
             config = stock(AutoConfig.from_pretrained(source.folder, trust_remote_code=False, output_attentions=False))
             for part in {id(own): own for own in (config, config.get_text_config(decoder=True))}.values():
@@ -72,12 +62,12 @@ class Architecture(Forward):
         self.config = self.decoder.config
         self.config.__dict__.pop("quantization_config", None)
         self.is_nested = self.config is not whole.config
-        name = source.config["model_type"].removeprefix(HETEROGENEOUS)
-        self.model_type = ALIASES.get(name, name)
+        name = source.config["model_type"].removeprefix(families.HETEROGENEOUS)
+        self.model_type = families.ALIASES.get(name, name)
         # As config.json names it: runtimes look their own class up by it.
-        self.class_name = next(iter(source.config.get("architectures") or []), "").removeprefix(HETEROGENEOUS_CLASS)
+        self.class_name = next(iter(source.config.get("architectures") or []), "").removeprefix(families.HETEROGENEOUS_CLASS)
         self.count = routing.field_of_count(self.decoder, self.folder)
-        if not self.count and self.model_type not in TESTED:
+        if not self.count and self.model_type not in families.TESTED:
             reason = "no layer of it has experts that run through transformers' interface of experts"
             raise StunError(f"{source.folder}: model_type {self.model_type!r} is not supported: {reason}")
         with as_configured(source.folder, "the model"):
@@ -180,7 +170,7 @@ class Architecture(Forward):
     @property
     def cannot_differ(self) -> str:
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
-        return "" if count_field(self.config) else f"{self.model_type} has a field of its own for the number of experts"
+        return "" if families.count_field(self.config) else f"{self.model_type} has a field of its own for the number of experts"
 
     def pruned_config(
         self, counts: list[int], novices: dict[int, list[int]] | None = None, kept: dict[str, list[int]] | None = None
@@ -197,11 +187,11 @@ class Architecture(Forward):
             if settings and kept is not None:
                 config["quantization_config"] = renumbered(settings, kept)
         if novices:
-            text[NOVICES] = {str(layer): experts for layer, experts in sorted(novices.items()) if experts}
+            text[families.NOVICES] = {str(layer): experts for layer, experts in sorted(novices.items()) if experts}
             return written
         if counts == [layout.num_experts for layout in self.layers]:
             return written
-        present = [name for name in COUNT_FIELDS if name in text]
+        present = [name for name in families.COUNT_FIELDS if name in text]
         name = self.count if self.count in present or not present else present[0]
         for alias in present:
             del text[alias]
