@@ -24,7 +24,6 @@ from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.sparsify.joint_refit import STEPS
-from stun.sparsify.saliency import Saliency
 from stun.statistics.output_sums import OutputSums
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
@@ -53,7 +52,7 @@ def prune_layers(
     layers. `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
     """
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
-    quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
+    quotas = [*layer_quotas(job.sizes, plan), *(LayerQuota({}, []) for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.runs_dense), len(finished))
     stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
@@ -93,7 +92,7 @@ def _prune_layer(
     rounding: Rounding,
     stream: LayerStream,
     layer: Layer,
-    wanted: tuple[LayerPlan, LayerQuota | None],
+    wanted: tuple[LayerPlan, LayerQuota],
     states: States | None,
 ) -> tuple[dict, States | None]:
     """Remove experts and then weights in place, round what is kept, and run the layer. Returns measurements for the ledger's
@@ -106,11 +105,8 @@ def _prune_layer(
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan, constants_ED)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
-    if layer.layout.is_mtp:
-        measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "nonzero": rounding.nonzero_before(layer)}
-        rounding.round(layer)
-    else:
-        measured, states = change_weights(job, rounding, stream, layer, quota, states)
+    # No forward runs a prediction head.
+    measured, states = change_weights(job, rounding, stream, layer, quota, None if layer.layout.is_mtp else states)
     powers.weights_removed()
     return {"kept": kept, "powers": powers.stages, **measured}, states
 
@@ -122,7 +118,7 @@ def change_weights(
     `steps`, and run the layer. Returns as `_prune_layer` does. Seven parameters: the search calls it as the run does, in fewer
     steps."""
     meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
-    is_refitted, refit = bool(job.refits and layer.layout.experts), {}
+    is_refitted, refit = bool(job.refits and layer.layout.experts and states is not None), {}
     if states is not None:
         stream.build(layer)
     solved = partial(rounding.fit, layer, is_refitted)
