@@ -41,14 +41,15 @@ def even_owners(layout: LayerLayout, world: int) -> list[int | None]:
     return [places.get(number) for number in range(layout.num_experts)]
 
 
+@dataclass
 class _Part:
     """This rank's part of a layer, as far as it is read: tensors outside the experts, experts, and the seconds that it took.
     `missing` are the names and numbers of what is still to be read."""
 
-    def __init__(self, missing: list[str | int]):
-        self.missing, self.seconds = missing, 0.0
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.experts: dict[int, dict[str, torch.Tensor]] = {}
+    missing: list[str | int]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    experts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class LayerStream:
