@@ -20,7 +20,7 @@ from stun.checkpoint.codecs.codec import decoded
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import Part, TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form
-from stun.checkpoint.quantised import settings_of, with_weights
+from stun.checkpoint.quantised import with_weights
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json, sample
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
@@ -115,11 +115,6 @@ class Checkpoint:
         """Bits that a quantised weight takes in the files, its scales included, on average."""
         weights, stored = map(sum, zip(*self.formats.values(), strict=True))
         return 8 * stored / weights
-
-    @property
-    def quantisation(self) -> dict:
-        """Settings of quantisation in config.json; empty if there are none."""
-        return settings_of(self.config)
 
     @property
     def file_bytes(self) -> int:

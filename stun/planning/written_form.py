@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from stun.checkpoint.codecs.grids import GRIDS, Grid
+from stun.checkpoint.quantised import settings_of
 from stun.config import OutputFormat, PruneConfig, StunError, Uneven
 from stun.model.architecture import Architecture
 from stun.model.form_settings import kept_by_block, renumbered
@@ -72,7 +73,7 @@ def _check_settings(arch: Architecture) -> None:
     layouts = [*arch.layers, *arch.mtp]
     for name in (name for layout in layouts for name in layout.routed if arch.info(name).codec):
         raise StunError(f"{arch.info(name).file}: {name}: a router that is quantised cannot stay so; give output.format=bfloat16")
-    renumbered(arch.source.quantisation, kept_by_block(layouts, [layout.whole for layout in layouts]))
+    renumbered(settings_of(arch.source.config), kept_by_block(layouts, [layout.whole for layout in layouts]))
 
 
 def _stored(arch: Architecture) -> str:

@@ -55,7 +55,9 @@ def prune_layers(
     quotas = [*layer_quotas(job.sizes, plan), *(LayerQuota({}, []) for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.runs_dense), len(finished))
-    stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
+    pairs = zip(arch.layers, plan.layers, strict=True)
+    refits = (job.refit_bytes(*pair, ranks.world, stream.dtype.itemsize) for pair in pairs)
+    stream.reserved = max(refits) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
     rounding = rounding_of(job, plan, stream)
@@ -79,12 +81,6 @@ def prune_layers(
     recorder.close()
     progress.close()
     return recorder.finished()
-
-
-def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
-    """Most bytes that the joint refit of a layer holds on a rank."""
-    pairs = zip(job.arch.layers, plan.layers, strict=True)
-    return max(job.refit_bytes(*pair, stream.ranks.world, stream.dtype.itemsize) for pair in pairs)
 
 
 def _prune_layer(
