@@ -47,9 +47,8 @@ def check_unknown(arch: Architecture, ranks: Ranks) -> None:
 def self_check(arch: Architecture) -> None:
     """The check. Raises StunError, with what differs."""
     refused = f"{arch.source.folder}: model_type {arch.model_type!r} has no tests here and fails the self-check"
-    state = torch.get_rng_state()
     try:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), torch.no_grad():
             model = _small_model(arch)
             model.save_pretrained(folder)
             _compare(model, Architecture(Checkpoint.open(Path(folder))))
@@ -57,8 +56,6 @@ def self_check(arch: Architecture) -> None:
         raise StunError(f"{refused}: {error}") from error
     except Exception as error:  # whatever the family's code raises
         raise StunError(f"{refused}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    finally:
-        torch.set_rng_state(state)
 
 
 def _small_model(arch: Architecture) -> PreTrainedModel:
