@@ -19,7 +19,8 @@ from stun.planning.experts.clusters import clusters_of, complete_linkage, offici
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import PRESETS, aimer_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
-from stun.planning.plan import LayerPlan, read_layers
+from stun.planning.plan import LayerPlan
+from stun.planning.plan_file import read_layers
 from stun.pruning.representatives import nearest_member
 from stun.statistics.router import router_distance
 
