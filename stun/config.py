@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], line)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters, or the error's type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 # Hydra matches an enum by member name, and `global` is a keyword: hence the functional form.
 Budget = Enum("Budget", ["uniform", "global"])
 Budget.__doc__ = "uniform: every layer keeps the same number of experts; global: one threshold over all layers."

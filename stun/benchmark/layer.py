@@ -29,9 +29,9 @@ from stun.planning.make import make_plan
 from stun.planning.plan import LayerPlan
 from stun.preflight.hardware import measure_rates, wait_for
 from stun.preflight.time import forward_flop
-from stun.pruning.mask import mask_layer
+from stun.pruning.mask import Masking
 from stun.pruning.representatives import keep_representatives
-from stun.pruning.shards import Form, own_tensors, write_shard
+from stun.pruning.shards import own_tensors, write_shard
 from stun.run.layer_metrics import WeightPowers, expert_powers, nonzero_by_kind
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
@@ -193,15 +193,15 @@ class LayerPhases:
         enter("measure")
         quota = layer_quotas(self.job.sizes, plan)[0]
         stream.build(layer)
-        mask_layer(stream, layer, self.states, quota, cfg.sparsify)
+        Masking(stream, layer, self.states, quota, cfg.sparsify).run()
         enter("propagate")
         self._forward(layer)
         enter("records")
         powers.weights_removed()
         tensors = own_tensors(stream, layer)
-        nonzero_by_kind(self.layout, tensors, self.ranks.workers)
+        nonzero_by_kind(stream, layer)
         enter("write")
-        entry = write_shard(self.folder, Form(None, False), "layer.safetensors", tensors, {})
+        entry = write_shard(self.folder, None, False, "layer.safetensors", tensors, {})
         enter("")
         self.work["mask"] = ("copy", 2 * _bytes_to_mask(layer, quota))  # every matrix is read and written
         dense, after = sum(layer.dense[name].nbytes for name in self.layout.linears), _expert_bytes(layer)

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Capacity
-from stun.model.architecture import CACHE, Architecture
+from stun.model.architecture import Architecture
+from stun.model.forward import CACHE
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 from stun.stream.embeddings import outside

@@ -18,11 +18,11 @@ from stun.model.precision import check_alike, compute_dtype
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
-from stun.planning.output_format import settle_format
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
+from stun.planning.written_form import settle_format
 from stun.run.folder import MANIFEST, STATISTICS
 from stun.run.identity import observed
 from stun.runtime.ranks import Ranks

@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stun.config import PruneConfig, StunError
-from stun.files import load_json, load_yaml, write_json
+from stun.files import load_yaml, write_json
 from stun.model.precision import compute_dtype
-from stun.planning import usage
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan, name_successors
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
-from stun.pruning.describe import describe, notices
+from stun.pruning.describe import describe, notices, usage_warning
 from stun.pruning.output import Written, prune_and_write
 from stun.pruning.search import search_fraction
 from stun.pruning.summary import save_layers, save_observed, summarise
@@ -24,6 +23,7 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 from stun.runtime.units import count, duration
+from stun.schema import NUMBER, load_record, one_of
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
@@ -45,7 +45,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     with open_run(job, ranks) as run:
         if not run.summary:
             job = observe_and_split(job, run, ranks)
-            plan = ranks.on_first(lambda: _plan(job, run))
+            plan = ranks.on_first(lambda: complete_plan(job))
+            ranks.on_first(lambda: write_json(run.folder / "plan.json", plan.to_json()))
             written = prune_and_write(job, plan, run, ranks)
             run.summary = finish(job, plan, written, run, ranks)
         return run.summary
@@ -106,7 +107,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
         ranks.log(notice)
     if job.reads_statistics:
         _observe(job, run, ranks)
-        rarely = ranks.on_first(lambda: usage.warning(job.arch, job.statistics)) if any(job.drops) else ""
+        rarely = ranks.on_first(lambda: usage_warning(job.arch, job.statistics)) if any(job.drops) else ""
         if rarely:
             ranks.log(rarely)
     return job
@@ -152,18 +153,11 @@ def _draw(errors: dict[float, float], file: Path) -> None:
 
 def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:
     """Errors by fraction from an earlier launch's search.json. Raises StunError if the file does not fit the job."""
-    curve = load_json(file).get("error")
-    is_known = isinstance(curve, dict) and curve and curve.keys() <= {str(fraction) for fraction in fractions}
-    if not is_known or not all(type(error) in (int, float) for error in curve.values()):
-        raise StunError(f"{file}: error: must give numbers for some of {list(fractions)}; remove the file to search again")
+    again = "remove the file to search again"
+    curve = load_record(file, {"error": {one_of(*map(str, fractions)): NUMBER}}, again)["error"]
+    if not curve:
+        raise StunError(f"{file}: error: must give numbers for some of {list(fractions)}; {again}")
     return curve
-
-
-def _plan(job: Job, run: Run) -> Plan:
-    """Make the plan and write it to plan.json."""
-    plan = complete_plan(job)
-    write_json(run.folder / "plan.json", plan.to_json())
-    return plan
 
 
 def finish(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> dict:

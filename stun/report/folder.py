@@ -10,7 +10,8 @@ from stun.config import ExpertsConfig, StunError, experts_from
 from stun.evaluation.request import EVALUATION
 from stun.files import load_yaml
 from stun.model.runtimes import SERVED, SERVED_RESULTS
-from stun.planning.plan import LayerPlan, read_layers
+from stun.planning.plan import LayerPlan
+from stun.planning.plan_file import read_layers
 from stun.run.folder import MANIFEST, Run
 from stun.run.layer_records import FILE, LAYERS
 from stun.run.ledger import Ledger
