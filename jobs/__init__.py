@@ -43,13 +43,13 @@ _DETAIL = re.compile(r"\s*(full_key|reference_type|object_type|To append to your
 _gives_way = False  # whether the launcher is expected to end this rank
 
 
-def launch(name: str, work: Work, observe: Work | None = None, about: str = "") -> None:
+def launch(name: str, work: Work, about: str, observe: Work | None = None) -> None:
     """Compose `conf/<name>.yaml` with the command line, start the ranks, and call `work(config, ranks)`.
 
-    With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for what they share
-    (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with the
-    rank and the step. Both exit with status 2, other errors with 1, so that the launcher ends the other ranks. Ctrl-C and SIGTERM
-    print one line on the first rank and exit with 130 and 143.
+    `--help` begins with `about`. With `-m`, `work` is called for every run of a sweep, after `observe`, if given, for what they
+    share (stun.run.sweep). Bad input prints one line on the first rank; an error on one rank alone prints one line there, with
+    the rank and the step. Both exit with status 2, other errors with 1, so that the launcher ends the other ranks. Ctrl-C and
+    SIGTERM print one line on the first rank and exit with 130 and 143.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.

@@ -11,9 +11,5 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print(benchmark_table(result)))
 
 
-def main() -> None:
-    launch("benchmark", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("benchmark", work, __doc__)

@@ -44,9 +44,5 @@ def work(cfg, ranks) -> None:
     ranks.on_first(report)
 
 
-def main() -> None:
-    launch("compare", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("compare", work, __doc__)

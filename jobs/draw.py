@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stun.files import load_json
 from stun.report.png import saved
-from stun.report.quality import methods
+from stun.report.quality_charts import methods
 from stun.report.theme import LIGHT
 
 

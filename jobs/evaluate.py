@@ -11,9 +11,5 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print(results_table({cfg.model.path: result})))
 
 
-def main() -> None:
-    launch("evaluate", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("evaluate", work, __doc__)

@@ -13,9 +13,5 @@ def work(cfg, ranks) -> None:
     prepare_sweep(cfg, ranks)
 
 
-def main() -> None:
-    launch("observe", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("observe", work, __doc__)

@@ -16,9 +16,5 @@ def work(cfg, ranks) -> None:
     ranks.on_first(lambda: print(plan_table(plan_from_run(request(cfg), Path(cfg.output), cfg.compare))))
 
 
-def main() -> None:
-    launch("plan", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("plan", work, __doc__)

@@ -13,9 +13,5 @@ def work(cfg, ranks) -> None:
     preflight(resolve(cfg, ranks, runs_here=not cfg.cluster.nodes), ranks, cfg.cluster)
 
 
-def main() -> None:
-    launch("preflight", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("preflight", work, __doc__)

@@ -23,9 +23,5 @@ def observe(cfg, ranks) -> None:
     prepare_sweep(cfg, ranks)
 
 
-def main() -> None:
-    launch("prune", work, observe, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("prune", work, __doc__, observe)

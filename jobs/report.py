@@ -15,9 +15,5 @@ def work(cfg, ranks) -> None:
         track_report(page.parent.parent, ranks)
 
 
-def main() -> None:
-    launch("report", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("report", work, __doc__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jobs import launch
 from stun.model.runtimes import SERVED, served_in_words
-from stun.report.tables import job_command
+from stun.report.wording import job_command
 from stun.serving.job import serve_check
 
 
@@ -18,9 +18,5 @@ def work(cfg, ranks) -> None:
         ranks.on_first(lambda: print(f"wrote {run}/{SERVED}; {job_command('report', folder=run)} shows it"))
 
 
-def main() -> None:
-    launch("serve-check", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("serve-check", work, __doc__)

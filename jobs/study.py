@@ -20,9 +20,5 @@ def work(cfg, ranks) -> None:
     ranks.on_first(report)
 
 
-def main() -> None:
-    launch("study", work, about=__doc__)
-
-
 if __name__ == "__main__":
-    main()
+    launch("study", work, __doc__)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from stun.benchmark.across import across, read_scores
+from stun.benchmark.study import across, read_scores
 
 
 def main(folder: str, kind: str) -> None:

@@ -33,34 +33,29 @@ def main() -> None:
         print(_completion(arguments))
     elif name in ABOUT:
         job, first = ("compare", DEMO) if name == "demo" else (name, [])
+        from jobs import launch  # with Hydra, which takes a second
+
         module = importlib.import_module(f"jobs.{job.replace('-', '_')}")
         sys.argv = [module.__file__, *first, *arguments]
-        module.main()
+        launch(job, module.work, module.__doc__, getattr(module, "observe", None))
     else:
         sys.exit(f"error: stun {name}: no such job; there are {', '.join(ABOUT)}")
 
 
 def _completion(shells: list[str]) -> str:
-    from stun.settings.completion import script  # with Hydra, which takes a second
+    from stun.settings.describe import completion
 
     try:
-        return script(list(ABOUT), shells)
+        return completion(list(ABOUT), shells)
     except StunError as error:
         sys.exit(f"error: {error}")
 
 
 def usage() -> str:
     """Text of `stun --help`."""
-    rows = [f"  {name:11s} {about}" for name, about in ABOUT.items()]
-    return "\n".join(
-        [
-            "stun JOB SETTING=VALUE ...    (several ranks: torchrun --nproc-per-node 8 -m stun JOB ...)",
-            "",
-            *rows,
-            "",
-            "stun JOB --help lists the job's settings; stun --version; stun completion bash|zsh",
-        ]
-    )
+    rows = "\n".join(f"  {name:11s} {about}" for name, about in ABOUT.items())
+    first = "stun JOB SETTING=VALUE ...    (several ranks: torchrun --nproc-per-node 8 -m stun JOB ...)"
+    return f"{first}\n\n{rows}\n\nstun JOB --help lists the job's settings; stun --version; stun completion bash|zsh"
 
 
 if __name__ == "__main__":

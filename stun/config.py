@@ -23,10 +23,14 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], line)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of at most 300 characters, or the error's type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 # Hydra matches an enum by member name, and `global` is a keyword: hence the functional form.
 Budget = Enum("Budget", ["uniform", "global", "measured"])
-Budget.__doc__ = """uniform: every layer keeps the same number of experts; global: one threshold over all layers; measured: as what
-their outputs lose says."""
+Budget.__doc__ = "uniform: every layer keeps the same number of experts; global: one threshold; measured: as their losses say."
 
 
 class ExpertsMethod(Enum):
@@ -219,15 +223,16 @@ class ExpertsConfig:
     """How the experts to remove are chosen. stun: clusters by complete linkage, the paper's text; stun_official: the algorithm of
     its code; rank: by score."""
     keep: int | None = None
-    """Experts that every layer keeps; on average, where the budget lets layers differ. Without `target` no single weight is removed."""
+    """Experts that every layer keeps; on average, where the budget lets layers differ. Without `target` no single weight is
+    removed."""
     drop: float | None = None
     """The same as a share of each layer's experts to remove."""
     fraction: int | float | str = 0.5
     """Share of the parameters removed for `target` that is removed as whole experts, if neither `keep` nor `drop` says it; 0 is
     weights alone, `auto` searches for it."""
     budget: Budget = Budget.uniform
-    """uniform: every layer keeps the same number; global: one threshold over all layers; measured: the numbers whose layers' outputs
-    lose least in all, from trials on a part of the calibration text, refit included."""
+    """uniform: every layer keeps the same number; global: one threshold over all layers; measured: the numbers that lose least of
+    all layers' outputs, from trials on a part of the calibration text, refit included."""
     representative: Representative = Representative.nearest
     """Expert kept of a cluster: `nearest` to its mean, or the best by `score`."""
     score: Score = Score.reap

@@ -76,10 +76,11 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def sample(file: Path, size: int) -> str:
-    """SHA-256 of 16 evenly spaced pages of a file of so many bytes. Raises StunError."""
+def sample(file: Path) -> str:
+    """SHA-256 of 16 evenly spaced pages of a file. Raises StunError."""
     found = hashlib.sha256()
     with opened(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
         for part in range(16):
             handle.seek(size * part // 16)
             found.update(handle.read(4096))

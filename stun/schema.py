@@ -34,6 +34,10 @@ SHARE = Leaf("a number from 0 to 1", lambda value: is_number(value) and 0 <= val
 FLAG = Leaf("true or false", lambda value: type(value) is bool)
 TEXT = Leaf("a text", lambda value: type(value) is str)
 NULL = Leaf("null", lambda value: value is None)
+INTEGER = Leaf("a whole number as a text", lambda value: value.removeprefix("-").isdecimal() and len(value) < 20)  # of names
+ASCENDING = Leaf(
+    "whole numbers, ascending", lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value))
+)
 _THERE = Leaf("there", lambda value: False)
 
 

@@ -23,7 +23,6 @@ class Names:
         entries = [entry for entry in load_yaml(CONF / f"{job}.yaml")["defaults"] if isinstance(entry, dict)]
         groups = [name for entry in entries for name in entry if " " not in name and name != "launcher"]
         self.groups = {group.rpartition("@")[2]: group for group in groups}  # text: calibration@text
-        self.options = {name: choices(group.partition("@")[0]) for name, group in self.groups.items()}
 
     def words(self, settings: Mapping[str, object]) -> list[str]:
         """Words of the command; whether the job knows them all is checked when they are composed. Raises StunError for a value
@@ -43,7 +42,7 @@ class Names:
 
     def _choice(self, name: str, text: str, node: object) -> str:
         """A named option of a group; else, where the group's settings have a path, that path."""
-        options = self.options[name]
+        options = choices(self.groups[name].partition("@")[0])
         if text in options:
             return f"{self.groups[name]}={text}"
         if hasattr(node, "path"):

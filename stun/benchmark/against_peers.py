@@ -21,15 +21,14 @@ from safetensors.torch import save_file
 
 from stun.benchmark.checkpoints import forget, qwen3_moe, random_checkpoint, shapes_of
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
-from stun.benchmark.peer_runs import run_peer
-from stun.benchmark.runs import figures, run_prune
+from stun.benchmark.processes import figures, run_peer, run_prune
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, ExpertsMethod, Precision, PruneConfig, Score, SparsifyConfig, StunError
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.speeds import wait_for
+from stun.preflight.hardware import wait_for
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.stream.layer_stream import LayerStream, embed, even_owners

@@ -8,31 +8,29 @@ from pathlib import Path
 
 import torch
 
+from stun.benchmark import whole_runs
 from stun.benchmark.against_peers import benchmark_peers, check_peers, prune_configs
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe
 from stun.benchmark.config import BenchmarkCase, BenchmarkConfig, CheckpointShape
 from stun.benchmark.io import benchmark_io
 from stun.benchmark.layer import benchmark_layer, layer_shape
-from stun.benchmark.scaling import benchmark_depth, benchmark_growth, benchmark_ranks, sizes
-from stun.benchmark.weights import benchmark_weights, method_configs
 from stun.checkpoint import hub
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.samples import calibration_samples
 from stun.data.tokenizer import load_tokenizer
 from stun.files import write_json
 from stun.planning.validation import validate
-from stun.preflight.hardware import disk_free
-from stun.preflight.speeds import SAMPLE
+from stun.preflight.hardware import SAMPLE, disk_free
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import size
 
 _CASES = {
     BenchmarkCase.layer: benchmark_layer,
     BenchmarkCase.io: benchmark_io,
-    BenchmarkCase.weights: benchmark_weights,
-    BenchmarkCase.growth: benchmark_growth,
-    BenchmarkCase.ranks: benchmark_ranks,
-    BenchmarkCase.depth: benchmark_depth,
+    BenchmarkCase.weights: whole_runs.benchmark_weights,
+    BenchmarkCase.growth: whole_runs.benchmark_growth,
+    BenchmarkCase.ranks: whole_runs.benchmark_ranks,
+    BenchmarkCase.depth: whole_runs.benchmark_depth,
     BenchmarkCase.peers: benchmark_peers,
 }
 
@@ -42,7 +40,6 @@ def benchmark(cfg: BenchmarkConfig, ranks: Ranks) -> dict:
     anything is written, if the case cannot run."""
     made = Path(cfg.run_dir) / "made"  # everything but the result
     cfg = replace(cfg, model=ModelConfig(hub.folder(hub.pinned(cfg.model.path, ranks))))
-    _check_request(cfg)
     ranks.on_first(lambda: _check(cfg, ranks))
     ranks.on_first(lambda: made.mkdir(parents=True))
     try:
@@ -73,7 +70,7 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
     if cfg.case is BenchmarkCase.layer:
         return [layer_shape(cfg, ranks.device)]
     if cfg.case is BenchmarkCase.growth:
-        return [shape for shape, _ in sizes(cfg).values()]
+        return [shape for shape, _ in whole_runs.sizes(cfg).values()]
     deepest = [replace(cfg.shape, layers=max(cfg.depths))] if cfg.depths else []
     return {BenchmarkCase.depth: deepest, BenchmarkCase.peers: [cfg.shape, *deepest]}.get(cfg.case, [cfg.shape])
 
@@ -81,18 +78,14 @@ def _shapes(cfg: BenchmarkConfig, ranks: Ranks) -> list[CheckpointShape]:
 def _configs(cfg: BenchmarkConfig) -> list[PruneConfig]:
     """Configurations of a case's runs that differ in more than their sizes."""
     if cfg.case is BenchmarkCase.weights:
-        return list(method_configs(cfg, Path(cfg.model.path)).values())
+        return list(whole_runs.method_configs(cfg, Path(cfg.model.path)).values())
     return list(prune_configs(cfg).values()) if cfg.case is BenchmarkCase.peers else [cfg]
-
-
-def _check_request(cfg: BenchmarkConfig) -> None:
-    """Raises StunError unless the runs are given by a target, which fits checkpoints of every size."""
-    if cfg.target is None or cfg.is_counted:
-        raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
 
 
 def _check(cfg: BenchmarkConfig, ranks: Ranks) -> None:
     """Check the whole request before anything is written. Raises StunError."""
+    if cfg.target is None or cfg.is_counted:  # a target fits checkpoints of every size
+        raise StunError("stun benchmark: give target, and leave out experts.keep, experts.drop and fit")
     _check_folder(cfg)
     if ranks.world > 1 and cfg.case is not BenchmarkCase.weights:
         raise StunError(f"case={cfg.case.name}: runs on one rank, here are {ranks.world}; case=ranks starts its own")

@@ -47,8 +47,7 @@ class CheckpointShape:
 
 
 class BenchmarkCase(Enum):
-    """Benchmarks: one layer, phase by phase; reading and writing; the methods that remove weights; whole runs of growing size, on
-    several ranks, and with more layers; whole runs beside other tools."""
+    """Benchmarks, as the setting `case` describes them."""
 
     layer = "layer"
     io = "io"

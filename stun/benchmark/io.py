@@ -19,7 +19,7 @@ from stun.checkpoint.headers import read_header
 from stun.checkpoint.reader import SINGLE, Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.files import write_json
-from stun.preflight.speeds import best
+from stun.preflight.hardware import best
 from stun.runtime.device_copies import PIECE, Memory, memory_to_read_into
 from stun.runtime.ranks import Ranks
 
@@ -44,14 +44,8 @@ def benchmark_io(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
         write = rate(lambda n=threads: write_tensors(copy, tensors, threads=n))
         hashed = rate(lambda n=threads: write_tensors(copy, tensors, is_hashed=True, threads=n))
         bare_write = rate(lambda n=threads: _pwrite(copy, host_N, n))
-        rows[str(threads)] = {
-            name: {"rate": own, "bare": bare, "ratio": own / bare}
-            for name, own, bare in (
-                ("read", read, bare_read),
-                ("write", write, bare_write),
-                ("write with its checksum", hashed, bare_write),
-            )
-        }
+        pairs = {"read": (read, bare_read), "write": (write, bare_write), "write with its checksum": (hashed, bare_write)}
+        rows[str(threads)] = {name: {"rate": own, "bare": bare, "ratio": own / bare} for name, (own, bare) in pairs.items()}
     dd = {"read": rate(lambda: _dd(file, Path(os.devnull))), "write": rate(lambda: _dd(file, copy, "conv=fsync"))}
     return {"bytes": len(host_N), "runs": rows, "dd": dd, "forms": _forms(whole, memory, folder, max(cfg.threads), ranks)}
 
@@ -77,10 +71,8 @@ def _forms(whole: Checkpoint, memory: Memory, folder: Path, threads: int, ranks:
             continue
         ranks.log(f"io: {form}")
         rounded = {name: grid.parts(weight_OD, weight_OD.abs().amax()) for name, weight_OD in weights.items()}
-        stored = {
-            name.removesuffix("weight") + end: parts[role] for name, parts in rounded.items() for role, end in grid.ends.items()
-        }
-        taken = seconds(stored, grid.settings([]))
+        ends = [(name, role, name.removesuffix("weight") + end) for name in rounded for role, end in grid.ends.items()]
+        taken = seconds({stored: rounded[name][role] for name, role, stored in ends}, grid.settings([]))
         found[form] = {"seconds": taken, "bfloat16": plain, "ratio": taken / plain}
     return found
 

@@ -15,11 +15,12 @@ from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.request import kinds_of
 from stun.evaluation.task import scores
-from stun.files import write_json
+from stun.files import load_json, write_json
 from stun.planning.from_statistics import plan_from_run
 from stun.planning.job import resolve_model
 from stun.planning.validation import validate
 from stun.pruning.job import prune, take_statistics
+from stun.report.quality import exact_match
 from stun.run.folder import SUMMARY
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
@@ -27,6 +28,7 @@ from stun.schema import TEXT, check_output, load_record
 
 _SCORED = kinds_of({"rows": True, "sequences": True})  # kind of every result
 _SCORES = {"dense": {}, "results": {TEXT: {}}}  # kind of a study's scores
+ORDER = ["reference", "qwen3_moe", "deepseek_v3", "gpt_oss"]  # methods were chosen on the first two
 
 
 def study(cfg: StudyConfig, ranks: Ranks) -> dict:
@@ -173,3 +175,24 @@ def _cell_text(values: list[float], measure: str) -> str:
     digits = {"seconds": 1, "GiB": 2}.get(measure, 3)
     spread = len(values) > 1 and measure not in ("seconds", "GiB")
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.3f}" if spread else "")
+
+
+def read_scores(folder: Path, kind: str) -> dict[str, dict]:
+    """Scores of a study by model, from the files KIND-MODEL.json of a folder."""
+    files = sorted(folder.glob(f"{kind}-*.json"), key=lambda file: ORDER.index(file.stem.removeprefix(f"{kind}-")))
+    return {file.stem.removeprefix(f"{kind}-"): load_json(file) for file in files}
+
+
+def across(scores: dict[str, dict], share: str) -> str:
+    """Markdown table at one share removed: exact match, and in brackets the percentage of the dense model's that is kept."""
+    dense = {model: exact_match([own["dense"]]) for model, own in scores.items()}
+    lines = [f"| {share} removed | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+    lines.append(f"| dense | {' | '.join(f'{value:.3f}' for value in dense.values())} |")
+    for method in next(iter(scores.values()))["results"]:
+        cells = []
+        for model, own in scores.items():
+            results = own["results"].get(method, {}).get(share)  # not every model was asked for everything
+            kept = exact_match(results) if results else 0.0
+            cells.append(f"{kept:.3f} ({kept / dense[model]:.1%})" if results else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,8 +1,7 @@
 """Tables of the cases' results."""
 
-from rich.table import Table
-
 from stun.preflight.hardware import GIB
+from stun.report.tables import table_of
 from stun.runtime.console import printed
 from stun.runtime.units import count, size
 
@@ -14,16 +13,9 @@ def benchmark_table(result: dict) -> str:
     return f"{result['device']}, {count(result['ranks'], 'rank')}\n{tables[result['case']](result)}"
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, justify="right" if title else "left")
-    return table
-
-
 def _layer(result: dict) -> str:
     """A line per phase: seconds, least seconds, their ratio and the limiting rate; then the totals."""
-    table, rates = _table("", "seconds", "limit", "/ limit", "bound by"), result["rates"]
+    table, rates = table_of("", "seconds", "limit", "/ limit", "bound by"), result["rates"]
     for phase, row in result["phases"].items():
         cells = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", row["rate"]) if "limit" in row else ("", "", "")
         table.add_row(phase, f"{row['seconds']:.3g}", *cells)
@@ -54,7 +46,7 @@ def _rates(rates: dict) -> str:
 def _io(result: dict) -> str:
     """A line per operation and number of threads: bytes/s, those of a bare loop, their ratio, and the ratio to the first number
     of threads; then dd, and the seconds of quantised forms with their ratio to bfloat16's."""
-    table, runs = _table("", "a second", "bare loop", "ratio", "/ first"), result["runs"]
+    table, runs = table_of("", "a second", "bare loop", "ratio", "/ first"), result["runs"]
     first = next(iter(runs.values()))
     for threads, row in runs.items():
         for name, found in row.items():
@@ -63,7 +55,7 @@ def _io(result: dict) -> str:
             table.add_row(f"{name}, {count(int(threads), 'thread')}", *cells)
     for name, rate in result["dd"].items():
         table.add_row(f"{name}, dd", size(rate), "", "", "")
-    forms = _table("", "seconds", "bfloat16", "ratio")
+    forms = table_of("", "seconds", "bfloat16", "ratio")
     for name, row in result["forms"].items():
         forms.add_row(f"read and dequantise {name}", *(f"{row[key]:.3g}" for key in ("seconds", "bfloat16", "ratio")))
     return f"{size(result['bytes'])} in one file\n{printed(table)}\n{printed(forms)}"
@@ -71,7 +63,7 @@ def _io(result: dict) -> str:
 
 def _weights(result: dict) -> str:
     """A line per method: seconds, their ratio to the seconds of reading and writing the weights, and peak memory."""
-    table, disk = _table("", "seconds", "/ read and write", "peak, GiB"), result["disk_seconds"]
+    table, disk = table_of("", "seconds", "/ read and write", "peak, GiB"), result["disk_seconds"]
     table.add_row(f"read and write {size(result['bytes'])}", f"{disk:.2f}", "1.0", "")
     for method, row in result["methods"].items():
         table.add_row(method, f"{row['seconds']:.1f}", f"{row['seconds'] / disk:.1f}", f"{row['peak_bytes'] / GIB:.2f}")
@@ -80,7 +72,7 @@ def _weights(result: dict) -> str:
 
 def _growth(result: dict) -> str:
     """A line per run: seconds, least seconds, their ratio, the limit, seconds relative to the first run, memory."""
-    table = _table("", "seconds", "limit", "/ limit", "bound by", "/ base", "peak, GiB")
+    table = table_of("", "seconds", "limit", "/ limit", "bound by", "/ base", "peak, GiB")
     for name, row in result["runs"].items():
         bound = max(row["limits"], key=row["limits"].get)
         limit = (f"{row['limit']:.3g}", f"{row['ratio']:.1f}", bound)
@@ -90,7 +82,7 @@ def _growth(result: dict) -> str:
 
 def _ranks(result: dict) -> str:
     """A line per number of ranks: seconds, speed-up, memory of a rank; then whether all tensors are identical."""
-    table = _table("", "seconds", "speed-up", "peak a rank, GiB")
+    table = table_of("", "seconds", "speed-up", "peak a rank, GiB")
     for world, row in result["runs"].items():
         table.add_row(
             count(int(world), "rank"), f"{row['seconds']:.2f}", f"{row['speed_up']:.2f}", f"{row['peak_bytes'] / GIB:.2f}"
@@ -102,7 +94,7 @@ def _depth(result: dict) -> str:
     """A line per number of layers: memory, seconds, and for each stream the ratio of its seconds to the longest of reading,
     computing and writing."""
     streams = list(dict.fromkeys(stream for row in result["runs"].values() for stream in row["streams"]))
-    table = _table("", "peak, GiB", "seconds", *(f"{stream} / largest phase" for stream in streams))
+    table = table_of("", "peak, GiB", "seconds", *(f"{stream} / largest phase" for stream in streams))
     for layers, row in result["runs"].items():
         overlaps = (f"{row['streams'][stream]['ratio']:.2f}" for stream in streams)
         table.add_row(count(int(layers), "layer"), f"{row['peak_bytes'] / GIB:.2f}", f"{row['seconds']:.2f}", *overlaps)
@@ -113,7 +105,7 @@ def _peers(result: dict) -> str:
     """A line per task and tool: seconds, seconds of the whole process and memory, each with its ratio to STUN's, and the sparsity
     reached; or the reason why there are none."""
     measures = ("seconds", "wall_seconds", "peak_bytes")
-    table = _table("", "", "computes in", "seconds", "/ STUN", "process", "/ STUN", "peak, GiB", "/ STUN", "sparsity", "")
+    table = table_of("", "", "computes in", "seconds", "/ STUN", "process", "/ STUN", "peak, GiB", "/ STUN", "sparsity", "")
     for task, rows in result["tasks"].items():
         for tool, row in rows.items():
             if "reason" in row:

@@ -84,7 +84,14 @@ class Part:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. Raises StunError as `described`."""
-    return described(file, *_content(file))
+    with opened(file) as handle:
+        size, length = file.stat().st_size, int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
+        content = parse_json(handle.read(length), f"{file}: header")
+    if not isinstance(content, dict):
+        raise StunError(f"{file}: header: must be a JSON object")
+    return described(file, content, 8 + length, size)
 
 
 def described(file: Path, content: dict, start: int, size: int) -> dict[str, TensorInfo]:
@@ -102,18 +109,6 @@ def described(file: Path, content: dict, start: int, size: int) -> dict[str, Ten
     if end != size:
         raise StunError(f"{file}: {last} ends at byte {end}, but the file at {size}")
     return infos
-
-
-def _content(file: Path) -> tuple[dict, int, int]:
-    """The header's JSON object, the byte at which the tensors begin, and the file's size."""
-    with opened(file) as handle:
-        size, length = file.stat().st_size, int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise StunError(f"{file}: truncated: {size} bytes, header of {length}")
-        content = parse_json(handle.read(length), f"{file}: header")
-    if not isinstance(content, dict):
-        raise StunError(f"{file}: header: must be a JSON object")
-    return content, 8 + length, size
 
 
 def _tensor(file: Path, name: str, entry: object, base: int, size: int) -> TensorInfo:

@@ -16,18 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
 from stun.checkpoint.headers import TensorInfo, described
@@ -70,7 +59,7 @@ def is_name(name: str) -> bool:
     """Whether a text has the form `owner/name`."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return "/" in name
 
@@ -112,10 +101,10 @@ def _fetch_beside(model: HubModel) -> str:
     with _told(str(model)):
         try:
             found = snapshot_download(model.name, revision=model.revision, allow_patterns=_BESIDE, ignore_patterns=_CODE)
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
             # Not all of these files are in the cache. Those that another program has put there are enough.
             cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-            if not isinstance(cached, str) or isinstance(error, HfHubHTTPError):
+            if not isinstance(cached, str) or isinstance(error, errors.HfHubHTTPError):
                 raise
             found = str(Path(cached).parent)
     if not (Path(found) / "config.json").is_file():
@@ -216,18 +205,18 @@ def _told(path: str) -> Iterator[None]:
 def _reason(error: Exception, name: str) -> str:
     """An error of huggingface_hub about the model `name` in one line, with what to do about it."""
     cause = error.__cause__ or error
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, GatedRepoError):
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.GatedRepoError):
         return f"is gated: accept its terms on {constants.ENDPOINT}/{name}, then run `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError) or status == 401:
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return "neither a folder here nor a model that the hub shows to you; check the name, or for a private one `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "the hub has the model, but no such branch, tag or commit"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return _no_weights(SINGLE)
-    if isinstance(cause, OfflineModeIsEnabled):
+    if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"not, or not wholly, in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
-    if isinstance(error, LocalEntryNotFoundError) or (isinstance(cause, HTTPError) and not status):
+    if isinstance(error, errors.LocalEntryNotFoundError) or (isinstance(cause, errors.HTTPError) and not status):
         return f"not, or not wholly, in {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached: {first_line(cause)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of {constants.HF_HUB_CACHE} is full; the variable HF_HOME names another place"

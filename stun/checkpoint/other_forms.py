@@ -19,10 +19,6 @@ _FORMS = {
     f"AutoModelForCausalLM.from_pretrained(folder, dtype='auto'){_SAVE}",
     **{f"*{end}": f"{_PICKLED}; {_RELEASE}" for end in PICKLED},
 }
-# Methods of quantisation that are not read and that transformers can undo, and how.
-_UNDO = {
-    "bitsandbytes": "AutoModelForCausalLM.from_pretrained(folder).dequantize()",
-}
 _ARE = (
     "read are fp8 with weight_block_size, mxfp4 (gpt-oss), compressed-tensors (float-, int-, pack-quantized, nvfp4, mxfp4), "
     "modelopt (FP8, NVFP4), gptq and awq of 4 bits"
@@ -52,7 +48,8 @@ def quantised_by(names: Iterable[str]) -> str:
 
 def quantised(method: str) -> str:
     """What is wrong with weights quantised by `method`, and the way out."""
-    undo = f", or dequantise them once: {_UNDO[method]}{_SAVE}" if method in _UNDO else ""
+    once = f", or dequantise them once: AutoModelForCausalLM.from_pretrained(folder).dequantize(){_SAVE}"
+    undo = once if method == "bitsandbytes" else ""  # which transformers can
     return (
         f"weights are quantised ({method}), a form that is not read; {_ARE}; use the bf16 release that they were made from{undo}"
     )

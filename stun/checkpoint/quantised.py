@@ -1,7 +1,5 @@
 """Quantised checkpoints: the forms that are read, by quantization_config, and the tensors that make up a weight, by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

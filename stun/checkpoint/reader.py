@@ -20,7 +20,7 @@ from stun.checkpoint.codecs.codec import decoded
 from stun.checkpoint.config_check import check_config
 from stun.checkpoint.headers import Part, TensorInfo, read_header
 from stun.checkpoint.other_forms import other_form
-from stun.checkpoint.quantised import settings_of, with_weights
+from stun.checkpoint.quantised import with_weights
 from stun.config import StunError
 from stun.files import check_folder, is_file_name, load_json, sample
 from stun.runtime.device_copies import PIECE, THREADS, HostMemory, Memory, copiers
@@ -117,18 +117,13 @@ class Checkpoint:
         return 8 * stored / weights
 
     @property
-    def quantisation(self) -> dict:
-        """Settings of quantisation in config.json; empty if there are none."""
-        return settings_of(self.config)
-
-    @property
     def file_bytes(self) -> int:
         """Total size of the files that hold tensors."""
         return sum(size for size, _ in self._stamps.values())
 
     def sampled(self) -> list[tuple[str, int, str]]:
         """(name, size, digest of 16 evenly spaced pages) of every file: they differ between models of the same shapes."""
-        return [(file.name, size, sample(file, size)) for file, (size, _) in sorted(self._stamps.items())]
+        return [(file.name, size, sample(file)) for file, (size, _) in sorted(self._stamps.items())]
 
     @classmethod
     def open(cls, path: str | Path, remote: Headers | None = None) -> Checkpoint:
@@ -159,7 +154,7 @@ class Checkpoint:
         if pruned is not None:
             with one_thread():
                 pruned = pruned.cpu()
-                values = fit(info, {part.role: parts[part.name] for part in info.parts}, pruned)
+                values = fit(info, _by_role(info, parts, pruned.device), pruned)
                 if not torch.equal(values, pruned):
                     reason = "kept weights have changed to values without a code"
                     raise StunError(f"{name}: {reason}, which output.format=source cannot hold; use output.format=bfloat16")
@@ -169,25 +164,24 @@ class Checkpoint:
         """The values nearest to those of `weight` that a quantised weight, or one entry of its first dimension, can have on the
         scales that it is stored with."""
         info, stored = self._parts(name, row)
-        return fit(info, {part.role: stored[part.name].to(weight.device) for part in info.parts}, weight)
+        return fit(info, _by_role(info, stored, weight.device), weight)
 
     def rescaled(self, name: str, weight: torch.Tensor, row: int | None, rounded: Callable) -> dict[str, torch.Tensor]:
         """Tensors, by source name, in which a quantised weight, or one entry of its first dimension, is stored if it becomes
         `weight`: on scales that have the size which its largest values need, what `rounded(weight, near)` makes of it, with
         `near` of `Codec.near_at`. One that has not changed, but for removed weights, keeps its scales and codes."""
         info, stored = self._parts(name, row)
-        if not torch.equal(fit(info, {part.role: stored[part.name].to(weight.device) for part in info.parts}, weight), weight):
-            _, stored = self._parts(name, row)
-            parts = {part.role: stored[part.name].to(weight.device) for part in info.parts}
+        parts = _by_role(info, stored, weight.device)
+        if not torch.equal(fit(info, parts, weight), weight):
+            parts = _by_role(*self._parts(name, row), weight.device)
             info.codec.rescale(parts, weight.T if info.codec.is_transposed else weight)
             fit(info, parts, rounded(weight, info.codec.near_at(parts, info.lines)).to(info.dtype))
-            stored |= {part.name: parts[part.role] for part in info.parts if part.role}
-        return stored
+        return stored | {part.name: parts[part.role] for part in info.parts if part.role}
 
     def worth(self, name: str, row: int | None, stored: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
         """The values of a quantised weight, or one entry of it, if it is stored in these tensors."""
         info = self.tensors[name] if row is None else self.tensors[name].row(row)
-        values_LW = info.codec.dequantise({part.role: stored[part.name].to(device) for part in info.parts}).to(info.dtype)
+        values_LW = info.codec.dequantise(_by_role(info, stored, device)).to(info.dtype)
         return values_LW.T if info.codec.is_transposed else values_LW
 
     def _parts(self, name: str, row: int | None) -> tuple[TensorInfo, dict[str, torch.Tensor]]:
@@ -303,6 +297,11 @@ def _are_finite(scale_N: torch.Tensor) -> bool:
     if scale_N.dtype is torch.float8_e4m3fn:
         return not bool(((scale_N.view(torch.uint8) & 127) == 127).any())
     return bool(decoded(scale_N).isfinite().all())
+
+
+def _by_role(info: TensorInfo, stored: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Parts of a quantised weight that are read, of those by name, on a device; on the CPU the same tensors."""
+    return {part.role: stored[part.name].to(device) for part in info.parts if part.role}
 
 
 def fit(info: TensorInfo, parts: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

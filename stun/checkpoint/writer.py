@@ -39,10 +39,6 @@ class Stacked:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries)
 
-    def count_nonzero(self) -> int:
-        """Number of non-zero entries."""
-        return sum(int(entry.count_nonzero()) for entry in self.entries)
-
 
 Tensors = Mapping[str, torch.Tensor | Stacked]
 

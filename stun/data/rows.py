@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stun.config import StunError
+from stun.config import StunError, one_line
 from stun.files import parse_json
 
 if TYPE_CHECKING:
@@ -126,11 +126,6 @@ def _brackets(line: bytes) -> int:
 def _check_zstandard(kinds: Iterable[str], where: str) -> None:
     if any(kind.lower().endswith(".zst") for kind in kinds) and find_spec("zstandard") is None:
         raise StunError(f"{where}: a package is missing that reads .zst: pip install zstandard")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in one line of at most 300 characters, or the error's type if it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _reason(error: Exception) -> str:

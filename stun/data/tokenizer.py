@@ -4,8 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from stun.config import StunError
-from stun.data.rows import one_line
+from stun.config import StunError, one_line
 from stun.files import check_folder
 from stun.runtime.child import child
 from stun.runtime.units import count

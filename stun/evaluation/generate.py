@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Capacity
-from stun.model.architecture import CACHE, Architecture
+from stun.model.architecture import Architecture
+from stun.model.forward import CACHE
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 from stun.stream.embeddings import outside
@@ -128,7 +129,7 @@ def generate(
     where tokens are saved is not this module's concern.
     """
     batches = micro_batches([len(ids) for ids in prompts], capacity.batch)
-    owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in arch.layers]
+    owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners)
     stream.stays, stream.steady = capacity.held_layers, nullcontext
     wave, completions = capacity.turns * ranks.world, {}

@@ -23,7 +23,7 @@ from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.speeds import read_speed
+from stun.preflight.hardware import read_speed
 from stun.run.identity import hardware, model_digest, plain
 from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.ranks import Ranks

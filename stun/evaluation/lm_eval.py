@@ -56,10 +56,9 @@ def _run(folder: Path, cfg: HarnessConfig, device: torch.device) -> dict[str, di
     model = load_whole(folder, dtype=torch.float32 if device.type == "cpu" else "auto").to(device).eval()
     size = "auto" if device.type == "cuda" else 32
     wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=size)
+    manager = _tasks(tuple(cfg.tasks), cfg.include_path)
     try:
-        output = lm_eval.simple_evaluate(
-            wrapped, tasks=list(cfg.tasks), task_manager=_tasks(tuple(cfg.tasks), cfg.include_path), log_samples=False
-        )
+        output = lm_eval.simple_evaluate(wrapped, tasks=list(cfg.tasks), task_manager=manager, log_samples=False)
     except Exception as error:  # the harness and its tasks raise many types
         raise StunError(f"harness.tasks={list(cfg.tasks)}: the harness fails: {error}") from error
     return {task: _numbers(metrics) for task, metrics in output["results"].items()}

@@ -23,39 +23,26 @@ def _largest_power(most: float) -> int:
     return 1 << max(0, int(most).bit_length() - 1)
 
 
-def _layer_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> tuple[int, int, int]:
-    """Bytes of a layer's weights: on one rank as stored, on one rank in the compute dtype, on all ranks as stored."""
+def _layer_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> tuple[int, int, int, int]:
+    """Bytes of a layer's weights: on one rank as stored, on one rank in the compute dtype, on all ranks as stored; and of those
+    that exist in the compute dtype too while the layer runs, which are those outside the experts, and one expert."""
     dense = [arch.info(name) for name in layout.dense]
     expert, local_experts = expert_infos(arch, layout), -(-layout.num_experts // ranks.world)
-    itemsize = compute_dtype(arch, ranks.device).itemsize
-    stored = sum(i.nbytes for i in dense) + local_experts * sum(i.nbytes for i in expert)
-    computed = itemsize * (sum(i.numel for i in dense) + local_experts * sum(i.numel for i in expert))
-    return stored, computed, sum(i.nbytes for i in dense) + layout.num_experts * sum(i.nbytes for i in expert)
-
-
-def _converted_bytes(arch: Architecture, layout: LayerLayout, ranks: Ranks) -> int:
-    """Bytes of a running layer's weights that exist in the compute dtype too: those outside the experts, and one expert."""
     dtype = compute_dtype(arch, ranks.device)
-    infos = [*(arch.info(name) for name in layout.dense), *expert_infos(arch, layout)]
-    return sum(info.numel * dtype.itemsize for info in infos if info.dtype is not dtype)
+    stored = sum(i.nbytes for i in dense) + local_experts * sum(i.nbytes for i in expert)
+    computed = dtype.itemsize * (sum(i.numel for i in dense) + local_experts * sum(i.numel for i in expert))
+    everywhere = sum(i.nbytes for i in dense) + layout.num_experts * sum(i.nbytes for i in expert)
+    return stored, computed, everywhere, sum(i.numel * dtype.itemsize for i in [*dense, *expert] if i.dtype is not dtype)
 
 
 def _free_bytes(arch: Architecture, ranks: Ranks, models: int = 1) -> int:
     """Bytes free for each of `models` beside layers, embedding, final norm and output head. A CPU holds the layer that runs and
-    the next one; for a GPU see `_without_next`."""
+    the next one, a GPU only the first of these."""
     sizes, outside = [_layer_bytes(arch, layout, ranks) for layout in arch.layers], outside_bytes(arch, ranks.device)
     usable = int(_USED * free_memory(ranks))
     if ranks.device.type == "cuda":
-        converted = (_converted_bytes(arch, layout, ranks) for layout in arch.layers)
-        running = max(stored + more for (stored, *_), more in zip(sizes, converted, strict=True))
-        return usable // models - running - outside
-    return (usable - 2 * max(stored + computed for stored, computed, _ in sizes) - outside) // models
-
-
-def _without_next(free: float, arch: Architecture, ranks: Ranks) -> float:
-    """Bytes free beside what a GPU reads ahead: as much of the next layer as fits a share of them."""
-    largest = max(_layer_bytes(arch, layout, ranks)[0] for layout in arch.layers)
-    return free - read_ahead(largest, free) if ranks.device.type == "cuda" else free
+        return usable // models - max(stored + converted for stored, _, _, converted in sizes) - outside
+    return (usable - 2 * max(stored + computed for stored, computed, _, _ in sizes) - outside) // models
 
 
 def _batch(requested: int, free: float, row: int, rows: int, name: str) -> int:
@@ -101,8 +88,8 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
         held_bytes += sizes[held_layers][1]
         held_layers += 1
     left = free - held_bytes
-    if held_layers < len(sizes):
-        left = _without_next(left, arch, ranks)
+    if held_layers < len(sizes) and ranks.device.type == "cuda":  # which reads as much of the next layer ahead as fits a share
+        left -= read_ahead(max(stored for stored, *_ in sizes), left)
     batch = _batch(requested, left / 2, row, len(prompts), f"{longest + new} tokens")
     turns = 1 if held_layers == len(sizes) else max(1, int(left / 2 / max(1, batch * traced.caches)))
-    return Capacity(batch, turns, held_layers, sum(whole for _, _, whole in sizes[held_layers:]))
+    return Capacity(batch, turns, held_layers, sum(everywhere for _, _, everywhere, _ in sizes[held_layers:]))

@@ -46,7 +46,7 @@ def score(
     for name, model in models.items():
         states[name] = embed(model, ranks, tokens, model.source.read)
         states[name] = recorders[name].restore(finished[name][:first], states[name])
-        owners = [even_owners(layout, ranks.world) if layout.experts else [] for layout in model.layers]
+        owners = [even_owners(layout, ranks.world) for layout in model.layers]
         streams[name] = LayerStream(model, ranks, model.layers, owners, first)
         streams[name].beside = len(models)
     progress = Progress("score", len(arch.layers), ranks, first)

@@ -62,9 +62,9 @@ def validate_evaluation(cfg: EvaluateConfig) -> None:
         raise StunError(f"dense={cfg.dense}: nothing to compare the two on: give task.path or text.path")
     validate_task(cfg.task)
     validate_harness(cfg.harness)
-    for key in ("samples", "length"):
-        if getattr(cfg.text, key) < (2 if key == "length" else 1):
-            raise StunError(f"text.{key}={getattr(cfg.text, key)}: {2 if key == 'length' else 1} or more")
+    for key, least in (("samples", 1), ("length", 2)):
+        if getattr(cfg.text, key) < least:
+            raise StunError(f"text.{key}={getattr(cfg.text, key)}: {least} or more")
 
 
 def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase) -> Inputs:

@@ -41,14 +41,10 @@ class Partial:
             hold(self.folder, str(self.folder))
         except OSError as error:
             raise StunError(f"output: {self.folder} cannot be written: {error}") from error
-        if file.is_file():
-            changes = differences(load_json(file), request)
-            if changes:
-                raise StunError(
-                    f"{self.folder}: holds another evaluation ({'; '.join(changes)}); remove it, or choose another output"
-                )
-        else:
-            self.save("request", request)
+        if file.is_file() and (changes := differences(load_json(file), request)):
+            where = f"{self.folder}: holds another evaluation ({'; '.join(changes)})"
+            raise StunError(f"{where}; remove it, or choose another output")
+        self.save("request", request)
         if machine.is_file() and (changes := differences(load_json(machine), hardware)):
             raise StunError(f"{self.folder}: began on other hardware ({'; '.join(changes)}); go on there, or remove it")
         self.save("hardware", hardware)

@@ -23,17 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import (
-    MixtralAttention,
-    MixtralExperts,
-    MixtralForCausalLM,
-    MixtralModel,
-    MixtralPreTrainedModel,
-    MixtralRMSNorm,
-    MixtralRotaryEmbedding,
-    MixtralTopKRouter,
-)
 from transformers.utils.output_capturing import OutputRecorder
 
 
@@ -78,7 +69,7 @@ class ArcticMLP(nn.Module):
         return self.w2(self.act_fn(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
-class ArcticTopKRouter(MixtralTopKRouter):
+class ArcticTopKRouter(mixtral.MixtralTopKRouter):
     """Top-k of a float32 softmax; the k weights are renormalised only if k > 1."""
 
     def forward(self, hidden_states: torch.Tensor):
@@ -99,7 +90,7 @@ class ArcticSparseMoeBlock(nn.Module):
         layer_config = copy.copy(config)
         layer_config.num_local_experts = config.experts_of_layer(layer_idx)
         self.gate = ArcticTopKRouter(layer_config)
-        self.experts = MixtralExperts(layer_config)
+        self.experts = mixtral.MixtralExperts(layer_config)
         # The choice of the experts implementation must follow later changes of the model's configuration.
         self.experts.config = config
 
@@ -116,15 +107,15 @@ class ArcticDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         is_moe = config.experts_of_layer(layer_idx) > 0
         self.is_hybrid = is_moe and config.parallel_attn_mlp_res
-        self.self_attn = MixtralAttention(config, layer_idx)
+        self.self_attn = mixtral.MixtralAttention(config, layer_idx)
         if is_moe:
             self.block_sparse_moe = ArcticSparseMoeBlock(config, layer_idx)
         else:  # under the checkpoint's name for it, `block_sparse_moe.mlp`
             self.block_sparse_moe = nn.Sequential(OrderedDict(mlp=ArcticMLP(config, config.intermediate_size)))
-        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = mixtral.MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = mixtral.MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.is_hybrid:
-            self.residual_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.residual_layernorm = mixtral.MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.residual_mlp = ArcticMLP(config, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -138,14 +129,14 @@ class ArcticDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.block_sparse_moe(self.post_attention_layernorm(hidden_states))
 
 
-class ArcticPreTrainedModel(MixtralPreTrainedModel):
+class ArcticPreTrainedModel(mixtral.MixtralPreTrainedModel):
     config: ArcticConfig
     config_class = ArcticConfig
     _no_split_modules = ["ArcticDecoderLayer"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(ArcticTopKRouter, index=0),
         "hidden_states": ArcticDecoderLayer,
-        "attentions": MixtralAttention,
+        "attentions": mixtral.MixtralAttention,
     }
 
     # transformers decides both by searching this file for its usual code, which is inherited here.
@@ -158,26 +149,26 @@ class ArcticPreTrainedModel(MixtralPreTrainedModel):
         return True
 
 
-class ArcticModel(ArcticPreTrainedModel, MixtralModel):
+class ArcticModel(ArcticPreTrainedModel, mixtral.MixtralModel):
     """Decoder without the output head."""
 
     def __init__(self, config: ArcticConfig):
-        MixtralPreTrainedModel.__init__(self, config)
+        mixtral.MixtralPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(ArcticDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = MixtralRotaryEmbedding(config)
+        self.norm = mixtral.MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = mixtral.MixtralRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
 
-class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
+class ArcticForCausalLM(ArcticPreTrainedModel, mixtral.MixtralForCausalLM):
     """Decoder with the output head."""
 
     def __init__(self, config: ArcticConfig):
-        MixtralPreTrainedModel.__init__(self, config)
+        mixtral.MixtralPreTrainedModel.__init__(self, config)
         self.model = ArcticModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,6 +1,6 @@
 """Model families: the tested ones, the refused ones, and what of a family its code does not tell.
 
-Everything else is found by building layers of a family and from its configuration (stun.model.architecture).
+Everything else is found by building layers of a family and from its configuration (stun.model.routing).
 """
 
 from pathlib import Path
@@ -21,57 +21,13 @@ COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 # Model types whose tests run in tests/runs/test_families.py. Any other passes a self-check first (stun.stream.self_check).
 TESTED = (
-    "afmoe",
-    "arctic",
-    "aria",
-    "aria_text",
-    "bailing_hybrid",
-    "cohere2_moe",
-    "deepseek_ocr2",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "deepseek_v4",
-    "dots1",
-    "dots3_note",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "gemma4",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v_moe",
-    "glm5_next",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoehybrid",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hy_v4",
-    "hy_v4_vl",
-    "jamba",
-    "kimi_k25",
-    "kimi_linear",
-    "laguna",
-    "lfm2_moe",
-    "mimo_v2_flash",
-    "minimax_m2",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "mistral3",
-    "mistral4",
-    "mistral_large4",
-    "mixtral",
-    "nemotron_h",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_omni_moe",
-    "qwen3_vl_moe",
+    *("afmoe", "arctic", "aria", "aria_text", "bailing_hybrid", "cohere2_moe", "deepseek_ocr2", "deepseek_v2"),
+    *("deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1", "dots3_note", "ernie4_5_moe", "exaone_moe", "gemma4"),
+    *("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa", "gpt_oss", "granitemoe"),
+    *("granitemoehybrid", "hunyuan_v1_moe", "hy_v3", "hy_v4", "hy_v4_vl", "jamba", "kimi_k25", "kimi_linear"),
+    *("laguna", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mistral3"),
+    *("mistral4", "mistral_large4", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe"),
+    *("qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe"),
 )
 # Field for the number of experts where config.json on the hub has another name for it than the family's code.
 FIELDS = {"qwen3_moe": "num_experts"}
@@ -96,16 +52,17 @@ def count_field(config: PreTrainedConfig) -> str:
 
 def check_family(folder: Path, config: dict) -> None:
     """Raise StunError if the family in a checkpoint's config.json is a dense or a refused one, or transformers has none such."""
-    text, whole = config.get("text_config"), config.get("model_type")
+    whole, text = config.get("model_type"), config.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
     if not isinstance(whole, str) or whole.removeprefix(HETEROGENEOUS) not in CONFIG_MAPPING:
         reason = f"transformers {transformers.__version__} has no such family, and code of a checkpoint is never run"
         raise StunError(f"{folder}: model_type {whole!r} is not supported: {reason}")
-    for model_type in (config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None):
+    for model_type in (whole, inner):
         name = str(model_type).removeprefix(HETEROGENEOUS)
         if name in REFUSED:
             raise StunError(f"{folder}: model_type {model_type!r} is not supported: {REFUSED[name]}")
     has_experts = any("expert" in key or "moe" in key for key, value in entries(config) if value)
-    model_type = text.get("model_type") if isinstance(text, dict) else config.get("model_type")
+    model_type = inner if isinstance(text, dict) else whole
     if isinstance(model_type, str) and model_type.removeprefix(HETEROGENEOUS) not in TESTED and not has_experts:
         raise StunError(
             f"{folder}: model_type {model_type!r} is dense, its config.json names no experts; STUN prunes Mixture-of-Experts "

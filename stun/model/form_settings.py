@@ -1,7 +1,5 @@
 """Quantisation settings of a checkpoint that keeps its stored form: names that lead to an expert get the expert's new number."""
 
-from __future__ import annotations
-
 import re
 
 from stun.config import StunError

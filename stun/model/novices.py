@@ -63,18 +63,13 @@ def _put_novices(layer: nn.Module, config: PreTrainedConfig, index: int, novices
     total = getattr(config, count)
     small = with_experts(type(layer), config, index, count, total - len(novices))
     path, experts = experts_of(small)
-    places = {expert: place for place, expert in enumerate(_others(total, novices))}
     experts.__class__ = _experts_class(type(experts))
     experts.novices = novices
-    experts.routes = [places[e] if e in places else -1 - novices.index(e) for e in range(total)]
+    others = [expert for expert in range(total) if expert not in novices]
+    experts.routes = [-1 - novices.index(e) if e in novices else others.index(e) for e in range(total)]
     for novice in novices:
         experts.add_module(str(novice), _Constant(config.hidden_size))
     layer.set_submodule(path, experts)
-
-
-def _others(total: int, novices: list[int]) -> list[int]:
-    """Experts of a layer that are no novices."""
-    return sorted(set(range(total)) - set(novices))
 
 
 @functools.cache
@@ -94,7 +89,7 @@ def config_class(base_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             """As transformers' own, with the experts under their own numbers."""
             tensors = revert_weight_conversion(self, self.state_dict() if state_dict is None else state_dict)
             total, listed = getattr(self.config, count), getattr(self.config, NOVICES)
-            kept = {int(index): _others(total, novices) for index, novices in listed.items()}
+            kept = {int(index): sorted(set(range(total)) - set(novices)) for index, novices in listed.items()}
             named = {_own_name(name, kept): tensor for name, tensor in tensors.items()}
             super().save_pretrained(folder, is_main_process, state_dict=named, save_original_format=False, **keywords)
 

@@ -17,12 +17,11 @@ from stun.model.families import ALIASES, HETEROGENEOUS, NOVICES
 
 def register() -> None:
     """Register a placeholder for each model type."""
-    AutoConfig.register("arctic", _placeholder("arctic", _arctic))
-    for name, family in ALIASES.items():
-        AutoConfig.register(name, _alias(name, family))
-    for name in CONFIG_MAPPING_NAMES:  # without Arctic, which has a list in its own field
-        model_type = HETEROGENEOUS + name
-        AutoConfig.register(model_type, _placeholder(model_type, partial(_heterogeneous, name)))
+    real = {name: partial(CONFIG_MAPPING.__getitem__, family) for name, family in ALIASES.items()}
+    # Without Arctic, which has a list in its own field.
+    real |= {HETEROGENEOUS + family: partial(_heterogeneous, family) for family in CONFIG_MAPPING_NAMES}
+    for name, config_class in {"arctic": _arctic, **real}.items():
+        AutoConfig.register(name, _placeholder(name, config_class))
     PreTrainedConfig.from_dict = _with_novices(PreTrainedConfig.from_dict.__func__)
 
 
@@ -51,29 +50,15 @@ def _placeholder(name: str, real: Callable[[], type[PreTrainedConfig]]) -> type[
 
         @classmethod
         def from_dict(cls, config_dict, **keywords):
-            return real().from_dict(config_dict, **keywords)
+            own = real()  # whose model type an alias takes
+            return own.from_dict({**config_dict, "model_type": own.model_type}, **keywords)
 
     return Lazy
 
 
-def _alias(name: str, family: str) -> type[PreTrainedConfig]:
-    """Configuration class of a model type that is another name of a family's."""
-
-    class Alias(_placeholder(name, partial(CONFIG_MAPPING.__getitem__, family))):
-        @classmethod
-        def from_dict(cls, config_dict, **keywords):
-            return super().from_dict({**config_dict, "model_type": family}, **keywords)
-
-    return Alias
-
-
 def _arctic() -> type[PreTrainedConfig]:
-    from stun.model.arctic import ArcticConfig
-
-    return ArcticConfig
+    return importlib.import_module("stun.model.arctic").ArcticConfig
 
 
 def _heterogeneous(family: str) -> type[PreTrainedConfig]:
-    from stun.model.heterogeneous import classes
-
-    return classes(family)[0]
+    return importlib.import_module("stun.model.heterogeneous").classes(family)[0]

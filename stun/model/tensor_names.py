@@ -28,6 +28,7 @@ from stun.checkpoint.reader import Checkpoint
 from stun.config import Scope, StunError
 from stun.model.families import NOVICES
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, GATES, LayerLayout, scope_of
+from stun.schema import ASCENDING, INTEGER, misfit
 
 if TYPE_CHECKING:
     from stun.model.text_part import TextPart
@@ -40,15 +41,9 @@ Pieces = dict[str, dict[int | None, list[tuple[int, str]]]]
 def novices_of(source: Checkpoint) -> dict[int, list[int]]:
     """Novices of each layer that config.json lists, ascending. Raises StunError if it lists anything else."""
     listed = source.config.get(NOVICES, {})
-    try:
-        novices = {int(layer): sorted(map(int, experts)) for layer, experts in listed.items()}
-        is_valid = all(list(experts) == novices[int(layer)] for layer, experts in listed.items())
-    except (AttributeError, TypeError, ValueError):
-        is_valid = False
-    if not is_valid:
-        file = source.folder / "config.json"
-        raise StunError(f"{file}: {NOVICES}: must map numbers of layers to ascending lists of experts, is {str(listed)[:80]}")
-    return {layer: experts for layer, experts in novices.items() if experts}
+    if reason := misfit(listed, {INTEGER: ASCENDING}, NOVICES):
+        raise StunError(f"{source.folder / 'config.json'}: {reason} (experts by layer)")
+    return {int(layer): experts for layer, experts in listed.items() if experts}
 
 
 def all_experts(layer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -138,26 +133,24 @@ class NameMap:
                 target = target.removeprefix(self.text.path)
             block, is_expert, part = target.partition(".experts.")
             match = within.fullmatch(target)
-            if not is_inside and (target in parameters or not is_expert):
-                self.outer[name] = ""  # of another tower, or none that transformers knows
-                self._unknown[target] = name
-            elif is_expert and number and self.novices and part == f"{number[2]}.{CONSTANT}":
+            is_of_expert = bool(is_expert) and (is_inside or target not in parameters)
+            if is_of_expert and number and self.novices and part == f"{number[2]}.{CONSTANT}":
                 self._constants[f"{block}.experts"][int(number[2])] = name
-            elif is_expert:
+            elif is_of_expert:
                 self._check_conversion(name, pattern, f"{block}.experts")
                 blocks[f"{block}.experts"][part][int(number[2]) if number and pattern else None].append(
                     (order.get(pattern, 0), name)
                 )
-            elif match and int(match[1]) < len(self.layers):
+            elif is_inside and match and int(match[1]) < len(self.layers):
                 layout = self.layers[int(match[1])]
                 if target in parameters:
                     self._only(name, match[2], layout.dense, pattern)
                 else:
                     layout.unused.append(name)
-            elif target in parameters:
+            elif is_inside and target in parameters:
                 self._only(name, target, self.outer, pattern)
             else:
-                self.outer[name] = ""
+                self.outer[name] = ""  # of another tower, or none that transformers knows
                 self._unknown[target] = name
         for places in (self.outer, *(layout.dense for layout in self.layers)):
             for name in sorted(self._converted.keys() & places.keys(), key=lambda name: (places[name], self._converted[name][0])):
@@ -179,7 +172,7 @@ class NameMap:
         if converter is not None and not _joins_experts(converter):
             self._turned.add(name)
 
-    def _only(self, name: str, target: str, places: dict[str, str], pattern: str | None = None) -> None:
+    def _only(self, name: str, target: str, places: dict[str, str], pattern: str | None) -> None:
         """Give a tensor its place in the model, which it shares with those that it is joined with only."""
         converter = self._home.get(pattern)
         if converter is not None and not _joins_rows(converter):

@@ -72,7 +72,7 @@ def text_part(folder: Path, whole: PreTrainedModel) -> TextPart:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and isinstance(module, PreTrainedModel):
             count = sum(experts_of(layer) is not None for layer in layers)
-            decoders += [(count, path, module)] if _embeds(module) else []
+            decoders += [(count, path, module)] if isinstance(_of(module, "get_input_embeddings"), nn.Module) else []
     if not decoders:
         reason = f"{type(whole).__name__} has no decoder layers that take token embeddings"
         raise StunError(f"{folder}: model_type {whole.config.model_type!r} is not supported: {reason}")
@@ -84,10 +84,6 @@ def text_part(folder: Path, whole: PreTrainedModel) -> TextPart:
     if model is None:
         raise StunError(f"{folder}: {type(whole).__name__} has no output head that gives logits of tokens")
     return TextPart(whole, model, decoder, f"{path}." if path else "")
-
-
-def _embeds(module: PreTrainedModel) -> bool:
-    return isinstance(_of(module, "get_input_embeddings"), nn.Module)
 
 
 def _of(module: PreTrainedModel, getter: str) -> nn.Module | None:

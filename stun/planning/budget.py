@@ -104,8 +104,8 @@ def _check_kept(cfg: PruneConfig, arch: Architecture, moe: list[LayerSize]) -> N
 
 
 def unit_of(cfg: PruneConfig, sizes: list[LayerSize]) -> float:
-    """Parameters removed by one more expert where layers may differ, or else one more of every layer, except those that the pattern,
-    if any, removes anyway."""
+    """Parameters removed by one more expert where layers may differ, or else one more of every layer, except those that the
+    pattern, if any, removes anyway."""
     pattern = Pattern.parse(cfg.sparsify.pattern)
     units = [
         size.expert - (sum(map(pattern.zeros, size.expert_parts.values())) if pattern else 0) for size in sizes if size.experts

@@ -9,8 +9,8 @@ from stun.model.architecture import Architecture
 from stun.planning.budget import model_bytes
 from stun.planning.job import resolve_model
 from stun.planning.make import make_plan
-from stun.planning.plan import PLAN, Plan
-from stun.planning.plan_file import read_plan
+from stun.planning.plan import Plan
+from stun.planning.plan_file import PLAN, read_plan
 from stun.run.folder import STATISTICS
 from stun.run.identity import model_digest
 from stun.schema import check_output

@@ -19,11 +19,11 @@ from stun.planning.allocation import Losses
 from stun.planning.budget import LayerSize, check_pattern, measure_layers, reachable
 from stun.planning.counts import plan_of_counts, settle
 from stun.planning.layer_ratios import check_ratios
-from stun.planning.output_format import settle_format
 from stun.planning.plan import LayerPlan, Plan
 from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
+from stun.planning.written_form import settle_format
 from stun.run.folder import MANIFEST, STATISTICS
 from stun.run.identity import observed
 from stun.runtime.ranks import Ranks
@@ -41,9 +41,9 @@ class Job:
     """A request that can be met.
 
     `plan` is the plan given, or a stand-in with the right numbers of experts, which are not chosen yet. `fractions` are the
-    splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `losses` are those of the layers,
-    once they are measured for experts.budget=measured. `samples` are the calibration
-    tokens, None if nothing reads any. `form_note` says in which form weights are written, where that is not the plain source's.
+    splits to search for experts.fraction=auto; `plan` then has the split that keeps most experts. `losses` are those of the
+    layers, once they are measured for experts.budget=measured. `samples` are the calibration tokens, None if nothing reads any.
+    `form_note` says in which form weights are written, where that is not the plain source's.
     """
 
     cfg: PruneConfig

@@ -10,6 +10,7 @@ from stun.files import read_json
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerSize, matrix_sizes
 from stun.planning.plan import Plan
+from stun.schema import SHARE, list_of
 from stun.sparsify.ratios import BINS, meet, owl, share_above
 from stun.statistics.store import Statistics
 
@@ -22,8 +23,7 @@ def check_ratios(config: SparsifyConfig, arch: Architecture) -> None:
 
 def _read(file: str, layers: int) -> list[float]:
     ratios = read_json(Path(file), f"sparsify.ratios={file}: uniform, owl, or a JSON file is needed")
-    fits = type(ratios) is list and len(ratios) == layers
-    if not fits or not all(type(ratio) in (int, float) and 0 <= ratio <= 1 for ratio in ratios):
+    if not list_of(SHARE, layers).fits(ratios):
         raise StunError(f"sparsify.ratios={file}: a list of {layers} numbers from 0 to 1 is needed, one for each decoder layer")
     return ratios
 

@@ -50,12 +50,16 @@ def make_plan(job: Job, stats: Statistics | None, drops: list[int] | None = None
     return plan
 
 
-def trial_drops(job: Job, stats: Statistics) -> list[list[int]]:
-    """Experts to remove from every layer in each of the trials that tell what its output loses (stun.pruning.sensitivity): around the
-    share that is removed on average, and so many that the job's total can be met."""
-    cfg, step, total = job.cfg, groups_of(job.cfg, job.arch), sum(job.drops)
+def trial_drops(job: Job, stats: Statistics, total: int) -> list[list[int]]:
+    """Experts to remove from every layer in each of the trials that tell what its output loses (stun.pruning.sensitivity): around
+    the share that is removed on average, and so many that `total` can be met. Raises StunError if none can."""
+    cfg, step = job.cfg, groups_of(job.cfg, job.arch)
     moe = [layout.index for layout in job.arch.layers if layout.experts]
     rooms = removable(cfg, job.arch, protected_experts(cfg, job.arch, moe, stats))
+    if sum(rooms) < total:
+        raise StunError(
+            f"experts.budget=measured: {total} experts are to be removed; protected ones and top-k allow {sum(rooms)}"
+        )
     experts = [size.experts for size in job.sizes]
 
     def removed(times: float) -> list[int]:

@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-from stun.config import StunError
-from stun.files import is_count, read_json
-from stun.schema import COUNT
-
-PLAN = {"layers": [{"experts": COUNT, "clusters": [[COUNT]]}]}  # kind of a plan's file, as far as it tells one from another file
 
 
 @dataclass
@@ -75,48 +68,6 @@ class Plan:
         """Content of plan.json; `successors` only where there are any."""
         content = {**asdict(self), "ratio": self.ratio}
         return content if self.successors else {name: value for name, value in content.items() if name != "successors"}
-
-
-def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
-    """Decoder layers, prediction heads and target of a plan file, perhaps edited by hand. Raises StunError if it is not valid."""
-    content = read_json(file, f"plan={file}")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key, []), list) for key in ("layers", "mtp")):
-        raise StunError(f"plan={file}: must be a JSON object, in which layers and mtp are lists")
-    if "layers" not in content:
-        raise StunError(f"plan={file}: has no layers")
-    layers = [_read_layer(file, number, entry) for number, entry in enumerate(content["layers"])]
-    heads = [_read_layer(file, f"mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
-    target = content.get("target", 0.0)
-    if type(target) not in (int, float) or not 0 <= target < 1:
-        raise StunError(f"plan={file}: target={target}: total sparsity lies in [0, 1)")
-    return layers, heads, float(target)
-
-
-def _read_layer(file: Path, number: int | str, entry: object) -> LayerPlan:
-    where, known = f"plan={file}: layer {number}", {f.name for f in LayerPlan.__dataclass_fields__.values()}
-    if not isinstance(entry, dict) or not {"experts", "clusters"} <= entry.keys():
-        raise StunError(f"{where}: must be an object with experts and clusters")
-    if entry.keys() - known:
-        raise StunError(f"{where}: unknown entries {sorted(entry.keys() - known)}; known: {sorted(known)}")
-    plan = LayerPlan(**entry)
-    lists = [plan.clusters, plan.kept, *(plan.clusters if type(plan.clusters) is list else [])]
-    if not all(type(part) is list for part in lists) or not all(type(flag) is bool for flag in (plan.nearest, plan.mean)):
-        raise StunError(f"{where}: clusters and kept must be lists, nearest and mean true or false")
-    if plan.ratio is not None and (type(plan.ratio) not in (int, float) or not 0 <= plan.ratio <= 1):
-        raise StunError(f"{where}: ratio is a share from 0 to 1")
-    if not all(map(is_count, [plan.experts, *plan.kept, *(e for cluster in plan.clusters for e in cluster)])):
-        raise StunError(f"{where}: experts are whole numbers")
-    members = [expert for cluster in plan.clusters for expert in cluster]
-    if len(set(members)) != len(members) or max(members, default=-1) >= plan.experts or [] in plan.clusters:
-        raise StunError(f"{where}: clusters must be lists of experts 0 to {plan.experts - 1}, each in one cluster at most")
-    if plan.kept and sorted(plan.kept) != plan.kept:
-        raise StunError(f"{where}: kept must be ascending, is {plan.kept}")
-    chosen = [len(set(plan.kept).intersection(cluster)) for cluster in plan.clusters]
-    if plan.kept and (set(chosen) != {1} or len(plan.kept) != len(plan.clusters)):
-        raise StunError(f"{where}: of every cluster one member must be kept, and no other expert")
-    if not plan.kept and plan.clusters and not plan.nearest:
-        raise StunError(f"{where}: no expert is kept; set nearest to keep the member nearest each cluster's mean")
-    return plan
 
 
 def cluster_owners(plan: LayerPlan, world: int, reads_all: bool = False) -> list[int | None]:

@@ -4,9 +4,45 @@ from dataclasses import replace
 from pathlib import Path
 
 from stun.config import Dropped, PruneConfig, StunError
+from stun.files import read_json
 from stun.model.architecture import Architecture
 from stun.planning.budget import LayerSize, count_of_heads, floor_of, groups_of, make_budget, unit_of
-from stun.planning.plan import LayerPlan, Plan, read_layers
+from stun.planning.plan import LayerPlan, Plan
+from stun.schema import COUNT, FLAG, NULL, SHARE, Leaf, is_number, misfit
+
+PLAN = {"layers": [{"experts": COUNT, "clusters": [[COUNT]]}]}  # kind of a plan's file, as far as it tells one from another file
+_LAYER = {"experts": COUNT, "clusters": [[COUNT]], "kept?": [COUNT], "nearest?": FLAG, "mean?": FLAG, "ratio?": (NULL, SHARE)}
+_TARGET = Leaf("total sparsity, which lies in [0, 1)", lambda value: is_number(value) and 0 <= value < 1)
+_READ = {"layers": [_LAYER], "mtp?": [_LAYER], "target?": _TARGET}  # ... and of one that is read
+
+
+def read_layers(file: Path) -> tuple[list[LayerPlan], list[LayerPlan], float]:
+    """Decoder layers, prediction heads and target of a plan file, perhaps edited by hand. Raises StunError if it is not valid."""
+    content = read_json(file, f"plan={file}")
+    if reason := misfit(content, _READ):
+        raise StunError(f"plan={file}: {reason}")
+    layers = [_read_layer(f"plan={file}: layer {number}", entry) for number, entry in enumerate(content["layers"])]
+    heads = [_read_layer(f"plan={file}: layer mtp {number}", entry) for number, entry in enumerate(content.get("mtp", []))]
+    return layers, heads, float(content.get("target", 0.0))
+
+
+def _read_layer(where: str, entry: dict) -> LayerPlan:
+    """Plan of a layer from an entry of its kind."""
+    known = {name.removesuffix("?") for name in _LAYER}
+    if entry.keys() - known:
+        raise StunError(f"{where}: unknown entries {sorted(entry.keys() - known)}; known: {sorted(known)}")
+    plan = LayerPlan(**entry)
+    members = [expert for cluster in plan.clusters for expert in cluster]
+    if len(set(members)) != len(members) or max(members, default=-1) >= plan.experts or [] in plan.clusters:
+        raise StunError(f"{where}: clusters must be lists of experts 0 to {plan.experts - 1}, each in one cluster at most")
+    if plan.kept and sorted(plan.kept) != plan.kept:
+        raise StunError(f"{where}: kept must be ascending, is {plan.kept}")
+    chosen = [len(set(plan.kept).intersection(cluster)) for cluster in plan.clusters]
+    if plan.kept and (set(chosen) != {1} or len(plan.kept) != len(plan.clusters)):
+        raise StunError(f"{where}: of every cluster one member must be kept, and no other expert")
+    if not plan.kept and plan.clusters and not plan.nearest:
+        raise StunError(f"{where}: no expert is kept; set nearest to keep the member nearest each cluster's mean")
+    return plan
 
 
 def read_plan(file: str, arch: Architecture, sizes: list[LayerSize], cfg: PruneConfig, target: float | None) -> Plan:

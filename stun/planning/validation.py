@@ -2,15 +2,7 @@
 
 import math
 
-from stun.config import (
-    ExpertsConfig,
-    ExpertsMethod,
-    PruneConfig,
-    Representative,
-    Score,
-    SparsifyConfig,
-    StunError,
-)
+from stun.config import ExpertsConfig, ExpertsMethod, PruneConfig, Representative, Score, SparsifyConfig, StunError
 
 _TEXT = "give a file or a dataset of text like that which the model will be used for, or calibration.mixture, and not both"
 

@@ -5,51 +5,51 @@ Reads headers, the configuration and a sample of the disk; the calibration text 
 
 from dataclasses import replace
 
-from stun.config import StunError
+from stun.config import ExpertsMethod, StunError
+from stun.model import runtimes
 from stun.planning.budget import model_bytes
-from stun.planning.job import Job
+from stun.planning.counts import SERVED
+from stun.planning.job import TRIED, Job
 from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import Launch, described, disk_free, gpu_base, resident, this_launch
 from stun.preflight.memory import Footprint
-from stun.preflight.result import ZEROS, loads_line, may_grow, method_line, result_line
 from stun.preflight.time import durations
 from stun.preflight.traffic import bytes_read, existing_bytes, snapshots_on_disk, statistics_bytes
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 
 SURE = 0.85  # refuse if less than this share of the estimate is available: estimates of memory are within 15 %
+_ZEROS = (
+    "zeros among the weights save no memory and no time in today's runtimes; fewer experts do (experts.drop, experts.keep, fit)"
+)
 
 
 class Estimate:
     """Needs of one run on one launch. In bytes: `read` by stream and rank, `written` of the model, `snapshots` of hidden states
     over the whole run, `memory` of a rank, `host` of a node, `statistics`, `disk` beside the files that a run left, `free` on
-    disk. `durations` are seconds by stream. `text` says how many tokens the calibration text has; empty if it was not read."""
+    disk. `durations` are seconds by stream."""
 
     def __init__(self, job: Job, launch: Launch):
-        cfg, arch, streams, footprint = job.cfg, job.arch, job.streams, Footprint(job, launch)
-        self.launch, self.layers, self.experts = launch, len(arch.layers), sum(layout.num_experts for layout in arch.layers)
+        cfg, arch, streams, layers, footprint = job.cfg, job.arch, job.streams, len(job.arch.layers), Footprint(job, launch)
+        self.job, self.launch, self.footprint = job, launch, footprint
         self.tokens = cfg.calibration.samples * cfg.calibration.length
-        self.text = job.samples.available if job.samples else ""
-        self.result, self.loads = result_line(job), loads_line(job)
-        self.method = method_line(job, footprint.passes + 1, footprint.gram_bytes)
-        self.note, self.form = ZEROS if job.plan.zeros else "", job.form_note
         states = self.tokens * arch.token_width * footprint.dtype.itemsize
         recorded = sum(runs for name, runs in streams.items() if name not in TRIED)
         self.read = bytes_read(job, launch.world)
         self.written = model_bytes(arch, job.plan, cfg)
-        self.snapshots = states * (self.layers - 1) * recorded
+        self.snapshots = states * (layers - 1) * recorded
         self.memory = footprint.peak()
         self.host = self.memory.host * launch.per_node
         self.statistics = statistics_bytes(job) if "observe" in streams else 0
-        most = sum(info.nbytes for info in arch.source.tensors.values()) if may_grow(job) else self.written
-        whole = most + states * snapshots_on_disk(self.layers, recorded) + self.statistics
+        most = sum(info.nbytes for info in arch.source.tensors.values()) if _may_grow(job) else self.written
+        whole = most + states * snapshots_on_disk(layers, recorded) + self.statistics
         self.disk, self.free = max(0, whole - existing_bytes(cfg.run_dir)), disk_free(cfg.run_dir)
         self.durations = durations(footprint, self.read, self.written, self.snapshots)
 
 
 def report(needs: Estimate) -> list[str]:
     """Lines to print."""
-    launch, read = needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
+    job, launch, read = needs.job, needs.launch, {name: sum(ranks) for name, ranks in needs.read.items()}
     streams = ", ".join(f"{name} {size(total)}" for name, total in read.items())
     most_read = max(sum(ranks) for ranks in zip(*needs.read.values(), strict=True))
     libraries = f"with {size(gpu_base(launch.world))} for CUDA and its libraries, estimated"
@@ -61,15 +61,16 @@ def report(needs: Estimate) -> list[str]:
     times = ", ".join(f"{name} {duration(seconds)} to {bound[name]}" for name, seconds in least.items())
     kind = "data sheet" if launch.gpu_memory else "measured here"
     speeds = f"{launch.flops / 1e12:.3g} TFLOP/s a rank ({kind}), {size(launch.read)}/s a node"
-    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {needs.text} in the text" if needs.text else "")
+    experts = sum(layout.num_experts for layout in job.arch.layers)
+    tokens = f"{needs.tokens:,} calibration tokens" + (f" of {job.samples.available} in the text" if job.samples else "")
     lines = {
         "launch": f"{count(launch.world, 'rank')} on {count(launch.nodes, 'node')}, {launch.name}; {speeds}",
-        "model": f"{count(needs.layers, 'layer')}, {count(needs.experts, 'expert')}; {tokens}",
-        "result": needs.result,
-        "form": needs.form,
-        "loads": needs.loads,
-        "method": needs.method,
-        "note": needs.note,
+        "model": f"{count(len(job.arch.layers), 'layer')}, {count(experts, 'expert')}; {tokens}",
+        "result": _result_line(job),
+        "form": job.form_note,
+        "loads": _loads_line(job),
+        "method": _method_line(job, needs.footprint.passes + 1, needs.footprint.gram_bytes),
+        "note": _ZEROS if job.plan.zeros else "",
         "reads": f"up to {size(sum(read.values()))} ({streams}), at most {size(most_read)} a rank",
         "writes": f"{size(needs.written)} of model, {size(needs.snapshots)} of hidden states",
         "memory": f"{gpu}{host} ({rank}); most at {needs.memory.phase}",
@@ -77,6 +78,67 @@ def report(needs: Estimate) -> list[str]:
         "time": f"at least {duration(sum(least.values()))} ({times})",
     }
     return [f"{name:7s} {line}" for name, line in lines.items() if line]
+
+
+def _result_line(job: Job) -> str:
+    """Experts a layer and bytes, before and after."""
+    before, after = sum(info.stored_bytes for info in job.arch.source.tensors.values()), model_bytes(job.arch, job.plan, job.cfg)
+    if job.fractions:
+        share = f"{job.fractions[0]:g} to {job.fractions[-1]:g} of the target as experts"
+        return f"the search decides how much is removed: {share}; {size(before)} -> at most {size(after)} on disk"
+    zeros = f", then {job.plan.zeros / job.plan.parameters:.1%} of the layers' parameters set to zero" if job.plan.zeros else ""
+    least = "at least " if _may_grow(job) else ""
+    return f"{_experts(job)}{zeros}; {size(before)} -> {least}{size(after)} on disk, about {size(SERVED * after)} to serve"
+
+
+def _method_line(job: Job, forwards: int, grams: int) -> str:
+    """The way experts and weights are chosen, and what that costs: `forwards` a layer in the second stream, `grams` bytes of Gram
+    matrices a rank."""
+    experts, sparsify = job.cfg.experts, job.cfg.sparsify
+    way = f"by {experts.score.name}" if experts.method is ExpertsMethod.rank else f"by clusters ({experts.method.name})"
+    if job.fractions:
+        way = f"{way}, as many as the search finds best"
+    way += ", from each layer as many as its losses say" if job.measures else ""
+    chosen = "given by the plan" if job.is_given else way if any(job.drops) or job.fractions else "all kept"
+    chosen += ", the others constants" if job.has_novices else ""
+    chosen += ", those kept refitted together" if job.refits else ""
+    if not job.plan.zeros:
+        return f"experts {chosen}; no single weight is removed"
+    refit = " with refit" if sparsify.reconstruct else ""
+    cost = f"{count(forwards, 'forward')} a layer" + (f", {size(grams)} of Gram matrices a rank" if grams else "")
+    quick = "; experiment=quick: Wanda, one forward a layer and no Gram matrices" if grams else ""
+    return f"experts {chosen}; weights by {sparsify.method.name}{refit}: {cost}{quick}"
+
+
+def _experts(job: Job) -> str:
+    """`128 -> 96 experts a layer`; where layers may differ, their mean."""
+    layers = [(layer.num_experts, layer.num_experts - drop) for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
+    moe = [pair for pair in layers if pair[0]]
+    before, after = (sum(numbers) / len(moe) for numbers in zip(*moe, strict=True))
+    about = "" if after == int(after) and not _may_differ(job) else "on average "
+    return f"{before:g} -> {about}{after:.4g} experts a layer"
+
+
+def _may_differ(job: Job) -> bool:
+    removes = any(job.drops) or bool(job.fractions)
+    is_open = not job.is_given and job.cfg.experts.may_differ and removes
+    return is_open or len({drop for layer, drop in zip(job.arch.layers, job.drops, strict=True) if layer.experts}) > 1
+
+
+def _may_grow(job: Job) -> bool:
+    """Whether padding may make the files larger than the stand-in for the plan says: up to the size of the source."""
+    return job.is_padded and _may_differ(job) and not job.is_given
+
+
+def _loads_line(job: Job) -> str:
+    """Runtimes that load the result."""
+    kept = [layer.num_experts - drop for layer, drop in zip(job.arch.layers, job.drops, strict=True)]
+    if _may_differ(job) and job.is_padded:
+        return "what loads the original: experts of zeros fill every layer up to the most that one keeps"
+    is_uneven = _may_differ(job) and not job.has_novices
+    arch, novices = job.arch, job.has_novices
+    loads = runtimes.uneven(arch.class_name) if is_uneven else runtimes.runtimes(arch.class_name, kept, novices, arch.is_grouped)
+    return f"transformers: {loads['transformers']}; vLLM: {loads['vLLM']}"
 
 
 def check(job: Job, launch: Launch) -> tuple[list[str], str]:

@@ -13,7 +13,7 @@ from stun.config import Scope, SparsifyConfig, SparsifyMethod
 from stun.model.architecture import expert_infos
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
-from stun.planning.job import SHARE, Job
+from stun.planning.job import SHARE, TRIED, Job
 from stun.planning.plan import LayerPlan
 from stun.preflight.activations import Activations, trace_layers
 from stun.preflight.hardware import GIB, Launch, gpu_base
@@ -111,8 +111,7 @@ class Footprint:
         phases = [self._embedding(), self._outer_weights()]
         if "observe" in self.streams:
             phases += [self._observe(i) for i in range(len(self.layers))]
-        if self.candidates:
-            phases += [self._search(i) for i in range(len(self.layers))]
+        phases += [self._trial(stream, i) for stream in TRIED if stream in self.streams for i in range(len(self.layers))]
         phases += [phase for i in range(len(self.layers)) for phase in self._prune(i)]
         start = self.launch.base + LIBRARIES
         host, gpu = max(p.host for p in phases), max(p.gpu for p in phases) + (gpu_base(self.launch.world) if self.is_gpu else 0)
@@ -177,17 +176,19 @@ class Footprint:
         ahead, host = self._dense_read_ahead(index, held)
         return self._memory(f"observe layer {index}", held + self._cast(layout) + beside + ahead, host)
 
-    def _search(self, index: int) -> Memory:
-        """Hidden states of all candidates, the dense layer and a pruned copy of it."""
+    def _trial(self, stream: str, index: int) -> Memory:
+        """Hidden states, in a search those of all candidates, the dense layer and a pruned copy of it."""
         layout, passing = self.arch.layers[index], -(-2 * self.states // SHARE)  # samples to prune on, and those held out
-        held = passing * (self.candidates * min(index, 1) + 3) + self.activations.arguments  # 3: what runs
+        waiting = self.candidates * min(index, 1) if stream == "search" else 0
+        held = passing * (waiting + 3) + self.activations.arguments  # 3: what runs
         copy = self.layers[index].dense + self.layers[index].all_experts
         masks = self._pruning(layout) + self._grams(layout, index)[0]
         masks += self.layers[index].kept + self._closing(layout)[0] if self.cfg.sparsify.reconstruct else 0
+        masks = masks if stream == "search" else 0
         joint = self._joint(layout, index, SHARE) if self.job.refits else 0
         device = held + 2 * copy + self.activations.layers[index] + max(self._cast(layout), masks, joint)
         ahead, host = self._dense_read_ahead(index, held + copy)
-        return self._memory(f"search layer {index}", device + ahead, host)
+        return self._memory(f"{stream} layer {index}", device + ahead, host)
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
@@ -281,14 +282,10 @@ class Footprint:
         """Experts that are measured at the same time, each with its own sums of a micro-batch."""
         return max(1, min(workers_on(self.launch.device), self.block(index)))
 
-    def blocks(self, index: int) -> int:
-        """Number of forwards in which a layer is measured."""
-        return -(-self.layers[index].local // max(1, self.block(index))) or 1
-
     @cached_property
     def passes(self) -> int:
         """Forwards of a layer in which its weights are measured and refitted."""
-        blocks = max((self.blocks(index) for index in range(len(self.layers))), default=1)
+        blocks = max(-(-layer.local // max(1, self.block(index))) or 1 for index, layer in enumerate(self.layers))
         return blocks * (2 if self.cfg.sparsify.reconstruct else 1)
 
     @cached_property

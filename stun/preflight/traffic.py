@@ -27,7 +27,7 @@ def bytes_read(job: Job, world: int) -> dict[str, list[int]]:
     for stream in job.streams:
         is_last = stream == "prune"
         layouts = [*arch.layers, *arch.mtp] if is_last else arch.layers
-        even = (even_owners(layout, world) if layout.experts else [] for layout in layouts)
+        even = (even_owners(layout, world) for layout in layouts)
         total = [0] * world
         for layout, own in zip(layouts, owners(job.plan, world, job.runs_dense) if is_last else even, strict=True):
             _add_layer(total, arch, layout, own)

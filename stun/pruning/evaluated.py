@@ -4,7 +4,7 @@ from stun.config import ModelConfig, StunError
 from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig, TaskConfig
 from stun.evaluation.job import check, evaluate, evaluate_tracked
 from stun.pruning.job import prune, take_statistics
-from stun.report.runs import RESULT
+from stun.report.folder import RESULT
 from stun.runtime.ranks import Ranks
 
 

@@ -7,18 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from stun.config import PruneConfig, StunError
-from stun.files import load_json, load_yaml, write_json
+from stun.files import load_yaml, write_json
 from stun.model.precision import compute_dtype
-from stun.planning import usage
-from stun.planning.allocation import Losses
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
-from stun.planning.make import complete_plan, name_successors, trial_drops
+from stun.planning.make import complete_plan, name_successors
 from stun.planning.plan import Plan
 from stun.preflight.job import preflight
-from stun.pruning.describe import describe, notices
+from stun.pruning.describe import describe, notices, usage_warning
 from stun.pruning.output import Written, prune_and_write
 from stun.pruning.search import search_fraction
-from stun.pruning.sensitivity import measure_losses
+from stun.pruning.sensitivity import losses
 from stun.pruning.summary import save_layers, save_observed, summarise
 from stun.report.model_card import write_card
 from stun.run.folder import Run
@@ -27,13 +25,11 @@ from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.runtime.timers import Meter
 from stun.runtime.units import count, duration
-from stun.schema import SIZE, Leaf, load_record
+from stun.schema import NUMBER, load_record, one_of
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
 
-_REMOVED = Leaf("a whole number", lambda name: name.isdecimal() and len(name) < 10)
-_LOSSES = {"losses": [{_REMOVED: SIZE}]}
 _NEARLY = 1.15  # errors of splits that differ by less say nothing of which is better (docs/quality.md)
 
 
@@ -51,7 +47,8 @@ def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
     with open_run(job, ranks) as run:
         if not run.summary:
             job = observe_and_split(job, run, ranks)
-            plan = ranks.on_first(lambda: _plan(job, run))
+            plan = ranks.on_first(lambda: complete_plan(job))
+            ranks.on_first(lambda: write_json(run.folder / "plan.json", plan.to_json()))
             written = prune_and_write(job, plan, run, ranks)
             run.summary = finish(job, plan, written, run, ranks)
         return run.summary
@@ -106,7 +103,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
     """Take the statistics that the job reads, if any; returns the job with its target split into experts and weights."""
     if job.measures:
         _observe(job, run, ranks)
-        job = replace(job, losses=_losses(job, run, ranks))
+        job = replace(job, losses=losses(job, run.folder / "budget.json", ranks))
     if job.fractions:
         _observe(job, run, ranks)
         job = job.with_fraction(_best_fraction(job, run, ranks))
@@ -115,7 +112,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
         ranks.log(notice)
     if job.reads_statistics:
         _observe(job, run, ranks)
-        rarely = ranks.on_first(lambda: usage.warning(job.arch, job.statistics)) if any(job.drops) else ""
+        rarely = ranks.on_first(lambda: usage_warning(job.arch, job.statistics)) if any(job.drops) else ""
         if rarely:
             ranks.log(rarely)
     return job
@@ -132,27 +129,6 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
         recorder, sources = Recorder(run.folder, "observe", ranks, len(arch.layers)), job.samples.source_of_batch(size)
         observe(arch, states, recorder, stats.save, sources, cfg.sparsify.counts_outliers, cfg.experts.sums_outputs)
         ranks.on_first(lambda: stats.finish(statistics_identity(job, ranks)))
-
-
-def _losses(job: Job, run: Run, ranks: Ranks) -> Losses:
-    """The layers' losses, kept in budget.json for a launch that goes on. Raises StunError if that file does not fit the job."""
-    file = run.folder / "budget.json"
-
-    def stored() -> Losses | None:
-        if not file.is_file():
-            return None
-        losses = load_record(file, _LOSSES, "remove it to measure again")["losses"]
-        losses = [{int(removed): loss for removed, loss in layer.items()} for layer in losses]
-        wanted = [set(numbers) - {0} for numbers in zip(*trial_drops(job, job.statistics), strict=True)]
-        if [set(layer) for layer in losses] != wanted:
-            raise StunError(f"{file}: losses: are those of other trials; remove it to measure again")
-        return losses
-
-    losses = ranks.on_first(stored)
-    if losses is None:
-        losses = measure_losses(job, ranks)
-        ranks.on_first(lambda: write_json(file, {"losses": losses}))
-    return losses
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
@@ -182,18 +158,11 @@ def _draw(errors: dict[float, float], file: Path) -> None:
 
 def _read_curve(file: Path, fractions: tuple[float, ...]) -> dict[str, float]:
     """Errors by fraction from an earlier launch's search.json. Raises StunError if the file does not fit the job."""
-    curve = load_json(file).get("error")
-    is_known = isinstance(curve, dict) and curve and curve.keys() <= {str(fraction) for fraction in fractions}
-    if not is_known or not all(type(error) in (int, float) for error in curve.values()):
-        raise StunError(f"{file}: error: must give numbers for some of {list(fractions)}; remove the file to search again")
+    again = "remove the file to search again"
+    curve = load_record(file, {"error": {one_of(*map(str, fractions)): NUMBER}}, again)["error"]
+    if not curve:
+        raise StunError(f"{file}: error: must give numbers for some of {list(fractions)}; {again}")
     return curve
-
-
-def _plan(job: Job, run: Run) -> Plan:
-    """Make the plan and write it to plan.json."""
-    plan = complete_plan(job)
-    write_json(run.folder / "plan.json", plan.to_json())
-    return plan
 
 
 def finish(job: Job, plan: Plan, written: Written, run: Run, ranks: Ranks) -> dict:

@@ -1,7 +1,6 @@
 """Second stream: removes experts and weights layer by layer, runs every pruned layer, and writes it."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from stun.planning.budget import LayerQuota, layer_quotas
 from stun.planning.job import Job
 from stun.planning.plan import LayerPlan, Plan, owners
 from stun.pruning.joint_refit import refit_jointly
-from stun.pruning.mask import mask_layer
+from stun.pruning.mask import Masking
 from stun.pruning.padding import padded
 from stun.pruning.representatives import keep_representatives
 from stun.pruning.rounding import Rounding, rounding_of
@@ -25,7 +24,6 @@ from stun.run.ledger import REPEAT, part_name
 from stun.run.recorder import Recorder
 from stun.runtime.ranks import Ranks
 from stun.sparsify.joint_refit import STEPS
-from stun.sparsify.saliency import Saliency
 from stun.statistics.output_sums import OutputSums
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
@@ -45,12 +43,7 @@ def _check_kept(finished: list[list[dict]], plans: list[LayerPlan], recorder: Re
 
 
 def prune_layers(
-    job: Job,
-    plan: Plan,
-    states: States | None,
-    ranks: Ranks,
-    recorder: Recorder,
-    write: Callable[[str, Tensors, dict], dict],
+    job: Job, plan: Plan, states: States | None, ranks: Ranks, recorder: Recorder, write: Callable[[str, Tensors, dict], dict]
 ) -> list[list[dict]]:
     """Prune and write every layer on the hidden states of the pruned layers before it, then the multi-token-prediction heads.
     Returns the ledger entries of every layer, by rank.
@@ -59,10 +52,12 @@ def prune_layers(
     layers. `states` may be None if the plan removes no single weights, or by magnitude alone. All ranks call this together.
     """
     arch, plans = job.arch, [*plan.layers, *plan.mtp]
-    quotas = [*layer_quotas(job.sizes, plan), *(None for _ in plan.mtp)]
+    quotas = [*layer_quotas(job.sizes, plan), *(LayerQuota({}, []) for _ in plan.mtp)]
     layouts, finished = [*arch.layers, *arch.mtp], recorder.finished()
     stream = LayerStream(arch, ranks, layouts, owners(plan, ranks.world, job.runs_dense), len(finished))
-    stream.reserved = _refit_bytes(job, plan, stream) if job.refits else 0
+    pairs = zip(arch.layers, plan.layers, strict=True)
+    refits = (job.refit_bytes(*pair, ranks.world, stream.dtype.itemsize) for pair in pairs)
+    stream.reserved = max(refits) if job.refits else 0
     progress = Progress("prune", len(layouts), ranks, len(finished), step=len(arch.layers))
     _check_kept(finished, plans, recorder)
     rounding = rounding_of(job, plan, stream)
@@ -71,17 +66,16 @@ def prune_layers(
         index, start = layer.layout.index, time.perf_counter()
         ranks.doing = f"prune layer {index}"
         entry, states = _prune_layer(job, rounding, stream, layer, (plans[index], quotas[index]), states)
-        tensors = own_tensors(stream, layer)
-        nonzero = Counter(nonzero_by_kind(layer.layout, tensors, ranks.workers))
-        nonzero.update(entry.pop("rounded_off"))  # what rounding made zero was not removed
-        tensors, places = as_rounded(stream, layer, tensors)
+        nonzero = entry["nonzero"] or nonzero_by_kind(stream, layer)
+        tensors, places = as_rounded(stream, layer, own_tensors(stream, layer))
         tensors = padded(stream, layer, tensors, plan.most) if job.is_padded else tensors
         layer.seconds["compute"] = time.perf_counter() - start
         entry |= {"seconds": dict(layer.seconds), "peak_bytes": ranks.lap_memory(), "nonzero": nonzero}
         name = f"layer-{part_name(index, ranks.rank, ranks.world)}.safetensors"
         ranks.meter.enter("write wait")
         layer.seconds["write"] = recorder.wait()
-        experts = f"experts {plans[index].experts}->{len(layer.kept)}{_refitted(entry['refit'])}"
+        left = f" | refit leaves {left_by_refit(entry['refit']):.3f} of the error" if entry["refit"] else ""
+        experts = f"experts {plans[index].experts}->{len(layer.kept)}{left}"
         _show(progress, stream, layer, experts, sum(nonzero.values()))
         recorder.layer(index, states, entry, partial(write, name, tensors, places))
     recorder.close()
@@ -89,18 +83,12 @@ def prune_layers(
     return recorder.finished()
 
 
-def _refit_bytes(job: Job, plan: Plan, stream: LayerStream) -> int:
-    """Most bytes that the joint refit of a layer holds on a rank."""
-    pairs = zip(job.arch.layers, plan.layers, strict=True)
-    return max(job.refit_bytes(*pair, stream.ranks.world, stream.dtype.itemsize) for pair in pairs)
-
-
 def _prune_layer(
     job: Job,
     rounding: Rounding,
     stream: LayerStream,
     layer: Layer,
-    wanted: tuple[LayerPlan, LayerQuota | None],
+    wanted: tuple[LayerPlan, LayerQuota],
     states: States | None,
 ) -> tuple[dict, States | None]:
     """Remove experts and then weights in place, round what is kept, and run the layer. Returns measurements for the ledger's
@@ -113,45 +101,37 @@ def _prune_layer(
     powers = WeightPowers(stream, layer)
     kept = keep_representatives(stream, layer, plan, constants_ED)
     powers.experts_removed(is_changed=plan.mean or len(kept) < plan.experts)
-    if layer.layout.is_mtp:
-        measured = {"unseen": 0, "saliency": Saliency().to_json(), "refit": {}, "rounded_off": rounding.round(layer)}
-    else:
-        measured, states = change_weights(job, rounding, stream, layer, quota, states)
+    # No forward runs a prediction head.
+    measured, states = change_weights(job, rounding, stream, layer, quota, None if layer.layout.is_mtp else states)
     powers.weights_removed()
     return {"kept": kept, "powers": powers.stages, **measured}, states
 
 
 def change_weights(
-    job: Job,
-    rounding: Rounding,
-    stream: LayerStream,
-    layer: Layer,
-    quota: LayerQuota,
-    states: States | None,
-    steps: int = STEPS,
+    job: Job, rounding: Rounding, stream: LayerStream, layer: Layer, quota: LayerQuota, states: States | None, steps: int = STEPS
 ) -> tuple[dict, States | None]:
     """Remove the weights of the quota from a layer's experts that are kept, round and refit the others, in at most so many
     `steps`, and run the layer. Returns as `_prune_layer` does. Seven parameters: the search calls it as the run does, in fewer
     steps."""
     meter, is_last = stream.ranks.meter, layer.layout.index + 1 >= len(stream.arch.layers)
-    is_refitted, refit = bool(job.refits and layer.layout.experts), {}
+    is_refitted, refit = bool(job.refits and layer.layout.experts and states is not None), {}
     if states is not None:
         stream.build(layer)
-    unseen, saliency = mask_layer(stream, layer, states, quota, job.cfg.sparsify, partial(rounding.fit, layer, is_refitted))
-    rounded_off = rounding.round(layer, (False,) if is_refitted else (False, True))
+    solved = partial(rounding.fit, layer, is_refitted)
+    unseen, saliency = Masking(stream, layer, states, quota, job.cfg.sparsify, solved).run()
+    nonzero = rounding.nonzero_before(layer)
+    rounding.round(layer, (False,) if is_refitted else (False, True))
     if states is not None and (is_refitted or not is_last):
         stream.build(layer)
     if is_refitted:
         meter.enter("refit")
-        before = rounding.nonzero(layer)
         refit = refit_jointly(stream, layer, states, states.dense.hidden, rounding, steps)
         rounding.round(layer, (True,))
-        rounded_off += before - rounding.nonzero(layer)  # with what the refit itself rounds
         stream.build(layer)
     if states is not None and not is_last:  # nothing reads the last one's output
         meter.enter("propagate")
         states = stream.run(layer, states)
-    return {"unseen": unseen, "saliency": saliency.to_json(), "refit": refit, "rounded_off": rounded_off}, states
+    return {"unseen": unseen, "saliency": saliency.to_json(), "refit": refit, "nonzero": nonzero}, states
 
 
 def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novices: bool) -> tuple[States, torch.Tensor | None]:
@@ -161,11 +141,6 @@ def _through_dense(stream: LayerStream, layer: Layer, states: States, has_novice
     sums = [OutputSums(stream, layer, [0] * states.total)] if has_novices and layer.kept else []
     dense = stream.run(layer, states.dense, *sums)
     return replace(states, dense=dense), next((taken.constants() for taken in sums), None)
-
-
-def _refitted(told: dict) -> str:
-    """Words for the log: what the joint refit left of the layer's error."""
-    return f" | refit leaves {left_by_refit(told):.3f} of the error" if told else ""
 
 
 def _show(progress: Progress, stream: LayerStream, layer: Layer, experts: str, nonzero: int) -> None:

@@ -14,42 +14,33 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
 
-def mask_layer(
-    stream: LayerStream,
-    layer: Layer,
-    states: States | None,
-    quota: LayerQuota,
-    config: SparsifyConfig,
-    solved: Solved = lambda *_: None,
-) -> tuple[int, Saliency]:
-    """Remove the quota's weights in place. Returns the number of experts without tokens, and this rank's scores.
+@dataclass
+class Masking:
+    """Removal of a layer's weights, in place.
 
     `states` may be None if the method reads no inputs. `solved(place, weight_OD, gram_DD)` is called with every matrix whose
-    inputs' Gram matrix was read; its place is an expert and a part, or a name. All ranks call this together.
+    inputs' Gram matrix was read; its place is an expert and a part, or a name. `tokens` counts those of this rank's experts.
     """
-    names = [name for name, count in quota.dense.items() if count]
-    if not names and not any(count for expert in quota.experts for count in expert.values()):
-        return 0, Saliency()
-    return _Masking(stream, layer, states, quota, config, names, solved).run()
-
-
-@dataclass
-class _Masking:
-    """Weight pruning of one layer. `names` are the dense matrices that lose weights, `tokens` counts those of this rank's
-    experts."""
 
     stream: LayerStream
     layer: Layer
     states: States | None
     quota: LayerQuota
     config: SparsifyConfig
-    names: list[str]
-    solved: Solved
+    solved: Solved = lambda *_: None
     saliency: Saliency = field(default_factory=Saliency)
     tokens: torch.Tensor = field(init=False)
 
+    @property
+    def names(self) -> list[str]:
+        """Dense matrices that lose weights."""
+        return [name for name, count in self.quota.dense.items() if count]
+
     def run(self) -> tuple[int, Saliency]:
-        """See `mask_layer`."""
+        """Remove the quota's weights. Returns the number of experts without tokens, and this rank's scores. All ranks call this
+        together."""
+        if not self.names and not any(count for expert in self.quota.experts for count in expert.values()):
+            return 0, self.saliency
         ranks, layer, owners = self.stream.ranks, self.layer, self.stream.writer_of(self.layer.layout)
         blocks = self._blocks()
         reconstruction = Reconstruction(self.stream, layer, self.names, blocks) if self.config.reconstruct else None

@@ -17,7 +17,7 @@ from stun.planning.plan import Plan
 from stun.planning.written_form import plain_modules
 from stun.pruning.layers import prune_layers
 from stun.pruning.padding import padding
-from stun.pruning.shards import Form, hub_names, keep_only, write_shard
+from stun.pruning.shards import hub_names, keep_only, write_shard
 from stun.report.model_card import CARD, SOURCE_CARD, keep_source_card
 from stun.run.folder import Run
 from stun.run.ledger import Ledger
@@ -47,7 +47,9 @@ class Written:
 def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     """Run the second stream and write the checkpoint. All ranks call this together."""
     cfg, arch = job.cfg, job.arch
-    recorder, write = Recorder(run.folder, "prune", ranks, len(arch.layers)), partial(write_shard, run.model, _form(job, plan))
+    source, is_changed = arch.source if job.keeps_form else None, bool(plan.zeros) or job.refits or job.solves(plan)
+    recorder = Recorder(run.folder, "prune", ranks, len(arch.layers))
+    write = partial(write_shard, run.model, source, is_changed)
     outer: dict[str, torch.Tensor] = {}
     finished = ranks.on_first(recorder.ledger.finished)
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
@@ -60,10 +62,6 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     written = Written(outside, prune_layers(job, plan, states, ranks, recorder, write))
     ranks.on_first(lambda: _write_around(job, written, run))
     return written
-
-
-def _form(job: Job, plan: Plan) -> Form:
-    return Form(job.arch.source if job.keeps_form else None, bool(plan.zeros) or job.refits or job.solves(plan))
 
 
 def _write_outside(job: Job, run: Run, write: Callable, finished: list[list[dict]], outer: dict[str, torch.Tensor]) -> dict:

@@ -1,22 +1,43 @@
-"""Upload of a finished run's checkpoint, and the check that comes before any work."""
+"""Upload of a finished run's checkpoint to the hub, and the check that comes before any work."""
 
 import sys
 from pathlib import Path
 
-from stun.checkpoint.upload import check_upload, upload
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from stun.checkpoint.hub import first_line, is_name, masked, name_of, on_hub
 from stun.config import PushConfig, StunError
 from stun.pruning.summary import command_line
 from stun.runtime.ranks import Ranks
 
 
 def check_push(cfg: PushConfig, ranks: Ranks) -> None:
-    """Raise StunError if the run's checkpoint could not be uploaded to `cfg.push_to`. All ranks call this together."""
+    """Raise StunError if the run's checkpoint could not be uploaded to `cfg.push_to`; the hub is not contacted. All ranks call
+    this together."""
     if cfg.push_to:
-        ranks.on_first(lambda: check_upload(cfg.push_to, cfg.model.path))
+        ranks.on_first(lambda: _check(cfg.push_to, cfg.model.path))
+
+
+def _check(name: str, source: str) -> None:
+    model = on_hub(source)
+    if not is_name(name):
+        raise StunError(f"push_to={name}: a repository on the hub is needed, such as your-name/your-model")
+    if name in (name_of(source), model and model.name):
+        raise StunError(f"push_to={name}: is the model to prune; choose another name")
+    if constants.HF_HUB_OFFLINE:
+        raise StunError(f"push_to={name}: HF_HUB_OFFLINE is set")
+    try:
+        token = get_token()
+    except Exception as error:  # a login that cannot be renewed has errors of its own
+        raise StunError(f"push_to={name}: {first_line(error)}") from error
+    if not token:
+        raise StunError(f"push_to={name}: no login: run `hf auth login`, or set HF_TOKEN")
 
 
 def push(cfg: PushConfig, ranks: Ranks) -> None:
-    """Upload the checkpoint of the complete run in `cfg.run_dir` to `cfg.push_to`, if that is given, from the first rank.
+    """Upload the checkpoint of the complete run in `cfg.run_dir` to `cfg.push_to`, if that is given, from the first rank. A
+    repository that does not exist is created as a private one.
 
     All ranks call this together. Raises StunError, with the command that tries again; the run stays complete.
     """
@@ -25,11 +46,20 @@ def push(cfg: PushConfig, ranks: Ranks) -> None:
 
 
 def _push(cfg: PushConfig, ranks: Ranks) -> None:
-    model = Path(cfg.run_dir) / "model"
-    ranks.log(f"push {model} to {cfg.push_to}")
+    api, name, model = HfApi(), cfg.push_to, Path(cfg.run_dir) / "model"
+    ranks.log(f"push {model} to {name}")
     try:
-        address = upload(model, cfg.push_to)
-    except StunError as error:
-        command = command_line(ranks.command or sys.argv)
-        raise StunError(f"{error}; {model} is complete, and the same command pushes it again: {command}") from error
+        address = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=model, commit_message="Upload a checkpoint pruned with STUN")
+    except Exception as error:  # huggingface_hub raises many kinds
+        refusal, command = masked(f"push_to={name}: {_refusal(error)}"), command_line(ranks.command or sys.argv)
+        raise StunError(f"{refusal}; {model} is complete, and the same command pushes it again: {command}") from error
     ranks.log(f"pushed to {address}")
+
+
+def _refusal(error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"this login may not write there; `hf auth login` with a token that may: {first_line(error)}"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"{constants.ENDPOINT} cannot be reached: {first_line(error)}"
+    return first_line(error)

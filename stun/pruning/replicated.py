@@ -6,9 +6,8 @@ tokens are those of the micro-batches of all ranks, added in their order, so tha
 Shapes: T tokens of a micro-batch, X inputs of a matrix (for constants: one a novice, its gate weight), D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -132,12 +131,10 @@ class Shared:
 
             return seen
 
-        hooks = [module.register_forward_hook(watch(name)) for name, module in self.modules.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.modules.items():
+                hooks.enter_context(module.register_forward_hook(watch(name)))
             return stream.run(self.layer, states, *observers).hidden
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def replicated(self, stream: LayerStream, states: States, outputs: list[torch.Tensor], scale: float) -> list[Replicated]:
         """The matrices. Their outputs' factor, a number for every token, is found by a run in which they are louder than in
@@ -160,11 +157,8 @@ class Shared:
         self, stream: LayerStream, states: States, outputs: list[torch.Tensor], name: str
     ) -> tuple[list[torch.Tensor], bool]:
         """Factor of every token in this rank's micro-batches, and whether the output is multiplied by it and added."""
-        hook = self.modules[name].register_forward_hook(lambda module, arguments, output: output * _LOUD)
-        try:
+        with self.modules[name].register_forward_hook(lambda module, arguments, output: output * _LOUD):
             loud = stream.run(self.layer, states).hidden
-        finally:
-            hook.remove()
         factors, is_added = [], True
         for louder, plain, own_TD in zip(loud, outputs, self._outputs[name], strict=True):
             change_TD, own_TD = ((louder.float() - plain.float()) / (_LOUD - 1)).flatten(0, -2), own_TD.float()

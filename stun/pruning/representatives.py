@@ -5,28 +5,19 @@ import math
 import torch
 
 from stun.planning.plan import LayerPlan
-from stun.runtime.ranks import Ranks
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
-
-
-def _choose(layer: Layer, plan: LayerPlan, ranks: Ranks) -> list[int]:
-    """Representatives of all clusters, ascending, the same on every rank; the rank that owns a cluster chooses."""
-    if plan.kept or not plan.clusters:
-        return plan.kept
-    mine = []
-    for cluster in plan.clusters:
-        if cluster[0] in layer.experts:
-            mine.append(nearest_member(cluster, layer.experts))
-    return sorted(expert for chosen in ranks.gather_objects(mine) for expert in chosen)
 
 
 def keep_representatives(
     stream: LayerStream, layer: Layer, plan: LayerPlan, constants_ED: torch.Tensor | None = None
 ) -> list[int]:
     """Remove all experts of a layer but one of every cluster, with their rows of the router unless `constants_ED` are their
-    outputs; returns the experts kept. All ranks call this together."""
-    kept = _choose(layer, plan, stream.ranks)
+    outputs; returns the experts kept, ascending. All ranks call this together."""
+    kept = plan.kept
+    if not kept and plan.clusters:  # the rank that owns a cluster chooses
+        mine = [nearest_member(cluster, layer.experts) for cluster in plan.clusters if cluster[0] in layer.experts]
+        kept = sorted(expert for chosen in stream.ranks.gather_objects(mine) for expert in chosen)
     if plan.mean:
         _reconstruct(layer, plan, kept)
     stream.keep(layer, kept, constants_ED)

@@ -6,10 +6,8 @@ other values.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -20,7 +18,7 @@ from stun.model.layer_layout import LayerLayout
 from stun.planning.job import Job
 from stun.planning.plan import Plan
 from stun.planning.written_form import matrices_of_experts, rounded_dense
-from stun.run.layer_metrics import kind_of
+from stun.run.layer_metrics import nonzero_by_kind
 from stun.sparsify.compensated import compensated, inverted
 from stun.sparsify.joint_refit import damped_factor
 from stun.stream.expert_parallel import Layer
@@ -31,31 +29,36 @@ Stored = dict[str, torch.Tensor]  # what a matrix is stored in, by source name
 _DAMPING = 0.01  # of the mean square of an input, added to every input's (GPTQ's)
 
 
-class Target(Protocol):
-    """What matrices are rounded to."""
+class Target:
+    """What matrices are rounded to. This one holds all values, so that nothing is rounded."""
 
     def dense(self, layout: LayerLayout) -> list[list[str]]:
         """Names of a layer's matrices outside the experts, those that share a scale in one list."""
+        return []
 
     def parts(self, layout: LayerLayout) -> list[str]:
         """Parts of its experts."""
+        return []
 
     def rounded(self, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, Stored]:
         """Nearest values of a source tensor, or of one entry of it, and the tensors that they are to be stored in, empty if
         writing finds them. `largest` is the largest magnitude among all that share its scale."""
+        return weight, {}
 
     def fitted(
         self, place: Place, weight: torch.Tensor, largest: torch.Tensor, upper_DD: torch.Tensor, is_transposed: bool
     ) -> Stored:
         """Tensors that a matrix is to be stored in so that its outputs too are near those of `weight`, given `inverted` of the
         inputs' Gram matrix; empty if nothing is to be rounded. `is_transposed`: inputs are rows."""
+        return {}
 
     def worth(self, place: Place, stored: Stored, weight: torch.Tensor) -> torch.Tensor:
         """Values of such tensors, on the device and in the dtype of `weight`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NewForm:
+class NewForm(Target):
     """A new form of plain weights."""
 
     arch: Architecture
@@ -90,7 +93,7 @@ class NewForm:
 
 
 @dataclass(frozen=True)
-class OwnCodes:
+class OwnCodes(Target):
     """Codes of a quantised source on its own scales. `is_solved`: not only what the joint refit changes has other values."""
 
     source: Checkpoint
@@ -121,33 +124,13 @@ class OwnCodes:
         return self.source.worth(*place, stored, weight.device)
 
 
-@dataclass(frozen=True)
-class AllValues:
-    """What holds all values, so that nothing is rounded."""
-
-    def dense(self, layout: LayerLayout) -> list[list[str]]:
-        return []
-
-    def parts(self, layout: LayerLayout) -> list[str]:
-        return []
-
-    def rounded(self, place, weight, largest):
-        return weight, {}
-
-    def fitted(self, place, weight, largest, upper_DD, is_transposed):
-        return {}
-
-    def worth(self, place, stored, weight):
-        return weight
-
-
 def rounding_of(job: Job, plan: Plan, stream: LayerStream) -> Rounding:
     """Rounding of a run with this plan."""
     if job.grid:
         return Rounding(stream, NewForm(job.arch, job.grid))
     is_solved = job.solves(plan)
     is_changed = job.keeps_form and (job.refits or is_solved)
-    return Rounding(stream, OwnCodes(job.arch.source, is_solved) if is_changed else AllValues())
+    return Rounding(stream, OwnCodes(job.arch.source, is_solved) if is_changed else Target())
 
 
 class Rounding:
@@ -161,23 +144,25 @@ class Rounding:
         self.stream, self.target = stream, target
         self.fits: dict[Place, Stored] = {}
 
-    def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> Counter[str]:
-        """Round matrices in place; returns the weights of this rank that became zero, by kind. All ranks call this together."""
+    def nonzero_before(self, layer: Layer) -> dict[str, int]:
+        """Non-zero weights of a layer on this rank before it is rounded, by kind: what rounding makes zero was not removed. Empty
+        if nothing is rounded."""
+        return {} if self.is_exact else nonzero_by_kind(self.stream, layer)
+
+    def round(self, layer: Layer, is_refitted: tuple[bool, ...] = (False, True)) -> None:
+        """Round matrices in place. All ranks call this together."""
         ranks, layout, closing = self.stream.ranks, layer.layout, layer.layout.shared_outputs
         owners = self.stream.writer_of(layout)
         groups = [group for group in self.target.dense(layout) if (group[0] in closing) in is_refitted]
         largest = {name: _largest([layer.dense[n] for n in group]) for group in groups for name in group}
         parts = [part for part in self.target.parts(layout) if (part == "down_proj") in is_refitted]
         mine = [name for name in largest if owners[name] == ranks.rank]
-        lost = Counter()
-        for name, count in zip(mine, ranks.workers.map(lambda name: self._dense(layer, name, largest[name]), mine), strict=True):
-            lost[kind_of(layout, name)] += count
+        ranks.workers.map(lambda name: self._put(layer, (name, None), layer.dense[name], largest[name]), mine)
         for name in largest:
             ranks.broadcast(layer.dense[name], owners[name])
         experts = [(expert, part) for expert in sorted(layer.experts) for part in parts]
-        lost["experts"] += sum(ranks.workers.map(lambda entry: self._expert(layer, *entry), experts))
+        ranks.workers.map(lambda entry: self._expert(layer, *entry), experts)
         self.fits.clear()
-        return lost
 
     def fit(
         self, layer: Layer, refits: bool, place: tuple[int, str] | str, weight_OD: torch.Tensor, gram_DD: torch.Tensor
@@ -197,36 +182,29 @@ class Rounding:
             for name, piece in zip(names, pieces, strict=True):
                 self.fits[name, None] = self.target.fitted((name, None), piece, largest, upper_DD, False)
 
-    def nonzero(self, layer: Layer) -> Counter[str]:
-        """Non-zero weights of this rank in matrices that are rounded after the joint refit, by kind."""
-        owners, counts = self.stream.writer_of(layer.layout), Counter()
-        for name in (group[0] for group in self.target.dense(layer.layout) if group[0] in layer.layout.shared_outputs):
-            if owners[name] == self.stream.ranks.rank:
-                counts[kind_of(layer.layout, name)] += int(layer.dense[name].count_nonzero())
-        if "down_proj" in self.target.parts(layer.layout):
-            counts["experts"] += sum(int(parts["down_proj"].count_nonzero()) for parts in layer.experts.values())
-        return counts
-
-    def _dense(self, layer: Layer, name: str, largest: torch.Tensor) -> int:
-        weight_OD = layer.dense[name]
-        return _put(layer, (name, None), weight_OD, *self._rounded((name, None), weight_OD, largest))
-
-    def _rounded(self, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, Stored]:
+    def _put(self, layer: Layer, place: Place, weight: torch.Tensor, largest: torch.Tensor) -> None:
+        """Give a matrix its rounded values in place."""
         stored = self.fits.pop(place, None)
-        return (self.target.worth(place, stored, weight), stored) if stored else self.target.rounded(place, weight, largest)
+        if stored:
+            values = self.target.worth(place, stored, weight)
+        else:
+            values, stored = self.target.rounded(place, weight, largest)
+        weight.copy_(values)
+        if stored:
+            layer.stored[place] = stored
 
-    def _expert(self, layer: Layer, expert: int, part: str) -> int:
+    def _expert(self, layer: Layer, expert: int, part: str) -> None:
         weight = layer.experts[expert][part]
         layout, largest = layer.layout, _largest([weight])
         names, is_fused = layout.experts[expert][part], part in layout.fused
         pieces = [weight] if is_fused else weight.split([self.stream.arch.info(name).shape[0] for name in names])
-        places = [(name, expert if is_fused else None) for name in names]
-        return sum(_put(layer, p, piece, *self._rounded(p, piece, largest)) for p, piece in zip(places, pieces, strict=True))
+        for name, piece in zip(names, pieces, strict=True):
+            self._put(layer, (name, expert if is_fused else None), piece, largest)
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is rounded."""
-        return isinstance(self.target, AllValues)
+        return type(self.target) is Target
 
     def closing(self, layout: LayerLayout, expert: int, weight_DI: torch.Tensor, factor_II: torch.Tensor | None) -> torch.Tensor:
         """What the down projection of an expert becomes if it is `weight_DI`, with the factor of its inputs' Gram matrix if it is
@@ -271,12 +249,3 @@ def _by_columns(upper_DD: torch.Tensor, is_transposed: bool) -> Callable[[torch.
 
 def _largest(weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([weight.abs().amax() for weight in weights]).amax()
-
-
-def _put(layer: Layer, place: Place, weight: torch.Tensor, values: torch.Tensor, stored: Stored) -> int:
-    """Give a matrix its rounded values in place; returns how many entries became zero."""
-    lost = int(weight.count_nonzero()) - int(values.count_nonzero())
-    weight.copy_(values)
-    if stored:
-        layer.stored[place] = stored
-    return lost

@@ -1,8 +1,7 @@
 """Search for the share of a target removed as whole experts, on a part of the calibration samples.
 
-Every candidate tries every layer on the hidden states of its own pruned layers before it (stun.pruning.trials). What counts is how
-far the model's predictions for the samples held out are from the dense model's. Clusters keep their member with the best score
-here, whatever the run itself is configured to do.
+Every candidate tries every layer on the hidden states of its own pruned layers before it (stun.pruning.trials). What counts is
+how far the model's predictions for the samples held out are from the dense model's.
 """
 
 import math
@@ -10,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from stun.config import Representative, StunError
+from stun.config import StunError
 from stun.model.architecture import Architecture
 from stun.planning.budget import layer_quotas
 from stun.planning.job import Job
 from stun.planning.make import make_plan
 from stun.planning.plan import Plan
-from stun.pruning.trials import Passing, embedded, trial
+from stun.pruning.trials import Passing, by_score, embedded, trial
 from stun.runtime.determinism import steady
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
@@ -57,13 +56,11 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
 
 
 def _candidates(job: Job) -> dict[float, Plan]:
-    """Plans by fraction, for those that protected experts allow; representatives by score, which needs no weights."""
+    """Plans by fraction, for those that protected experts allow."""
     plans, refused = {}, None
-    experts = replace(job.cfg.experts, representative=Representative.score, kappa=0)
-    by_score = replace(job, cfg=replace(job.cfg, experts=experts))
     for fraction in job.fractions:
         try:
-            plans[fraction] = make_plan(by_score.with_fraction(fraction), job.statistics)
+            plans[fraction] = make_plan(by_score(job).with_fraction(fraction), job.statistics)
         except StunError as error:
             refused = error  # other splits may be possible
     if not plans:

@@ -6,31 +6,60 @@ Each layer is tried alone, on the hidden states of the dense model, and without 
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from stun.config import Dropped, StunError
+from stun.files import write_json
 from stun.planning.allocation import Losses
 from stun.planning.budget import layer_quotas
 from stun.planning.job import Job
 from stun.planning.make import make_plan, trial_drops
-from stun.pruning.trials import Passing, embedded, trial
+from stun.pruning.trials import Passing, by_score, embedded, trial
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
+from stun.schema import SIZE, Leaf, load_record
 from stun.stream.layer_stream import LayerStream, States, even_owners
 from stun.stream.progress import Progress
 
+_REMOVED = Leaf("a whole number", lambda name: name.isdecimal() and len(name) < 10)
 
-def measure_losses(job: Job, ranks: Ranks) -> Losses:
-    """Losses of every layer at the numbers of `trial_drops`: the mean over held-out tokens of |pruned - dense|^2 / |dense|^2, of the
-    hidden states after the layer, which the next layer's norm divides by their size too.
 
-    All ranks call this together, after the job's statistics are taken. Raises StunError as `make_plan` does.
+def losses(job: Job, file: Path, ranks: Ranks) -> Losses:
+    """Losses in the file, or measured and written there, so that a launch that goes on has them. All ranks call this together,
+    after the job's statistics are taken. Raises StunError if the file does not fit the job."""
+    total = sum((job.with_fraction(max(job.fractions)) if job.fractions else job).drops)
+    job = _experts_alone(by_score(job))
+    trials = ranks.on_first(lambda: trial_drops(job, job.statistics, total))
+    known = ranks.on_first(lambda: _read(file, trials) if file.is_file() else None)
+    if known is None:
+        known = _measured(job, trials, ranks)
+        ranks.on_first(lambda: write_json(file, {"losses": known}))
+    return known
+
+
+def _read(file: Path, trials: list[list[int]]) -> Losses:
+    again = "remove the file to measure again"
+    layers = load_record(file, {"losses": [{_REMOVED: SIZE}]}, again)["losses"]
+    known = [{int(removed): loss for removed, loss in layer.items()} for layer in layers]
+    wanted = [set(numbers) - {0} for numbers in zip(*trials, strict=True)]
+    if [set(layer) for layer in known] != wanted:
+        raise StunError(f"{file}: losses: they are those of other trials; {again}")
+    return known
+
+
+def _measured(job: Job, trials: list[list[int]], ranks: Ranks) -> Losses:
+    """Losses of every layer in each of the trials: the mean over held-out tokens of |pruned - dense|^2 / |dense|^2, of
+    the hidden states after the layer, whose size the next layer's norm divides by too.
+
+    Raises StunError as `make_plan` does.
     """
-    arch, trials = job.arch, ranks.on_first(lambda: trial_drops(job, job.statistics))
-    plans = ranks.on_first(lambda: [replace(make_plan(job, job.statistics, drops), zeros=0) for drops in trials])
+    arch = job.arch
+    plans = ranks.on_first(lambda: [make_plan(job, job.statistics, drops) for drops in trials])
     quotas = [layer_quotas(job.sizes, plan) for plan in plans]
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, ranks.world) for layout in arch.layers])
-    progress, losses = Progress("budget", len(arch.layers), ranks), [{} for _ in arch.layers]
+    progress, found = Progress("budget", len(arch.layers), ranks), [{} for _ in arch.layers]
     progress.is_kept = False
     ranks.log(f"budget: {count(len(plans), 'trial')} a layer in one stream; a launch that is interrupted in it repeats it")
     dense = embedded(job, ranks)
@@ -41,14 +70,21 @@ def measure_losses(job: Job, ranks: Ranks) -> Losses:
         stream.build(layer)
         after = dense.through(stream, layer)
         for drops, plan, quota in zip(trials, plans, quotas, strict=True):
-            if drops[index]:
+            if drops[index] and drops[index] not in found[index]:
                 before = Passing(replace(dense.fit, dense=after.fit), dense.held)
                 tried = trial(job, stream, layer, plan, quota[index], before)
-                losses[index][drops[index]] = _loss(tried.held, after.held, ranks)
+                found[index][drops[index]] = _loss(tried.held, after.held, ranks)
         dense = after
         progress.layer(layer, count(len(plans), "trial"))
     progress.close()
-    return losses
+    return found
+
+
+def _experts_alone(job: Job) -> Job:
+    """The job without a single weight to remove. What is lost beside novices is measured as if their tokens were rerouted."""
+    experts = replace(job.cfg.experts, dropped=Dropped.reroute)
+    sparsify = replace(job.cfg.sparsify, pattern="", ratios="uniform")
+    return replace(job, cfg=replace(job.cfg, experts=experts, target=0.0, sparsify=sparsify))
 
 
 def _loss(pruned: States, dense: States, ranks: Ranks) -> float:

@@ -1,7 +1,6 @@
 """Shards: the tensors of a layer that each rank writes, and the files it writes them to."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +16,6 @@ from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream
 
 Places = dict[str, tuple[str, list[int]]]
-
-
-@dataclass(frozen=True)
-class Form:
-    """Form of what is written: that of the quantised `source`, or, if there is none, as it is in memory. `is_changed`: weights
-    are removed or have other values."""
-
-    source: Checkpoint | None
-    is_changed: bool
 
 
 def own_tensors(stream: LayerStream, layer: Layer) -> dict[str, torch.Tensor | Stacked]:
@@ -120,22 +110,19 @@ def _moved(stream: LayerStream, layer: Layer, entries: list, shape: tuple, dtype
     return [entry for entry in moved if entry is not None]
 
 
-def write_shard(folder: Path, form: Form, name: str, tensors: Tensors, places: Places) -> dict:
+def write_shard(folder: Path, source: Checkpoint | None, is_changed: bool, name: str, tensors: Tensors, places: Places) -> dict:
     """Write `tensors`, if any, to `folder`/`name`; returns the entry: `file`, the bytes of its `tensors` by name, and a `sample`
     of its content.
 
-    `places` are the `origins` of experts' tensors. Runs in the background, so the caller must not change the tensors any more.
+    They get the form of the quantised `source`, if there is one; `is_changed`: weights are removed or have other values. `places`
+    are the `origins` of experts' tensors. Runs in the background, so the caller must not change the tensors any more.
     """
     if not tensors:
         return {"file": None, "tensors": {}, "sample": ""}
-    if form.source:
-        tensors = as_stored(form.source, tensors, places, form.is_changed)
+    if source:
+        tensors = as_stored(source, tensors, places, is_changed)
     write_tensors(folder / name, tensors)
-    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}, "sample": _sample(folder / name)}
-
-
-def _sample(file: Path) -> str:
-    return sample(file, file.stat().st_size)
+    return {"file": name, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}, "sample": sample(folder / name)}
 
 
 # Files that only an unfinished run has in its folder `model`.
@@ -164,7 +151,7 @@ def keep_only(folder: Path, entries: list[dict], extras: set[str]) -> None:
             state = "is too short" if file.is_file() else "is missing"
         elif {tensor: info.nbytes for tensor, info in read_header(file).items()} != tensors:
             state = "holds other tensors than its entry in `progress` says"
-        elif _sample(file) != entry["sample"]:
+        elif sample(file) != entry["sample"]:
             state = "has changed since"
         if state:
             raise StunError(f"{file}: {state}, but was written whole; {REPEAT}")

@@ -1,7 +1,7 @@
 """Trials of a layer: pruned copies of it, on a part of the calibration samples, as the run itself would prune it.
 
-One stream over the dense model serves all trials. A trial prunes, refits and runs its copy of a layer on one sample in `SHARE`; as
-many samples that are held out pass through the same copy.
+One stream over the dense model serves all trials. A trial prunes, refits and runs its copy of a layer on one sample in `SHARE`;
+as many that are held out pass through the same copy. Clusters keep their member with the best score.
 """
 
 from dataclasses import dataclass, replace
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils._pytree import tree_map
 
+from stun.config import Representative
 from stun.data.samples import Samples
 from stun.planning.budget import LayerQuota
 from stun.planning.job import SHARE, Job
@@ -32,6 +33,12 @@ class Passing:
     def through(self, stream: LayerStream, layer: Layer) -> "Passing":
         """Hidden states after a built layer."""
         return Passing(stream.run(layer, self.fit), stream.run(layer, self.held))
+
+
+def by_score(job: Job) -> Job:
+    """The job with the member of the best score kept of every cluster, whatever the run itself is configured to do: a choice that
+    needs no weights."""
+    return replace(job, cfg=replace(job.cfg, experts=replace(job.cfg.experts, representative=Representative.score, kappa=0)))
 
 
 def embedded(job: Job, ranks: Ranks) -> Passing:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-_BIAS = "e_score_correction_bias"
+_BIAS = "e_score_correction_bias"  # [E], of a router: chooses experts and does not scale them; at most one a block
 
 
 class Loads:
@@ -18,7 +18,8 @@ class Loads:
         self.last_E: dict[str, torch.Tensor] = {}
         self.total_E = {name: torch.zeros(block.experts.num_experts) for name, block in blocks.items()}
         self.tokens = dict.fromkeys(blocks, 0)
-        self.biases_E = {name: bias for name, block in blocks.items() for bias in _biases(block)}
+        buffers = ((name, key, bias_E) for name, block in blocks.items() for key, bias_E in block.named_buffers())
+        self.biases_E = {name: bias_E for name, key, bias_E in buffers if key.endswith(_BIAS)}
         for name, block in blocks.items():
             block.experts.register_forward_pre_hook(partial(self._count, name))
 
@@ -42,11 +43,6 @@ class Loads:
         """Raise the bias of every expert with fewer tokens than the mean by `step`, lower the others' (arXiv 2408.15664)."""
         for name, bias_E in self.biases_E.items():
             bias_E += step * torch.sign(self.last_E[name].mean() - self.last_E[name])
-
-
-def _biases(block: nn.Module) -> list[torch.Tensor]:
-    """Correction biases [E] of a block's router, which choose experts and do not scale them; at most one."""
-    return [buffer for name, buffer in block.named_buffers() if name.endswith(_BIAS)]
 
 
 def auxiliary_loss(model: PreTrainedModel, out, loads: Loads, per_layer: bool) -> torch.Tensor | float:

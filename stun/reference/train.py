@@ -75,12 +75,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    symbols = {"special_tokens": [PAD, BOS, EOS], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **symbols)
     tokenizer.train_from_iterator(texts, trainer)
     bos = (BOS, tokenizer.token_to_id(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
@@ -125,11 +121,6 @@ def _schedule(step: int, cfg: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 
-def _write_jsonl(path: Path, samples: list[Sample]) -> None:
-    lines = [json.dumps({**asdict(s), "text": s.question + s.answer}) for s in samples]
-    path.write_text("\n".join(lines) + "\n")
-
-
 def _write_texts(cfg: TrainConfig, output: Path, prose: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     """Write the texts for evaluation and calibration; returns the questions that training must not see.
 
@@ -147,7 +138,8 @@ def _write_texts(cfg: TrainConfig, output: Path, prose: Iterator[Sample], tokeni
     strings = (s for s in generate(cfg.seed + 5, exclude) if s.task in STRINGS)
     files |= {"calibration": calibration, "calibration_half": up_to(strings, tokens_of(calibration, tokenizer), tokenizer)}
     for name, samples in files.items():
-        _write_jsonl(output / f"{name}.jsonl", samples)
+        lines = [json.dumps({**asdict(s), "text": s.question + s.answer}) for s in samples]
+        (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return exclude
 
 
@@ -196,13 +188,12 @@ def _distinct(samples: Iterator[Sample], count: int) -> list[Sample]:
     """First `count` samples with distinct questions, the same number of every task."""
     seen: dict[str, Sample] = {}
     missing = dict.fromkeys(TASKS, count // len(TASKS))
-    for sample in samples:
+    while any(missing.values()):
+        sample = next(samples)
         if missing[sample.task] and sample.question not in seen:
             seen[sample.question] = sample
             missing[sample.task] -= 1
-        if not any(missing.values()):
-            return list(seen.values())
-    raise AssertionError("generate() is endless")
+    return list(seen.values())
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

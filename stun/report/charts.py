@@ -7,7 +7,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 
 from stun.report.data import Selection, Usage
-from stun.report.theme import Theme, canvas, legend, words
+from stun.report.theme import Theme, canvas, legend, legend_style, words
 from stun.run.layer_records import KINDS, PHASES
 
 _STYLES = ("-", (0, (6, 2)), "-", (0, (3, 3)), ":")  # of the kinds: equal lines show through one another
@@ -197,16 +197,8 @@ def timeline(theme: Theme, data: dict[str, dict[str, list[float]]]) -> Figure:
         axes.set_ylim(0, 1.15 * most)
         axes.set_title(names[stream], loc="left", fontsize=9.5, color=theme.ink)
     panels[0].set_ylabel("seconds")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside upper left",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.ink,
-        handlelength=1.3,
-        columnspacing=1.2,
-    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, **legend_style(theme))
     return figure
 
 
@@ -217,15 +209,8 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
     axes.plot(fractions, errors, color=theme.kept, marker="o", markersize=5, linewidth=1.8)
     best = int(errors.argmin())
     axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.removed)
-    axes.annotate(
-        f"{fractions[best]:g}",
-        (fractions[best], errors[best]),
-        xytext=(0, 9),
-        textcoords="offset points",
-        ha="center",
-        color=theme.ink,
-        fontsize=9.5,
-    )
+    where, style = (fractions[best], errors[best]), {"ha": "center", "color": theme.ink, "fontsize": 9.5}
+    axes.annotate(f"{fractions[best]:g}", where, xytext=(0, 9), textcoords="offset points", **style)
     axes.set(xlabel="share of the removed parameters in whole experts", ylabel="held-out error", ylim=(0, 1.1 * errors.max()))
     return figure
 

@@ -2,15 +2,16 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from stun.files import write_atomically
-from stun.report import html, quality, verdict
-from stun.report.fronts import Measure, Point, dense_models, fronts, quality_measure
+from stun.report import html, quality_charts, wording
 from stun.report.page import FOLDER, PAGE, bytes_in_words
 from stun.report.png import pictures
+from stun.report.quality import Measure, Point, dense_models, fronts, quality_measure
 from stun.run.ownership import own_folder
 
 _LONGEST = 30  # characters of a name in a picture
@@ -21,32 +22,26 @@ def write_comparison(folder: Path, runs: dict[str, dict | str]) -> Path:
     complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
     target, title, measure = folder / FOLDER, folder.resolve().name, quality_measure(complete)
     own_folder(target, "report")
-    parts = [_best(complete, measure), _table(complete), *_fronts(target, complete, measure)]
+    parts = [_table(complete)]
+    if measure:
+        parts = [_best(complete, measure), *parts, *_fronts(target, complete, measure)]
     incomplete = [[html.breakable(name), html.breakable(run)] for name, run in runs.items() if isinstance(run, str)]
     if incomplete:
-        parts.append(
-            html.section(
-                "Without a page", "Runs that are not complete or cannot be read.", html.table([], incomplete, "words"), True
-            )
-        )
-    commands = [] if measure or not complete else _commands(folder, complete)
-    header = html.header(f"{len(complete)} runs compared", title, verdict.of_runs(measure, complete), commands)
-    body = f'{header}\n<div class="sections">{chr(10).join(filter(None, parts))}</div>'
+        table = html.table([], incomplete, "words")
+        parts.append(html.section("Without a page", "Runs that are not complete or cannot be read.", table, True))
+    commands = []
+    if complete and measure is None:  # for the first run: those of the others differ in the folder
+        name, run = next(iter(complete.items()))
+        commands = wording.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
+    header = html.header(f"{len(complete)} runs compared", title, wording.of_runs(measure, complete), commands)
+    body = f'{header}\n<div class="sections">{chr(10).join(parts)}</div>'
     file = target / PAGE
     write_atomically(file, lambda path: path.write_text(html.page(f"{title}: pruning compared", body)))
     return file
 
 
-def _commands(folder: Path, runs: dict[str, dict]) -> list[str]:
-    """Commands that evaluate the first run; those of the others differ in the folder."""
-    name, run = next(iter(runs.items()))
-    return verdict.commands(run.get("source", "MODEL"), str(folder / name), folder / "dense.json")
-
-
-def _best(runs: dict[str, dict], measure: Measure | None) -> str:
+def _best(runs: dict[str, dict], measure: Measure) -> str:
     """Section with the best run at each size: those on a front, the smallest first."""
-    if measure is None:
-        return ""
     by_cost = fronts(runs, measure)
     points = sorted((p for p in by_cost["bytes"] or by_cost["share"] if p.is_best), key=lambda point: point.cost)
     rows = [[_link(p.name), _size(runs[p.name]), f"{runs[p.name]['sparsity']:.1%}", *_beside(p, measure)] for p in points]
@@ -87,10 +82,8 @@ def _link(name: str) -> str:
     return f'<a href="{quote(f"../{name}/{FOLDER}/{PAGE}")}">{html.breakable(name)}</a>'
 
 
-def _fronts(folder: Path, runs: dict[str, dict], measure: Measure | None) -> list[str]:
+def _fronts(folder: Path, runs: dict[str, dict], measure: Measure) -> list[str]:
     """Sections with the pictures of the fronts."""
-    if measure is None:
-        return []
     largest = max((run.get("disk_bytes") or 0 for run in runs.values()), default=0)
     scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     labels = {
@@ -102,8 +95,8 @@ def _fronts(folder: Path, runs: dict[str, dict], measure: Measure | None) -> lis
         title, label, divisor = labels[cost]
         shown = [replace(p, name=shorter[p.name], cost=p.cost / divisor) for p in points]
         if shown:
-            drawn = pictures(folder, f"front-{cost}", lambda theme, s=shown, x=label: quality.front(theme, s, x, measure), title)
-            parts.append(html.section(title, aid, drawn))
+            figure_of = partial(quality_charts.front, points=shown, xlabel=label, measure=measure)
+            parts.append(html.section(title, aid, pictures(folder, f"front-{cost}", figure_of, title)))
     return parts
 
 

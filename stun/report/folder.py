@@ -1,4 +1,4 @@
-"""Folder of a finished run, read for a report."""
+"""Run folders, read for a report: a finished run with all its files, and the summaries of all runs below a folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from stun.config import ExpertsConfig, StunError, experts_from
 from stun.evaluation.request import EVALUATION
 from stun.files import load_yaml
 from stun.model.runtimes import SERVED, SERVED_RESULTS
-from stun.planning.plan import LayerPlan, read_layers
-from stun.report.runs import RESULT
-from stun.run.folder import Run
+from stun.planning.plan import LayerPlan
+from stun.planning.plan_file import read_layers
+from stun.run.folder import MANIFEST, Run
 from stun.run.layer_records import FILE, LAYERS
+from stun.run.ledger import Ledger
 from stun.schema import COUNT, NUMBER, TEXT, Leaf, load_record, misfit
 from stun.statistics.store import Statistics
 
+RESULT = "result.json"  # output of jobs.evaluate in the folder of the evaluated run
 _FRACTION = Leaf("a number from 0 to 1", lambda value: bool(re.fullmatch(r"[01](\.\d{1,20})?", value)))
 _CURVE = {"error?": {_FRACTION: NUMBER}}
 _CALIBRATION = {"samples?": COUNT, "length?": COUNT, "mixture?": {TEXT: {}}}
@@ -84,3 +86,39 @@ def identity_of(path: Path) -> dict | None:
     file = path / "config.yaml"
     content = load_yaml(file) if file.is_file() else None
     return content if isinstance(content, dict) else None
+
+
+def runs_in(folder: Path) -> dict[str, dict | str]:
+    """Summary of every run below `folder`, by relative path, with its evaluation under `result`; a text for incomplete runs.
+
+    Raises StunError if there are none.
+    """
+    runs = {}
+    for config in sorted(folder.rglob("config.yaml")):
+        if _is_run(config.parent):
+            runs[str(config.parent.relative_to(folder))] = _state(config.parent)
+    if not runs:
+        raise StunError(f"folder={folder}: holds no run folders")
+    return runs
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder with a config.yaml holds a run, and not statistics alone or another program's files."""
+    try:
+        identity = load_yaml(folder / "config.yaml")
+    except StunError:
+        return (folder / MANIFEST).is_file()
+    return isinstance(identity, dict) and "config" in identity
+
+
+def _state(folder: Path) -> dict | str:
+    try:
+        summary, result = Run(folder).read_summary(), folder / RESULT
+        if summary:
+            return summary | ({"result": load_record(result, EVALUATION)} if result.is_file() else {})
+        progress = folder / "progress"
+        done = {name: len(Ledger(progress, name).finished()) for name in ("prune", "observe") if progress.is_dir()}
+    except StunError as error:
+        return f"cannot be read: {error}"
+    stream = next((name for name, count in done.items() if count), None)
+    return f"not complete: {stream} {done[stream]}" if stream else "not complete"

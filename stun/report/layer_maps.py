@@ -120,10 +120,9 @@ def _tree(selection: Selection) -> str:
         (x, foot), (_, top), (u, _), (_, other) = bracket.tolist()
         return f"M{round(_X * (x + 0.5))} {y(foot)}V{y(top)}H{round(_X * (u + 0.5))}V{y(other)}"
 
-    paths = {
-        kind: "".join(path(bracket) for bracket, is_made in brackets if is_made is wanted)
-        for kind, wanted in (("apart", False), ("merged", True))
-    }
+    paths = {"apart": "", "merged": ""}
+    for bracket, is_made in brackets:
+        paths["merged" if is_made else "apart"] += path(bracket)
     if height is not None:
         paths["cut"] = f"M0 {y(height)}H{_X * len(selection.score_E)}"
     return html.drawing("tree", _X * len(selection.score_E), _Y, paths)

@@ -10,7 +10,7 @@ from stun.checkpoint.hub import name_of
 from stun.config import StunError
 from stun.files import load_json, parse_yaml, read_bytes, write_atomically
 from stun.model.runtimes import SERVED, SERVED_RESULTS, in_words, served_in_words
-from stun.report.form import form_in_words
+from stun.report.wording import form_in_words
 from stun.run.layer_records import left_by_refits, sparsity_by_kind
 from stun.runtime.units import count, size
 from stun.schema import load_record
@@ -118,25 +118,18 @@ def _method(summary: dict, config: dict, layers: dict, has_source_card: bool) ->
     kept, whole = sum(summary["kept"]), sum(summary["experts"])
     counts = sorted({after for after, before in zip(summary["kept"], summary["experts"], strict=True) if before})
     a_layer = f"{counts[0]} a layer" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} a layer"
-    choice = (
-        "a given plan"
-        if config.get("plan")
-        else f"{experts.get('method')}, score {experts.get('score')}, budget {experts.get('budget')}"
-    )
+    method, score, budget = (experts.get(name) for name in ("method", "score", "budget"))
+    choice = "a given plan" if config.get("plan") else f"{method}, score {score}, budget {budget}"
+    pattern = weights.get("pattern")
+    share = f"pattern {_text(pattern)}" if pattern else f"{summary['ratio']:.1%} of those in scope removed"
     source = _text(_name(summary))
     constants = "; each of the others gives a constant vector" if experts.get("dropped") == "novice" and kept < whole else ""
     is_padded = experts.get("uneven") == "padded" and len(counts) > 1
+    padding = f" Experts of zeros, which the router never chooses, fill every layer up to {counts[-1]}." if is_padded else ""
     lines = [
         f"Pruned from {source} with STUN: {_what_was_removed(summary)}.\n",
-        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}{_refit(layers)}."
-        + (f" Experts of zeros, which the router never chooses, fill every layer up to {counts[-1]}." if is_padded else ""),
-        f"- Single weights: {_text(weights.get('method'))}"
-        + (
-            f", pattern {_text(weights['pattern'])}"
-            if weights.get("pattern")
-            else f", {summary['ratio']:.1%} of those in scope removed"
-        )
-        + f"; scope: {_text(', '.join(weights.get('scope', [])))}.",
+        f"- Experts: {kept} of {whole} kept ({a_layer}), chosen by {_text(choice)}{constants}{_refit(layers)}.{padding}",
+        f"- Single weights: {_text(weights.get('method'))}, {share}; scope: {_text(', '.join(weights.get('scope', [])))}.",
         f"- Calibration: {_calibration(calibration)}.",
     ]
     if has_source_card:

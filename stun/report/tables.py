@@ -1,24 +1,26 @@
 """Tables that jobs print at the end."""
 
-import re
-import shlex
-
 from rich.table import Table
 from rich.text import Text
 
 from stun.model.runtimes import in_words
-from stun.report.form import form_in_words
-from stun.report.fronts import dense_models
+from stun.report.quality import dense_models
+from stun.report.wording import form_in_words, job_command
 from stun.runtime.console import printed
 from stun.runtime.units import count, duration, size
 
 
+def table_of(*titles: str) -> Table:
+    """Table without lines; columns with a title are aligned to the right."""
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    return table
+
+
 def results_table(results: dict[str, dict]) -> str:
     """Table with a column per model and a row per measure. `results` maps names to evaluations, with the summary in `prune`."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
+    table = table_of("", *results)
 
     def line(title: str, value) -> None:
         table.add_row(title, *(value(result) for result in results.values()))
@@ -47,9 +49,7 @@ def results_table(results: dict[str, dict]) -> str:
 
 def plan_table(plans: dict) -> str:
     """Table with a column per plan and a row per layer: experts kept, and how many of them the first plan keeps too."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("", *plans):
-        table.add_column(title, justify="right" if title else "left")
+    table = table_of("", *plans)
     first = next(iter(plans.values())).plan
 
     def cell(layer, other) -> str:
@@ -80,9 +80,7 @@ def plan_table(plans: dict) -> str:
 def report_table(runs: dict[str, dict | str]) -> str:
     """Table with a row for the dense model and for every run: its summary and, if there is one, its evaluation. Below it a line
     for every run that has a text instead: its progress, or why it cannot be read."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity"):
-        table.add_column(title, justify="right" if title else "left")
+    table = table_of("", "sparsity", "experts kept", "seconds", "peak, GiB", "exact match", "perplexity")
     complete = {name: run for name, run in runs.items() if isinstance(run, dict)}
     for name, run in {**dense_models(complete), **complete}.items():
         kept, result = f"{sum(run['kept'])}/{sum(run['experts'])}", run.get("result", {})
@@ -119,17 +117,6 @@ def summary_table(summary: dict, run_dir: str) -> str:
     for title, value in rows.items():
         table.add_row(title, Text(value))
     return printed(table)
-
-
-def job_command(job: str, **settings: str) -> str:
-    """Command line for a shell. In `settings` two underscores stand for a dot. Values with spaces, commas or `=`, as in the names
-    of a sweep's runs, are quoted, since Hydra parses them only in quotes."""
-    words = []
-    for key, value in settings.items():
-        is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)
-        quoted = value if is_plain else '"{}"'.format(value.replace('"', r"\""))
-        words.append(f"{key.replace('__', '.')}={quoted}")
-    return shlex.join(["stun", job, *words])
 
 
 def _of(result: dict, show) -> str:

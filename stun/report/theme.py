@@ -75,16 +75,11 @@ def words(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def legend(axes: Axes, theme: Theme, columns: int = 3) -> None:
+def legend_style(theme: Theme) -> dict:
+    """Settings of every legend."""
+    return {"frameon": False, "fontsize": 9, "labelcolor": theme.ink, "handlelength": 1.3, "columnspacing": 1.2}
+
+
+def legend(axes: Axes, theme: Theme) -> None:
     """Legend above the panel."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        labelcolor=theme.ink,
-        handlelength=1.3,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-    )
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, borderaxespad=0.2, **legend_style(theme))

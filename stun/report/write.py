@@ -1,18 +1,15 @@
 """Writing of the pages of a run, or of all runs below a folder."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from stun.config import StunError
 from stun.report.comparison import write_comparison
-from stun.report.folder import RunFolder, identity_of
+from stun.report.folder import RunFolder, identity_of, runs_in
 from stun.report.model_card import write_card
 from stun.report.page import FOLDER, PAGE, write_page
-from stun.report.runs import runs_in
 from stun.report.tables import report_table
-
-T = TypeVar("T")
 
 
 def report(folder: Path) -> tuple[list[Path], str]:
@@ -42,26 +39,28 @@ def _of_runs(folder: Path) -> tuple[list[Path], dict[str, dict | str]]:
     runs, pages = runs_in(folder), []
     for name, run in [(name, run) for name, run in runs.items() if isinstance(run, dict)]:
         try:
-            _checked(folder / name, lambda name=name, run=run: report_table({name: run}))  # which the comparison shows too
+            with _readable(folder / name):
+                report_table({name: run})  # which the comparison shows too
             pages.append(_of_run(folder / name, folder / FOLDER / PAGE))
         except StunError as error:  # the others have their pages
             runs[name] = f"no page: {error}"
-    return [*pages, _checked(folder, lambda: write_comparison(folder, runs))], runs
+    with _readable(folder):
+        return [*pages, write_comparison(folder, runs)], runs
 
 
 def _of_run(folder: Path, comparison: Path | None = None) -> Path:
-    def write() -> Path:
+    with _readable(folder):
         run = RunFolder.open(folder)
         if run.has_model:
             write_card(folder, run.summary, run.config, run.layers, run.result)
         return write_page(run, comparison)
 
-    return _checked(folder, write)
 
-
-def _checked(folder: Path, write: Callable[[], T]) -> T:
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Context in which what damaged files and full disks lead to is a StunError."""
     try:
-        return write()
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise StunError(f"folder={folder}: one of its files is not as a run writes it: {error!r}") from error
     except OSError as error:

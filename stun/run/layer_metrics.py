@@ -5,7 +5,6 @@ from collections import Counter
 
 import torch
 
-from stun.checkpoint.writer import Stacked, Tensors
 from stun.model.architecture import Architecture
 from stun.model.layer_layout import LayerLayout
 from stun.run.kurtosis import power_sums
@@ -30,15 +29,20 @@ def parameters_by_kind(arch: Architecture, layout: LayerLayout) -> dict[str, int
     return counts
 
 
-def nonzero_by_kind(layout: LayerLayout, tensors: Tensors, workers: Workers) -> dict[str, int]:
-    """Number of non-zero entries of a layer's tensors that a rank writes, by kind."""
+def nonzero_by_kind(stream: LayerStream, layer: Layer) -> dict[str, int]:
+    """Number of non-zero entries of a layer's tensors on this rank, those outside the experts where they are written, by kind."""
+    ranks, writers = stream.ranks, stream.writer_of(layer.layout)
+    tensors = [(kind_of(layer.layout, name), own) for name, own in layer.dense.items() if writers[name] == ranks.rank]
+    tensors += [("other", own) for own in layer.unused.values()]
+    tensors += [("experts", own) for parts in layer.experts.values() for own in parts.values()]
+    tensors += [("experts", own) for own in layer.novices.values() if ranks.is_first]
     counts: Counter[str] = Counter()
-    for name, count in zip(tensors, workers.map(_nonzero, tensors.values()), strict=True):
-        counts[kind_of(layout, name)] += count
+    for (kind, _), count in zip(tensors, ranks.workers.map(lambda entry: _nonzero(entry[1]), tensors), strict=True):
+        counts[kind] += count
     return dict(counts)
 
 
-def _nonzero(tensor: torch.Tensor | Stacked) -> int:
+def _nonzero(tensor: torch.Tensor) -> int:
     """Non-zero entries of a tensor; of one of whole numbers, which are no weights, all."""
     return int(tensor.count_nonzero()) if tensor.dtype.is_floating_point else math.prod(tensor.shape)
 

@@ -16,7 +16,7 @@ from collections import Counter
 
 from stun.config import Scope
 from stun.run.kurtosis import kurtosis, together
-from stun.schema import COUNT, NULL, NUMBER, POSITIVE, SIZE, Leaf, is_number, misfit, one_of
+from stun.schema import COUNT, INTEGER, NULL, NUMBER, POSITIVE, SIZE, Leaf, is_number, misfit, one_of
 
 FILE = "layers.json"
 KINDS = (*(scope.name for scope in Scope), "other")
@@ -35,7 +35,6 @@ def _is_sums(value: object) -> bool:
 
 
 _EMPTY = Leaf("empty", lambda value: value == {})
-_PLACE = Leaf("a whole number", lambda value: value.removeprefix("-").isdecimal() and len(value) < 20)
 _SUMS = {"count": COUNT, "sums": Leaf("four lists of numbers, or an empty list", _is_sums)}
 _REFIT = {"steps": COUNT, "error": Leaf("two numbers, 0 or more", is_pair)}
 # Kinds of the fields in a rank's ledger entry.
@@ -44,7 +43,7 @@ FIELDS = {
     "peak_bytes": COUNT,
     "nonzero": {one_of(*KINDS): COUNT},
     "powers": {one_of(*STAGES): {one_of(*KINDS): _SUMS}},
-    "saliency": {one_of("all", "removed"): {_PLACE: COUNT}},
+    "saliency": {one_of("all", "removed"): {INTEGER: COUNT}},
     "refit": (_EMPTY, _REFIT),
 }
 POWERS_SEEN = (_EMPTY, {"dense": {"experts": _SUMS}})  # those in the first stream's entry
@@ -54,7 +53,7 @@ _PRUNED = {
     **_TIMED,
     "kinds": {one_of(*KINDS): {"parameters": POSITIVE, "nonzero": COUNT}},
     "kurtosis": {"scope": _KURTOSIS, **{f"{kind}?": _KURTOSIS for kind in KINDS}},
-    "saliency?": {name: {_PLACE: COUNT} for name in ("all", "removed")},
+    "saliency?": {name: {INTEGER: COUNT} for name in ("all", "removed")},
     "refit?": _REFIT,
 }
 LAYERS = {"observe?": [{**_TIMED, "powers?": _SUMS}], "prune?": [_PRUNED], "mtp?": [_PRUNED]}  # kind of layers.json

@@ -8,9 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from stun.config import StunError
-from stun.files import is_count, is_file_name, write_json
+from stun.files import is_file_name, write_json
 from stun.run.layer_records import FIELDS, POWERS_SEEN, is_pair
-from stun.schema import COUNT, NULL, TEXT, Leaf, load_record
+from stun.schema import ASCENDING, COUNT, NULL, TEXT, Leaf, load_record
 
 _NAME = re.compile(r"(\w+)-(\d{5})-(\d+)-of-(\d+)\.json")
 REPEAT = "remove the folder `progress` of the run to repeat the stream from its first layer"
@@ -59,11 +59,9 @@ class Ledger:
 _FILE = Leaf("the plain name of a safetensors file", is_file_name)
 _SHARD = {"file": (NULL, _FILE), "tensors": {TEXT: COUNT}, "sample": TEXT}
 _SNAPSHOT = {"snapshot": (NULL, {"file": _FILE, "sha256": TEXT, "micro_batches": [COUNT]})}
-_ASCENDING = lambda value: type(value) is list and all(map(is_count, value)) and value == sorted(set(value))  # noqa: E731
-_KEPT = Leaf("whole numbers, ascending", _ASCENDING)
 _ENTRIES = {
     "observe": {"seconds": FIELDS["seconds"], "peak_bytes": COUNT, "powers": POWERS_SEEN, **_SNAPSHOT},
-    "prune": {"kept": _KEPT, "unseen": COUNT, **_SHARD, **FIELDS, **_SNAPSHOT},
+    "prune": {"kept": ASCENDING, "unseen": COUNT, **_SHARD, **FIELDS, **_SNAPSHOT},
     "outside": _SHARD,
     "score": {"error": [Leaf("two numbers, 0 or more", is_pair)], **_SNAPSHOT},
     "dense": _SNAPSHOT,

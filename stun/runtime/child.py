@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stun.config import one_line
+
 SECONDS, GIB = 60, 4  # of computing one answer; of memory beside what this process has
 _WAIT = 10  # times as many seconds pass at most: a machine may be busy
 
@@ -77,4 +79,4 @@ def _outcome(function: Callable[[object], object], request: object) -> tuple[obj
     try:
         return function(request), ""
     except BaseException as error:  # a panic in Rust is no Exception
-        return None, " ".join(str(error).split())[:300] or type(error).__name__
+        return None, one_line(error)

@@ -47,18 +47,14 @@ def own_device(wanted: Device, local: int, local_world: int, has_one: bool) -> t
     visible = torch.cuda.device_count()
     is_bound = has_one and visible == 1
     if max(local_world, local + 1) > visible and not is_bound:
-        raise _too_many(local_world, visible)
+        place = f"{count(local_world, 'rank')} on a node with {count(visible, 'visible GPU')}"
+        raise StunError(f"{place}: each rank needs its own; start fewer ranks, or device=cpu")
     number = 0 if is_bound else local
     try:
         torch.cuda.set_device(number)
     except (RuntimeError, AssertionError) as error:
         raise _unusable(wanted, str(error).partition("\n")[0].rstrip(".")) from error
     return torch.device("cuda", number)
-
-
-def _too_many(ranks: int, visible: int) -> StunError:
-    place = f"{count(ranks, 'rank')} on a node with {count(visible, 'visible GPU')}"
-    return StunError(f"{place}: each rank needs its own; start fewer ranks, or device=cpu")
 
 
 def _unusable(wanted: Device, why: str) -> StunError:

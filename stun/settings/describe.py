@@ -5,7 +5,6 @@ import inspect
 import shutil
 import textwrap
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from functools import cache
 from itertools import pairwise
 from typing import get_type_hints
@@ -13,6 +12,7 @@ from typing import get_type_hints
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+from stun.config import StunError
 from stun.settings.compose import CONF, SCHEMAS, allowed, choices, nested, own_hydra
 
 GROUPS = ("experiment", "experts", "sparsify", "calibration", "model", "task", "tracking", "launcher", "case")
@@ -71,7 +71,7 @@ def _plain(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return value.name if isinstance(value, Enum) else str(value)
+    return str(value)
 
 
 def help_text(job: str, about: str) -> str:
@@ -93,14 +93,41 @@ def groups(job: str) -> list[str]:
     return [group for group in GROUPS if f"- {group}:" in text]
 
 
-PAGES = {
-    "prune": "Prune",
-    "evaluate": "Evaluate",
-    "serve-check": "Serve-check",
-    "preflight": "Preflight",
-    "plan": "Plan",
-    "report": "Report",
-}
+# A script of the shell, which needs no Python to run.
+_SCRIPT = """{zsh}_stun() {{
+    local word=${{COMP_WORDS[COMP_CWORD]}}
+    COMP_WORDBREAKS=${{COMP_WORDBREAKS//=}}
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W '{jobs}' -- "$word"))
+        return
+    fi
+    case ${{COMP_WORDS[1]}} in
+{cases}
+    esac
+}}
+complete -o nospace -o default -F _stun stun"""
+_CASE = """        {job}) COMPREPLY=($(compgen -W '{words}' -- "$word"));;"""
+
+
+def completion(jobs: list[str], shells: list[str]) -> str:
+    """Completion script for bash or zsh, of jobs, settings and their values. Raises StunError for another shell."""
+    if shells not in (["bash"], ["zsh"]):
+        raise StunError(f"stun completion {' '.join(shells)}: give bash or zsh")
+    cases = [_CASE.format(job=job, words=" ".join(_words("compare" if job == "demo" else job))) for job in jobs]
+    zsh = "autoload -U +X bashcompinit && bashcompinit\n" if shells == ["zsh"] else ""
+    return _SCRIPT.format(zsh=zsh, jobs=" ".join(jobs), cases="\n".join(cases))
+
+
+def _words(job: str) -> list[str]:
+    """Settings as `key=`, with one word a value where the values are few; groups of `conf/` with their choices."""
+    words = [f"{group}={choice}" for group in groups(job) for choice in choices(group)] if job in SCHEMAS else []
+    for setting in settings(job):
+        values = setting.allowed.removeprefix("one of ").split(", ") if setting.allowed.startswith("one of ") else [""]
+        words += [f"{setting.key}={value}" for value in values]
+    return words
+
+
+PAGES = ("prune", "evaluate", "serve-check", "preflight", "plan", "report")
 INTRODUCTION = """# Configuration
 
 Settings of the jobs; `python -m stun.settings.describe > docs/configuration.md` makes this page from their dataclasses. On the
@@ -112,28 +139,19 @@ of `prune` too.
 def page() -> str:
     """Text of docs/configuration.md."""
     common, parts = {row.key for row in settings("prune")}, [INTRODUCTION]
-    for job, title in PAGES.items():
+    for job in PAGES:
         rows = [row for row in settings(job) if job in ("prune", "evaluate") or row.key not in common]
         sets = [f"- `{group}`: {', '.join(choices(group))}" for group in groups(job)]
-        parts += [
-            f"## {title}",
-            "",
-            _table(rows),
-            "",
-            *(["Sets of settings, as `experiment=best`:", "", *sets, ""] if sets else []),
-        ]
+        parts += [f"## {job.capitalize()}", "", _table(rows), ""]
+        parts += ["Sets of settings, as `experiment=best`:", "", *sets, ""] if sets else []
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _table(rows: list[Setting]) -> str:
     lines = ["| setting | meaning | values | default |", "|---|---|---|---|"]
     for row in rows:
-        cells = (
-            f"`{row.key}`",
-            row.meaning,
-            row.allowed,
-            {"none": "", "required": "**required**"}.get(row.default, f"`{row.default}`"),
-        )
+        default = {"none": "", "required": "**required**"}.get(row.default, f"`{row.default}`")
+        cells = (f"`{row.key}`", row.meaning, row.allowed, default)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ micro-batches in that order, and the owner of a dense matrix receives their part
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -87,14 +87,11 @@ class Sums(Observer):
     @contextmanager
     def _watching(self, states: States) -> Iterator[None]:
         self._states = states
-        paths = {name: self.layer.layout.dense[name].rpartition(".")[0] for name in self.names}
-        modules = {name: self.layer.module.get_submodule(path) for name, path in paths.items()}
-        hooks = [module.register_forward_pre_hook(partial(self._runs, name)) for name, module in modules.items()]
-        try:
+        with ExitStack() as hooks:
+            for name in self.names:
+                module = self.layer.module.get_submodule(self.layer.layout.dense[name].rpartition(".")[0])
+                hooks.enter_context(module.register_forward_pre_hook(partial(self._runs, name)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _runs(self, name: str, module: nn.Module, arguments: tuple) -> None:
         """Hook of the linear module whose weight is `name`."""

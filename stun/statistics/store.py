@@ -8,12 +8,14 @@ from stun.checkpoint.headers import read_header
 from stun.checkpoint.reader import Checkpoint
 from stun.checkpoint.writer import write_tensors
 from stun.config import StunError
-from stun.files import digest, is_count, load_json, write_json
+from stun.files import digest, write_json
 from stun.run.folder import ABOUT
 from stun.run.identity import differences
 from stun.run.ownership import own_part
+from stun.schema import COUNT, TEXT, load_record
 
 _RETAKE = "collect the statistics again in another run_dir"
+_IDENTITY = {"sources": {TEXT: COUNT}, "model": TEXT, "calibration_tokens": TEXT, "micro_batch": COUNT, "files": {TEXT: TEXT}}
 
 
 class Statistics:
@@ -38,13 +40,9 @@ class Statistics:
     @property
     def about(self) -> dict:
         """Identity of the statistics (`observed`) and the digests of their files. Raises StunError for an invalid entry."""
-        about = load_json(self._about)
-        kinds = {"sources": dict, "model": str, "calibration_tokens": str, "micro_batch": int, "files": dict}
-        for name, kind in kinds.items():
-            if type(about.get(name)) is not kind:
-                raise StunError(f"{self._about}: {name}: must be {kind.__name__}, is {str(about.get(name))[:80]}; {_RETAKE}")
-        if not about["sources"] or not all(map(is_count, about["sources"].values())):
-            raise StunError(f"{self._about}: sources must map names to samples; {_RETAKE}")
+        about = load_record(self._about, _IDENTITY, _RETAKE)
+        if not about["sources"]:
+            raise StunError(f"{self._about}: sources: must name one or more; {_RETAKE}")
         return about
 
     @property

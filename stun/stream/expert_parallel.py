@@ -7,8 +7,6 @@ Shapes: T tokens of a micro-batch, K top-k, D hidden, I expert width, E experts,
 rows with padding after the first n, R ranks, e this rank's experts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,10 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_map_only
 
-from stun.model.architecture import Architecture, Probe, expert_infos
+from stun.model.architecture import Architecture, expert_infos, joined
 from stun.model.as_configured import as_configured
 from stun.model.carried import HIDDEN, Carried, Key, entries, evaluated, filled, is_expression
+from stun.model.forward import Probe
 from stun.model.layer_layout import LayerLayout
 from stun.model.precision import compute_dtype
 from stun.model.tensor_names import experts_of
@@ -40,14 +41,15 @@ def even_owners(layout: LayerLayout, world: int) -> list[int | None]:
     return [places.get(number) for number in range(layout.num_experts)]
 
 
+@dataclass
 class _Part:
     """This rank's part of a layer, as far as it is read: tensors outside the experts, experts, and the seconds that it took.
     `missing` are the names and numbers of what is still to be read."""
 
-    def __init__(self, missing: list[str | int]):
-        self.missing, self.seconds = missing, 0.0
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.experts: dict[int, dict[str, torch.Tensor]] = {}
+    missing: list[str | int]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    experts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class LayerStream:
@@ -169,7 +171,7 @@ class LayerStream:
     def build(self, layer: Layer) -> None:
         """Build `layer.module` from the layer's current tensors."""
         layer.module = self.arch.build_layer(layer.layout.index, len(layer.routed))
-        self.arch.install_dense(layer.module, layer.layout, layer.dense, self.dtype)
+        self.arch.install(layer.module, joined(layer.layout.dense, layer.dense), self.dtype)
         _, experts = experts_of(layer.module) or ("", None)
         if experts is not None:
             experts.exchange = Exchange(layer, self.ranks, self.dtype)
@@ -267,11 +269,8 @@ class States:
 def from_first(arch: Architecture, ranks: Ranks, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Source tensor on every rank: the first gets it from `read` and broadcasts it."""
     info = arch.info(name)
-    if ranks.is_first:
-        tensor = read(name).to(ranks.device)
-    else:
-        tensor = torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
-    return ranks.broadcast(tensor, 0)
+    own = read(name).to(ranks.device) if ranks.is_first else torch.empty(info.shape, dtype=info.dtype, device=ranks.device)
+    return ranks.broadcast(own, 0)
 
 
 def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: Callable[[str], torch.Tensor]) -> States:
@@ -280,7 +279,10 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     dtype = compute_dtype(arch, ranks.device)
     weight_VD = from_first(arch, ranks, arch.embedding, read).to(dtype)
     hidden, arguments, by_shape = [], [], {}
-    with _entrance(arch, ranks, read, dtype), as_configured(arch.source.folder, "the embedding"):
+    # The way to the first layer may need more of the decoder's weights than the embedding.
+    others = {target: names for target, names in arch.outer_groups.items() if arch.embedding not in names}
+    needed = [names for target, names in others.items() if arch.probe.reads_outside and target.startswith(arch.path)]
+    with installed(arch, ranks, read, needed), as_configured(arch.source.folder, "the embedding"):
         for batch in batches[ranks.rank :: ranks.world]:
             with steady(ranks.device, dtype, ranks.workers):
                 states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
@@ -292,11 +294,13 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
 
 
 @contextmanager
-def _entrance(arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Context with those weights of the decoder installed, beside the embedding, that the way to the first layer needs."""
-    names = [name for name in arch.entrance if name != arch.embedding]
+def installed(
+    arch: Architecture, ranks: Ranks, read: Callable[[str], torch.Tensor], groups: Iterable[list[str]]
+) -> Iterator[None]:
+    """Context with weights outside the layers installed, by groups of those that become one tensor of the model."""
+    dtype = compute_dtype(arch, ranks.device)
     with arch.outside_restored():
-        if names:
+        for names in groups:
             arch.install_outer({name: from_first(arch, ranks, name, read) for name in names}, dtype)
         yield
 

@@ -47,9 +47,8 @@ def check_unknown(arch: Architecture, ranks: Ranks) -> None:
 def self_check(arch: Architecture) -> None:
     """The check. Raises StunError, with what differs."""
     refused = f"{arch.source.folder}: model_type {arch.model_type!r} has no tests here and fails the self-check"
-    state = torch.get_rng_state()
     try:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), torch.no_grad():
             model = _small_model(arch)
             model.save_pretrained(folder)
             _compare(model, Architecture(Checkpoint.open(Path(folder))))
@@ -57,8 +56,6 @@ def self_check(arch: Architecture) -> None:
         raise StunError(f"{refused}: {error}") from error
     except Exception as error:  # whatever the family's code raises
         raise StunError(f"{refused}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    finally:
-        torch.set_rng_state(state)
 
 
 def _small_model(arch: Architecture) -> PreTrainedModel:
@@ -106,12 +103,8 @@ def _shrink(config: PreTrainedConfig, factor: int, layers: int) -> None:
             setattr(config, name, min(value, layers))
         elif layers and isinstance(value, list) and len(value) == depth > layers:
             setattr(config, name, value[:layers])
-        elif _is_width(name, value) and value % factor == 0 and value // factor >= 4:
-            setattr(config, name, value // factor)
-
-
-def _is_width(name: str, value: object) -> bool:
-    return type(value) is int and bool(_WIDTH.search(name)) and not _NO_WIDTH.search(name)
+        elif type(value) is int and _WIDTH.search(name) and not _NO_WIDTH.search(name):
+            setattr(config, name, value // factor if value % factor == 0 and value // factor >= 4 else value)
 
 
 def _randomise(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ Legend: B samples of a micro-batch, T length.
 import argparse
 
 import torch
-from phases import Phases
+from figures import Phases
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

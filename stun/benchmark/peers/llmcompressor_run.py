@@ -16,14 +16,13 @@ import os
 from pathlib import Path
 
 import torch
+from figures import Phases, removed
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import WandaPruningModifier
 from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
-from phases import Phases
 from safetensors.torch import load_file
-from sparsity import removed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

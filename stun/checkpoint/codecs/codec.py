@@ -4,8 +4,6 @@ Shapes, as stored: L lines of a weight, W entries of a line, G scales of a line.
 transposed has L = D.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,16 +53,18 @@ class Codec:
         raise NotImplementedError
 
     def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Nearest multiples of a scale that have a code, of multiples in float32 of entries with these codes of zero."""
-        raise NotImplementedError
+        """Nearest multiples of a scale that have a code, of multiples in float32 of entries with these codes of zero. Here codes
+        are whole numbers from 0 on."""
+        return steps.round().clamp_(-zero, (1 << self.bits) - 1 - zero)
 
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         """Write the codes of multiples that have one, in place, where `changed_LW` is true."""
         raise NotImplementedError
 
     def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
-        """Largest magnitudes of the values that share a scale, in the shape of the scales."""
-        raise NotImplementedError
+        """Largest magnitudes of the values that share a scale, in the shape of the scales. Here these are neighbours in a
+        line."""
+        return values_LW.view(*parts["scale"].shape, -1).abs().amax(-1)
 
     def rescale(self, parts: Parts, values_LW: torch.Tensor) -> None:
         """Change the scales, in place, as the largest magnitude of those that share one does from the weight to `values_LW`.
@@ -106,11 +106,6 @@ def in_float32(codes: torch.Tensor) -> torch.Tensor:
     """Numbers in float32. E4M3 [L, W] is looked up in pairs on CPUs, where torch converts one number after the other."""
     is_slow = codes.dtype is torch.float8_e4m3fn and codes.device.type == "cpu"
     return worth(codes, _E4M3) if is_slow and codes.dim() == 2 and codes.shape[1] % 2 == 0 else codes.float()
-
-
-def of_groups(values_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:
-    """Largest magnitudes [L, G] of the groups of neighbours in a line that share a scale."""
-    return values_LW.view(*scale_LG.shape, -1).abs().amax(-1)
 
 
 def multiplied(steps_LW: torch.Tensor, scale_LG: torch.Tensor) -> torch.Tensor:

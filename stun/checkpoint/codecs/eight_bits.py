@@ -3,8 +3,6 @@
 DeepSeek-V3 and others: `X` and `X_scale_inv`. compressed-tensors and ModelOpt: `X` and `X_scale`, where X ends in `weight`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

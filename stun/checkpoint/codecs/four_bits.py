@@ -5,8 +5,6 @@ gpt-oss: `X_blocks` [E, O, D / 32, 16] and `X_scales` [E, O, D / 32] of the weig
 `weight_scale`, and `weight_scale_2`, by which they are multiplied.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +19,6 @@ from stun.checkpoint.codecs.codec import (
     from_nibbles,
     multiplied,
     nibbles,
-    of_groups,
     passengers,
     weight,
     worth,
@@ -49,9 +46,6 @@ class FourBits(Codec):
     @property
     def exponent(self) -> int:
         return 2
-
-    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
-        return of_groups(values_LW, parts["scale"])
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         return multiplied(worth(parts["codes"], E2M1), self._scales(parts))

@@ -3,11 +3,9 @@
 All arithmetic is in the weights' dtype, as there. Shapes: O outputs, D inputs, G groups of inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -79,22 +77,13 @@ def _scales(amax: torch.Tensor, most: float) -> torch.Tensor:
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
-def _fp8(weight_OD: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and a scale a block."""
-    blocks = weight_OD.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+def _fp8(weight_OD: torch.Tensor, largest: torch.Tensor, block: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+    """Codes, and a scale a block in float32, or a row in the weights' dtype."""
+    rows, columns = block or (1, weight_OD.shape[1])
+    blocks = weight_OD.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     scale = _scales(blocks.abs().amax((1, 3)), LARGEST)
     codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.view(weight_OD.shape), scale
-
-
-def _fp8_block(weight_OD: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scale = _fp8(weight_OD, (128, 128))
-    return {"codes": codes, "scale": scale.float()}
-
-
-def _fp8_channel(weight_OD: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scale = _fp8(weight_OD, (1, weight_OD.shape[1]))
-    return {"codes": codes, "scale": scale}
+    return {"codes": codes.view(weight_OD.shape), "scale": scale.float() if block else scale}
 
 
 def _int4(weight_OD: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -154,14 +143,14 @@ GRIDS = {
         (128, 128),
         {"codes": "weight", "scale": f"weight{INVERSE}"},
         _blocks,
-        _fp8_block,
+        partial(_fp8, block=(128, 128)),
     ),
     "fp8_channel": Grid(
         EightBits("fp8", 8),
         (1, 0),
         {"codes": "weight", "scale": f"weight{SCALE}"},
         _compressed("float-quantized", _OF_TOKENS, num_bits=8, strategy="channel"),
-        _fp8_channel,
+        _fp8,
     ),
     "int4": Grid(
         Packed("int4", 4),

@@ -4,24 +4,11 @@
 `weight_zero_point`, packed along the outputs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 
-from stun.checkpoint.codecs.codec import (
-    Codec,
-    Parts,
-    Tensors,
-    from_nibbles,
-    multiplied,
-    nibbles,
-    of_groups,
-    passengers,
-    weight,
-    worth,
-)
+from stun.checkpoint.codecs.codec import Codec, Parts, Tensors, from_nibbles, multiplied, nibbles, passengers, weight, worth
 from stun.checkpoint.headers import Part, TensorInfo
 from stun.config import StunError
 
@@ -31,9 +18,6 @@ PACKED = "weight_packed"
 @dataclass(frozen=True)
 class Packed(Codec):
     """Codes in words, scales [L, G], and zero points in words, those of a group of neighbours, where a form has its own."""
-
-    def largest(self, parts: Parts, values_LW: torch.Tensor) -> torch.Tensor:
-        return of_groups(values_LW, parts["scale"])
 
     def dequantise(self, parts: Parts) -> torch.Tensor:
         codes, middle = parts["codes"], 0 if "zero" in parts else 1 << self.bits - 1
@@ -54,9 +38,6 @@ class Packed(Codec):
         codes_LW, scale_LG = self._fields(parts["codes"]), parts["scale"].float()
         zero_LW = self._zero(parts, codes_LW).float()
         return scale_LG.repeat_interleave(codes_LW.shape[1] // scale_LG.shape[1], 1), zero_LW
-
-    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return steps.round().clamp_(-zero, (1 << self.bits) - 1 - zero)
 
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._fields(parts["codes"])))

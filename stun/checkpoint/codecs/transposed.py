@@ -5,8 +5,6 @@ are stored one too small, but for checkpoint_format gptq_v2. AWQ: `qweight` I32 
 a word in an order of its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +46,6 @@ class Transposed(Codec):
     def grid(self, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
         group_L = self._groups(parts, len(self._codes(parts["codes"])))
         return parts["scale"].float()[group_L], self._zeros(parts).float()[group_L]
-
-    def rounded(self, steps: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return steps.round().clamp_(-zero, 15 - zero)
 
     def write(self, parts: Parts, steps_LW: torch.Tensor, zero: torch.Tensor, changed_LW: torch.Tensor) -> None:
         self._store(parts, torch.where(changed_LW, (steps_LW + zero).to(torch.uint8), self._codes(parts["codes"])))

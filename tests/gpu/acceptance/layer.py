@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpu.acceptance.rows import Row
-from stun.benchmark import limits
 from stun.benchmark.config import BenchmarkConfig
 from stun.benchmark.layer import benchmark_layer
 from stun.checkpoint.reader import Checkpoint
@@ -14,6 +13,7 @@ from stun.config import Device
 from stun.model.architecture import Architecture
 from stun.planning.budget import measure_layers
 from stun.planning.job import Job, plan_of_counts
+from stun.preflight import hardware
 from stun.preflight.hardware import GIB, gpu_base, resident, this_launch
 from stun.preflight.job import SURE
 from stun.preflight.memory import Footprint
@@ -27,7 +27,7 @@ _SMALL += ["calibration.samples=4", "calibration.length=16", "calibration.micro_
 def check(folder: Path, pretend: bool) -> Iterator[Row]:
     ranks = Ranks(Device.cuda)
     if pretend:
-        limits._LARGE["cuda"] = (64, 64)  # a product of the size for GPUs would take a processor minutes
+        hardware._LARGE["cuda"] = (64, 64)  # a product of the size for GPUs would take a processor minutes
     cfg = composed("benchmark", ["case=layer", f"run_dir={folder}", *(_SMALL if pretend else ["gpu_shape.experts=32"])])
     result = benchmark_layer(cfg, folder, ranks)
     for phase, found in result["phases"].items():

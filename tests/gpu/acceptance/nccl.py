@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from gpu.acceptance.memory import outside_tensors
 from gpu.acceptance.rows import Row
-from stun.preflight.hardware import GIB
-from stun.preflight.speeds import best
+from stun.preflight.hardware import GIB, best
 
 _MIB = 2**20
 

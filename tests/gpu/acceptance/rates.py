@@ -10,8 +10,7 @@ import torch
 from gpu.acceptance.rows import Row
 from stun.benchmark.io import benchmark_io
 from stun.config import Device
-from stun.preflight.hardware import GIB
-from stun.preflight.speeds import best
+from stun.preflight.hardware import GIB, best
 from stun.run.kurtosis import power_sums
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count

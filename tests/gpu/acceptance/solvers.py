@@ -12,9 +12,8 @@ from gpu.acceptance.memory import outside_tensors
 from gpu.acceptance.rows import Row
 from stun.config import SparsifyConfig
 from stun.config import SparsifyMethod as Method
-from stun.preflight.hardware import data_sheet, gpu_base
-from stun.preflight.solvers import IN_TF32, matrix_flop
-from stun.preflight.speeds import wait_for
+from stun.preflight.hardware import data_sheet, gpu_base, wait_for
+from stun.preflight.time import IN_TF32, matrix_flop
 from stun.sparsify.matrix import sparsify
 from stun.sparsify.scores import output_error
 

@@ -22,8 +22,7 @@ from stun.benchmark.against_peers import AS_IT_COMES, Bench
 from stun.benchmark.cases import benchmark
 from stun.benchmark.checkpoints import arctic, bytes_of, qwen3_moe, write_checkpoint
 from stun.benchmark.config import BenchmarkCase, CheckpointShape
-from stun.benchmark.peer_runs import run_peer
-from stun.benchmark.runs import digests, run_alone
+from stun.benchmark.processes import digests, run_alone, run_peer
 from stun.benchmark.table import benchmark_table
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
@@ -54,8 +53,7 @@ def warm(monkeypatch):
         done = run_warm(*(launched(command) if "-m" in command else (command[1:], 0)), check=False)
         return done, time.perf_counter() - start
 
-    for module in ("runs", "peer_runs"):
-        monkeypatch.setattr(f"stun.benchmark.{module}.run_alone", warmly)
+    monkeypatch.setattr("stun.benchmark.processes.run_alone", warmly)
 
 
 def measured(case: str, run_dir, ranks, *overrides: str, **changes) -> dict:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from helpers.paths import ROOT
-from stun.benchmark.across import ORDER, across, read_scores
+from stun.benchmark.study import ORDER, across, read_scores
 from stun.report.quality import exact_match
 
 FOLDER, PAGE = ROOT / "docs" / "quality", ROOT / "docs" / "quality.md"

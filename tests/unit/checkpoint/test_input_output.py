@@ -62,7 +62,7 @@ def test_no_tensors_and_torn_ones(tmp_path):
         write_tensors(tmp_path / "ours", ours)
         save_file(theirs, tmp_path / "theirs", metadata={"format": "pt"})
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert Stacked(entries).nbytes == torch.stack(entries).nbytes and Stacked(entries).count_nonzero() == 5 * 9 * 70
+    assert Stacked(entries).nbytes == torch.stack(entries).nbytes
 
 
 @pytest.mark.parametrize("is_hashed", [False, True])

@@ -148,8 +148,8 @@ def test_refused(made, checkpoint, tmp_path):
         resolve_model(config(checkpoint("gpt_oss"), tmp_path / "run", experts=NOVICE))
     text = (folder / "config.json").read_text()
     for change, message in [
-        ({"approximate_experts": {"0": [1, 0]}}, "must map numbers of layers to ascending lists of experts"),
-        ({"approximate_experts": [3]}, "must map numbers of layers"),
+        ({"approximate_experts": {"0": [1, 0]}}, "approximate_experts.0: must be whole numbers, ascending"),
+        ({"approximate_experts": [3]}, "approximate_experts: must be an object"),
         ({"approximate_experts": {"0": list(range(8))}}, "has constants of experts"),
         ({"approximate_experts": {"0": []}}, "belongs to an expert, but the model has no such parameter|no such parameter"),
     ]:

@@ -19,7 +19,8 @@ from stun.planning.experts.clusters import clusters_of, complete_linkage, offici
 from stun.planning.experts.distances import expert_distance
 from stun.planning.experts.scores import PRESETS, aimer_score, random_score, score_experts
 from stun.planning.experts.select import Evidence, Step, cut_global, select_experts
-from stun.planning.plan import LayerPlan, read_layers
+from stun.planning.plan import LayerPlan
+from stun.planning.plan_file import read_layers
 from stun.pruning.representatives import nearest_member
 from stun.statistics.router import router_distance
 
@@ -281,15 +282,15 @@ def test_a_pair_is_decided_by_worth_then_by_index():
 PLAN = {"layers": [{"experts": 0, "clusters": []}, {"experts": 4, "clusters": [[1, 0], [2], [3]], "kept": [1, 2, 3]}]}
 WRONG_PLANS = {
     "not JSON": ("{", "cannot be read as JSON"),
-    "no layers": ("{}", "has no layers"),
+    "no layers": ("{}", "layers: must be there"),
     "unknown entry": ({"clustres": [[0]]}, "layer 1: unknown entries"),
     "expert in two clusters": ({"clusters": [[0, 1], [1], [3]]}, "each in one cluster at most"),
     "expert that does not exist": ({"clusters": [[0], [9]], "kept": []}, "experts 0 to 3"),
     "two of a cluster": ({"kept": [0, 1, 2, 3]}, "of every cluster one member"),
     "nobody of a cluster": ({"kept": [1, 2]}, "of every cluster one member"),
-    "a float for an expert": ({"clusters": [[0.0], [2], [3]]}, "whole numbers"),
-    "a text for a flag": ({"mean": "false"}, "true or false"),
-    "kept is null": ({"kept": None}, "must be lists"),
+    "a float for an expert": ({"clusters": [[0.0], [2], [3]]}, "layers.1.clusters.0.0: must be a whole number"),
+    "a text for a flag": ({"mean": "false"}, "layers.1.mean: must be true or false"),
+    "kept is null": ({"kept": None}, "layers.1.kept: must be a list"),
     "not ascending": ({"kept": [2, 1, 3]}, "ascending"),
     "nobody": ({"kept": []}, "no expert is kept"),
 }

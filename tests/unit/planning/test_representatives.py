@@ -13,7 +13,7 @@ from helpers.zoo import make_checkpoint
 from stun.checkpoint.reader import Checkpoint
 from stun.config import ExpertsConfig, Representative, Scope, SparsifyConfig
 from stun.model.architecture import Architecture
-from stun.planning.plan import read_layers
+from stun.planning.plan_file import read_layers
 from stun.pruning.job import prune
 
 

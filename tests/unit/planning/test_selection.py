@@ -20,7 +20,7 @@ from stun.config import (
     StunError,
 )
 from stun.planning.from_statistics import plan_from_run
-from stun.planning.plan import read_layers
+from stun.planning.plan_file import read_layers
 from stun.pruning.job import prune
 from stun.statistics.store import Statistics
 

@@ -43,7 +43,7 @@ from stun.preflight.config import ClusterConfig
 from stun.preflight.hardware import GIB, GPUS, Launch, described, gpu_base, this_launch
 from stun.preflight.job import SURE, Estimate, check, fitting_grams, report
 from stun.preflight.memory import Footprint, transient_costs
-from stun.preflight.solvers import matrix_flop
+from stun.preflight.time import matrix_flop
 from stun.preflight.traffic import existing_bytes
 from stun.pruning.job import prune
 from stun.runtime.units import duration, size
@@ -85,7 +85,8 @@ def test_bytes_are_those_of_the_run(checkpoint, ranks, tmp_path, family, changes
     cfg = asked(checkpoint(family), tmp_path / "run", **changes)
     found = Estimate(resolve_model(cfg), CPU)
     summary = prune(cfg, ranks)
-    assert found.tokens == 320 and found.layers == len(summary["kept"]) and found.experts == sum(summary["experts"])
+    said = f"{len(summary['kept'])} layers, {sum(summary['experts'])} experts; 320 calibration tokens"
+    assert found.tokens == 320 and said in report(found)[1]
     assert sum(sum(read) for read in found.read.values()) == sum(summary["bytes_read"])
     assert found.written == summary["bytes_written"]
     stats = list((tmp_path / "run" / "stats").glob("*.safetensors"))
@@ -282,7 +283,7 @@ def test_the_best_way_takes_an_hour_on_one_gpu(checkpoint, tmp_path):
 @pytest.mark.parametrize("changes, inverses", [({"reconstruct": True}, 0), ({"method": SparsifyMethod.alps}, 1)])
 def test_products_with_gram_matrices_are_counted(monkeypatch, changes, inverses):
     """Refits, and two rounds of ALPS, which have one inverse."""
-    for module in ("stun.sparsify.alps", "stun.preflight.solvers"):
+    for module in ("stun.sparsify.alps", "stun.preflight.time"):
         monkeypatch.setattr(f"{module}.ROUNDS", 2)
     config, rows, columns = SparsifyConfig(**changes), 24, 48
     inputs, weight = (torch.randn(size, columns, generator=torch.Generator().manual_seed(0)) for size in (200, rows))

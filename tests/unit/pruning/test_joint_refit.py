@@ -18,7 +18,7 @@ from stun.model.tensor_names import experts_of
 from stun.pruning import joint_refit
 from stun.pruning.job import prune
 from stun.pruning.joint_refit import refit_jointly
-from stun.pruning.rounding import AllValues, Rounding
+from stun.pruning.rounding import Rounding, Target
 from stun.report import data
 from stun.report.folder import RunFolder
 from stun.report.write import write_reports
@@ -98,7 +98,7 @@ def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weig
     """... row by row, over the weights that are not zero, with groups, shared experts, biases and scaled outputs."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, removes_weights)
-    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, AllValues()))
+    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target()))
     scale = 0.5 if family == "granitemoe" else 1
     feature_TX = features(stream, layer, states) / scale
     missing_TD = torch.cat(problem.missing).double()
@@ -143,7 +143,7 @@ def test_the_exact_solution_with_novices(checkpoint, ranks, monkeypatch, family)
     """... whose constants are columns of the same least squares; they start at the best constant of each alone."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, has_novices=True)
-    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, AllValues()))
+    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target()))
     scale = 0.5 if family == "granitemoe" else 1
     gates_TX = novice_gates(stream, layer, states) / scale
     assert (gates_TX > 0).any(0).all(), "every novice is chosen by some token"
@@ -180,7 +180,7 @@ def test_every_family(checkpoint, ranks, family):
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 2)
     wanted = torch.cat([hidden.flatten(0, 1) for hidden in dense]).double()
     before = float((wanted - outputs(stream, layer, states)).square().sum())
-    told = refit_jointly(stream, layer, states, dense, Rounding(stream, AllValues()))
+    told = refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))
     stream.build(layer)
     after = float((wanted - outputs(stream, layer, states)).square().sum())
     assert told["steps"] and after < before
@@ -208,7 +208,7 @@ def test_held_out_text_stops_it(checkpoint, ranks):
     """Each step lowers the error of the micro-batches that are not fitted, and one step more would raise it."""
     tokens = torch.randint(0, 260, (16, 120), generator=torch.Generator().manual_seed(0))
     stream, layer, states, dense = pruned_layer(checkpoint("mixtral"), ranks, 1, tokens=tokens)
-    problem, errors = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, AllValues())), []
+    problem, errors = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target())), []
     own = problem.held_out
     problem.held_out = lambda size=0.0: errors.append(own(size)) or errors[-1]
     taken = descend(problem, 100)
@@ -220,7 +220,7 @@ def test_held_out_text_stops_it(checkpoint, ranks):
 def test_nothing_to_make_up_for(checkpoint, ranks):
     stream, layer, states, _ = pruned_layer(checkpoint("mixtral"), ranks, 2)
     saved = [weight.clone() for weight in matrices(layer)]
-    assert refit_jointly(stream, layer, states, stream.run(layer, states).hidden, Rounding(stream, AllValues()))["steps"] == 0
+    assert refit_jointly(stream, layer, states, stream.run(layer, states).hidden, Rounding(stream, Target()))["steps"] == 0
     assert all(map(torch.equal, saved, matrices(layer)))
 
 
@@ -231,4 +231,4 @@ def test_a_layer_that_changes_what_its_experts_add(checkpoint, ranks):
     with pytest.raises(
         StunError, match=r"layer 0 does more with the output of its experts than to add it; use experts.refit=false"
     ):
-        refit_jointly(stream, layer, states, dense, Rounding(stream, AllValues()))
+        refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))

@@ -19,6 +19,7 @@ from helpers.selections import config
 from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
 from stun.checkpoint.codecs.grids import GRIDS
+from stun.checkpoint.quantised import settings_of
 from stun.checkpoint.reader import Checkpoint
 from stun.config import (
     ExpertsConfig,
@@ -133,7 +134,7 @@ def test_identity_and_masks(tmp_path, ranks):
             run_dir = tmp_path / f"{form} {target}"
             folder, _, _ = pruned(source, run_dir, ranks, ExpertsConfig(fraction=0.0), target, sparsify=wanda)
             after, own = load_tensors(folder), Checkpoint.open(folder)
-            assert before.keys() == after.keys() and own.quantisation == FORMS[form][1]
+            assert before.keys() == after.keys() and settings_of(own.config) == FORMS[form][1]
             differ = {name for name in after if not same_bytes(after[name], before[name])}
             assert bool(differ) == bool(target) and all(re.search(r"weight(_packed)?$", name) for name in differ), form
             for name in own.tensors if target else ():

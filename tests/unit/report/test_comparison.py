@@ -20,9 +20,9 @@ from helpers.pages import README, commands
 from helpers.paths import ROOT
 from jobs.draw import main as draw
 from stun.files import load_json
-from stun.report import quality, verdict
+from stun.report import quality_charts, wording
 from stun.report.comparison import short_names, write_comparison
-from stun.report.fronts import Point, alike, dense_models, fronts, pareto, quality_measure
+from stun.report.quality import Point, alike, dense_models, fronts, pareto, quality_measure
 from stun.report.tables import report_table
 from stun.report.theme import LIGHT
 from stun.report.write import report, write_reports
@@ -76,7 +76,7 @@ def test_the_dense_model_is_a_row_and_a_line(tmp_path):
     page = write_comparison(tmp_path, runs)
     assert "|dense||0.0%||16/16||0.02 kB||0.976||1.869||" in text_of(page).replace("\u00a0", " ")
     measure = quality_measure(runs)
-    (axes,) = quality.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure).axes
+    (axes,) = quality_charts.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure).axes
     assert [line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"] == [[0, 0]]
     assert "dense  0.976" in [text.get_text() for text in axes.texts] and "minus dense 0.976" in axes.get_ylabel()
 
@@ -86,7 +86,7 @@ def test_two_dense_models_are_told_apart():
     runs = {"a": done("one", 0.5), "b": done("two", 0.9)}
     assert list(dense_models(runs)) == ["dense /m/one", "dense /m/two"]
     measure = quality_measure(runs)
-    (axes,) = quality.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure).axes
+    (axes,) = quality_charts.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure).axes
     assert axes.get_ylabel() == "exact match" and len([line for line in axes.lines if line.get_linestyle() == "--"]) == 2
 
 
@@ -97,7 +97,7 @@ def test_names_of_points_can_be_read(count, spread):
     averages = {f"experts.fraction=0.{n},target=0.5": 0.9 - spread * n**2 / count**2 for n in range(count)}
     runs = {name: done(average=average, size=10 + n) for n, (name, average) in enumerate(averages.items())}
     measure = quality_measure(runs)
-    figure = quality.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure)
+    figure = quality_charts.front(LIGHT, fronts(runs, measure)["bytes"], "on disk", measure)
     figure.draw_without_rendering()
     texts = figure.axes[0].texts
     assert len(texts) == count + 1
@@ -116,7 +116,7 @@ def test_a_wide_range_is_on_a_root_scale():
     """Else the best runs would look alike; the ticks are round and apart, and the axis says so."""
     measure = quality_measure({str(n): done(average=value) for n, value in enumerate((0.97, 0.965, 0.918, 0.331))})
     points = [Point(name, float(name), value) for name, value in measure.runs.items()]
-    (axes,) = quality.front(LIGHT, points, "x", measure).axes
+    (axes,) = quality_charts.front(LIGHT, points, "x", measure).axes
     assert axes.get_ylabel() == "exact match, minus dense 0.976\non a root scale"
     heights = [axes.transData.transform((0, value - 0.976))[1] for value in (0.976, 0.97, 0.965, 0.918, 0.331)]
     gaps = -np.diff(heights) / (heights[0] - heights[-1])
@@ -124,13 +124,13 @@ def test_a_wide_range_is_on_a_root_scale():
     assert 0 in axes.get_yticks() and np.diff(np.sqrt(np.abs(axes.get_yticks()))).max() < 0
     measure = quality_measure({str(n): done(average=value) for n, value in enumerate((0.97, 0.965, 0.96))})
     points = [Point(name, float(name), value) for name, value in measure.runs.items()]
-    assert "root" not in quality.front(LIGHT, points, "x", measure).axes[0].get_ylabel()
+    assert "root" not in quality_charts.front(LIGHT, points, "x", measure).axes[0].get_ylabel()
 
 
 def test_methods_against_sparsity():
     """From the scores of a study, as they lie in docs: means over seeds and halves, as differences from the dense model."""
     scores = json.loads((ROOT / "docs" / "selection.json").read_text())
-    (axes,) = quality.methods(LIGHT, scores, ["paper", "weights only"]).axes
+    (axes,) = quality_charts.methods(LIGHT, scores, ["paper", "weights only"]).axes
     dense = (scores["dense"]["odd"] + scores["dense"]["even"]) / 2
     drawn = [line for line in axes.lines if line.get_marker() == "o"]
     for method, line in zip(("paper", "weights only"), drawn, strict=True):
@@ -205,16 +205,16 @@ def test_names_in_pictures_are_short():
     ],
 )
 def test_verdict(summary, result, said):
-    assert verdict.of_run({**done(), **summary}, result).replace("\u00a0", " ").startswith(said)
+    assert wording.of_run({**done(), **summary}, result).replace("\u00a0", " ").startswith(said)
 
 
 def test_verdict_of_several_runs():
     runs = {"a": done(average=0.5), "b": done(average=0.965)}
     said = f"b is best: kept 98.9 % {OF_DENSE} at half the parameters: 0.965 of 0.976."
-    assert verdict.of_runs(quality_measure(runs), runs).replace("\u00a0", " ") == said
+    assert wording.of_runs(quality_measure(runs), runs).replace("\u00a0", " ") == said
     runs = {name: done(perplexity=value) for name, value in (("a", 2.0), ("b", 3.0))}
-    assert verdict.of_runs(quality_measure(runs), runs) == "a is best: perplexity 2.000 at half the parameters."
-    assert verdict.of_runs(None, {"a": done()}) == "No run was evaluated, so which is best is not known."
+    assert wording.of_runs(quality_measure(runs), runs) == "a is best: perplexity 2.000 at half the parameters."
+    assert wording.of_runs(None, {"a": done()}) == "No run was evaluated, so which is best is not known."
 
 
 def test_best_run_at_each_size(tmp_path):

@@ -41,8 +41,9 @@ from stun.pruning.job import prune, take_statistics
 from stun.report import charts, data
 from stun.report.folder import RunFolder
 from stun.report.layer_maps import branches, cut, near, tiles
-from stun.report.tables import job_command, results_table
+from stun.report.tables import results_table
 from stun.report.theme import LIGHT, THEMES
+from stun.report.wording import job_command
 from stun.report.write import report as reported
 from stun.report.write import write_reports
 from stun.run.kurtosis import kurtosis, power_sums, together

@@ -20,7 +20,7 @@ from helpers.tensors import same_tensors
 from stun.config import Precision, StunError
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune
-from stun.report.runs import runs_in
+from stun.report.folder import runs_in
 from stun.report.tables import report_table
 from stun.run.sweep import folder_name, runs, stages
 from stun.statistics.store import Statistics

@@ -10,9 +10,8 @@ import pytest
 from helpers.paths import ROOT
 from stun.__main__ import ABOUT
 from stun.config import StunError
-from stun.settings.completion import script
 from stun.settings.compose import SCHEMAS
-from stun.settings.describe import help_text, page, settings
+from stun.settings.describe import completion, help_text, page, settings
 
 SELF_EXPLAINING = ("shape.", "gpu_shape.")
 
@@ -44,7 +43,7 @@ def completions(words: str) -> list[str]:
 
 @cache
 def _script() -> str:
-    return script(list(ABOUT), ["bash"])
+    return completion(list(ABOUT), ["bash"])
 
 
 def test_completion_in_bash():
@@ -52,4 +51,4 @@ def test_completion_in_bash():
     assert completions("stun prune experts.bud") == ["experts.budget=uniform", "experts.budget=global"]
     assert "experiment=best" in completions("stun prune exp")
     with pytest.raises(StunError, match="give bash or zsh"):
-        script([], ["fish"])
+        completion([], ["fish"])

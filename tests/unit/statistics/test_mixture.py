@@ -22,7 +22,7 @@ from stun.config import (
     StunError,
 )
 from stun.planning.from_statistics import plan_from_run
-from stun.planning.plan import read_layers
+from stun.planning.plan_file import read_layers
 from stun.pruning.job import prune, take_statistics
 from stun.statistics.store import Statistics
 

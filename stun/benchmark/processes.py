@@ -1,7 +1,9 @@
-"""Runs of jobs.prune in separate processes, and their figures."""
+"""Runs of jobs.prune and of the scripts in `peers`, each in a process of its own, and their figures."""
 
 import hashlib
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +22,9 @@ from stun.preflight.time import forward_flop
 from stun.run.identity import plain
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SCRIPTS = Path(__file__).absolute().parent / "peers"
+_BEFORE = ("load", "trial")  # phases before the measured work
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b.*")
 
 
 def run_alone(command: list[str], folder: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
@@ -46,6 +51,33 @@ def run_prune(cfg: PruneConfig, model: Path, run: Path, ranks: int = 0) -> dict:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
         raise StunError(f"jobs.prune of {model}: {' '.join(errors).removeprefix('error: ')}")
     return load_json(run / "manifest.json")["summary"] | {"wall_seconds": seconds}
+
+
+def run_peer(python: str, script: str, folder: Path, device: torch.device, *arguments: object) -> dict:
+    """Run a script with the interpreter `python` in `folder`, where it may write files. It sees no GPU where `device` is a CPU.
+
+    Returns its report with the `seconds` of its work, of its `phases`, and `wall_seconds` of the process. A peer's failure is a
+    result too: the `reason` alone.
+    """
+    variables = {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
+    try:
+        done, seconds = run_alone([python, str(_SCRIPTS / f"{script}.py"), *map(str, arguments)], folder, **variables)
+    except OSError as error:
+        return {"reason": f"failed: {error}"}
+    if done.returncode:
+        return {"reason": f"failed: {_last_error(done.stderr) or f'it ended with status {done.returncode}'}"}
+    try:
+        report = json.loads(done.stdout.splitlines()[-1])
+        phases, figures = report["seconds"], {"wall_seconds": seconds, "peak_bytes": int(report["peak_bytes"])}
+        return {**report, "seconds": sum(phases[name] for name in phases if name not in _BEFORE), "phases": phases, **figures}
+    except (LookupError, ValueError, TypeError):
+        return {"reason": "failed: its last line is no report"}
+
+
+def _last_error(output: str) -> str:
+    """Last line that names an error, or else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return ([line for line in lines if _ERROR.fullmatch(line)] or lines or [""])[-1][:300]
 
 
 def figures(summary: dict) -> dict:

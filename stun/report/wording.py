@@ -1,9 +1,10 @@
-"""What pruning came to, in a sentence, and the commands that measure it."""
+"""A run in words: a sentence on what pruning came to, the stored form of the weights, and commands that go on from it."""
 
+import re
+import shlex
 from pathlib import Path
 
-from stun.report.fronts import Measure
-from stun.report.tables import job_command
+from stun.report.quality import Measure
 
 _SPACE = "\u00a0"  # a number and its unit stay on one line
 
@@ -60,3 +61,35 @@ def commands(source: str, run: str, dense: Path) -> list[str]:
     task = {"task__path": "ROWS.jsonl"}
     first = job_command("evaluate", model__path=source, **task, output=str(dense))
     return [first, job_command("evaluate", model__path=f"{run}/model", **task, dense=str(dense), output=f"{run}/result.json")]
+
+
+def job_command(job: str, **settings: str) -> str:
+    """Command line for a shell. In `settings` two underscores stand for a dot. Values with spaces, commas or `=`, as in the names
+    of a sweep's runs, are quoted, since Hydra parses them only in quotes."""
+    words = []
+    for key, value in settings.items():
+        is_plain = re.fullmatch(r"[\w./:-]+", value, re.A)
+        quoted = value if is_plain else '"{}"'.format(value.replace('"', r"\""))
+        words.append(f"{key.replace('__', '.')}={quoted}")
+    return shlex.join(["stun", job, *words])
+
+
+def stored_as(summary: dict) -> tuple[str, str]:
+    """Form and bits a weight, and where they come from; both empty if a plain source's weights are as they were."""
+    form = summary.get("form")
+    if not form:
+        return "", ""
+    source = _with_bits(" and ".join(form["source"]), form["bits"]) if form["source"] else "plain weights"
+    if form["written"] == "source":
+        return source, "as in the source"
+    new = form["written"] if form["written"] == "bfloat16" else _with_bits(form["written"], form["written_bits"])
+    return new, f"from {source}"
+
+
+def form_in_words(summary: dict) -> str:
+    """The same as one text."""
+    return ", ".join(filter(None, stored_as(summary)))
+
+
+def _with_bits(form: str, bits: float) -> str:
+    return f"{form}, {bits:.3g} bits a weight"

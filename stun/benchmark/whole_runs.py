@@ -1,4 +1,4 @@
-"""Scaling of whole runs with model size and tokens, with ranks, and with layers."""
+"""Whole runs: scaling with model size and tokens, with ranks, and with layers; cost of each method of removing single weights."""
 
 import hashlib
 import json
@@ -6,14 +6,16 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stun.benchmark.checkpoints import random_checkpoint
+from stun.benchmark.checkpoints import bytes_of, qwen3_moe, random_checkpoint
 from stun.benchmark.config import BenchmarkConfig, CheckpointShape
-from stun.benchmark.limits import measure_rates
-from stun.benchmark.runs import computed_flop, digests, figures, run_prune
+from stun.benchmark.processes import computed_flop, digests, figures, run_prune
 from stun.checkpoint.reader import Checkpoint
+from stun.config import PruneConfig, with_overrides
 from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
+from stun.preflight.hardware import measure_rates, read_speed, write_speed
+from stun.pruning.job import prune
 from stun.run.layer_records import FILE, PHASES
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
@@ -61,20 +63,20 @@ def benchmark_growth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
 
 def benchmark_ranks(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
     """Rows of the same run on each number of ranks in `cfg.worlds`, beside the first, and whether all tensors are identical."""
-    model, rows, written = folder / "source", {}, []
+    model, rows = folder / "source", {}
     random_checkpoint(model, cfg.shape, Path(cfg.model.path))
     for world in cfg.worlds:
         ranks.log(f"ranks: {world}")
         summary = run_prune(cfg, model, folder / "run", world)
-        written.append(digests(folder / "run" / "model"))
+        tensors = digests(folder / "run" / "model")
         rows[str(world)] = {
             **figures(summary),
             "speed_up": next(iter(rows.values()), summary)["seconds"] / summary["seconds"],
-            "tensors": len(written[-1]),
-            "sha256": hashlib.sha256(json.dumps(sorted(written[-1].items())).encode()).hexdigest(),
+            "tensors": len(tensors),
+            "sha256": hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest(),
         }
         shutil.rmtree(folder / "run")
-    return {"shape": asdict(cfg.shape), "runs": rows, "identical": all(tensors == written[0] for tensors in written)}
+    return {"shape": asdict(cfg.shape), "runs": rows, "identical": len({row["sha256"] for row in rows.values()}) == 1}
 
 
 def benchmark_depth(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
@@ -102,3 +104,24 @@ def _overlap(layers: list[dict], phases: dict[str, float]) -> dict:
 def _clear(folder: Path) -> None:
     for name in ("source", "run"):
         shutil.rmtree(folder / name)
+
+
+def method_configs(cfg: BenchmarkConfig, model: Path) -> dict[str, PruneConfig]:
+    """Configuration of every method for the checkpoint `model`. Raises StunError for invalid overrides."""
+    return {m: with_overrides(replace(cfg, model=replace(cfg.model, path=str(model))), o) for m, o in cfg.methods.items()}
+
+
+def benchmark_weights(cfg: BenchmarkConfig, folder: Path, ranks: Ranks) -> dict:
+    """Seconds and peak memory of every method of `cfg.methods` on one checkpoint, and seconds to read and write its bytes.
+
+    No expert is removed, so that one stream does all the work. All ranks call this together.
+    """
+    model = folder / "source"
+    ranks.on_first(lambda: random_checkpoint(model, cfg.shape, Path(cfg.model.path)))
+    nbytes, rows = bytes_of(qwen3_moe(cfg.shape)), {}
+    disk = ranks.on_first(lambda: nbytes / read_speed(Checkpoint.open(model)) + nbytes / write_speed(folder))
+    for method, config in method_configs(cfg, model).items():
+        summary = prune(replace(config, run_dir=str(folder / "run")), ranks)
+        rows[method] = {"seconds": summary["seconds"], "peak_bytes": summary["peak_bytes"], "sparsity": summary["sparsity"]}
+        ranks.on_first(lambda: shutil.rmtree(folder / "run"))
+    return {"bytes": nbytes, "disk_seconds": disk, "methods": rows}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from stun.planning.usage import warning
+from stun.pruning.describe import usage_warning
 from stun.statistics.store import Statistics
 
 
@@ -19,7 +19,7 @@ def said(folder, tokens: dict[str, list[int]]) -> str:
     statistics.save(0, {"coactivation": coactivation, **{n: torch.zeros(s, dtype=torch.float64) for n, s in zeros.items()}})
     identity = {"sources": dict.fromkeys(tokens, 1), "model": "", "calibration_tokens": "", "micro_batch": 1}
     statistics.finish(identity)
-    return warning(SimpleNamespace(layers=[SimpleNamespace(index=0, num_experts=count, experts=[{}] * count)]), statistics)
+    return usage_warning(SimpleNamespace(layers=[SimpleNamespace(index=0, num_experts=count, experts=[{}] * count)]), statistics)
 
 
 def test_it_counts_and_names_the_source_that_helps(tmp_path):
