@@ -19,7 +19,7 @@ from stun.statistics.router import router_distance
 from stun.statistics.store import Statistics
 from stun.stream.tables import successors
 
-TRIALS = (0.5, 1.0, 1.5, 2.5)  # times the share of experts that is removed on average
+TRIALS = (0.5, 1.0, 1.5)  # times the share of experts that is removed on average
 
 
 def make_plan(job: Job, stats: Statistics | None, drops: list[int] | None = None) -> Plan:

@@ -1,14 +1,14 @@
 """Sensitivity of the layers: what their outputs lose if some of their experts are removed, measured by trials.
 
 Each layer is tried alone, on the hidden states of the dense model, and without a single weight removed: the allocation
-(stun.planning.allocation) adds the losses of all layers up.
+(stun.planning.allocation) adds the losses of all layers up. A loss is the squared error of the hidden states after the layer
+beside their size, by which the next layer's norm divides them.
 """
 
 import math
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from statistics import median
 
 from stun.config import Dropped, StunError
 from stun.files import write_json
@@ -50,11 +50,7 @@ def _read(file: Path, trials: list[list[int]]) -> Losses:
 
 
 def _measured(job: Job, trials: list[list[int]], ranks: Ranks) -> Losses:
-    """Losses of every layer in each of the trials: the mean over held-out tokens of |pruned - dense|^2 / |dense|^2, of
-    the hidden states after the layer, whose size the next layer's norm divides by too.
-
-    Raises StunError as `make_plan` does.
-    """
+    """Losses of every layer in each of the trials, on held-out tokens. Raises StunError as `make_plan` does."""
     arch = job.arch
     plans = ranks.on_first(lambda: [make_plan(job, job.statistics, drops) for drops in trials])
     quotas = [layer_quotas(job.sizes, plan) for plan in plans]
@@ -88,11 +84,13 @@ def _experts_alone(job: Job) -> Job:
 
 
 def _loss(pruned: States, dense: States, ranks: Ranks) -> float:
-    """Mean of |pruned - dense|^2 / |dense|^2 over all ranks' tokens. The sum is exact, so that their order is free."""
-    mine = []
-    for pruned_BTD, dense_BTD in zip(pruned.hidden, dense.hidden, strict=True):
-        pruned_ND, dense_ND = (hidden_BTD.float().flatten(0, -2) for hidden_BTD in (pruned_BTD, dense_BTD))
-        error_N, size_N = (rows_ND.square().sum(-1) for rows_ND in (pruned_ND - dense_ND, dense_ND))
-        mine += torch.where(size_N > 0, error_N / size_N, 0).tolist()
-    everywhere = [number for own in ranks.gather_objects(mine) for number in own]
-    return math.fsum(everywhere) / len(everywhere)
+    """Mean over all ranks' tokens of |pruned - dense|^2 / |dense|^2, or / the median of |dense|^2 for smaller tokens. So neither
+    a few very large tokens nor very small ones decide. The sum is exact, so that the tokens' order is free."""
+    mine: list[tuple[float, float]] = []
+    for pair in zip(pruned.hidden, dense.hidden, strict=True):
+        pruned_ND, dense_ND = (hidden_BTD.float().flatten(0, -2) for hidden_BTD in pair)
+        error_N, size_N = (rows_ND.square().sum(-1).tolist() for rows_ND in (pruned_ND - dense_ND, dense_ND))
+        mine += zip(error_N, size_N, strict=True)
+    everywhere = [token for own in ranks.gather_objects(mine) for token in own]
+    least = median(size for _, size in everywhere) or 1.0
+    return math.fsum(error / max(size, least) for error, size in everywhere) / len(everywhere)
