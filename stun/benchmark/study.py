@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.checkpoint.hub import fetched
-from stun.config import CalibrationConfig, ModelConfig, Score, StunError, with_overrides
+from stun.config import Budget, CalibrationConfig, ModelConfig, Score, StunError, with_overrides
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.evaluation.request import kinds_of
@@ -119,8 +119,8 @@ def _planned(cell: StudyConfig, base: str, ranks: Ranks) -> StudyConfig:
     experts = cell.experts
     if not (experts.fraction or cell.is_counted or cell.sparsify.counts_outliers):
         return cell
-    if experts.fraction == "auto":
-        return replace(cell, statistics=base)  # the run itself searches
+    if experts.fraction == "auto" or experts.budget is Budget.measured:
+        return replace(cell, statistics=base)  # the run itself searches and measures
     plan = Path(f"{cell.run_dir}.plan.json")
     ranks.on_first(lambda: plan_from_run(replace(cell, run_dir=base), plan) and None)
     given = replace(cell, plan=str(plan), fit="", experts=replace(experts, keep=None, drop=None))

@@ -50,7 +50,7 @@ def make_plan(job: Job, stats: Statistics | None, drops: list[int] | None = None
     return plan
 
 
-def trial_drops(job: Job, stats: Statistics, total: int) -> list[list[int]]:
+def trial_drops(job: Job, stats: Statistics | None, total: int) -> list[list[int]]:
     """Experts to remove from every layer in each of the trials that tell what its output loses (stun.pruning.sensitivity): around
     the share that is removed on average, and so many that `total` can be met. Raises StunError if none can."""
     cfg, step = job.cfg, groups_of(job.cfg, job.arch)

@@ -102,7 +102,8 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
 def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
     """Take the statistics that the job reads, if any; returns the job with its target split into experts and weights."""
     if job.measures:
-        _observe(job, run, ranks)
+        if job.reads_statistics:
+            _observe(job, run, ranks)
         job = replace(job, losses=losses(job, run.folder / "budget.json", ranks))
     if job.fractions:
         _observe(job, run, ranks)

@@ -29,9 +29,10 @@ _REMOVED = Leaf("a whole number", lambda name: name.isdecimal() and len(name) < 
 def losses(job: Job, file: Path, ranks: Ranks) -> Losses:
     """Losses in the file, or measured and written there, so that a launch that goes on has them. All ranks call this together,
     after the job's statistics are taken. Raises StunError if the file does not fit the job."""
+    stats = job.statistics if job.reads_statistics else None
     total = sum((job.with_fraction(max(job.fractions)) if job.fractions else job).drops)
     job = _experts_alone(by_score(job))
-    trials = ranks.on_first(lambda: trial_drops(job, job.statistics, total))
+    trials = ranks.on_first(lambda: trial_drops(job, stats, total))
     known = ranks.on_first(lambda: _read(file, trials) if file.is_file() else None)
     if known is None:
         known = _measured(job, trials, ranks)
@@ -51,8 +52,8 @@ def _read(file: Path, trials: list[list[int]]) -> Losses:
 
 def _measured(job: Job, trials: list[list[int]], ranks: Ranks) -> Losses:
     """Losses of every layer in each of the trials, on held-out tokens. Raises StunError as `make_plan` does."""
-    arch = job.arch
-    plans = ranks.on_first(lambda: [make_plan(job, job.statistics, drops) for drops in trials])
+    arch, stats = job.arch, job.statistics if job.reads_statistics else None
+    plans = ranks.on_first(lambda: [make_plan(job, stats, drops) for drops in trials])
     quotas = [layer_quotas(job.sizes, plan) for plan in plans]
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, ranks.world) for layout in arch.layers])
     progress, found = Progress("budget", len(arch.layers), ranks), [{} for _ in arch.layers]

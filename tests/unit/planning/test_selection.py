@@ -30,8 +30,8 @@ def test_one_stream_serves_every_selection(observed, tmp_path):
     source, run_dir = observed
     before = sorted((f.name, f.stat().st_mtime_ns) for f in (run_dir / "stats").iterdir())
     similarities = [{}, {"lambda2": 1.0}, {"lambda1": 0.0, "lambda2": 1.0}]
-    seen = {}
-    for method, score, budget, representative in itertools.product(ExpertsMethod, Score, Budget, Representative):
+    seen, from_statistics = {}, [Budget.uniform, Budget["global"]]
+    for method, score, budget, representative in itertools.product(ExpertsMethod, Score, from_statistics, Representative):
         # What is similar does not depend on the score.
         for number, similarity in enumerate(similarities if score is Score.reap else [{}]):
             experts = ExpertsConfig(method=method, score=score, budget=budget, representative=representative, **similarity)
@@ -57,7 +57,8 @@ def test_router_rows_alone_take_no_forward(observed, tmp_path, ranks, budget):
     experts = ExpertsConfig(score=Score.index, budget=budget, fraction=0.5)
     alone = prune(config(source, tmp_path / "alone", experts=experts), ranks)
     shared = prune(config(source, tmp_path / "shared", experts=experts, statistics=str(run_dir)), ranks)
-    assert list(alone["phases"]) == ["prune"] and not (tmp_path / "alone" / "stats").exists()
+    streams = ["budget", "prune"] if budget is Budget.measured else ["prune"]
+    assert list(alone["phases"]) == streams and not (tmp_path / "alone" / "stats").exists()
     assert alone["kept"] == shared["kept"] and sum(alone["kept"]) < sum(alone["experts"])
     same_tensors(tmp_path / "alone" / "model", tmp_path / "shared" / "model")
 

@@ -48,7 +48,7 @@ def _script() -> str:
 
 def test_completion_in_bash():
     assert completions("stun pre") == ["preflight"]
-    assert completions("stun prune experts.bud") == ["experts.budget=uniform", "experts.budget=global"]
+    assert completions("stun prune experts.bud") == ["experts.budget=uniform", "experts.budget=global", "experts.budget=measured"]
     assert "experiment=best" in completions("stun prune exp")
     with pytest.raises(StunError, match="give bash or zsh"):
         completion([], ["fish"])
