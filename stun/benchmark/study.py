@@ -192,7 +192,14 @@ def across(scores: dict[str, dict], share: str) -> str:
         cells = []
         for model, own in scores.items():
             results = own["results"].get(method, {}).get(share)  # not every model was asked for everything
-            kept = exact_match(results) if results else 0.0
-            cells.append(f"{kept:.3f} ({kept / dense[model]:.1%})" if results else "")
+            cells.append(_kept_text(results, dense[model]) if results else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _kept_text(results: list[dict], dense: float) -> str:
+    """Exact match, its standard deviation over seeds, if there are several, and the percentage of the dense model's."""
+    kept, spread = exact_match(results), ""
+    if len(results) > 1:
+        spread = f" ± {stdev(exact_match([result]) for result in results):.3f}"
+    return f"{kept:.3f}{spread} ({kept / dense:.1%})"

@@ -20,7 +20,7 @@ def shares(kind: str, method: str, removed: str, models=HELD_BACK) -> list[float
     return [exact_match(scores[m]["results"][method][removed]) / exact_match([scores[m]["dense"]]) for m in models]
 
 
-@pytest.mark.parametrize("kind", ["experts", "default"])
+@pytest.mark.parametrize("kind", ["experts", "default", "domain_all", "domain_strings", "domain_prose"])
 def test_tables_are_rendered_from_committed_scores(kind):
     scores, page = read_scores(FOLDER, kind), PAGE.read_text()
     assert list(scores) == ORDER

@@ -46,7 +46,7 @@ def test_markdown():
     assert "| a | 1.5 |" in table
 
 
-@pytest.mark.parametrize("name", ["study_experts", "study_default"])
+@pytest.mark.parametrize("name", ["study_experts", "study_seeds", "study_default", "study_domain"])
 def test_every_method_of_a_study_can_do_what_is_asked(name):
     """... on the model that it names."""
     cfg = OmegaConf.to_object(composed(name, []))
