@@ -11,6 +11,7 @@ ABOUT = {
     "preflight": "memory, disk and time that a run needs, without running it",
     "observe": "take the statistics that plans and sweeps use",
     "plan": "choose experts from statistics, without a GPU",
+    "generate": "calibration text that the model itself writes",
     "evaluate": "exact match, perplexity, agreement with the dense model",
     "serve-check": "start vLLM or transformers and compare their tokens",
     "report": "pages with pictures of runs",

@@ -72,6 +72,29 @@ class EvaluateConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """Calibration text that the model itself writes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    output: str = MISSING
+    """File for the texts, .jsonl, with a field `text`."""
+    texts: int = 1024
+    """Texts to write."""
+    tokens: int = 256
+    """Tokens of each text."""
+    start: str = ""
+    """What the model goes on from, and the texts begin with. By default the end-of-text token, after which a model begins a text
+    of any kind that it was trained on; for a chat model, the head of a user's turn."""
+    seed: int = 0
+    """Seed of the numbers that tokens are drawn with."""
+    batch: int = 256
+    """Texts that are written at once; the result depends on it in last bits, but not on the number of ranks."""
+    device: Device = Device.auto
+    """Device that ranks compute on: auto is a GPU each, or CPUs where there is none. A GPU that is there and cannot be used is an
+    error."""
+
+
+@dataclass
 class PruneAndEvaluateConfig(PushConfig):
     """Pruning run whose checkpoint is evaluated on `task`, if one is given, into `run_dir`/result.json."""
 

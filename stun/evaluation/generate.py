@@ -1,4 +1,4 @@
-"""Greedy completions from the layer stream, the same as from transformers' generate.
+"""Completions from the layer stream: greedy ones, the same as from transformers' generate, or sampled ones.
 
 All micro-batches of a wave take a step together, so that one pass over the layers serves all of their rows. As many layers as fit
 are held in memory; the remaining ones are read from disk for every token.
@@ -30,12 +30,16 @@ Saved = dict[str, list]  # of one micro-batch: generated `tokens` by row, and wh
 
 @dataclass(frozen=True)
 class Decoding:
-    """End of a completion: after `limit` tokens, at one of the tokens `ends`, or at a text of `stop`."""
+    """End of a completion: after `limit` tokens, at one of the tokens `ends`, or at a text of `stop`.
+
+    With `draws_RT`, numbers in [0, 1) by prompt R and token T, tokens are sampled; otherwise they are the most likely ones.
+    """
 
     config: GenerationConfig
     tokenizer: PreTrainedTokenizerBase
     limit: int
     stop: list[str]
+    draws_RT: torch.Tensor | None = None
 
     @property
     def ends(self) -> set[int]:
@@ -52,6 +56,19 @@ class Decoding:
         if len(tokens) >= self.limit or (tokens and tokens[-1] in self.ends):
             return True
         return bool(self.stop) and any(stop in self.tokenizer.decode(tokens[-_TAIL:]) for stop in self.stop)
+
+    def next_tokens(self, logits_BV: torch.Tensor, rows: list[int], step: int) -> torch.Tensor:
+        """Token [B] number `step` of the prompts `rows`."""
+        if self.draws_RT is None:
+            return logits_BV.argmax(-1)
+        return sampled(logits_BV[:, : len(self.tokenizer)], self.draws_RT[rows, step].to(logits_BV.device))
+
+
+def sampled(logits_BV: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:
+    """Tokens [B] at which the cumulative probability passes `draw_B`, numbers in [0, 1). In float64, or 150,000 tokens' rounding
+    errors would add up."""
+    total_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(total_BV, draw_B[:, None] * total_BV[:, -1:], right=True)[:, 0]
 
 
 class _Batch:
@@ -89,9 +106,10 @@ class _Batch:
         return hidden_BTD, arguments
 
     def advance(self, hidden_BTD: torch.Tensor) -> None:
-        """Take the most likely next token of every row."""
-        logits_BV = self.arch.leave(hidden_BTD[:, -1]).float()
-        next_B = self.processors(self.ids_BT, logits_BV).argmax(-1)
+        """Take the next token of every row."""
+        logits_BV = self.processors(self.ids_BT, self.arch.leave(hidden_BTD[:, -1]).float())
+        rows, step = [self.rows[place] for place in self.places], self.ids_BT.shape[1] - self.length
+        next_B = self.decoding.next_tokens(logits_BV, rows, step)
         self.ids_BT = torch.cat([self.ids_BT, next_B[:, None]], 1)
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(next_B)[:, None]], 1)
         for place, token in zip(self.places, next_B.tolist(), strict=True):
@@ -131,7 +149,9 @@ def generate(
     batches = micro_batches([len(ids) for ids in prompts], capacity.batch)
     owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners)
-    stream.stays, stream.steady = capacity.held_layers, nullcontext
+    stream.stays = capacity.held_layers
+    if decoding.draws_RT is None:  # a sampled token depends on last bits, and must not on the number of ranks
+        stream.steady = nullcontext
     wave, completions = capacity.turns * ranks.world, {}
     with outside(arch, ranks):
         for start in range(0, len(batches), wave):

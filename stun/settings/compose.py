@@ -22,7 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
 from stun.config import StunError
-from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig
+from stun.evaluation.config import EvaluateConfig, GenerateConfig, PruneAndEvaluateConfig
 from stun.planning.config import PlanConfig
 from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
@@ -37,6 +37,7 @@ SCHEMAS = {
     "observe": PruneAndEvaluateConfig,
     "plan": PlanConfig,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
     "serve-check": ServeCheckConfig,
     "report": ReportConfig,
     "compare": CompareConfig,

@@ -127,7 +127,7 @@ def _words(job: str) -> list[str]:
     return words
 
 
-PAGES = ("prune", "evaluate", "serve-check", "preflight", "plan", "report")
+PAGES = ("prune", "generate", "evaluate", "serve-check", "preflight", "plan", "report")
 INTRODUCTION = """# Configuration
 
 Settings of the jobs; `python -m stun.settings.describe > docs/configuration.md` makes this page from their dataclasses. On the
@@ -140,7 +140,7 @@ def page() -> str:
     """Text of docs/configuration.md."""
     common, parts = {row.key for row in settings("prune")}, [INTRODUCTION]
     for job in PAGES:
-        rows = [row for row in settings(job) if job in ("prune", "evaluate") or row.key not in common]
+        rows = [row for row in settings(job) if job in ("prune", "generate", "evaluate") or row.key not in common]
         sets = [f"- `{group}`: {', '.join(choices(group))}" for group in groups(job)]
         parts += [f"## {job.capitalize()}", "", _table(rows), ""]
         parts += ["Sets of settings, as `experiment=best`:", "", *sets, ""] if sets else []

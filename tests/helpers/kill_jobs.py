@@ -27,8 +27,9 @@ from helpers.paths import HELDOUT, TEXT
 from helpers.warm import fork_ranks, get_ready, redirect
 from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
-from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig, TaskConfig
+from stun.evaluation.config import EvaluateConfig, GenerateConfig, PruneAndEvaluateConfig, TaskConfig
 from stun.evaluation.job import evaluate
+from stun.evaluation.self_generated import generate_text
 from stun.planning.from_statistics import plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune, take_statistics
@@ -60,6 +61,10 @@ def evaluated(source: str, ranks: Ranks) -> None:
     evaluate(EvaluateConfig(ModelConfig(source), text=CALIBRATION, output="text.json"), ranks)
 
 
+def generated(source: str, ranks: Ranks) -> None:
+    generate_text(GenerateConfig(ModelConfig(source), "own.jsonl", texts=8, tokens=6, batch=2), ranks)
+
+
 def compared(source: str, ranks: Ranks) -> None:
     from jobs import compare
 
@@ -88,6 +93,7 @@ JOBS: dict[str, Callable[[str, Ranks], object]] = {
     "observe": lambda source, ranks: take_statistics(request(source), ranks),
     "search": lambda source, ranks: prune(request(source, experts=ExpertsConfig(fraction="auto")), ranks),
     "prune": lambda source, ranks: prune(request(source, experts=ExpertsConfig(fraction=0.5, refit=True)), ranks),
+    "generate": generated,
     "evaluate": evaluated,
     "compare": compared,
     "study": studied,

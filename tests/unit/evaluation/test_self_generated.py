@@ -1,0 +1,115 @@
+"""Text that the model itself writes: its tokens' frequencies, its file, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import stun.evaluation.self_generated
+from helpers.launches import run_job
+from helpers.paths import REFERENCE
+from stun.config import CalibrationConfig, ModelConfig, StunError
+from stun.data.samples import calibration_samples
+from stun.data.tokenizer import load_tokenizer
+from stun.evaluation.config import GenerateConfig
+from stun.evaluation.generate import sampled
+from stun.evaluation.self_generated import generate_text
+from stun.reference.tasks import NAMES
+from stun.run.lock import let_go
+
+MODEL = REFERENCE / "model"
+
+
+def test_tokens_are_as_frequent_as_they_are_likely():
+    """Over an even grid of draws, each to within one; a token of no probability is never drawn, not even at the ends."""
+    logits_V = torch.tensor([-torch.inf, 1.0, -2.0, 0.5, -torch.inf])
+    grid_N = torch.arange(1000, dtype=torch.float64) / 1000
+    tokens_N = sampled(logits_V.expand(1001, 5), torch.cat([grid_N, torch.tensor([1 - 2**-53], dtype=torch.float64)]))
+    counts_V = torch.bincount(tokens_N[:-1], minlength=5)
+    assert (counts_V - 1000 * logits_V.double().softmax(0)).abs().max() <= 1
+    assert not counts_V[[0, 4]].any() and tokens_N[-1] == 3
+
+
+def asking(output: Path, **changes) -> GenerateConfig:
+    return replace(GenerateConfig(ModelConfig(str(MODEL)), str(output), texts=12, tokens=16, batch=5), **changes)
+
+
+def rows(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def test_texts_are_of_the_models_tasks(ranks, tmp_path, capsys):
+    """... all different, and can be calibrated on; the same command once more does nothing, another seed gives other texts."""
+    generate_text(asking(tmp_path / "own.jsonl"), ranks)
+    texts = rows(tmp_path / "own.jsonl")
+    beginnings = (*NAMES, "What is", "Reverse", "Sort", "Count", "Upper case", "Maximum")
+    assert len(set(texts)) == 12 and sum(text.startswith(beginnings) for text in texts) >= 11
+    cfg = CalibrationConfig(str(tmp_path / "own.jsonl"), samples=8, length=20)
+    assert calibration_samples(cfg, load_tokenizer(MODEL), 4096).tokens_ST.shape == (8, 20)
+    before = (tmp_path / "own.jsonl").stat()
+    generate_text(asking(tmp_path / "own.jsonl"), ranks)
+    assert "complete already" in capsys.readouterr().out and (tmp_path / "own.jsonl").stat() == before
+    generate_text(asking(tmp_path / "other.jsonl", seed=1), ranks)
+    assert not set(rows(tmp_path / "other.jsonl")) & set(texts)
+    generate_text(asking(tmp_path / "sort.jsonl", start="Sort: "), ranks)
+    assert all(text.startswith("Sort: ") for text in rows(tmp_path / "sort.jsonl"))
+
+
+def test_an_interrupted_call_goes_on_to_the_same_bytes(ranks, tmp_path, monkeypatch):
+    generate_text(asking(tmp_path / "whole.jsonl"), ranks)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stun.evaluation.self_generated, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        generate_text(asking(tmp_path / "own.jsonl"), ranks)
+    let_go()
+    finished = tmp_path / "own.jsonl.partial" / "generate-5"
+    assert len(list(finished.glob("tokens-*.json"))) == 3
+    (finished / "tokens-000001.json").unlink()
+    with pytest.raises(StunError, match=r"holds another evaluation \(seed: 0 there, 1 now\)"):
+        generate_text(asking(tmp_path / "own.jsonl", seed=1), ranks)
+    generate_text(asking(tmp_path / "own.jsonl"), ranks)
+    assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["own.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("family", "world"), [("arctic", 2), ("gpt_oss", 4)])
+def test_the_same_bytes_on_any_number_of_ranks(checkpoint, ranks, tmp_path, family, world):
+    model = ModelConfig(str(checkpoint(family)))
+    generate_text(asking(tmp_path / "one.jsonl", model=model), ranks)
+    own = [f"model.path={model.path}", f"output={tmp_path}/more.jsonl", "texts=12", "tokens=16", "batch=5"]
+    run_job("generate", own, world)
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "more.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": 0}, r"texts=0: 1 or more"),
+        ({"tokens": 1}, r"tokens=1: 2 or more"),
+        ({"seed": -1}, r"seed=-1: 0 or more"),
+        ({"batch": 0}, r"batch=0: 1 or more"),
+        ({"output": "own.txt"}, r"output=own.txt: a name that ends in .jsonl is needed"),
+        ({"model": ModelConfig("nowhere/at/all")}, r"nowhere/at/all"),
+    ],
+)
+def test_bad_requests_are_refused(ranks, tmp_path, changes, message):
+    with pytest.raises(StunError, match=message):
+        generate_text(replace(asking(tmp_path / "own.jsonl"), **changes), ranks)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["my notes", "[1]", "", '{"text": "mine"}'])
+def test_a_file_of_somebody_else_stays(ranks, tmp_path, content):
+    file = tmp_path / "own.jsonl"
+    file.write_text(content)
+    with pytest.raises(StunError, match=r"own.jsonl: was not written by this command; choose another file"):
+        generate_text(asking(file), ranks)
+    assert file.read_text() == content and len(list(tmp_path.iterdir())) == 1
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(StunError, match=r"own.jsonl: was not written by this command"):
+        generate_text(asking(file), ranks)
