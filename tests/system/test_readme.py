@@ -119,6 +119,17 @@ def test_mixture_weights_and_protection_on_the_command_line(checkpoint, tmp_path
 
 
 @pytest.mark.slow
+def test_text_that_the_model_writes_beside_text_that_is_given(checkpoint, tmp_path):
+    write, prune = commands("own-text", page("runs"))[0].splitlines()
+    model = {"model.path": str(checkpoint("qwen3_moe"))}
+    run(here(write, {**model, "output": str(tmp_path / "own.jsonl"), "texts": "16", "tokens": "20"}))
+    (tmp_path / "text.jsonl").write_text(HELDOUT.read_text())
+    prune = prune.replace("/data/text.jsonl", str(tmp_path / "text.jsonl")).replace("runs/own.jsonl", str(tmp_path / "own.jsonl"))
+    run(here(prune, {**model, "calibration.samples": "8", "calibration.length": "32", "run_dir": str(tmp_path / "run")}))
+    assert json.loads((tmp_path / "run" / "stats" / "about.json").read_text())["sources"] == {"given": 4, "own": 4}
+
+
+@pytest.mark.slow
 def test_train_another_model(tmp_path):
     """The command that made the second model of docs/selection.md, for two steps; the result can be pruned."""
     train, _ = commands("train", (ROOT / "docs" / "selection.md").read_text())[0].splitlines()

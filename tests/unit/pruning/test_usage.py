@@ -25,7 +25,7 @@ def said(folder, tokens: dict[str, list[int]]) -> str:
 def test_it_counts_and_names_the_source_that_helps(tmp_path):
     """An even share is 10 tokens: less than one of ten is rare. Two of eight experts are, one of them for every source."""
     line = said(tmp_path / "few", {"prose": [20, 20, 20, 18, 1, 1, 0, 0], "code": [0, 0, 0, 0, 0, 0, 0, 0]})
-    assert "rarely reaches 2 of 8 experts, 2 of them never" in line and "add text of other kinds (calibration.mixture)" in line
+    assert "rarely reaches 2 of 8 experts, 2 of them never" in line and "such as the model's own (stun generate)" in line
     line = said(tmp_path / "some", {"prose": [900, 900, 900, 900, 900, 900, 900, 0], "code": [1, 1, 1, 1, 1, 1, 5, 9]})
     assert (
         "rarely reaches 1 of 8 experts, 0 of them never" in line
