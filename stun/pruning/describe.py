@@ -58,7 +58,8 @@ def usage_warning(arch: Architecture, stats: Statistics) -> str:
     if rare <= _MANY * experts:
         return ""
     helps = [f"{name} reaches {number} of them" for name, number in reached.items() if number]
-    more = f"raise the weight of its sources ({', '.join(helps)})" if helps else "add text of other kinds, such as the model's own (stun generate)"
+    others = "add text of other kinds, such as the model's own (stun generate)"
+    more = f"raise the weight of its sources ({', '.join(helps)})" if helps else others
     counts = f"{rare} of {experts} experts, {unseen} of them never"
     return (
         f"warning: the calibration text rarely reaches {counts}: what they do elsewhere is not judged. If the model is for "

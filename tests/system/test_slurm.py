@@ -149,6 +149,9 @@ def test_from_another_folder_into_one_that_needs_quotes(cluster, source, tmp_pat
     words += ["output='my runs/a=1 [b]/result.json'"]
     completed(cluster, start(cluster, run_dir, [str(scripts / "evaluate.sbatch"), *words], tmp_path), run_dir)
     assert json.loads((run_dir / "result.json").read_text())["perplexity"] > 1
+    words = [f"model.path={source}", "output='my runs/a=1 [b]/own.jsonl'", "texts=2", "tokens=4"]
+    completed(cluster, start(cluster, run_dir, [str(scripts / "generate.sbatch"), *words], tmp_path), run_dir)
+    assert len((run_dir / "own.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_copy_of_a_script_says_what_it_lacks(cluster, tmp_path):

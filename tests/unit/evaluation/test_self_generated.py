@@ -35,7 +35,7 @@ def test_tokens_are_as_frequent_as_they_are_likely():
 
 
 def asking(output: Path, **changes) -> GenerateConfig:
-    return replace(GenerateConfig(ModelConfig(str(MODEL)), str(output), texts=12, tokens=16, batch=5), **changes)
+    return replace(GenerateConfig(ModelConfig(str(MODEL)), str(output), texts=12, tokens=16, batch=12), **changes)
 
 
 def rows(file: Path) -> list[str]:
@@ -48,8 +48,8 @@ def test_texts_are_of_the_models_tasks(ranks, tmp_path, capsys):
     texts = rows(tmp_path / "own.jsonl")
     beginnings = (*NAMES, "What is", "Reverse", "Sort", "Count", "Upper case", "Maximum")
     assert len(set(texts)) == 12 and sum(text.startswith(beginnings) for text in texts) >= 11
-    cfg = CalibrationConfig(str(tmp_path / "own.jsonl"), samples=8, length=20)
-    assert calibration_samples(cfg, load_tokenizer(MODEL), 4096).tokens_ST.shape == (8, 20)
+    cfg = CalibrationConfig(str(tmp_path / "own.jsonl"), samples=8, length=16)
+    assert calibration_samples(cfg, load_tokenizer(MODEL), 4096).tokens_ST.shape == (8, 16)
     before = (tmp_path / "own.jsonl").stat()
     generate_text(asking(tmp_path / "own.jsonl"), ranks)
     assert "complete already" in capsys.readouterr().out and (tmp_path / "own.jsonl").stat() == before
@@ -60,17 +60,18 @@ def test_texts_are_of_the_models_tasks(ranks, tmp_path, capsys):
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bytes(ranks, tmp_path, monkeypatch):
-    generate_text(asking(tmp_path / "whole.jsonl"), ranks)
+    small = {"tokens": 6, "batch": 5}
+    generate_text(asking(tmp_path / "whole.jsonl", **small), ranks)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stun.evaluation.self_generated, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-        generate_text(asking(tmp_path / "own.jsonl"), ranks)
+        generate_text(asking(tmp_path / "own.jsonl", **small), ranks)
     let_go()
     finished = tmp_path / "own.jsonl.partial" / "generate-5"
     assert len(list(finished.glob("tokens-*.json"))) == 3
     (finished / "tokens-000001.json").unlink()
     with pytest.raises(StunError, match=r"holds another evaluation \(seed: 0 there, 1 now\)"):
-        generate_text(asking(tmp_path / "own.jsonl", seed=1), ranks)
-    generate_text(asking(tmp_path / "own.jsonl"), ranks)
+        generate_text(asking(tmp_path / "own.jsonl", **small, seed=1), ranks)
+    generate_text(asking(tmp_path / "own.jsonl", **small), ranks)
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["own.jsonl", "whole.jsonl"]
 
@@ -79,7 +80,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(ranks, tmp_path, monkeypa
 @pytest.mark.parametrize(("family", "world"), [("arctic", 2), ("gpt_oss", 4)])
 def test_the_same_bytes_on_any_number_of_ranks(checkpoint, ranks, tmp_path, family, world):
     model = ModelConfig(str(checkpoint(family)))
-    generate_text(asking(tmp_path / "one.jsonl", model=model), ranks)
+    generate_text(asking(tmp_path / "one.jsonl", model=model, batch=5), ranks)
     own = [f"model.path={model.path}", f"output={tmp_path}/more.jsonl", "texts=12", "tokens=16", "batch=5"]
     run_job("generate", own, world)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "more.jsonl").read_bytes()
