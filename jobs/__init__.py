@@ -131,7 +131,7 @@ def _ends_clearly() -> Iterator[None]:
                 time.sleep(ALIKE)  # the rank that ended first says why, or the launcher does
             _give_way(OWN)
             if is_out_of_memory(error):
-                advice = "more ranks, a smaller calibration.micro_batch, task.batch or sparsify.gram_gib need less"
+                advice = "more ranks, a smaller calibration.micro_batch, task.batch, batch or sparsify.gram_gib need less"
                 _fail(f"{_where()}out of memory ({advice}): {error}", 1)
             traceback.print_exc()
             _fail(f"{_where()}{error}", 1)

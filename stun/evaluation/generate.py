@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from stun.config import StunError
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Capacity
 from stun.model.architecture import Architecture
@@ -61,7 +62,11 @@ class Decoding:
         """Token [B] number `step` of the prompts `rows`."""
         if self.draws_RT is None:
             return logits_BV.argmax(-1)
-        return sampled(logits_BV[:, : len(self.tokenizer)], self.draws_RT[rows, step].to(logits_BV.device))
+        logits_BV = logits_BV[:, : len(self.tokenizer)]
+        next_B = sampled(logits_BV, self.draws_RT[rows, step].to(logits_BV.device))
+        if next_B.max() >= logits_BV.shape[1]:
+            raise StunError(f"the model's logits of token {step + 1} are not finite")
+        return next_B
 
 
 def sampled(logits_BV: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:

@@ -68,12 +68,14 @@ def scoring_batch(arch: Architecture, models: int, lengths: list[int], requested
 @dataclass(frozen=True)
 class Capacity:
     """Sizes of a generation: `batch` rows in a micro-batch, `turns` micro-batches on a rank at once, the first `held_layers`
-    layers held in memory, and `step_bytes` of the remaining ones read at every step."""
+    layers held in memory, and `step_bytes` of the remaining ones read at every step. Caches and logits of more than `most` rows
+    do not fit."""
 
     batch: int
     turns: int
     held_layers: int
     step_bytes: int
+    most: int = 2**63
 
 
 def generation_capacity(arch: Architecture, prompts: list[int], new: int, requested: int, ranks: Ranks) -> Capacity:
@@ -92,4 +94,5 @@ def generation_capacity(arch: Architecture, prompts: list[int], new: int, reques
         left -= read_ahead(max(stored for stored, *_ in sizes), left)
     batch = _batch(requested, left / 2, row, len(prompts), f"{longest + new} tokens")
     turns = 1 if held_layers == len(sizes) else max(1, int(left / 2 / max(1, batch * traced.caches)))
-    return Capacity(batch, turns, held_layers, sum(everywhere for _, _, everywhere, _ in sizes[held_layers:]))
+    step_bytes = sum(everywhere for _, _, everywhere, _ in sizes[held_layers:])
+    return Capacity(batch, turns, held_layers, step_bytes, max(0, int(left / (traced.caches + 8 * arch.config.vocab_size))))

@@ -19,9 +19,9 @@ from stun.data.tokenizer import check_size, check_vocabulary, load_tokenizer, to
 from stun.evaluation.batches import micro_batches
 from stun.evaluation.config import GenerateConfig
 from stun.evaluation.generate import Decoding, describe, generate
-from stun.evaluation.memory import generation_capacity
+from stun.evaluation.memory import Capacity, generation_capacity
 from stun.evaluation.resume import Generated, Partial
-from stun.files import parse_json, write_atomically
+from stun.files import is_count, parse_json, write_atomically
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
 from stun.preflight.hardware import read_speed
@@ -46,12 +46,17 @@ def generate_text(cfg: GenerateConfig, ranks: Ranks) -> None:
     check_size(tokenizer, arch.config.vocab_size)
     prompt = _start(cfg, tokenizer, arch.config.vocab_size)
     request = ranks.on_first(lambda: _request(cfg, arch, prompt))
+    partial = Partial(cfg.output)
     if ranks.on_first(lambda: _is_written(cfg.output, request)):
+        ranks.on_first(partial.remove)  # the launch that finished it may have been killed before it did
         ranks.log(f"{cfg.output} is complete already")
         return
-    partial, machine = Partial(cfg.output), hardware(ranks, compute_dtype(arch, ranks.device))
+    capacity = _capacity(cfg, arch, len(prompt), ranks)
+    machine = hardware(ranks, compute_dtype(arch, ranks.device))
     ranks.on_first(lambda: partial.open(request, machine))
-    texts = _texts(cfg, arch, tokenizer, prompt, partial, ranks)
+    ranks.doing = "generate before the first token"
+    folder = ranks.on_first(lambda: partial.phase("generate", cfg.batch))
+    texts = _texts(cfg, arch, tokenizer, prompt, capacity, folder, ranks)
     ranks.on_first(lambda: _write(Path(cfg.output), texts, request))
     ranks.on_first(partial.remove)
     ranks.doing = ""
@@ -62,24 +67,29 @@ def _validate(cfg: GenerateConfig) -> None:
     for key, least in (("texts", 1), ("tokens", 2), ("seed", 0), ("batch", 1)):
         if getattr(cfg, key) < least:
             raise StunError(f"{key}={getattr(cfg, key)}: {least} or more")
+    if not is_count(cfg.seed):
+        raise StunError(f"seed={cfg.seed}: a number below 2^63 is needed")
     if not cfg.output.endswith(".jsonl"):
         raise StunError(f"output={cfg.output}: a name that ends in .jsonl is needed")
 
 
 def _start(cfg: GenerateConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """Token ids that every text goes on from: of `start`, or those between two texts of a calibration sample."""
-    end = tokenizer.eos_token_id
-    first = [token for token in token_ids(cfg.start, "start", tokenizer) if token != end]
-    ids = first if cfg.start or end is None else [end, *first]
+    end, ids = tokenizer.eos_token_id, token_ids(cfg.start, "start", tokenizer)
+    if end is not None and ids[-1:] == [end] and not cfg.start.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # the tokenizer ends every text so
+    if not cfg.start and end is not None:
+        ids = [end, *ids]
     if not ids:
-        raise StunError(f"start: the tokenizer of {tokenizer.name_or_path} has no end-of-text token; give a text to go on from")
+        lack = "makes no token of it" if cfg.start else "has no end-of-text token"
+        raise StunError(f"start={cfg.start}: the tokenizer of {tokenizer.name_or_path} {lack}; give a text to go on from")
     check_vocabulary(ids, tokenizer, vocab_size)
     return ids
 
 
 def _request(cfg: GenerateConfig, arch: Architecture, prompt: list[int]) -> dict:
     own = {name: getattr(cfg, name) for name in ("texts", "tokens", "seed", "batch")}
-    return {"model": model_digest(arch.source), "start": prompt, **own}
+    return {"model": model_digest(arch.source), "start": cfg.start, "prompt": prompt, **own}
 
 
 def _digest(request: dict) -> str:
@@ -101,26 +111,46 @@ def _is_written(output: str, request: dict) -> bool:
     return True
 
 
+def _capacity(cfg: GenerateConfig, arch: Architecture, start: int, ranks: Ranks) -> Capacity:
+    """Sizes of the generation after `start` tokens. Raises StunError if `batch` texts do not fit into memory."""
+    capacity = generation_capacity(arch, [start] * cfg.texts, cfg.tokens, cfg.batch, ranks)
+    if min(cfg.batch, cfg.texts) > capacity.most:
+        fit = f"at most {count(capacity.most, 'text')} of {count(cfg.tokens, 'token')} fit at once"
+        raise StunError(f"out of memory: batch={cfg.batch}: {fit}; a smaller batch or more ranks need less")
+    return capacity
+
+
 def _texts(
-    cfg: GenerateConfig, arch: Architecture, tokenizer: PreTrainedTokenizerBase, prompt: list[int], partial: Partial, ranks: Ranks
+    cfg: GenerateConfig,
+    arch: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    capacity: Capacity,
+    folder: Path,
+    ranks: Ranks,
 ) -> list[str]:
-    """Texts in the order of their draws, on every rank."""
+    """Texts in the order of their draws, on every rank; `folder` keeps their tokens. Seven parameters: what `generate_text` has
+    made of the request."""
     draws_RT = torch.rand(cfg.texts, cfg.tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(cfg.seed))
     # Neither the checkpoint's penalties nor its end tokens: as in a sample, one text follows the other.
     decoding = Decoding(GenerationConfig(max_new_tokens=cfg.tokens), tokenizer, cfg.tokens, [], draws_RT)
-    lengths = [len(prompt)] * cfg.texts
-    ranks.doing = "generate before the first token"
-    capacity = generation_capacity(arch, lengths, cfg.tokens, cfg.batch, ranks)
     nodes = max(1, ranks.world // ranks.local_world)
     read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
     ranks.log(f"generate {count(cfg.texts, 'text')} of {count(cfg.tokens, 'token')}: {describe(capacity, arch, read)}")
-    rows = [len(batch.rows) for batch in micro_batches(lengths, cfg.batch)]
-    folder = ranks.on_first(lambda: partial.phase("generate", cfg.batch))
+    rows = [len(batch.rows) for batch in micro_batches([len(prompt)] * cfg.texts, cfg.batch)]
     files = Generated(folder, rows, arch.config.vocab_size, decoding.is_done)
     own = generate(arch, [prompt] * cfg.texts, decoding, capacity, ranks, files.load, files.save)
     tokens = {row: ids for part in ranks.gather_objects(own) for row, ids in part.items()}
-    # The last character of a text may lack some of its bytes.
-    return [cfg.start + tokenizer.decode(tokens[row]).rstrip("\ufffd") for row in range(cfg.texts)]
+    return [_text(cfg.start, prompt, tokens[row], tokenizer) for row in range(cfg.texts)]
+
+
+def _text(start: str, prompt: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of tokens after those of `start`, without the last character if it lacks some of its bytes."""
+    text = tokenizer.decode(tokens)
+    if start:  # some tokenizers drop the space before the first word that they decode
+        before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + tokens)
+        text = whole.removeprefix(before) if whole.startswith(before) else text
+    return start + text.rstrip("\ufffd")
 
 
 def _write(file: Path, texts: list[str], request: dict) -> None:
