@@ -177,10 +177,15 @@ def _cell_text(values: list[float], measure: str) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.3f}" if spread else "")
 
 
-def read_scores(folder: Path, kind: str) -> dict[str, dict]:
-    """Scores of a study by model, from the files KIND-MODEL.json of a folder."""
-    files = sorted(folder.glob(f"{kind}-*.json"), key=lambda file: ORDER.index(file.stem.removeprefix(f"{kind}-")))
-    return {file.stem.removeprefix(f"{kind}-"): load_json(file) for file in files}
+def read_scores(folder: Path, *kinds: str) -> dict[str, dict]:
+    """Scores of studies by model, from the files KIND-MODEL.json of a folder; the methods of later kinds come last."""
+    scores: dict[str, dict] = {}
+    for kind, model in itertools.product(kinds, ORDER):
+        file = folder / f"{kind}-{model}.json"
+        if file.is_file():
+            own = load_json(file)
+            scores.setdefault(model, own)["results"] |= own["results"]
+    return scores
 
 
 def across(scores: dict[str, dict], share: str) -> str:

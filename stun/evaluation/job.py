@@ -88,7 +88,7 @@ def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
 
 
 def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrainedTokenizerBase, Inputs]:
-    arch = _architecture(cfg, ranks)
+    arch = architecture(cfg.model, ranks)
     check_unknown(arch, ranks)
     tokenizer = load_tokenizer(arch.source.folder)
     check_size(tokenizer, arch.config.vocab_size)
@@ -98,15 +98,15 @@ def _opened(cfg: EvaluateConfig, ranks: Ranks) -> tuple[Architecture, PreTrained
     return arch, tokenizer, inputs
 
 
-def _architecture(cfg: EvaluateConfig, ranks: Ranks) -> Architecture:
-    """Model in float32 on every CPU: exact match depends on last bits, and results of different CPUs are compared."""
+def architecture(cfg: ModelConfig, ranks: Ranks) -> Architecture:
+    """Model in float32 on every CPU: completions depend on last bits, and those of different CPUs are compared."""
     precision = Precision.float32 if ranks.device.type == "cpu" else Precision.auto
-    return Architecture(Checkpoint.open(hub.folder(cfg.model.path)), precision)
+    return Architecture(Checkpoint.open(hub.folder(cfg.path)), precision)
 
 
 def _dense(file: str, reference: dict, arch: Architecture, ranks: Ranks) -> Architecture:
     try:
-        dense = _architecture(hub.fetched(EvaluateConfig(ModelConfig(reference["model"])), ranks), ranks)
+        dense = architecture(hub.fetched(EvaluateConfig(ModelConfig(reference["model"])), ranks).model, ranks)
     except StunError as error:
         raise StunError(f"dense={file}: its model cannot be read: {error}") from error
     for name, theirs, ours in (

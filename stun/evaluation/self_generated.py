@@ -13,12 +13,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from stun.checkpoint import hub
-from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
 from stun.data.tokenizer import check_size, check_vocabulary, load_tokenizer, token_ids
 from stun.evaluation.batches import micro_batches
 from stun.evaluation.config import GenerateConfig
 from stun.evaluation.generate import Decoding, describe, generate
+from stun.evaluation.job import architecture
 from stun.evaluation.memory import Capacity, generation_capacity
 from stun.evaluation.resume import Generated, Partial
 from stun.files import is_count, parse_json, write_atomically
@@ -40,7 +40,7 @@ def generate_text(cfg: GenerateConfig, ranks: Ranks) -> None:
     started = time.perf_counter()
     _validate(cfg)
     cfg = hub.fetched(cfg, ranks)
-    arch = Architecture(Checkpoint.open(hub.folder(cfg.model.path)))
+    arch = architecture(cfg.model, ranks)
     check_unknown(arch, ranks)
     tokenizer = load_tokenizer(arch.source.folder)
     check_size(tokenizer, arch.config.vocab_size)
