@@ -14,7 +14,16 @@ from pathlib import Path
 from helpers.paths import HELDOUT, TEXT
 from helpers.pretend import records
 from helpers.stops import stopped_after
-from stun.config import Budget, CalibrationConfig, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, SparsifyConfig
+from stun.config import (
+    Budget,
+    CalibrationConfig,
+    ExpertsConfig,
+    ExpertsMethod,
+    ModelConfig,
+    Precision,
+    PruneConfig,
+    SparsifyConfig,
+)
 from stun.config import SparsifyMethod as Method
 from stun.evaluation.config import EvaluateConfig, TaskConfig
 from stun.evaluation.job import evaluate
@@ -32,12 +41,13 @@ METHODS = {
 
 
 def request(source: Path, run_dir: Path, sparsify: SparsifyConfig | None = None) -> PruneConfig:
-    """Experts and weights removed, by the paper's methods where no other is given."""
+    """Experts and weights removed, by the paper's methods where no other is given; in float32, as some CPUs always compute."""
     experts = ExpertsConfig(fraction=0.4)
     if sparsify:
         experts = replace(experts, method=ExpertsMethod.rank, budget=Budget["global"])
     target = 0.55 if sparsify and sparsify.pattern else 0.4
-    return PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, sparsify or SparsifyConfig(), target, str(run_dir))
+    cfg = PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, sparsify or SparsifyConfig(), target, str(run_dir))
+    return replace(cfg, precision=Precision.float32)
 
 
 def families(sources: Path, runs: Path, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from stun.config import StunError
 from stun.run.folder import Run
 from stun.run.identity import hardware
 from stun.run.lock import let_go
+from stun.runtime.cpu import multiplies_bfloat16
 
 GPU, OTHER = {"device": "H200", "torch": "2.11"}, {"device": "H200", "torch": "2.12"}
 
@@ -51,6 +52,7 @@ def test_hardware_names_what_bits_depend_on(ranks, monkeypatch):
     found = hardware(ranks, torch.float32)
     assert found["computed_in"] == "float32" and found["torch"] == torch.__version__
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
+    monkeypatch.setattr("stun.runtime.cpu.multiplies_bfloat16", multiplies_bfloat16.__wrapped__)  # not what it found before
     monkeypatch.setattr("stun.runtime.cpu._cpuinfo", lambda: {"vendor_id": "Somebody", "flags": "amx_bf16"})
     other = hardware(ranks, torch.float32)
     assert other["device"] == "CPU Somebody OTHER with fast bfloat16" != found["device"]

@@ -63,6 +63,7 @@ def test_every_job_has_a_configuration_that_composes():
     for job in SCHEMAS:
         given = {
             "evaluate": ["output=o", "model.path=m"],
+            "generate": ["output=o.jsonl", "model.path=m"],
             "report": ["folder=f"],
             "serve-check": ["model.path=m", "runtime=vllm"],
             "plan": [*GIVEN, "output=o"],
