@@ -19,6 +19,7 @@ from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.evaluation.memory import Capacity
 from stun.model.architecture import Architecture
 from stun.model.forward import CACHE
+from stun.preflight.hardware import read_speed
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration, size
 from stun.stream.embeddings import outside
@@ -203,11 +204,12 @@ def _step(batches: list[_Batch], stream: LayerStream, rounds: int, ranks: Ranks)
         batch.advance(hidden_BTD)
 
 
-def describe(capacity: Capacity, arch: Architecture, read: float) -> str:
-    """Description of a generation for the log; `read` is the read speed in bytes/s."""
+def describe(capacity: Capacity, arch: Architecture, ranks: Ranks) -> str:
+    """Description of a generation for the log. All ranks call this together; the first measures the disk, if it is read."""
     layers = count(len(arch.layers), "layer")
     if not capacity.step_bytes:
         return f"{capacity.batch} at once, all of {layers} in memory"
     held = f"{capacity.held_layers or 'none'} of {layers} in memory"
+    read = ranks.on_first(lambda: read_speed(arch.source)) * max(1, ranks.world // ranks.local_world)
     step = f"{size(capacity.step_bytes)} are read for every token, about {duration(capacity.step_bytes / read)}"
     return f"{capacity.turns} times {capacity.batch} at once on a rank; {held}: {step}"

@@ -23,7 +23,6 @@ from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.hardware import read_speed
 from stun.run.identity import hardware, model_digest, plain
 from stun.runtime.gpus import is_out_of_gpu_memory
 from stun.runtime.ranks import Ranks
@@ -150,9 +149,7 @@ def _answered(
 
     def run(size: int) -> dict:
         capacity = generation_capacity(arch, lengths, task.max_new_tokens, size, ranks)
-        nodes = max(1, ranks.world // ranks.local_world)
-        read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
-        ranks.log(f"generate for {count(len(lengths), 'row')}: {describe(capacity, arch, read)}")
+        ranks.log(f"generate for {count(len(lengths), 'row')}: {describe(capacity, arch, ranks)}")
         rows = [len(batch.rows) for batch in micro_batches(lengths, size)]
         files = Generated(ranks.on_first(lambda: partial.phase("generate", size)), rows, arch.config.vocab_size, decoding.is_done)
         return {"tokens": generate(arch, inputs.prompts, decoding, capacity, ranks, files.load, files.save), "batch": size}

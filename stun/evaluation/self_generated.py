@@ -24,7 +24,6 @@ from stun.evaluation.resume import Generated, Partial
 from stun.files import is_count, parse_json, write_atomically
 from stun.model.architecture import Architecture
 from stun.model.precision import compute_dtype
-from stun.preflight.hardware import read_speed
 from stun.run.identity import hardware, model_digest
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count, duration
@@ -134,9 +133,7 @@ def _texts(
     draws_RT = torch.rand(cfg.texts, cfg.tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(cfg.seed))
     # Neither the checkpoint's penalties nor its end tokens: as in a sample, one text follows the other.
     decoding = Decoding(GenerationConfig(max_new_tokens=cfg.tokens), tokenizer, cfg.tokens, [], draws_RT)
-    nodes = max(1, ranks.world // ranks.local_world)
-    read = ranks.on_first(lambda: read_speed(arch.source)) * nodes if capacity.step_bytes else 0.0
-    ranks.log(f"generate {count(cfg.texts, 'text')} of {count(cfg.tokens, 'token')}: {describe(capacity, arch, read)}")
+    ranks.log(f"generate {count(cfg.texts, 'text')} of {count(cfg.tokens, 'token')}: {describe(capacity, arch, ranks)}")
     rows = [len(batch.rows) for batch in micro_batches([len(prompt)] * cfg.texts, cfg.batch)]
     files = Generated(folder, rows, arch.config.vocab_size, decoding.is_done)
     own = generate(arch, [prompt] * cfg.texts, decoding, capacity, ranks, files.load, files.save)

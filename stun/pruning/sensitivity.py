@@ -20,6 +20,7 @@ from stun.pruning.trials import Passing, by_score, embedded, trial
 from stun.runtime.ranks import Ranks
 from stun.runtime.units import count
 from stun.schema import SIZE, Leaf, load_record
+from stun.statistics.store import Statistics
 from stun.stream.layer_stream import LayerStream, States, even_owners
 from stun.stream.progress import Progress
 
@@ -35,7 +36,7 @@ def losses(job: Job, file: Path, ranks: Ranks) -> Losses:
     trials = ranks.on_first(lambda: trial_drops(job, stats, total))
     known = ranks.on_first(lambda: _read(file, trials) if file.is_file() else None)
     if known is None:
-        known = _measured(job, trials, ranks)
+        known = _measured(job, stats, trials, ranks)
         ranks.on_first(lambda: write_json(file, {"losses": known}))
     return known
 
@@ -50,9 +51,9 @@ def _read(file: Path, trials: list[list[int]]) -> Losses:
     return known
 
 
-def _measured(job: Job, trials: list[list[int]], ranks: Ranks) -> Losses:
+def _measured(job: Job, stats: Statistics | None, trials: list[list[int]], ranks: Ranks) -> Losses:
     """Losses of every layer in each of the trials, on held-out tokens. Raises StunError as `make_plan` does."""
-    arch, stats = job.arch, job.statistics if job.reads_statistics else None
+    arch = job.arch
     plans = ranks.on_first(lambda: [make_plan(job, stats, drops) for drops in trials])
     quotas = [layer_quotas(job.sizes, plan) for plan in plans]
     stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, ranks.world) for layout in arch.layers])

@@ -63,10 +63,8 @@ def test_every_method_writes_the_bytes_of_the_cpu(cpu, two, name):
         return same_tensors(one, other)
     one, other = load_tensors(one), load_tensors(other)
     assert sum(int((t == 0).sum()) for t in one.values()) == sum(int((t == 0).sum()) for t in other.values())
-    apart = {key: (tensor - other[key]).norm() for key, tensor in one.items()}
-    # One matrix of an expert with a handful of tokens may be further apart: 5.5 % on CPUs without fast bfloat16.
-    assert all(apart[key] <= 0.1 * tensor.norm() for key, tensor in one.items()), apart
-    assert sum(apart[key] ** 2 for key in one) <= 0.05**2 * sum(tensor.norm() ** 2 for tensor in one.values())
+    for key, tensor in one.items():
+        assert (tensor - other[key]).norm() <= 0.05 * tensor.norm(), key
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(cpu, two):

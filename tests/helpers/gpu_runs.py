@@ -41,13 +41,13 @@ METHODS = {
 
 
 def request(source: Path, run_dir: Path, sparsify: SparsifyConfig | None = None) -> PruneConfig:
-    """Experts and weights removed, by the paper's methods where no other is given; in float32, as some CPUs always compute."""
+    """Experts and weights removed, by the paper's methods where no other is given; fp8 in float32, as some CPUs do."""
     experts = ExpertsConfig(fraction=0.4)
     if sparsify:
         experts = replace(experts, method=ExpertsMethod.rank, budget=Budget["global"])
     target = 0.55 if sparsify and sparsify.pattern else 0.4
     cfg = PruneConfig(ModelConfig(str(source)), CALIBRATION, experts, sparsify or SparsifyConfig(), target, str(run_dir))
-    return replace(cfg, precision=Precision.float32)
+    return replace(cfg, precision=Precision.float32) if source.name == "fp8" else cfg
 
 
 def families(sources: Path, runs: Path, ranks: Ranks) -> None:
