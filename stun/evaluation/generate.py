@@ -8,7 +8,6 @@ Shapes: B unfinished rows of a micro-batch, T tokens of prompt and completion so
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -156,8 +155,6 @@ def generate(
     owners = [even_owners(layout, ranks.world) for layout in arch.layers]
     stream = LayerStream(arch, ranks, arch.layers, owners)
     stream.stays = capacity.held_layers
-    if decoding.draws_RT is None:  # a sampled token depends on last bits, and must not on the number of ranks
-        stream.steady = nullcontext
     wave, completions = capacity.turns * ranks.world, {}
     with outside(arch, ranks):
         for start in range(0, len(batches), wave):
@@ -193,15 +190,17 @@ def _complete(
 
 
 def _step(batches: list[_Batch], stream: LayerStream, rounds: int, ranks: Ranks) -> None:
-    entered = [batch.enter() for batch in batches]
+    with stream.steady():
+        entered = [batch.enter() for batch in batches]
     states = States([hidden for hidden, _ in entered], [arguments for _, arguments in entered], rounds * ranks.world)
     del entered
     for layer in stream:
         if layer.module is None:
             stream.build(layer)
         states = stream.run(layer, states)
-    for batch, hidden_BTD in zip(batches, states.hidden, strict=True):
-        batch.advance(hidden_BTD)
+    with stream.steady():
+        for batch, hidden_BTD in zip(batches, states.hidden, strict=True):
+            batch.advance(hidden_BTD)
 
 
 def describe(capacity: Capacity, arch: Architecture, ranks: Ranks) -> str:

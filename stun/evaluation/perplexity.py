@@ -15,7 +15,6 @@ import torch
 
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.model.architecture import Architecture
-from stun.model.precision import compute_dtype
 from stun.run.recorder import Recorder
 from stun.runtime.determinism import steady
 from stun.runtime.ranks import Ranks
@@ -98,7 +97,7 @@ def _token_sums(
 ) -> list[float]:
     """Sums over all predicted tokens: their number, negative log-likelihood, and for two models KL and top-1 agreement."""
     local: list[list[float]] = []
-    with ExitStack() as stack, steady(ranks.device, compute_dtype(models[0], ranks.device), ranks.workers):
+    with ExitStack() as stack, steady(ranks.device, ranks.workers):
         for model in models:
             stack.enter_context(outside(model, ranks))
         for turn, batch in enumerate(batches[ranks.rank :: ranks.world]):

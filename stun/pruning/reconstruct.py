@@ -43,26 +43,27 @@ class Reconstruction:
     def refit(self, states: States, solved: Solved) -> None:
         """Run the pruned layer once for each block of experts, and refit the matrices that end attention, MLPs and experts;
         `solved(place, weight_OD, gram_DD)` is told of each."""
-        stream, layer, oriented = self.stream, self.layer, self.layer.layout.oriented
+        stream, layer, ranks = self.stream, self.layer, self.stream.ranks
         stream.build(layer)
+
+        def refit_one(place: tuple[int, str] | str, weight_OD: torch.Tensor, dense_OD: torch.Tensor, pair: dict) -> None:
+            weight_OD.copy_(refit(weight_OD, dense_OD, pair["gram"], product(dense_OD.float(), pair["cross"])))
+            solved(place, weight_OD, pair["gram"])
+
+        def refit_expert(number: int, pair: dict[str, torch.Tensor]) -> None:
+            expert = layer.kept[number]
+            ends = [layer.layout.oriented(one.experts[expert]["down_proj"]) for one in (layer, self.before)]
+            refit_one((expert, "down_proj"), *ends, pair)
+
         for place, block in enumerate(self.blocks):
             sums = _Pairs(self, [] if place else self.names, block)
             sums.measure(states)
-            for number, pair in sums.experts.items():
-                parts, before = layer.experts[layer.kept[number]], self.before.experts[layer.kept[number]]
-                _refit(oriented(parts["down_proj"]), oriented(before["down_proj"]), pair)
-                solved((layer.kept[number], "down_proj"), oriented(parts["down_proj"]), pair["gram"])
+            ranks.workers.map(lambda entry: refit_expert(*entry), sums.experts.items())
             if not place:
                 dense = sums.dense
+        ranks.workers.map(lambda entry: refit_one(entry[0], layer.dense[entry[0]], entry[1], dense[entry[0]]), self.dense.items())
         for name in self.names:
-            if name in self.dense:
-                _refit(layer.dense[name], self.dense[name], dense[name])
-                solved(name, layer.dense[name], dense[name]["gram"])
-            stream.ranks.broadcast(layer.dense[name], self.owners[name])
-
-
-def _refit(weight_OD: torch.Tensor, dense_OD: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
-    weight_OD.copy_(refit(weight_OD, dense_OD, sums["gram"], product(dense_OD.float(), sums["cross"])))
+            ranks.broadcast(layer.dense[name], self.owners[name])
 
 
 class _Pairs(Sums):

@@ -51,7 +51,7 @@ def search_fraction(job: Job, ranks: Ranks) -> dict[float, float]:
             pruned[fraction] = trial(job, stream, layer, plan, quotas[fraction][index], before)
         progress.layer(layer, count(len(plans), "fraction"))
     progress.close()
-    with outside(arch, ranks), steady(ranks.device, stream.dtype, ranks.workers):
+    with outside(arch, ranks), steady(ranks.device, ranks.workers):
         return {fraction: _divergence(arch, own.held, dense.held, ranks) for fraction, own in pruned.items()}
 
 

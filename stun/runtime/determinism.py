@@ -1,8 +1,9 @@
 """Operations whose last bits do not depend on the number of threads.
 
 torch splits a large tensor into one piece per thread. It computes each with vector instructions and the remainder at its end
-with scalar ones, whose exponential differs in the last bit. bfloat16 products add up in an order that depends on the number of
-threads; for float32 ones MKL is told not to (see stun/__init__). Sums run along rows and are not affected.
+with scalar ones, whose exponential differs in the last bit. Products add up in an order that depends on the number of threads:
+those of bfloat16 everywhere; those of few float32 rows on some CPUs although MKL is told not to (see stun/__init__; 173 of 1,493
+shapes on an AMD EPYC, all with at most 32 rows). Sums run along rows and are not affected.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,8 +21,8 @@ _ROWS, _BATCH = 512, 8  # rows, or matrices of a batch, per piece of a product
 
 
 class Steady(TorchDispatchMode):
-    """Dispatch mode for CPUs: elementwise functions run on one thread (a thousandth of a layer's work), and bfloat16 products in
-    pieces whose size does not depend on the number of threads."""
+    """Dispatch mode for CPUs: elementwise functions run on one thread (a thousandth of a layer's work), and products in pieces
+    whose size does not depend on the number of threads."""
 
     def __init__(self, workers: Workers):
         super().__init__()
@@ -31,11 +32,14 @@ class Steady(TorchDispatchMode):
         packet, keywords = function.overloadpacket, keywords or {}
         if packet is _aten._scaled_dot_product_flash_attention_for_cpu and arguments[0].dtype is torch.bfloat16:
             return self._attention(function, *arguments, **keywords)
-        if packet in _PRODUCTS and arguments[-1].dtype is torch.bfloat16:
+        if packet in _PRODUCTS:
             return self._product(function, *arguments, **keywords)
         # A square is a plain product: vector and scalar instructions give the same bits.
         is_square = packet is _aten.pow and isinstance(arguments[1], (int, float)) and arguments[1] == 2
-        if (packet in _UNSTEADY and not is_square) or (packet is _aten.convolution and arguments[0].dtype is torch.bfloat16):
+        # All threads compute a single head together; several, one each.
+        is_one_head = packet is _aten._scaled_dot_product_flash_attention_for_cpu and arguments[0].shape[:2].numel() == 1
+        is_convolution = packet is _aten.convolution and arguments[0].dtype is torch.bfloat16
+        if (packet in _UNSTEADY and not is_square) or is_one_head or is_convolution:
             with one_thread():
                 return function(*arguments, **keywords)
         return function(*arguments, **keywords)
@@ -57,6 +61,9 @@ class Steady(TorchDispatchMode):
         is_batch = left.dim() == 3
         is_wide = not is_batch and len(left) <= _ROWS
         size, step = (right.shape[1], _ROWS) if is_wide else (len(left), _BATCH if is_batch else _ROWS)
+        if size <= step:
+            with one_thread():
+                return function(*arguments, **keywords)
         output = left.new_empty(*left.shape[:-1], right.shape[-1])
         added = [term.expand_as(output) for term in added]
 
@@ -70,7 +77,6 @@ class Steady(TorchDispatchMode):
         return output
 
 
-def steady(device: torch.device, dtype: torch.dtype, workers: Workers) -> AbstractContextManager:
-    """Context for a layer that computes in `dtype`. GPUs need none; one thread needs it in bfloat16, to match several threads."""
-    is_needed = device.type == "cpu" and (torch.get_num_threads() > 1 or dtype is torch.bfloat16)
-    return Steady(workers) if is_needed else nullcontext()
+def steady(device: torch.device, workers: Workers) -> AbstractContextManager:
+    """Context for a layer. One thread needs it too, to match several; GPUs need none."""
+    return Steady(workers) if device.type == "cpu" else nullcontext()

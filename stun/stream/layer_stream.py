@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -64,7 +64,7 @@ class LayerStream:
         self.reserved = 0  # bytes that work on a layer takes on a GPU beside what is there when the layer starts
         self.beside = 1  # streams that run side by side, this one among them, and share what room there is for reading ahead
         self.stays, self.held = 0, []  # the first `stays` layers are kept in `held` for the next iteration, ready to run
-        self.steady: Callable[[], AbstractContextManager] = partial(steady, ranks.device, self.dtype, ranks.workers)
+        self.steady = partial(steady, ranks.device, ranks.workers)
 
     def __iter__(self) -> Iterator[Layer]:
         first = self.first + len(self.held)
@@ -284,7 +284,7 @@ def embed(arch: Architecture, ranks: Ranks, batches: list[torch.Tensor], read: C
     needed = [names for target, names in others.items() if arch.probe.reads_outside and target.startswith(arch.path)]
     with installed(arch, ranks, read, needed), as_configured(arch.source.folder, "the embedding"):
         for batch in batches[ranks.rank :: ranks.world]:
-            with steady(ranks.device, dtype, ranks.workers):
+            with steady(ranks.device, ranks.workers):
                 states, by_layer = arch.enter(batch.to(ranks.device), weight_VD)
             hidden.append(states)
             if batch.shape not in by_shape:

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.forms import fp8
 from helpers.gpu_runs import FAMILY, METHODS
 from helpers.launches import run_pretend, run_warm
+from helpers.paths import TEXT
 from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
 
@@ -55,16 +58,32 @@ def test_two_ranks_write_the_bytes_of_the_cpu(cpu, two, family):
     same_tensors(cpu / "families" / family / "model", two / "families" / family / "model")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"alps"}))
 def test_every_method_writes_the_bytes_of_the_cpu(cpu, two, name):
-    """... but for the solvers, which take other ways on a GPU to nearly the same values."""
+    """... but for SparseGPT, which takes another way on a GPU to nearly the same values."""
     one, other = (folder / "methods" / name / "model" for folder in (cpu, two))
-    if name not in ("sparsegpt", "alps"):
+    if name != "sparsegpt":
         return same_tensors(one, other)
     one, other = load_tensors(one), load_tensors(other)
-    assert sum(int((t == 0).sum()) for t in one.values()) == sum(int((t == 0).sum()) for t in other.values())
     for key, tensor in one.items():
-        assert (tensor - other[key]).norm() <= 0.05 * tensor.norm(), key
+        assert torch.equal(tensor == 0, other[key] == 0), key
+        assert (tensor - other[key]).norm() <= 0.001 * tensor.norm(), key
+
+
+def test_alps_computes_nearly_what_it_does_on_the_cpu(sources, cpu, two):
+    """Of two weights that are as good, last bits decide which is kept, and then later layers have other inputs. So what layers
+    give is compared, and the difference with what pruning has changed."""
+    dense, one, other = (sources / FAMILY, *(folder / "methods" / "alps" / "model" for folder in (cpu, two)))
+    zeros = [sum(int((tensor == 0).sum()) for tensor in load_tensors(model).values()) for model in (one, other)]
+    assert zeros[0] == zeros[1]
+    text = AutoTokenizer.from_pretrained(dense)("\n".join(TEXT.read_text().splitlines()[:20]))["input_ids"][:60]
+    states = []
+    for model in (dense, one, other):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with torch.no_grad():
+            states.append(model(torch.tensor(text).view(5, 12), output_hidden_states=True).hidden_states[1:])
+    shares = [float((b - a).norm() / (a - d).norm()) for d, a, b in zip(*states, strict=True)]
+    assert shares[0] <= 0.05 and max(shares) <= 0.25, shares
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(cpu, two):

@@ -1,7 +1,11 @@
-"""Ways to remove single weights, one run each, in one launch: -m helpers.method_runs SOURCE RUNS NAME ..."""
+"""Ways to remove single weights, one run each, in one launch: -m helpers.method_runs SOURCE RUNS NAME ...
+
+Ranks share four cores, whatever there are: one has four threads, of two each has two.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +56,7 @@ def request(source: str, run_dir: Path, name: str) -> PruneConfig:
 
 
 if __name__ == "__main__":
+    os.sched_getaffinity = lambda process: set(range(4))
     with Ranks() as ranks:
         for name in sys.argv[3:]:
             prune(request(sys.argv[1], Path(sys.argv[2]), name), ranks)

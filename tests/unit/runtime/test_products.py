@@ -1,4 +1,4 @@
-"""Products in bfloat16 on CPUs: right, and the same on any number of threads."""
+"""Products on CPUs: right, and the same on any number of threads."""
 
 from __future__ import annotations
 
@@ -65,6 +65,25 @@ def test_products_of_matrices(on_threads, shape):
     exact = left.double() @ right.double()
     check(on_threads, lambda: left @ right, exact)
     check(on_threads, lambda: torch.nn.functional.linear(left, right.mT, bias), exact + bias)
+
+
+# Shapes whose bits in float32 depend on the number of threads on some CPU, although MKL is told that they must not.
+FEW_ROWS = [(2, 1000, 256), (3, 4096, 33), (5, 32, 16), (8, 4096, 30), (17, 32, 33), (32, 16, 33), (600, 64, 700)]
+
+
+@pytest.mark.parametrize("shape", FEW_ROWS, ids=str)
+def test_products_of_float32(on_threads, shape):
+    left, right = (matrix.float() for matrix in factors(*shape))
+    bias = torch.randn(shape[2])
+    exact = left.double() @ right.double()
+    check(on_threads, lambda: left @ right, exact)
+    check(on_threads, lambda: torch.nn.functional.linear(left, right.mT, bias), exact + bias)
+
+
+def test_a_single_head_of_float32(on_threads):
+    heads = [torch.randn(1, 1, 12, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    exact = torch.nn.functional.scaled_dot_product_attention(*(own.double() for own in heads), is_causal=True)
+    check(on_threads, lambda: torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True), exact)
 
 
 def test_products_of_batches(on_threads):
