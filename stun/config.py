@@ -363,8 +363,9 @@ class PruneConfig:
     """Device that ranks compute on: auto is a GPU each, or CPUs where there is none. A GPU that is there and cannot be used is an
     error."""
     allow_other_hardware: bool = False
-    """Whether an interrupted run goes on where the GPU's or CPU's type, torch or CUDA differ from those it began with; its layers
-    may then differ in last bits, and must be computed in the same dtype. config.yaml in the run folder records both."""
+    """Whether an interrupted run goes on where the GPU's or CPU's type, torch, transformers or CUDA differ from those it began
+    with; its layers may then differ in last bits, and must be computed in the same dtype. config.yaml in the run folder records
+    them."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     fit: str = ""

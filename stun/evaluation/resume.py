@@ -8,6 +8,7 @@
 <output>.partial/generate-N/       tokens generated so far, one file per micro-batch of N rows
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,23 +33,32 @@ class Partial:
     def open(self, request: dict, hardware: dict) -> None:
         """Create and lock the folder, or resume from it. Raises StunError if it holds another request (with the differences) or
         began on other hardware, or if another process uses it."""
-        file, machine = self.folder / "request.json", self.folder / "hardware.json"
-        refuse_link(self.folder)
+        machine = self.folder / "hardware.json"
         try:
+            self.check(request)
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not file.is_file() and any(entry.name not in (LOCK, f".{file.name}.tmp") for entry in self.folder.iterdir()):
-                raise StunError(f"{self.folder}: was not made by an evaluation; move it elsewhere, or choose another output")
             hold(self.folder, str(self.folder))
         except OSError as error:
             raise StunError(f"output: {self.folder} cannot be written: {error}") from error
-        if file.is_file() and (changes := differences(load_json(file), request)):
-            where = f"{self.folder}: holds another evaluation ({'; '.join(changes)})"
-            raise StunError(f"{where}; remove it, or choose another output")
         self.save("request", request)
         if machine.is_file() and (changes := differences(load_json(machine), hardware)):
             raise StunError(f"{self.folder}: began on other hardware ({'; '.join(changes)}); go on there, or remove it")
         self.save("hardware", hardware)
         check_progress(self.folder, str(self.folder))
+
+    def check(self, request: dict) -> None:
+        """Raise StunError if the folder cannot be made, or holds another request (with the differences) or other files."""
+        file = self.folder / "request.json"
+        refuse_link(self.folder)
+        parent = next(place for place in self.folder.absolute().parents if os.path.lexists(place))
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise StunError(f"output: {self.folder} cannot be written: {parent} is no folder, or none to write to")
+        entries = list(self.folder.iterdir()) if os.path.lexists(self.folder) else []
+        if not file.is_file() and any(entry.name not in (LOCK, f".{file.name}.tmp") for entry in entries):
+            raise StunError(f"{self.folder}: was not made by an evaluation; move it elsewhere, or choose another output")
+        if file.is_file() and (changes := differences(load_json(file), request)):
+            where = f"{self.folder}: holds another evaluation ({'; '.join(changes)})"
+            raise StunError(f"{where}; remove it, or choose another output")
 
     def batch(self, phase: str, chosen: int, is_asked: bool) -> int:
         """Rows at once in a phase: as in an earlier launch, else `chosen`. A size set by the user is an upper limit."""

@@ -147,6 +147,24 @@ def is_own(folder: Path, config: dict) -> bool:
     return bool(family) and (folder / FILE).is_file() and (folder / FILE).read_bytes() == code(family).encode()
 
 
+def without_missing(source: Path, config: dict) -> dict:
+    """Content of config.json without the names of code that is not in `source`: none is fetched from the hub. Names of code in
+    other repositories stay."""
+    named = config.get("auto_map")
+    if not isinstance(named, dict):
+        return config
+    places = {auto: place for auto, place in named.items() if _is_there(source, place)}
+    others = {name: value for name, value in config.items() if name != "auto_map"}
+    return others | ({"auto_map": places} if places else {})
+
+
+def _is_there(source: Path, place: object) -> bool:
+    """Whether a value of auto_map ("modeling_x.XModel", or a list) names files of `source`, or this package's own."""
+    names = [str(name) for name in (place if isinstance(place, list) else [place]) if name is not None]
+    files = [f"{name.partition('.')[0]}.py" for name in names if "--" not in name]
+    return all(file == FILE or (source / file).is_file() for file in files)
+
+
 def write_code(folder: Path, config: dict) -> None:
     """Write the code that the content of a config.json asks for, if any."""
     family = _family(config)

@@ -11,6 +11,7 @@ from stun.checkpoint.reader import Checkpoint, Headers
 from stun.config import Budget, Dropped, ModelConfig, OutputFormat, PruneConfig, SparsifyMethod, StunError, Uneven
 from stun.data.samples import Samples, calibration_samples
 from stun.data.tokenizer import load_tokenizer
+from stun.files import load_json
 from stun.model.architecture import Architecture
 from stun.model.families import NOVICES, PADDED
 from stun.model.layer_layout import LayerLayout
@@ -24,6 +25,7 @@ from stun.planning.plan_file import read_plan
 from stun.planning.protection import check_listed
 from stun.planning.validation import validate
 from stun.planning.written_form import settle_format
+from stun.run import layer_records
 from stun.run.folder import MANIFEST, STATISTICS
 from stun.run.identity import observed
 from stun.runtime.ranks import Ranks
@@ -191,6 +193,8 @@ def _check_statistics(job: Job, ranks: Ranks, runs_here: bool = True) -> None:
         identity = statistics_identity(job, ranks)
         wanted = {key: value for key, value in identity.items() if open_keys.get(key, True)}
         ranks.on_first(lambda: job.statistics.check(wanted))
+        measured = Path(job.cfg.statistics) / layer_records.FILE  # read once the checkpoint is written
+        ranks.on_first(lambda: load_json(measured) if measured.is_file() else None)
 
 
 def resolve_statistics(cfg: PruneConfig, ranks: Ranks) -> Job:

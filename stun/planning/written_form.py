@@ -1,5 +1,6 @@
 """Form in which weights are written: as a quantised source stores them, dequantised, or rounded to a new form."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,12 @@ from stun.model.form_settings import kept_by_block, renumbered
 from stun.model.layer_layout import LayerLayout
 
 # Last parts of the names of matrices that runtimes merge into one, which are rounded together or not at all.
-_MERGED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_MERGED = (
+    *(("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3")),
+    *(("in_proj_qkv", "in_proj_z"), ("in_proj_a", "in_proj_b"), ("wq_a", "wkv")),
+)
+# Matrices that runtimes hold plain, whatever quantization_config says.
+_PLAIN = re.compile(r"\.indexer\.(weights_proj|wk)\.|\.compressor\.(wkv|wgate)\.")
 
 
 def settle_format(cfg: PruneConfig, arch: Architecture) -> tuple[PruneConfig, str]:
@@ -85,7 +91,7 @@ def _stored(arch: Architecture) -> str:
 def rounded_dense(arch: Architecture, layout: LayerLayout, grid: Grid) -> list[list[str]]:
     """Names of a layer's matrices outside the experts that are rounded, those that runtimes merge together in one list."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name in sorted(layout.linears):
+    for name in sorted(name for name in layout.linears if not _PLAIN.search(name)):
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         merged = next((leaves for leaves in _MERGED if leaf in leaves), (leaf,))
         groups.setdefault((parent, *merged), []).append(name)

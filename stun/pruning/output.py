@@ -51,7 +51,7 @@ def prune_and_write(job: Job, plan: Plan, run: Run, ranks: Ranks) -> Written:
     recorder = Recorder(run.folder, "prune", ranks, len(arch.layers))
     write = partial(write_shard, run.model, source, is_changed)
     outer: dict[str, torch.Tensor] = {}
-    finished = ranks.on_first(recorder.ledger.finished)
+    finished = recorder.finished()
     outside = ranks.on_first(lambda: _write_outside(job, run, write, finished, outer))
     states = None
     if job.streams["prune"]:
@@ -98,7 +98,7 @@ def _write_around(job: Job, written: Written, run: Run) -> None:
     layouts = [*arch.layers, *arch.mtp]
     stays = [layout.whole for layout in layouts] if job.has_novices else written.kept
     by_block = kept_by_block(layouts, stays) if job.keeps_form else None
-    config = _config(job, written.kept, by_block)
+    config = remote_code.without_missing(arch.source.folder, _config(job, written.kept, by_block))
     if job.grid:
         config["quantization_config"] = job.grid.settings(plain_modules(arch, job.grid))
     write_json(run.model / "config.json", config)

@@ -7,8 +7,10 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from stun.checkpoint.hub import first_line, is_name, masked, name_of, on_hub
+from stun.checkpoint.reader import INDEX
 from stun.config import PushConfig, StunError
 from stun.pruning.summary import command_line
+from stun.run.folder import MANIFEST
 from stun.runtime.ranks import Ranks
 
 
@@ -47,6 +49,8 @@ def push(cfg: PushConfig, ranks: Ranks) -> None:
 
 def _push(cfg: PushConfig, ranks: Ranks) -> None:
     api, name, model = HfApi(), cfg.push_to, Path(cfg.run_dir) / "model"
+    if not (model / INDEX).is_file():
+        raise StunError(f"push_to={name}: {model} has no {INDEX}; remove {Path(cfg.run_dir) / MANIFEST} to prune again")
     ranks.log(f"push {model} to {name}")
     try:
         address = api.create_repo(name, private=True, exist_ok=True)

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 import torch
+import transformers
 
 from stun.checkpoint.reader import Checkpoint
 from stun.config import PruneConfig
@@ -63,7 +64,7 @@ def hardware(ranks: Ranks, dtype: torch.dtype) -> dict[str, str]:
         own = {"device": torch.cuda.get_device_name(ranks.device), "cuda": str(torch.version.cuda)}
     else:
         own = {"device": cpu_type()}
-    own |= {"torch": torch.__version__, COMPUTED_IN: _name(dtype)}
+    own |= {"torch": torch.__version__, "transformers": transformers.__version__, COMPUTED_IN: _name(dtype)}
     everywhere = ranks.gather_objects(own)
     names = {name: None for each in everywhere for name in each}  # in this order
     return {name: " and ".join(sorted({each[name] for each in everywhere if name in each})) for name in names}

@@ -47,6 +47,16 @@ class Ledger:
             layers.append([self._load(file) for _, file in sorted(complete[0].items())])
         return layers
 
+    def restart(self) -> list[list[dict]]:
+        """The same; removes the entries behind the last finished layer, which this launch's own would complete though the files
+        that they name are gone. No rank may record anything meanwhile."""
+        finished = self.finished()
+        for file in list(self.folder.iterdir()):
+            match = _NAME.fullmatch(file.name)
+            if match and match[1] == self.stream and int(match[2]) >= len(finished):
+                file.unlink()
+        return finished
+
     def _load(self, file: Path) -> dict:
         """Entry in a file. Every field is checked, since an entry decides which files are read, renamed and removed."""
         wanted = _ENTRIES[self.stream]

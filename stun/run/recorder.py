@@ -30,8 +30,8 @@ class Recorder:
         self._pending: Future | None = None
 
     def finished(self) -> list[list[dict]]:
-        """Entries of all finished layers, the same on every rank."""
-        return self.ranks.on_first(self.ledger.finished)
+        """Entries of all finished layers, the same on every rank, before this launch records its first or after its last."""
+        return self.ranks.on_first(self.ledger.restart)
 
     def restore(self, finished: list[list[dict]], states: States) -> States:
         """States after the last finished layer, with the arguments of `states`, which are those before the first."""

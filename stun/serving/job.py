@@ -120,6 +120,8 @@ def _output(cfg: ServeCheckConfig, folder: Path) -> Path:
     output = Path(cfg.output) if cfg.output else run / SERVED
     check_output(output, _KIND, f"output={output}")
     log = _log_of(output)
+    if log == output:
+        raise StunError(f"output={output}: the runtime's log goes there; choose a name that ends in .json")
     if os.path.lexists(log):
         with opened(log) as content:
             if content.read(len(_LOG)) not in (_LOG, b""):

@@ -23,7 +23,7 @@ from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
 # A rank of two is killed just before or after a file gets its name, while it computes what follows; alone or with the other rank.
-# What goes on has so many ranks.
+# What goes on has so many ranks, or dies at another instant before what goes on.
 KILLS = {
     "a snapshot is half written": ("before", "observe-00001-1-of-2.safetensors", "alone", 1),
     "statistics without their entry": ("after", "layer-00002.safetensors", "alone", 2),
@@ -33,6 +33,7 @@ KILLS = {
     "what is outside the layers without its entry": ("after", "outside.safetensors", "alone", 4),
     "a shard without its entry": ("after", "layer-00001-1-of-2.safetensors", "all", 1),
     "an entry is half written": ("before", "prune-00002-1-of-2.json", "alone", 2),
+    "again in that layer": ("before", "prune-00002-1-of-2.json", "alone", 2, ("before", "layer-00002-0-of-2.safetensors")),
     "an entry of the last layer but one": ("after", "prune-00003-0-of-2.json", "alone", 4),
     "some shards have their final names": ("after", "model-00004-of-00011.safetensors", "all", 1),
     "all but the index": ("before", "model.safetensors.index.json", "alone", 2),
@@ -107,10 +108,11 @@ def wait(children: list[int], grace: float = 1.0, limit: float = 120.0) -> list[
 def main(source: str, folder: Path) -> None:
     get_ready()
     assert wait(start(source, folder / "whole", 2)) == [0, 0]
-    for number, (name, (when, file, victims, world)) in enumerate(KILLS.items()):
-        run_dir, victim = folder / str(number), 1 if "-1-of-2" in file else 0
-        codes = wait(start(source, run_dir, 2, (when, file)), 0 if victims == "all" else 1)
-        assert codes[victim] == -signal.SIGKILL, f"{name}: ended with {codes}"
+    for number, (name, (when, file, victims, world, *again)) in enumerate(KILLS.items()):
+        run_dir = folder / str(number)
+        for instant in ((when, file), *again):
+            codes, victim = wait(start(source, run_dir, 2, instant), 0 if victims == "all" else 1), "-1-of-2" in instant[1]
+            assert codes[victim] == -signal.SIGKILL, f"{name}: ended with {codes}"
         assert not any(wait(start(source, run_dir, world))), f"{name}\n{run_dir.with_suffix('.log').read_text()}"
         log = run_dir.with_suffix(".log").read_text()
         done = [len(re.findall(rf"\] {stream} 0{layer}/", log)) for stream in ("observe", "prune") for layer in range(1, 6)]

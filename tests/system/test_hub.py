@@ -298,6 +298,10 @@ def test_a_failed_push_leaves_the_run(machine, pruned):
     again = f"stun prune {' '.join(command)}"
     assert line.endswith(f"{run_dir}/model is complete, and the same command pushes it again: {again}")
     assert (run_dir / "manifest.json").is_file() and load_tensors(run_dir / "model").keys() == before
+    (run_dir / "model").rename(run_dir / "elsewhere")
+    gone = machine("prune", command, HF_TOKEN="hf_" + "N" * 34)
+    (run_dir / "elsewhere").rename(run_dir / "model")
+    assert gone.returncode == 2 and "model has no model.safetensors.index.json; remove " in gone.stderr
 
 
 @pytest.mark.parametrize(

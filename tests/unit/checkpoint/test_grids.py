@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from stun.checkpoint.codecs.grids import GRIDS
 from stun.checkpoint.reader import Checkpoint
+from stun.model.architecture import Architecture
+from stun.planning.written_form import plain_modules, rounded_dense
 from stun.sparsify.compensated import compensated, inverted
 
 X = "model.layers.0.mlp.experts.3.up_proj."
@@ -115,3 +117,14 @@ def test_settings_are_those_that_compressed_tensors_reads(form):
             ours, wanted = getattr(group, side), getattr(preset, side)
             assert (ours is None) == (wanted is None)
             assert ours is None or ours.model_dump(exclude=open_fields) == wanted.model_dump(exclude=open_fields)
+
+
+def test_what_runtimes_merge_or_hold_plain(checkpoint):
+    """Matrices that they merge have one global scale; what they never hold quantised is listed as ignored."""
+    arch = Architecture(Checkpoint.open(checkpoint("qwen3_5_moe_text", dtype=torch.bfloat16)))
+    groups = [[name.split(".")[-2] for name in names] for names in rounded_dense(arch, arch.layers[0], GRIDS["nvfp4"])]
+    assert ["in_proj_qkv", "in_proj_z"] in groups
+    arch = Architecture(Checkpoint.open(checkpoint("deepseek_v32", dtype=torch.bfloat16)))
+    plain = plain_modules(arch, GRIDS["fp8_channel"])
+    assert {f"model.layers.0.self_attn.indexer.{part}" for part in ("wk", "weights_proj")} <= set(plain)
+    assert not any("q_a_proj" in name or "experts" in name.split(".") for name in plain)

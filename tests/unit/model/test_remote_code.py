@@ -123,6 +123,17 @@ def test_this_package_takes_its_own_classes(tmp_path):
         assert type(model).__module__ == "stun.model.heterogeneous"
 
 
+def test_names_of_code_that_is_not_there_go(tmp_path):
+    """No code is fetched from the hub."""
+    (tmp_path / "modeling_y.py").touch()
+    lost, own, elsewhere = ({"AutoConfig": name} for name in ("configuration_x.X", "modeling_y.Y", "somebody/model--z.Z"))
+    assert remote_code.without_missing(tmp_path, {"a": 1, "auto_map": lost}) == {"a": 1}
+    for kept in (own, elsewhere, remote_code.auto_map("mixtral"), "odd"):
+        assert remote_code.without_missing(tmp_path, {"auto_map": kept}) == {"auto_map": kept}
+    both = {"auto_map": {**own, "AutoTokenizer": ["tokenizer_x.Slow", None]}}
+    assert remote_code.without_missing(tmp_path, both) == {"auto_map": own}
+
+
 def test_only_for_what_it_describes(tmp_path):
     for config in ({}, {"model_type": "stun_mixtral"}, {"model_type": "mixtral", "auto_map": remote_code.auto_map("mixtral")}):
         remote_code.write_code(tmp_path, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from stun.config import StunError
@@ -51,6 +52,7 @@ def test_hardware_names_what_bits_depend_on(ranks, monkeypatch):
     """The vectors of a CPU, its vendor, the dtype; and also where ranks differ."""
     found = hardware(ranks, torch.float32)
     assert found["computed_in"] == "float32" and found["torch"] == torch.__version__
+    assert found["transformers"] == transformers.__version__
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
     monkeypatch.setattr("stun.runtime.cpu.multiplies_bfloat16", multiplies_bfloat16.__wrapped__)  # not what it found before
     monkeypatch.setattr("stun.runtime.cpu._cpuinfo", lambda: {"vendor_id": "Somebody", "flags": "amx_bf16"})

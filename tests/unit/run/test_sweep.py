@@ -44,6 +44,15 @@ def test_what_the_first_stream_sees_is_observed_for_every_value():
     )
 
 
+@pytest.mark.parametrize("swept", ["experts=rank,residual", "experts.score=reap,residual"])
+def test_statistics_have_what_every_score_reads(checkpoint, tmp_path, swept):
+    """The residual alone reads sums of outputs."""
+    words = [word for word in settings(checkpoint("mixtral"), tmp_path / "sweep") if not word.startswith("experts=")]
+    run_job("prune", ["-m", *words, "experts.budget=global", swept])
+    key, *values = swept.replace("=", ",").split(",")
+    assert all((tmp_path / "sweep" / f"{key}-{value}" / "manifest.json").is_file() for value in values)
+
+
 def test_the_dense_model_is_evaluated_with_the_statistics():
     """Once for every value that its result depends on; a file that is given is used."""
     observe, rest = stages(["experts.fraction=0.1,0.2", "task=reference", "run_dir=s"])
@@ -156,10 +165,23 @@ def test_every_run_is_evaluated_and_the_dense_model_once(checkpoint, tmp_path):
     ],
 )
 def test_a_task_that_cannot_be_asked_is_refused_before_work(checkpoint, tmp_path, ranks, words, says):
+    refuse(checkpoint, tmp_path, ranks, words, says)
+
+
+def refuse(checkpoint, tmp_path, ranks, words, says) -> None:
     cfg = OmegaConf.to_object(composed("prune", [*settings(checkpoint("mixtral"), tmp_path / "run"), *words]))
     with pytest.raises(StunError, match=says):
         prune_then_evaluate(cfg, ranks)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_the_dense_result_cannot_have_is_refused_before_work(checkpoint, tmp_path, ranks):
+    (tmp_path / "file").touch()
+    (tmp_path / "somebody.json.partial").mkdir()
+    (tmp_path / "somebody.json.partial" / "work").touch()
+    asked = ["task=reference", "task.rows=4"]
+    refuse(checkpoint, tmp_path, ranks, [*asked, f"dense={tmp_path}/file/dense.json"], "dense.json.partial cannot be written")
+    refuse(checkpoint, tmp_path, ranks, [*asked, f"dense={tmp_path}/somebody.json"], "was not made by an evaluation")
 
 
 @pytest.mark.ranks

