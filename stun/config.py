@@ -301,7 +301,7 @@ class SparsifyConfig:
     outlier: float = 5.0
     """Multiple of the mean score above which `owl` counts an outlier."""
     spread: float = 0.08
-    """Largest deviation of a layer's ratio that `owl` allows."""
+    """Half of the difference between the largest and the smallest ratio of a layer by `owl`."""
     reconstruct: bool = False
     """After the mask, refit the kept weights to the outputs of the dense layer."""
     gram_gib: float = 16.0

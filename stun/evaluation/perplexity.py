@@ -87,7 +87,7 @@ def _squared_errors(model: States, dense: States, batches: list[MicroBatch], ran
     for hidden_BTD, dense_BTD, batch in zip(model.hidden, dense.hidden, batches[ranks.rank :: ranks.world], strict=True):
         real_BT = batch.real_BT(ranks.device)
         parts = (hidden_BTD.float() - dense_BTD.float(), dense_BTD.float())
-        errors.append([math.fsum(part.square().sum(-1)[real_BT].tolist()) for part in parts])
+        errors.append([math.fsum(part.square().flatten(2).sum(-1)[real_BT].tolist()) for part in parts])
     return errors
 
 

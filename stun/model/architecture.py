@@ -172,6 +172,17 @@ class Architecture(Forward):
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
         return "" if families.count_field(self.config) else f"{self.model_type} has a field of its own for the number of experts"
 
+    @property
+    def cannot_refit(self) -> str:
+        """Reason why a layer does more with the output of its experts than to add it; empty if it does not, or if that is not
+        known before it runs."""
+        hidden, widths = self.config.hidden_size, {layout.width for layout in self.layers if layout.experts}
+        if len(self.probe.token_shape) > 1:
+            return f"the layers of {self.model_type} have several residual streams"
+        if widths - {hidden}:
+            return f"its experts' outputs have {max(widths - {hidden})} numbers a token, and its hidden states {hidden}"
+        return f"{self.model_type} normalises the output of its experts" if self.model_type in families.NORMALISED else ""
+
     def pruned_config(
         self, counts: list[int], novices: dict[int, list[int]] | None = None, kept: dict[str, list[int]] | None = None
     ) -> dict:

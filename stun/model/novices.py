@@ -67,8 +67,9 @@ def _put_novices(layer: nn.Module, config: PreTrainedConfig, index: int, novices
     experts.novices = novices
     others = [expert for expert in range(total) if expert not in novices]
     experts.routes = [-1 - novices.index(e) if e in novices else others.index(e) for e in range(total)]
+    width = experts.down_proj.shape[2 if experts.is_transposed else 1]  # not the model's, where experts are in a latent space
     for novice in novices:
-        experts.add_module(str(novice), _Constant(config.hidden_size))
+        experts.add_module(str(novice), _Constant(width))
     layer.set_submodule(path, experts)
 
 

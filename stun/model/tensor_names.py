@@ -72,6 +72,12 @@ def _turns_experts(converter: WeightConverter) -> bool:
     return all(isinstance(step, Transpose) and {step.dim0, step.dim1} == {1, 2} for step in converter.operations)
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module multiplies all of its input by its weight; DeepSeek-V4's grouped one gives each group of rows inputs of
+    their own."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 class NameMap:
     """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
     every other source name to its parameter ('' where the text model has none; tensors of other towers are copied). Raises
@@ -91,7 +97,7 @@ class NameMap:
             path, experts = self._experts(layout, layer)
             if experts is not None:
                 block, where = f"{self.prefix}{layout.index}.{path}", f"{source.folder}: layer {layout.index}"
-                self._place_novices(layout, self._constants.pop(block, {}), experts.num_experts, where)
+                self._place_novices(layout, self._constants.pop(block, {}), experts, where)
                 self._place_experts(layout, blocks.pop(block, {}), experts, experts.num_experts, where)
             grown = {} if experts is None else build(layout.index, experts.num_experts + 1).state_dict()
             self._describe(layout, layer, grown)
@@ -233,9 +239,9 @@ class NameMap:
             raise StunError(f"{where}: the shapes of its experts do not say whether they are stored as the model has them")
         return turned == {True}
 
-    def _place_novices(self, layout: LayerLayout, constants: dict[int, str], count: int, where: str) -> None:
+    def _place_novices(self, layout: LayerLayout, constants: dict[int, str], module: nn.Module, where: str) -> None:
         """Fill in a layout's novices, which must be those of config.json."""
-        listed = self.novices.get(layout.index, [])
+        listed, count = self.novices.get(layout.index, []), module.num_experts
         if sorted(constants) != listed:
             raise StunError(f"{where}: has constants of experts {sorted(constants)}; config.json lists {listed} as {NOVICES}")
         if len(listed) >= count or max(listed, default=0) >= count:
@@ -243,7 +249,7 @@ class NameMap:
                 f"{where}: config.json lists {listed} as {NOVICES}; they must be some of its {count} experts, not all"
             )
         for name in constants.values():
-            self._check(name, (self.decoder.config.hidden_size,))
+            self._check(name, (module.down_proj.shape[2 if module.is_transposed else 1],))
         layout.novices = dict(sorted(constants.items()))
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:
@@ -277,7 +283,7 @@ class NameMap:
                 self._find_entries(layout, sources[inside], tensor, grown.get(inside, tensor))
         layout.router = next((name for name in layout.routed if layout.dense[name].endswith(".weight")), "")
         block = path.rpartition(".")[0]
-        linears = {f"{path}.weight": path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = {f"{path}.weight": path for path, module in layer.named_modules() if _multiplies(module)}
         for name, inside in sorted(layout.dense.items()):
             if inside in linears and name not in layout.routed and linears[inside].rpartition(".")[2] not in GATES:
                 is_beside = bool(block) and linears[inside].rpartition(".")[0] == block

@@ -11,7 +11,8 @@ Losses = list[dict[int, float]]  # loss by number of experts removed, of every d
 
 def allocate(losses: Losses, total: int, step: int) -> list[int]:
     """Experts to remove from each layer, `total` in all, of the least summed loss: the exact solution, by dynamic programming
-    over the layers. Numbers are multiples of `step`, at most the largest that was measured. Of equals, later layers lose more."""
+    over the layers. Numbers are multiples of `step`, at most the largest that was measured. Of equals, the first layers lose
+    more."""
     curves = [_curve(layer, step) for layer in losses]
     least_N, choices = np.full(total // step + 1, np.inf), []
     least_N[0] = 0.0

@@ -36,7 +36,7 @@ def measure_layers(arch: Architecture, scope: list[Scope], dropped: Dropped = Dr
                 matrices[part] = parts[part]
         rows = sum(arch.info(name).numel for name in layout.routed) // max(1, layout.num_experts)
         dense = {name: arch.info(name).numel for name, kind in layout.linears.items() if kind in scope}
-        rows = -arch.config.hidden_size if dropped is Dropped.novice else rows
+        rows = -layout.width if dropped is Dropped.novice else rows
         size = LayerSize(arch.parameters_of(layout), layout.num_experts, sum(parts.values()) + rows, matrices, dense)
         sizes.append(size)
     return sizes
@@ -242,7 +242,7 @@ def model_bytes(arch: Architecture, plan: Plan, cfg: PruneConfig) -> int:
         if layout.experts:
             entries = sum(arch.info(name).nbytes for name in layout.routed) // layout.num_experts
             if experts.dropped is Dropped.novice:  # the router stays whole, and a constant is added
-                entries = -arch.config.hidden_size * arch.novice_dtype(layout).itemsize
+                entries = -layout.width * arch.novice_dtype(layout).itemsize
             removed = layer.experts - max(most, len(layer.clusters))
             total -= removed * (_expert_bytes(layout, sizes) + entries)
     return total

@@ -71,6 +71,9 @@ def _fitting(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> Pr
     number = re.fullmatch(r"([\d.]+) ?([KMGT]i?B)", cfg.fit)
     if not number or not number[1].replace(".", "", 1).isdecimal():
         raise StunError(f"fit={cfg.fit}: must be a number of bytes, such as 24GiB or 80GB")
+    if cfg.experts.may_differ and cfg.experts.uneven is Uneven.padded:
+        unknown = "experts.uneven=padded fills all layers up to the most that one keeps, which is not known yet"
+        raise StunError(f"fit={cfg.fit}: {unknown}; give experts.budget=uniform, or experts.uneven=code")
     memory, experts = float(number[1]) * _BYTES[number[2]], _experts(f"fit={cfg.fit}", sizes)
     counts = range(floor_of(cfg, arch), experts + 1, groups_of(cfg, arch))
 

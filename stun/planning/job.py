@@ -162,6 +162,8 @@ def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
     validate(cfg)  # nothing is fetched for a request that no model can meet
     cfg = replace(cfg, model=ModelConfig(hub.pinned(cfg.model.path, ranks)))
     job = resolve_model(cfg, remote=hub.headers(cfg.model.path, ranks, runs_here))
+    if job.refits and job.arch.cannot_refit:
+        raise StunError(f"experts.refit=true: {job.arch.cannot_refit}; use experts.refit=false")
     ranks.on_first(lambda: check_tracking(cfg.tracking))
     check_unknown(job.arch, ranks)
     if runs_here:

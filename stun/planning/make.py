@@ -83,7 +83,7 @@ def complete_plan(job: Job) -> Plan:
 def name_successors(plan: Plan, arch: Architecture, dropped: Dropped) -> None:
     """Say in the plan who takes the tokens of removed experts, in layers with a table whose survivors are known."""
     for layout, layer in zip(arch.layers, plan.layers, strict=True):
-        if layout.tables and layer.kept and len(layer.kept) < layer.experts and dropped is Dropped.reroute:
+        if layout.tables and layer.kept and not layer.mean and len(layer.kept) < layer.experts and dropped is Dropped.reroute:
             plan.successors[layout.index] = successors(layer.kept, arch.source.read(layout.router).float())
 
 

@@ -15,7 +15,7 @@ from stun.model.layer_layout import LayerLayout
 # Last parts of the names of matrices that runtimes merge into one, which are rounded together or not at all.
 _MERGED = (
     *(("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3")),
-    *(("in_proj_qkv", "in_proj_z"), ("in_proj_a", "in_proj_b"), ("wq_a", "wkv")),
+    *(("in_proj_qkv", "in_proj_z"), ("wq_a", "wkv")),
 )
 # Matrices that runtimes hold plain, whatever quantization_config says.
 _PLAIN = re.compile(r"\.indexer\.(weights_proj|wk)\.|\.compressor\.(wkv|wgate)\.")

@@ -167,5 +167,11 @@ def _trace(
     picks_all = patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
     with _Fused(device.type == "cuda"), picks_all, Allocations() as allocations:
         output = layer(hidden_BTD, **on_meta)
-    held = [vars(cache.layers[index]) for cache in caches.values()]
+    held = [_of_layer(cache, index) for cache in caches.values()]
     return allocations.peak, sum(storage.nbytes() for storage in _storages(held)), output
+
+
+def _of_layer(cache: Cache, index: int) -> list:
+    """What a cache holds of one layer: its entry in each of the cache's lists, of which some families have their own."""
+    entries = [entry for own in vars(cache).values() if isinstance(own, list) for entry in own[index : index + 1]]
+    return [entry if isinstance(entry, (torch.Tensor, list)) else vars(entry) for entry in entries]

@@ -57,7 +57,7 @@ def statistics_bytes(job: Job) -> int:
         experts, counted = layout.num_experts, len(layout.linears) + layout.num_experts
         total += 8 * (experts**2 * (1 + sources) + experts * (10 * sources + 3))
         total += counted * (4 * BINS + 8) if outliers else 0
-        total += 4 * sources * experts * arch.config.hidden_size if outputs else 0
+        total += 4 * sources * experts * layout.width if outputs else 0
     return total
 
 

@@ -291,11 +291,12 @@ def _scale(stream: LayerStream, layer: Layer, experts: torch.nn.Module, states: 
     loud, silent = with_factor(_LOUD), with_factor(0.0)
     found = None
     if ranks.is_first:
-        change_TD = ((loud[0] - silent[0]) / _LOUD).flatten(0, -2)
-        output_TD = seen[0].float().view_as(change_TD)
-        scale = _inner(output_TD, change_TD) / (_inner(output_TD, output_TD) or 1.0)
-        rest_TD = change_TD - scale * output_TD
-        found = (scale, _inner(rest_TD, rest_TD) <= 0.05**2 * _inner(change_TD, change_TD))
+        change_TD, output_TD = ((loud[0] - silent[0]) / _LOUD).flatten(0, -2), seen[0].float().flatten(0, -2)
+        found = (0.0, False)  # where there are residual streams, or a matrix behind the experts changes the width
+        if output_TD.shape == change_TD.shape:
+            scale = _inner(output_TD, change_TD) / (_inner(output_TD, output_TD) or 1.0)
+            rest_TD = change_TD - scale * output_TD
+            found = (scale, _inner(rest_TD, rest_TD) <= 0.05**2 * _inner(change_TD, change_TD))
     scale, is_added = ranks.broadcast_object(found)
     if not is_added or not math.isfinite(scale) or scale == 0:
         where = f"layer {layer.layout.index} does more with the output of its experts than to add it"

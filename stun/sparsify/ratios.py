@@ -29,8 +29,8 @@ def share_above(counts_B: torch.Tensor, threshold: float) -> float:
 
 
 def owl(outliers: list[float], sizes: list[int], ratio: float, spread: float) -> list[float]:
-    """Sparsity of each part: `ratio` on average (weighted by size), lower for more outliers, within `spread` of the average. The
-    outlier shares are stretched to [0, 2 * spread]; if all are equal, every part has `ratio`."""
+    """Sparsity of each part: `ratio` on average (weighted by size), lower for more outliers; the largest and the smallest are
+    2 * `spread` apart, since outlier shares are stretched to [0, 2 * spread]. If all are equal, every part has `ratio`."""
     counted = [share for share, size in zip(outliers, sizes, strict=True) if size]
     low, high, whole = min(counted, default=0.0), max(counted, default=0.0), sum(sizes)
     if high == low:

@@ -23,6 +23,11 @@ class OutlierCounter(Moments):
     def __init__(self, stream: LayerStream, layer: Layer):
         numbers = [number for number, owner in enumerate(layer.owner) if owner == stream.ranks.rank]
         super().__init__(stream, layer, sorted(layer.layout.linears), numbers, grams=False, gated=False)
+        self.rows = dict.fromkeys(self.names, 0)  # of inputs of dense matrices on this rank
+
+    def of_dense(self, name, turn, input_TD):
+        self.rows[name] += input_TD.shape[:-1].numel()
+        return super().of_dense(name, turn, input_TD)
 
     def totals(self) -> dict[str, torch.Tensor]:
         """Histograms and sums by name, as in stun.statistics.store.Statistics. All ranks call this together."""
@@ -44,11 +49,11 @@ class OutlierCounter(Moments):
     def _dense(self) -> Iterator[Scored]:
         """This rank's dense matrices."""
         ranks = self.stream.ranks
-        rows = sum(len(hidden.flatten(0, -2)) for hidden in self._states.hidden)
-        tokens = int(ranks.sum_integers(torch.tensor([rows], device=ranks.device)))
+        rows_N = torch.tensor(list(self.rows.values()), dtype=torch.int64, device=ranks.device)
+        tokens_N = ranks.sum_integers(rows_N).tolist()
         for row, name in enumerate(self.names):
             if self.owners[name] == ranks.rank:
-                yield row, self.layer.dense[name], self.dense[name]["inputs"] / tokens, name
+                yield row, self.layer.dense[name], self.dense[name]["inputs"] / tokens_N[row], name
 
     def _experts(self) -> Iterator[Scored]:
         """The matrices of this rank's experts."""

@@ -61,6 +61,10 @@ def test_refused(tmp_path, checkpoint):
     both = ExpertsConfig(dropped=Dropped.novice, uneven=Uneven.padded)
     with pytest.raises(StunError, match="every layer keeps its number"):
         resolve_model(config(checkpoint("glm4_moe"), tmp_path / "run", experts=both))
+    one_threshold = ExpertsConfig(ExpertsMethod.rank, budget=Budget["global"], uneven=Uneven.padded)
+    with pytest.raises(StunError, match=r"fit=1GiB: experts\.uneven=padded fills all layers up to the most that one keeps"):
+        source = checkpoint("glm4_moe", first_k_dense_replace=0)
+        resolve_model(config(source, tmp_path / "run", experts=one_threshold, target=None, fit="1GiB"))
     padded = steep(tmp_path / "source", "glm4_moe")
     text = json.loads((padded / "config.json").read_text())
     (padded / "config.json").write_text(json.dumps(text | {PADDED: {"1": [6, 7]}}))

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from helpers.family_checks import nearest
-from helpers.family_runs import FAMILY, run
+from helpers.family_runs import CALIBRATION, FAMILY, run
 from helpers.tensors import load_tensors
+from stun.config import ExpertsConfig, ModelConfig, PruneConfig
+from stun.pruning.job import prune
 from stun.stream import tables
 
 
@@ -27,6 +29,16 @@ def test_nearest_survivors(monkeypatch, kept):
 def test_ties_go_to_the_lower_number():
     router_ED = torch.tensor([[0.0], [1.0], [-1.0], [5.0]])
     assert tables.renumbered(torch.tensor([[0, 3]]), [1, 2, 3], router_ED).tolist() == [[0, 2]]
+
+
+def test_of_averaged_routers_the_plan_says_nothing(checkpoint, tmp_path, ranks):
+    """Whose rows are nearest then is not in the source."""
+    averaged = ExpertsConfig(keep=5, kappa=8)
+    cfg = PruneConfig(ModelConfig(str(checkpoint("deepseek_v4"))), CALIBRATION, averaged, run_dir=str(tmp_path / "run"))
+    prune(cfg, ranks)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    averaged = {str(number) for number, layer in enumerate(plan["layers"]) if layer["mean"]}
+    assert "0" in averaged and "successors" not in plan
 
 
 def test_the_plan_says_who_takes_whose_tokens(checkpoint, tmp_path, ranks):

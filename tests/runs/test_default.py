@@ -1,0 +1,49 @@
+"""The default way to prune, on families whose layers are built in other ways: a model that can be evaluated beside the dense
+one, or one line before any work."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from helpers.more_families import SUPPORTED
+from helpers.paths import TEXT
+from helpers.zoo import FAMILIES
+from stun.config import CalibrationConfig, Dropped, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, Score, StunError
+from stun.evaluation.config import EvaluateConfig
+from stun.evaluation.job import evaluate
+from stun.pruning.job import prune
+
+# Residual streams; outputs of experts that are normalised, or in a space of their own; a cache of its own; and one like most.
+FEW = ("deepseek_v4", "gemma4", "nemotron_h", "minimax", "qwen3_moe")
+CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=32, micro_batch=2)
+pytestmark = pytest.mark.slow
+
+
+def request(source, run_dir, **experts) -> PruneConfig:
+    chosen = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, score=Score.residual, **experts)
+    return PruneConfig(ModelConfig(str(source)), CALIBRATION, chosen, target=0.3, run_dir=str(run_dir))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SUPPORTED] if os.environ.get("STUN_ALL_FAMILIES") else FEW)
+def test_a_model_or_one_line(checkpoint, tmp_path, ranks, family):
+    source, run_dir = checkpoint(family), tmp_path / "run"
+    try:
+        summary = prune(request(source, run_dir, refit=True), ranks)
+    except StunError as refused:
+        assert str(refused).startswith("experts.refit=true: ") and str(refused).endswith("; use experts.refit=false")
+        assert not run_dir.exists() and family not in ("minimax", "qwen3_moe")
+        summary = prune(request(source, run_dir), ranks)
+    assert abs(summary["sparsity"] - 0.3) < 1e-4
+    dense, pruned = tmp_path / "dense.json", tmp_path / "pruned.json"
+    evaluate(EvaluateConfig(ModelConfig(str(source)), text=CALIBRATION, output=str(dense)), ranks)
+    beside = EvaluateConfig(ModelConfig(str(run_dir / "model")), text=CALIBRATION, dense=str(dense), output=str(pruned))
+    assert 0 < evaluate(beside, ranks)["agreement"]["kl"] < 20
+
+
+def test_constants_have_the_width_of_the_experts_outputs(checkpoint, tmp_path, ranks):
+    summary = prune(request(checkpoint("nemotron_h"), tmp_path / "run", dropped=Dropped.novice), ranks)
+    assert abs(summary["sparsity"] - 0.3) < 1e-4
+    model = ModelConfig(str(tmp_path / "run" / "model"))
+    assert evaluate(EvaluateConfig(model, text=CALIBRATION, output=str(tmp_path / "result.json")), ranks)["perplexity"] > 1
