@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -19,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from stun.checkpoint.headers import TensorInfo
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Precision, StunError
-from stun.model import families, heterogeneous, routing
+from stun.model import families, heterogeneous, remote_code, routing
 from stun.model.as_configured import as_configured
 from stun.model.form_settings import renumbered
 from stun.model.forward import Forward, embedding_of
@@ -170,7 +171,12 @@ class Architecture(Forward):
     @property
     def cannot_differ(self) -> str:
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
-        return "" if families.count_field(self.config) else f"{self.model_type} has a field of its own for the number of experts"
+        if not families.count_field(self.config):
+            return f"{self.model_type} has a field of its own for the number of experts"
+        family = self.source.config["model_type"].removeprefix(families.HETEROGENEOUS)
+        if family != "arctic" and not remote_code.is_describable(family):
+            return f"transformers {transformers.__version__} builds no base model of {family}"
+        return ""
 
     @property
     def cannot_refit(self) -> str:

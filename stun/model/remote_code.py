@@ -134,6 +134,15 @@ def code(family: str) -> str:
     )
 
 
+@functools.cache
+def is_describable(family: str) -> bool:
+    """Whether there can be code for a family: transformers has a base model of it, and can build its default configuration."""
+    try:
+        return bool(code(family))
+    except (KeyError, TypeError):
+        return False
+
+
 def _family(config: dict) -> str:
     """Family of a config.json that names the classes of `FILE` and no others; empty if it does not."""
     prefix, _, family = str(config.get("model_type")).partition(HETEROGENEOUS)

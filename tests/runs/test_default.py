@@ -10,7 +10,17 @@ import pytest
 from helpers.more_families import SUPPORTED
 from helpers.paths import TEXT
 from helpers.zoo import FAMILIES
-from stun.config import CalibrationConfig, Dropped, ExpertsConfig, ExpertsMethod, ModelConfig, PruneConfig, Score, StunError
+from stun.config import (
+    Budget,
+    CalibrationConfig,
+    Dropped,
+    ExpertsConfig,
+    ExpertsMethod,
+    ModelConfig,
+    PruneConfig,
+    Score,
+    StunError,
+)
 from stun.evaluation.config import EvaluateConfig
 from stun.evaluation.job import evaluate
 from stun.pruning.job import prune
@@ -40,6 +50,15 @@ def test_a_model_or_one_line(checkpoint, tmp_path, ranks, family):
     evaluate(EvaluateConfig(ModelConfig(str(source)), text=CALIBRATION, output=str(dense)), ranks)
     beside = EvaluateConfig(ModelConfig(str(run_dir / "model")), text=CALIBRATION, dense=str(dense), output=str(pruned))
     assert 0 < evaluate(beside, ranks)["agreement"]["kl"] < 20
+
+
+@pytest.mark.parametrize("family", ["deepseek_ocr2", "qwen3_omni_moe"])
+def test_uneven_layers_that_no_code_could_describe_are_refused(checkpoint, tmp_path, ranks, family):
+    chosen = ExpertsConfig(ExpertsMethod.rank, budget=Budget["global"])
+    cfg = PruneConfig(ModelConfig(str(checkpoint(family))), CALIBRATION, chosen, target=0.3, run_dir=str(tmp_path / "run"))
+    with pytest.raises(StunError, match=f"builds no base model of {family}; layers cannot keep different numbers of experts"):
+        prune(cfg, ranks)
+    assert not (tmp_path / "run").exists()
 
 
 def test_constants_have_the_width_of_the_experts_outputs(checkpoint, tmp_path, ranks):
