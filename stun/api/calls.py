@@ -73,7 +73,7 @@ def evaluate(
     """
     given = {"model": model, "output": output, "task": task, "text": text, "dense": dense}
     with _job("evaluate", given, settings, overrides) as (cfg, ranks):
-        return evaluation.evaluate(cfg, ranks)
+        return evaluation.evaluate_tracked(cfg, ranks)
 
 
 def plan(run: File, *, output: File, model: File | None = None, overrides: Sequence[str] = (), **settings: object) -> Described:

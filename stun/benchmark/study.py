@@ -22,6 +22,7 @@ from stun.planning.validation import validate
 from stun.pruning.job import prune, take_statistics
 from stun.report.quality import exact_match
 from stun.run.folder import SUMMARY
+from stun.run.identity import differences, plain
 from stun.run.ownership import remove_run
 from stun.runtime.ranks import Ranks
 from stun.schema import TEXT, check_output, load_record
@@ -53,7 +54,8 @@ def study(cfg: StudyConfig, ranks: Ranks) -> dict:
         take_statistics(replace(cfg, calibration=calibration, run_dir=base, sparsify=base_sparsify, experts=base_experts), ranks)
         for share, (method, method_cfg) in itertools.product(_shares(cfg), method_cfgs.items()):
             cell = replace(_removing(method_cfg, share), calibration=calibration, run_dir=f"{base}/{share} {method}")
-            identity = task | {"overrides": list(cfg.methods[method])}
+            made = {key: plain(getattr(method_cfg, key)) for key in ("experts", "sparsify", "output", "precision")}
+            identity = task | {"overrides": list(cfg.methods[method]), "settings": made}
             compute = lambda cell=cell, base=base: prune_and_evaluate(_planned(cell, base, ranks), ranks, text=cfg.text)  # noqa: E731
             result = _once(Path(f"{cell.run_dir}.json"), identity, {**_SCORED, "prune": SUMMARY}, compute, ranks)
             ranks.on_first(lambda cell=cell: remove_run(Path(cell.run_dir)))
@@ -102,8 +104,8 @@ def _once(file: Path, identity: dict, kind: dict, compute, ranks: Ranks) -> dict
         if not file.is_file():
             return None
         content = load_record(file, {"of": {}, "result": kind}, "remove it to compute it again")
-        if content["of"] != identity:
-            raise StunError(f"{file}: holds the result of {content['of']}, not of {identity}; choose another run_dir")
+        if changes := differences(content["of"], identity):
+            raise StunError(f"{file}: holds the result of another request ({'; '.join(changes)}); choose another run_dir")
         return content["result"]
 
     result = ranks.on_first(stored)

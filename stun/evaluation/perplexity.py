@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from stun.config import StunError
 from stun.evaluation.batches import MicroBatch, micro_batches, padded
 from stun.model.architecture import Architecture
 from stun.run.recorder import Recorder
@@ -24,6 +25,7 @@ from stun.stream.layer_stream import LayerStream, States, embed, even_owners
 from stun.stream.progress import Progress
 
 _LOGITS = 2**26  # logits computed at once
+_MOST = 700.0  # nats a token, of which the exponential is a number
 
 
 def score(
@@ -124,6 +126,8 @@ def _sums_of(models: list[Architecture], hidden: list[torch.Tensor], target_N: t
 
 def _scores(totals: list[float], finished: list[list[dict]]) -> dict:
     tokens, nll, *agreement = totals
+    if not all(map(math.isfinite, totals)) or nll / tokens > _MOST:
+        raise StunError("the model's predictions are not finite, or so far from the text that there is no perplexity")
     scores = {"perplexity": math.exp(nll / tokens), "tokens": int(tokens)}
     if not agreement:
         return scores

@@ -71,6 +71,8 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
     """Rows, prompts and sequences of an evaluation. Raises StunError if they cannot be used."""
     vocab, rows, prompts, sequences, notes = arch.config.vocab_size, [], [], [], []
     if cfg.task.path:
+        if special := [token for token in tokenizer.all_special_tokens if token in cfg.task.marker]:
+            raise StunError(f"task.marker={cfg.task.marker}: completions are read without special tokens such as {special[0]}")
         rows, key = task_rows(cfg.task), f"task.path={cfg.task.path}"
         prompts = encoded([row.prompt for row in rows], tokenizer, vocab, key)
         sequences = encoded([with_answer(row) for row in rows], tokenizer, vocab, key)

@@ -84,7 +84,8 @@ def experts_to_drop(cfg: PruneConfig, sizes: list[LayerSize], arch: Architecture
         setting, advice = f"sparsify.pattern={cfg.sparsify.pattern}", "Lower target"
         if not cfg.sparsify.pattern:
             most = math.floor(room / count * cfg.experts.fraction * 1000) / 1000
-            setting, advice = f"experts.fraction={cfg.experts.fraction}", f"Lower experts.fraction to {most} or less"
+            setting = f"experts.fraction={cfg.experts.fraction}"
+            advice = f"Lower experts.fraction to {most} or less" if most else "Give experts.fraction=0"
         raise StunError(
             f"target={cfg.target} with {setting} removes {count} experts{per_layer}, but at most {room} can be: a layer must "
             f"keep {floor} (top-k {arch.top_k}{in_groups}, experts.keep_at_least {cfg.experts.keep_at_least}). {advice}"
@@ -211,6 +212,14 @@ def _matrix_ratios(sizes: list[LayerSize], plan: Plan) -> list[float] | None:
         ratio = plan.ratio if layer.ratio is None else layer.ratio
         ratios += [ratio] * (len(size.dense) + len(layer.clusters) * len(size.expert_parts))
     return ratios
+
+
+NEARLY = 1.15  # errors of splits that differ by less say nothing of which is better (docs/quality.md)
+
+
+def best_fraction(errors: dict[float, float]) -> float:
+    """The largest fraction whose held-out error is nearly the least, since fewer experts make a smaller model."""
+    return max(fraction for fraction, error in errors.items() if error <= NEARLY * min(errors.values()))
 
 
 def reachable(cfg: PruneConfig, arch: Architecture, sizes: list[LayerSize]) -> list[float]:

@@ -53,7 +53,7 @@ def plan_from_run(cfg: PruneConfig, output: Path, compare: str = "") -> dict[str
     except OSError as error:
         raise StunError(f"output={output}: cannot be written: {error}") from error
     plans = {str(output): plan} | ({compare: other} if other else {})
-    return {name: Described(plan, model_bytes(arch, plan, cfg), _needs(arch, plan, stats)) for name, plan in plans.items()}
+    return {name: Described(plan, model_bytes(arch, plan, job.cfg), _needs(arch, plan, stats)) for name, plan in plans.items()}
 
 
 def _needs(arch: Architecture, plan: Plan, stats: Statistics, share: float = 0.9) -> dict[str, tuple[int, int | None]]:

@@ -263,6 +263,8 @@ def _check_novices(cfg: PruneConfig, arch: Architecture) -> None:
     reason = f"{arch.source.config['model_type']} wraps its text model in another" if arch.is_nested else ""
     if any(layout.fused for layout in arch.layers):
         reason = "this checkpoint has all experts of a layer in one tensor"
+    if len({layout.num_experts for layout in arch.layers if layout.experts}) > 1:
+        reason = "this checkpoint's layers have different numbers of experts already"
     if reason:
         raise StunError(f"experts.dropped=novice: {reason}, a form that holds no constants. Use experts.dropped=reroute")
     if cfg.experts.fraction == "auto":

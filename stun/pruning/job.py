@@ -9,6 +9,7 @@ from pathlib import Path
 from stun.config import PruneConfig, StunError
 from stun.files import load_yaml, write_json
 from stun.model.precision import compute_dtype
+from stun.planning.budget import best_fraction
 from stun.planning.job import Job, resolve, resolve_statistics, statistics_identity, with_weights
 from stun.planning.make import complete_plan, name_successors
 from stun.planning.plan import Plan
@@ -29,8 +30,6 @@ from stun.schema import NUMBER, load_record, one_of
 from stun.statistics.observe import observe
 from stun.stream.layer_stream import embed
 from stun.tracking.tracker import tracked
-
-_NEARLY = 1.15  # errors of splits that differ by less say nothing of which is better (docs/quality.md)
 
 
 def prune(cfg: PruneConfig, ranks: Ranks) -> dict:
@@ -133,8 +132,7 @@ def _observe(job: Job, run: Run, ranks: Ranks) -> None:
 
 
 def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
-    """The largest fraction whose held-out error is nearly the least, since fewer experts make a smaller model; the curve is
-    written to search.json and search.png."""
+    """The fraction that the held-out errors say; the curve is written to search.json and search.png."""
     file = run.folder / "search.json"
     curve = ranks.on_first(lambda: _read_curve(file, job.fractions) if file.is_file() else None)
     if curve is None:
@@ -142,7 +140,7 @@ def _best_fraction(job: Job, run: Run, ranks: Ranks) -> float:
         curve = {str(fraction): error for fraction, error in errors.items()}
         ranks.on_first(lambda: _draw(errors, run.folder / "search.png"))
         ranks.on_first(lambda: write_json(file, {"error": curve}))
-    best = max(float(fraction) for fraction, error in curve.items() if error <= _NEARLY * min(curve.values()))
+    best = best_fraction({float(fraction): error for fraction, error in curve.items()})
     for fraction, error in curve.items():
         ranks.log(f"experts.fraction={fraction}: held-out error {error:.5f}{' <- chosen' if float(fraction) == best else ''}")
     return best

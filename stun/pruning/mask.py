@@ -102,11 +102,13 @@ class Masking:
 
     def _expert(self, number: int, sums: dict[str, torch.Tensor]) -> None:
         """Prune one expert; `sums` are its inputs' moments by part."""
-        layer, expert = self.layer, self.layer.kept[number]
         for part, count in self.quota.experts[number].items():
             if count:
-                weight_OD = layer.layout.oriented(layer.experts[expert][part])
-                self._matrix(weight_OD, sums.get(part), count, (expert, part))
+                self._matrix(self._oriented(number, part), sums.get(part), count, (self.layer.kept[number], part))
+
+    def _oriented(self, number: int, part: str) -> torch.Tensor:
+        """Matrix [O, D] of an expert kept."""
+        return self.layer.layout.oriented(self.layer.experts[self.layer.kept[number]][part])
 
     def _matrix(self, weight_OD: torch.Tensor, moment: torch.Tensor | None, count: int, place: tuple[int, str] | str) -> None:
         """Prune one matrix, and count the scores of every STRIDE-th row."""
@@ -132,6 +134,10 @@ class Masking:
         stand_in = pooled(norms, ranks)
         for number in (~seen_E).nonzero().flatten().tolist():
             if self.layer.owner[number] == ranks.rank:
+                wanted = {part for part, count in self.quota.experts[number].items() if count}
+                for part in wanted - stand_in.keys():  # of experts with tokens none loses any of these
+                    width = self._oriented(number, part).shape[1]
+                    stand_in[part] = torch.ones(width, dtype=torch.float64, device=ranks.device)
                 sums = {part: sum_D.diag().float() if self.config.reads_grams else sum_D for part, sum_D in stand_in.items()}
                 self._expert(number, sums)
         return int((~seen_E).sum())

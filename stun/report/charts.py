@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 
+from stun.planning.budget import best_fraction
 from stun.report.data import Selection, Usage
 from stun.report.theme import Theme, canvas, legend, legend_style, words
 from stun.run.layer_records import KINDS, PHASES
@@ -207,7 +208,7 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
     order = np.argsort(data["fraction"])
     fractions, errors = np.array(data["fraction"])[order], np.array(data["error"])[order]
     axes.plot(fractions, errors, color=theme.kept, marker="o", markersize=5, linewidth=1.8)
-    best = int(errors.argmin())
+    best = fractions.tolist().index(best_fraction(dict(zip(fractions.tolist(), errors.tolist(), strict=True))))
     axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.removed)
     where, style = (fractions[best], errors[best]), {"ha": "center", "color": theme.ink, "fontsize": 9.5}
     axes.annotate(f"{fractions[best]:g}", where, xytext=(0, 9), textcoords="offset points", **style)

@@ -108,12 +108,12 @@ def _aid(runs: dict[str, dict], measure: Measure) -> str:
 
 
 def short_names(names: list[str]) -> dict[str, str]:
-    """Names for a picture: of the settings between commas those that differ, by the last part of their keys, cut in the middle if
-    still too long; the whole names if that makes two of them equal."""
-    parts = {name: name.split(",") for name in names}
+    """Names for a picture: of a sweep's settings (`key-value+key-value`) those that differ, by the last part of their keys, cut
+    in the middle if still too long; the whole names if that makes two of them equal."""
+    parts = {name: name.split("+") for name in names}
     common = set.intersection(*map(set, parts.values())) if len(names) > 1 else set()
-    short = {name: ",".join(p for p in own if p not in common) or name for name, own in parts.items()}
-    short = {name: re.sub(r"(^|(?<=,))[\w.]+\.(?=\w+=)", "", text) for name, text in short.items()}
+    short = {name: "+".join(p for p in own if p not in common) or name for name, own in parts.items()}
+    short = {name: re.sub(r"(^|(?<=\+))[\w.]+\.(?=[A-Za-z_]\w*-)", "", text) for name, text in short.items()}
     half = _LONGEST // 2
     short = {name: text if len(text) <= _LONGEST else f"{text[:half]}…{text[1 - half :]}" for name, text in short.items()}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}

@@ -138,7 +138,7 @@ _NO_MEASURES = "This run was made before layers were measured (layers.json). Pru
 _NO_SINGLE_WEIGHTS = "No single weights were removed. With a higher target, or experts.fraction below 1, they are."
 _NO_ERRORS = "Not measured. Evaluation with dense=, the dense model's own result, measures it."
 _NO_REFIT = "Experts were not refitted. With experts.refit=true, those that are kept make up for what was removed."
-_NO_SEARCH = "Not searched: experts.fraction was given. With experts.fraction=auto the split with the least error is taken."
+_NO_SEARCH = "Not searched: experts.fraction was given. With experts.fraction=auto several splits are tried."
 _AIDS = {  # text below a section's title, by the name of its picture
     "experts-kept": "Experts of each layer; with the global budget, more are removed from layers whose experts are alike.",
     "sparsity": "Share of each layer's parameters removed, whole experts included; routers and norms are under other.",
@@ -152,7 +152,7 @@ _AIDS = {  # text below a section's title, by the name of its picture
     "layer-error": "How far hidden states are from the dense model's after each layer; a jump points at a layer pruned too much.",
     "refit": "Squared error of each layer's output once its kept experts were fitted together, as a share of that before.",
     "budget": "Held-out error for each split of the removed parameters into whole experts and single weights; the circle was "
-    "taken.",
+    "taken: of those within 15\u00a0% of the least error the one with most experts, since fewer make a smaller model.",
     "timeline": "Seconds to read, compute and write each layer, which overlap; the dotted line is the memory of the rank that "
     "held most.",
     "size": "Removed experts make the files smaller; single zeros take as many bytes as what they replace.",

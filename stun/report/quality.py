@@ -69,14 +69,19 @@ def alike(runs: dict[str, dict]) -> dict[str, dict]:
 def dense_models(runs: dict[str, dict]) -> dict[str, dict]:
     """The models that were pruned, each like the summary of a run that removed nothing: `sparsity`, `experts`, `kept`, bytes on
     disk, and as `result` what the runs' evaluations say of it."""
-    by_source: dict[str, list[dict]] = {}
-    for run in [*alike(runs).values(), *runs.values()]:
-        by_source.setdefault(run.get("source", ""), []).append(run)
-    return {f"dense {source}" if len(by_source) > 1 else "dense": _dense(group) for source, group in by_source.items()}
+    by_source: dict[str, dict[str, dict]] = {}
+    for name, run in runs.items():
+        by_source.setdefault(run.get("source", ""), {})[name] = run
+    comparable, models = alike(runs), {}
+    for source, group in by_source.items():
+        evaluated = [run for name, run in group.items() if name in comparable]
+        models[f"dense {source}" if len(by_source) > 1 else "dense"] = _dense(list(group.values()), evaluated)
+    return models
 
 
-def _dense(runs: list[dict]) -> dict:
-    evaluated = next((run["result"]["dense"] for run in runs if run.get("result", {}).get("dense")), {})
+def _dense(runs: list[dict], comparable: list[dict]) -> dict:
+    """... of `runs` that were pruned from it; of those evaluated alike, `comparable` ones, come its scores."""
+    evaluated = next((run["result"]["dense"] for run in comparable if run["result"].get("dense")), {})
     scores = {key: evaluated[key] for key in ("average", "perplexity") if key in evaluated}
     experts, size = runs[0]["experts"], runs[0].get("source_bytes")
     result = scores | {"agreement": {"kl": 0.0}}

@@ -66,7 +66,13 @@ def parsed(word: str) -> Override:
 
 def runs(arguments: list[str]) -> list[list[str]]:
     """Command line of every run of a sweep. Raises StunError as `stages` does."""
-    return list(map(list, product(*(_values(parsed(word)) for word in stages(arguments)[1]))))
+    return [_with_choices(line) for line in product(*(_values(parsed(word)) for word in stages(arguments)[1]))]
+
+
+def _with_choices(line: tuple[str, ...]) -> list[str]:
+    """A run's command line with the groups that it chooses in its names: only Hydra's own sweep resolves them."""
+    chosen = {o.key_or_group: str(o.value()) for o in map(parsed, line) if o.key_or_group in _GROUPS}
+    return [re.sub(r"\$\{hydra:runtime\.choices\.(\w+)\}", lambda found: chosen[found[1]], word) for word in line]
 
 
 def _values(override: Override) -> list[str]:

@@ -131,8 +131,8 @@ PAGES = ("prune", "generate", "evaluate", "serve-check", "preflight", "plan", "r
 INTRODUCTION = """# Configuration
 
 Settings of the jobs; `python -m stun.settings.describe > docs/configuration.md` makes this page from their dataclasses. On the
-command line a setting is `key=value`; `stun JOB --help` prints the same. `observe`, `preflight`, `plan` and `compare` take those
-of `prune` too.
+command line a setting is `key=value`; `stun JOB --help` prints the same. `observe` takes those of `prune` too, and `preflight`,
+`plan` and `compare` most of them: `--help` says which.
 """
 
 

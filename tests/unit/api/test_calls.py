@@ -23,6 +23,7 @@ from helpers.stops import stopped_after
 from helpers.tensors import same_tensors
 from stun.config import Budget, ExpertsConfig
 from stun.pruning.job import prune
+from stun.reference import MODEL
 
 pytestmark = pytest.mark.slow
 SMALL = {"calibration": {"path": TEXT, "samples": 8, "length": 40, "micro_batch": 2}, "target": 0.4, "sparsify": "wanda"}
@@ -98,7 +99,9 @@ def test_evaluate(pruned, tmp_path):
     rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
     task = {"path": rows, "max_new_tokens": 2}
     dense = stun.evaluate(pruned[0], task=task, output=tmp_path / "dense.json")
-    result = stun.evaluate(pruned[1] / "model", task=task, dense=tmp_path / "dense.json", output=tmp_path / "result.json")
+    to_file = {"output": tmp_path / "result.json", "tracking": "tensorboard"}
+    result = stun.evaluate(pruned[1] / "model", task=task, dense=tmp_path / "dense.json", **to_file)
+    assert (tmp_path / "tracking" / "tensorboard").is_dir()
     assert dense["rows"] == result["rows"] == 4 and result["agreement"]["kl"] > 0
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
@@ -108,6 +111,10 @@ def test_evaluate(pruned, tmp_path):
     [
         (lambda tmp_path: stun.prune("/none", output=tmp_path / "x", **SMALL), "model.path=/none: not a folder"),
         (lambda tmp_path: stun.prune("m", output=tmp_path / "x", run_dir="y", **SMALL), "run_dir: is given twice"),
+        (
+            lambda tmp_path: stun.evaluate(MODEL, task={"path": HELDOUT, "marker": "</s>"}, output=tmp_path / "x"),
+            "completions are read without special tokens",
+        ),
         (lambda tmp_path: stun.evaluate("/none", output=tmp_path / "x"), "nothing to evaluate"),
         (lambda tmp_path: stun.load(tmp_path / "none"), "not a folder"),
         (lambda tmp_path: stun.plan(tmp_path, output=tmp_path / "x", target=0.5), "config.yaml: cannot be read"),

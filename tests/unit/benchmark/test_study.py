@@ -15,7 +15,7 @@ from helpers.selections import config
 from helpers.zoo import make_checkpoint
 from stun.benchmark.config import StudyConfig
 from stun.benchmark.study import _method_configs, markdown, study
-from stun.config import CalibrationConfig, StunError
+from stun.config import CalibrationConfig, SparsifyConfig, SparsifyMethod, StunError
 from stun.evaluation.config import EvaluateConfig, TaskConfig
 from stun.evaluation.job import evaluate
 
@@ -69,6 +69,8 @@ def test_experts_alone(checkpoint, ranks, tmp_path):
     pruned = json.loads((tmp_path / "study" / "seed-0" / "0.5 REAP.json").read_text())["result"]["prune"]
     assert pruned["kept"] == [4, 4, 4] and pruned["ratio"] == 0 < cell["sparsity"] == pruned["sparsity"]
     assert "| experts removed | 0.5 |" in markdown(scores, ["odd"])
+    with pytest.raises(StunError, match=r"settings\.sparsify\.method: wanda there, magnitude now"):
+        study(replace(cfg, sparsify=SparsifyConfig(SparsifyMethod.magnitude)), ranks)
     for changes in ({"targets": [0.5]}, {"drops": []}):
         with pytest.raises(StunError, match="either targets or drops"):
             study(replace(cfg, **changes), ranks)

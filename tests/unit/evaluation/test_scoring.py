@@ -13,13 +13,21 @@ from helpers.stock import full
 from helpers.tensors import load_tensors
 from helpers.zoo import SHAPE
 from stun.checkpoint.reader import Checkpoint
-from stun.evaluation.perplexity import score
+from stun.config import StunError
+from stun.evaluation.perplexity import _scores, score
 from stun.model.architecture import Architecture
 from stun.stream.layer_stream import embed
 
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "jamba", "lfm2_moe", "qwen3_next", "phimoe"]
 # Lengths of which no two are equal, and one of a single token, of which nothing is predicted.
 LENGTHS = [17, 3, 41, 1, 29, 8, 12]
+
+
+@pytest.mark.parametrize("totals", [[10.0, math.nan], [10.0, 1e5], [10.0, 5.0, math.inf, 3.0]])
+def test_predictions_without_a_perplexity_are_refused(totals):
+    """A file with them could not be read again."""
+    with pytest.raises(StunError, match="there is no perplexity"):
+        _scores(totals, [])
 
 
 def sequences() -> list[list[int]]:

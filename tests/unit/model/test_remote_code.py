@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.selections import config
 from helpers.stock import load_stock
 from helpers.tensors import same_tensors
 from helpers.uneven import pruned, steep
 from helpers.zoo import FAMILIES, SHAPE, randomise
 from stun.checkpoint.reader import Checkpoint
-from stun.config import Budget, ExpertsConfig, Scope, SparsifyConfig
+from stun.config import Budget, Dropped, ExpertsConfig, Scope, SparsifyConfig, StunError
 from stun.model import remote_code
 from stun.model.architecture import Architecture
 from stun.model.tensor_names import experts_of
+from stun.planning.job import resolve_model
 
 PROMPT = list(range(3, 20))
 # A process that has transformers and not this package.
@@ -112,6 +114,12 @@ def test_a_run_writes_it_and_takes_it_away_again(tmp_path, ranks):
     load_stock(flat)
 
 
+def test_novices_of_an_uneven_checkpoint_are_refused(tmp_path):
+    source = uneven(tmp_path / "model", "mixtral")
+    with pytest.raises(StunError, match="layers have different numbers of experts already"):
+        resolve_model(config(source, tmp_path / "run", experts=ExpertsConfig(dropped=Dropped.novice)))
+
+
 @pytest.mark.slow
 def test_this_package_takes_its_own_classes(tmp_path):
     """The code is not even read, whatever a caller passes."""
@@ -135,6 +143,6 @@ def test_names_of_code_that_is_not_there_go(tmp_path):
 
 
 def test_only_for_what_it_describes(tmp_path):
-    for config in ({}, {"model_type": "stun_mixtral"}, {"model_type": "mixtral", "auto_map": remote_code.auto_map("mixtral")}):
-        remote_code.write_code(tmp_path, config)
+    for content in ({}, {"model_type": "stun_mixtral"}, {"model_type": "mixtral", "auto_map": remote_code.auto_map("mixtral")}):
+        remote_code.write_code(tmp_path, content)
         assert not (tmp_path / remote_code.FILE).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,18 +54,35 @@ STARVED = {
 }
 
 
-@pytest.mark.parametrize("way", STARVED)
-def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, way):
-    """A router row that can never win: the expert is pruned to the same sparsity, by the layer's pooled input norms."""
-    folder = tmp_path / "model"
+def starved(folder, expert: int):
+    """A checkpoint of one layer in which a router row can never win."""
     make_checkpoint(folder, "mixtral", num_hidden_layers=1, tie_word_embeddings=False, shard="1GB")
     tensors = load_tensors(folder)
     gate = "model.layers.0.block_sparse_moe.gate.weight"
     direction = tensors[gate][0].clone()
     tensors[gate][[0, 1]], tensors[gate][[2, 3]] = 9 * direction, -9 * direction  # for any token, two of these beat a small row
-    tensors[gate][5] *= 1e-6
-    tensors["model.layers.0.block_sparse_moe.experts.5.w2.weight"].fill_(0.5)
+    tensors[gate][expert] *= 1e-6
+    tensors[f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"].fill_(0.5)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("way", ["wanda", "sparsegpt"])
+def test_an_expert_without_tokens_loses_the_only_weight(ranks, tmp_path, way):
+    """No other expert's inputs are measured, which could stand in for its own."""
+    folder = starved(tmp_path / "model", 7)
+    arch = Architecture(Checkpoint.open(folder))
+    target = 1.2 / sum(arch.parameters_of(layout) for layout in arch.layers)
+    cfg = small_run(folder, tmp_path / "run", samples=4, length=32, fraction=0.0, target=target)
+    cfg.sparsify = replace(STARVED[way], scope=[Scope.experts])
+    summary = prune(cfg, ranks)
+    assert summary["experts_without_tokens"] == 1 and 0 < summary["sparsity"] <= target
+
+
+@pytest.mark.parametrize("way", STARVED)
+def test_expert_without_tokens_falls_back_to_the_pool(ranks, tmp_path, way):
+    """A router row that can never win: the expert is pruned to the same sparsity, by the layer's pooled input norms."""
+    folder = starved(tmp_path / "model", 5)
     cfg = small_run(folder, tmp_path / "run", samples=4, length=32, fraction=0.0, target=0.5)
     cfg.sparsify = STARVED[way]
     summary = prune(cfg, ranks)

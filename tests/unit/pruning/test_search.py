@@ -17,6 +17,7 @@ from helpers.uneven import target_of
 from helpers.zoo import make_checkpoint
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig, StunError
 from stun.model.tensor_names import experts_of
+from stun.planning.budget import best_fraction
 from stun.planning.from_statistics import plan_from_run
 from stun.planning.job import resolve
 from stun.pruning.job import prune, take_statistics
@@ -28,6 +29,10 @@ CALIBRATION = CalibrationConfig(path=str(TEXT), samples=16, length=40, micro_bat
 def config(source, run_dir, target, **changes) -> PruneConfig:
     experts, calibration = ExpertsConfig(fraction="auto"), replace(CALIBRATION)
     return PruneConfig(ModelConfig(str(source)), calibration, experts, target=target, run_dir=str(run_dir), **changes)
+
+
+def test_of_nearly_equal_splits_the_one_with_most_experts_is_taken():
+    assert best_fraction({0.2: 1.0, 0.4: 1.05, 0.6: 1.1, 0.8: 2.0}) == 0.6
 
 
 def test_error_is_brute_force(tmp_path, ranks):

@@ -69,6 +69,13 @@ def test_runs_that_were_asked_something_else_are_not_compared():
     assert [(point.name, point.is_best) for point in fronts(runs, measure)["bytes"]] == [("a", False), ("c", True)]
 
 
+def test_the_dense_models_score_is_of_the_same_task():
+    """A run that was asked something else beside the dense model says nothing of the others."""
+    alone = {name: {**done(), "result": {"average": 0.5, "request": {"sequences": "x"}}} for name in "ab"}
+    runs = {**alone, "c": done(average=0.9, request={"sequences": "y"})}
+    assert "average" not in dense_models(runs)["dense"]["result"]
+
+
 def test_the_dense_model_is_a_row_and_a_line(tmp_path):
     runs = {"a": done(average=0.5), "b": done(average=0.9, size=12)}
     assert dense_models(runs)["dense"]["kept"] == [8, 8]
@@ -169,9 +176,9 @@ def check_picture(command: str, folder) -> None:
 
 
 def test_names_in_pictures_are_short():
-    sweep = ["experts.fraction=0.1,target=0.3", "experts.fraction=0.2,target=0.3"]
-    assert list(short_names(sweep).values()) == ["fraction=0.1", "fraction=0.2"]
-    assert short_names(["a=1,b=2"]) == {"a=1,b=2": "a=1,b=2"} and short_names(["a", "a,b"]) == {"a": "a", "a,b": "b"}
+    sweep = ["experts.fraction-0.1+target-0.3", "experts.fraction-0.2+target-0.3"]
+    assert list(short_names(sweep).values()) == ["fraction-0.1", "fraction-0.2"]
+    assert short_names(["a-1+b-2"]) == {"a-1+b-2": "a-1+b-2"} and short_names(["a", "a+b"]) == {"a": "a", "a+b": "b"}
     long = ["a" * 60 + end for end in "xy"]
     assert [len(name) for name in short_names(long).values()] == [30, 30] and short_names(long)[long[0]].endswith("x")
     same = [f"{'a' * 30}{n}{'b' * 30}" for n in range(2)]

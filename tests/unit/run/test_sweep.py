@@ -70,6 +70,14 @@ def test_every_combination_is_a_run():
     assert sorted(swept) == [(f"experts.fraction={f}", f"sparsify={s}") for f in ("0.1", "0.2") for s in ("magnitude", "wanda")]
 
 
+def test_runs_of_a_group_are_named_without_hydras_own_sweep():
+    """As the tasks of a Slurm array compose them."""
+    lines = runs(["experiment=best,quick", "target=0.5", "model=reference", "calibration=reference", "run_dir=r"])
+    cfgs = [composed("prune", line) for line in lines]
+    assert [cfg.run_dir for cfg in cfgs] == ["r/experiment-best", "r/experiment-quick"]
+    assert [cfg.statistics for cfg in cfgs] == [f"r/statistics/experiment-{name}" for name in ("best", "quick")]
+
+
 def test_folders_have_unique_names_that_need_no_quotes():
     values = [0.1, True, "wanda", Precision.auto, "2:4", "2-4", "/data/a b.jsonl", "-data-a b.jsonl", OmegaConf.create(["L0E3"])]
     values += ["L0E3", "a+target-0.1", "x" * 300, "x" * 301, "ä", "'", "=", ""]
