@@ -17,7 +17,7 @@ from stun.evaluation.generate import Decoding, describe, generate
 from stun.evaluation.lm_eval import run_harness
 from stun.evaluation.memory import generation_capacity, scoring_batch
 from stun.evaluation.perplexity import score
-from stun.evaluation.request import ANSWERS, Inputs, earlier_result, read_inputs, scores_kind, validate_evaluation
+from stun.evaluation.request import ANSWERS, Inputs, check_same, earlier_result, read_inputs, scores_kind, validate_evaluation
 from stun.evaluation.resume import Generated, Partial
 from stun.evaluation.task import completion, extract, scores
 from stun.files import write_json
@@ -79,14 +79,17 @@ def evaluate_tracked(cfg: EvaluateConfig, ranks: Ranks) -> dict:
     return result
 
 
-def check(cfg: EvaluateConfig, ranks: Ranks) -> None:
-    """Raise the StunError of `evaluate`, if any, except those about the dense model. All ranks call this together."""
+def check(cfg: EvaluateConfig, ranks: Ranks, others: str = "") -> None:
+    """Raise the StunError of `evaluate`, if any, except those about the dense model; also if the file `others` has the result of
+    another task. All ranks call this together."""
     validate_evaluation(cfg)
     inputs = _opened(hub.fetched(cfg, ranks), ranks)[-1]
 
     def place() -> None:
         if (earlier_result(cfg.output, inputs.request) or {}).get("request") != inputs.request:
             Partial(cfg.output).check(inputs.request)
+        if others:
+            check_same(others, inputs.request)
 
     ranks.on_first(place)
 

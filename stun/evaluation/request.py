@@ -142,6 +142,15 @@ def earlier_result(output: str, request: dict) -> dict | None:
     return result
 
 
+def check_same(output: str, request: dict) -> None:
+    """Raise StunError if the output file has the result of another task or text, by whatever model."""
+    if os.path.lexists(output):
+        theirs = load_json(Path(output)).get("request")
+        sides = ({key: side.get(key) for key in SAME} for side in (theirs if isinstance(theirs, dict) else {}, request))
+        if changes := differences(*sides):
+            raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); choose another file")
+
+
 def _check_result(result: dict, request: dict, where: str) -> None:
     """Raises StunError if a result is not one of its request."""
     reason = misfit(result, {**EVALUATION, **kinds_of(request)})

@@ -38,6 +38,6 @@ def _dense(cfg: PruneAndEvaluateConfig) -> EvaluateConfig:
 def _check(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> None:
     """Raises StunError, before any work, if the task cannot be asked of the model."""
     if cfg.task.path:
-        check(_dense(cfg), ranks)
+        check(_dense(cfg), ranks, f"{cfg.run_dir}/{RESULT}")
     elif cfg.dense or cfg.task != TaskConfig():
         raise StunError("task.path: a file or dataset to evaluate on is needed with dense and other settings of task")

@@ -183,6 +183,16 @@ def refuse(checkpoint, tmp_path, ranks, words, says) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_with_the_result_of_another_task_is_refused_before_work(checkpoint, tmp_path, ranks):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text('{"request": {"rows": "others"}}')
+    asked = ["task=reference", "task.rows=4", f"dense={tmp_path}/dense.json"]
+    cfg = OmegaConf.to_object(composed("prune", [*settings(checkpoint("mixtral"), tmp_path / "run"), *asked]))
+    with pytest.raises(StunError, match=r"result\.json: holds another result \(rows: others there"):
+        prune_then_evaluate(cfg, ranks)
+    assert not (tmp_path / "dense.json.partial").exists()
+
+
 def test_a_place_that_the_dense_result_cannot_have_is_refused_before_work(checkpoint, tmp_path, ranks):
     (tmp_path / "file").touch()
     (tmp_path / "somebody.json.partial").mkdir()
