@@ -173,9 +173,8 @@ class Architecture(Forward):
         """Reason why layers must keep equal numbers of experts; empty if they need not."""
         if not families.count_field(self.config):
             return f"{self.model_type} has a field of its own for the number of experts"
-        family = self.source.config["model_type"].removeprefix(families.HETEROGENEOUS)
-        if family != "arctic" and not remote_code.is_describable(family):
-            return f"transformers {transformers.__version__} builds no base model of {family}"
+        if self.model_type != "arctic" and not remote_code.is_describable(self.model_type):
+            return f"transformers {transformers.__version__} builds no base model of {self.model_type}"
         return ""
 
     @property

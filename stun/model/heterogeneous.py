@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stun.model import remote_code
-from stun.model.families import HETEROGENEOUS, HETEROGENEOUS_CLASS, count_field
+from stun.model.families import ALIASES, HETEROGENEOUS, HETEROGENEOUS_CLASS, count_field
 from stun.model.text_part import auto_of, class_of, text_part
 
 _PER_LAYER = "experts_per_layer"
@@ -31,6 +31,7 @@ def describe(config: dict, text: dict, name: str, counts: list[int]) -> None:
         text[name] = counts
         return
     family = config["model_type"].removeprefix(HETEROGENEOUS)
+    family = ALIASES.get(family, family)
     text.update({name: max(counts), _PER_LAYER: counts})
     config["model_type"] = HETEROGENEOUS + family
     config["architectures"] = [_class_name(a) for a in config.get("architectures") or []]

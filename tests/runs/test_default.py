@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from helpers.more_families import SUPPORTED
 from helpers.paths import TEXT
+from helpers.uneven import steep
 from helpers.zoo import FAMILIES
 from stun.config import (
     Budget,
@@ -50,6 +52,17 @@ def test_a_model_or_one_line(checkpoint, tmp_path, ranks, family):
     evaluate(EvaluateConfig(ModelConfig(str(source)), text=CALIBRATION, output=str(dense)), ranks)
     beside = EvaluateConfig(ModelConfig(str(run_dir / "model")), text=CALIBRATION, dense=str(dense), output=str(pruned))
     assert 0 < evaluate(beside, ranks)["agreement"]["kl"] < 20
+
+
+def test_uneven_layers_under_another_name_of_a_family(tmp_path, ranks):
+    """Kimi-K2 is a DeepSeek-V3."""
+    source = steep(tmp_path / "source", "deepseek_v3", n_group=1, topk_group=1)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace('"model_type": "deepseek_v3"', '"model_type": "kimi_k2"'))
+    chosen = ExpertsConfig(budget=Budget["global"])
+    summary = prune(PruneConfig(ModelConfig(str(source)), CALIBRATION, chosen, target=0.3, run_dir=str(tmp_path / "run")), ranks)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert len(set(summary["kept"]) - {0}) > 1 and model.config.model_type == "stun_deepseek_v3"
 
 
 @pytest.mark.parametrize("family", ["deepseek_ocr2", "qwen3_omni_moe"])
