@@ -94,8 +94,7 @@ def read_inputs(cfg: EvaluateConfig, arch: Architecture, tokenizer: PreTrainedTo
         "dense": dense["request"]["model"] if dense else None,
         "harness": asdict(cfg.harness) if cfg.harness.tasks else None,
     }
-    changes = differences(*({key: side.get(key) for key in SAME} for side in (dense["request"], request))) if dense else []
-    if changes:
+    if changes := _asked_otherwise(dense["request"], request) if dense else []:
         raise StunError(f"dense={cfg.dense}: was made with another task or text ({'; '.join(changes)})")
     return Inputs(rows, prompts, sequences, dense, request, notes)
 
@@ -142,12 +141,16 @@ def earlier_result(output: str, request: dict) -> dict | None:
     return result
 
 
+def _asked_otherwise(old: dict, new: dict) -> list[str]:
+    """Differences of two requests in what is asked, in words."""
+    return differences(*({key: side.get(key) for key in SAME} for side in (old, new)))
+
+
 def check_same(output: str, request: dict) -> None:
     """Raise StunError if the output file has the result of another task or text, by whatever model."""
     if os.path.lexists(output):
         theirs = load_json(Path(output)).get("request")
-        sides = ({key: side.get(key) for key in SAME} for side in (theirs if isinstance(theirs, dict) else {}, request))
-        if changes := differences(*sides):
+        if changes := _asked_otherwise(theirs if isinstance(theirs, dict) else {}, request):
             raise StunError(f"output={output}: holds another result ({'; '.join(changes)}); choose another file")
 
 

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from stun.model.families import NOVICES, count_field
 from stun.model.heterogeneous import register_model, with_experts
 from stun.model.layer_layout import CONSTANT, EXPERT_NUMBER, renumber
-from stun.model.tensor_names import experts_of
+from stun.model.tensor_names import experts_of, width_of
 from stun.model.text_part import class_of
 
 
@@ -67,9 +67,8 @@ def _put_novices(layer: nn.Module, config: PreTrainedConfig, index: int, novices
     experts.novices = novices
     others = [expert for expert in range(total) if expert not in novices]
     experts.routes = [-1 - novices.index(e) if e in novices else others.index(e) for e in range(total)]
-    width = experts.down_proj.shape[2 if experts.is_transposed else 1]  # not the model's, where experts are in a latent space
     for novice in novices:
-        experts.add_module(str(novice), _Constant(width))
+        experts.add_module(str(novice), _Constant(width_of(experts)))
     layer.set_submodule(path, experts)
 
 

@@ -78,6 +78,11 @@ def _multiplies(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def width_of(experts: nn.Module) -> int:
+    """Numbers that an expert gives for a token: not the model's hidden size where experts work in a latent space."""
+    return experts.down_proj.shape[2 if experts.is_transposed else 1]
+
+
 class NameMap:
     """Layouts of a checkpoint's decoder layers (`layers`) and of multi-token-prediction heads with experts (`mtp`); `outer` maps
     every other source name to its parameter ('' where the text model has none; tensors of other towers are copied). Raises
@@ -224,7 +229,7 @@ class NameMap:
                 is_fused = part in layout.fused
                 expert[part] = (pieces[part][None][0][1],) if is_fused else self._joined(pieces, part, number, shape, where)
         layout.is_transposed = module.is_transposed != is_turned
-        layout.width = module.down_proj.shape[2 if module.is_transposed else 1]
+        layout.width = width_of(module)
 
     def _is_turned(self, pieces: Pieces, fused: frozenset[str], wanted: dict[str, tuple[int, ...]], where: str) -> bool:
         """Whether the checkpoint stores the matrices of experts the other way than the model has them. Raises StunError if it is
@@ -249,7 +254,7 @@ class NameMap:
                 f"{where}: config.json lists {listed} as {NOVICES}; they must be some of its {count} experts, not all"
             )
         for name in constants.values():
-            self._check(name, (module.down_proj.shape[2 if module.is_transposed else 1],))
+            self._check(name, (width_of(module),))
         layout.novices = dict(sorted(constants.items()))
 
     def _joined(self, pieces: Pieces, part: str, number: int, shape: tuple[int, ...], where: str) -> tuple[str, ...]:

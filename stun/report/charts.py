@@ -208,10 +208,11 @@ def budget(theme: Theme, data: dict[str, list[float]]) -> Figure:
     order = np.argsort(data["fraction"])
     fractions, errors = np.array(data["fraction"])[order], np.array(data["error"])[order]
     axes.plot(fractions, errors, color=theme.kept, marker="o", markersize=5, linewidth=1.8)
-    best = fractions.tolist().index(best_fraction(dict(zip(fractions.tolist(), errors.tolist(), strict=True))))
-    axes.plot(fractions[best], errors[best], marker="o", markersize=12, fillstyle="none", color=theme.removed)
-    where, style = (fractions[best], errors[best]), {"ha": "center", "color": theme.ink, "fontsize": 9.5}
-    axes.annotate(f"{fractions[best]:g}", where, xytext=(0, 9), textcoords="offset points", **style)
+    by_fraction = dict(zip(data["fraction"], data["error"], strict=True))
+    best = best_fraction(by_fraction)
+    axes.plot(best, by_fraction[best], marker="o", markersize=12, fillstyle="none", color=theme.removed)
+    where, style = (best, by_fraction[best]), {"ha": "center", "color": theme.ink, "fontsize": 9.5}
+    axes.annotate(f"{best:g}", where, xytext=(0, 9), textcoords="offset points", **style)
     axes.set(xlabel="share of the removed parameters in whole experts", ylabel="held-out error", ylim=(0, 1.1 * errors.max()))
     return figure
 

@@ -34,11 +34,8 @@ class Ledger:
     def finished(self) -> list[list[dict]]:
         """Entries, in rank order, of each finished layer, from the first layer up to the first unfinished one."""
         files: dict[int, dict[int, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
-        for file in self.folder.iterdir():
-            match = _NAME.fullmatch(file.name)
-            if match and match[1] == self.stream:
-                layer, rank, world = (int(number) for number in match.groups()[1:])
-                files[layer][world][rank] = file
+        for file, layer, rank, world in self._files():
+            files[layer][world][rank] = file
         layers = []
         while len(layers) in files:
             complete = [by_rank for world, by_rank in sorted(files[len(layers)].items()) if len(by_rank) == world]
@@ -51,11 +48,15 @@ class Ledger:
         """The same; removes the entries behind the last finished layer, which this launch's own would complete though the files
         that they name are gone. No rank may record anything meanwhile."""
         finished = self.finished()
-        for file in list(self.folder.iterdir()):
-            match = _NAME.fullmatch(file.name)
-            if match and match[1] == self.stream and int(match[2]) >= len(finished):
+        for file, layer, *_ in self._files():
+            if layer >= len(finished):
                 file.unlink()
         return finished
+
+    def _files(self) -> list[tuple[Path, int, int, int]]:
+        """Files of the stream's entries, each with its layer, rank and number of ranks."""
+        named = [(file, _NAME.fullmatch(file.name)) for file in self.folder.iterdir()]
+        return [(file, *map(int, match.groups()[1:])) for file, match in named if match and match[1] == self.stream]
 
     def _load(self, file: Path) -> dict:
         """Entry in a file. Every field is checked, since an entry decides which files are read, renamed and removed."""

@@ -16,9 +16,8 @@ from omegaconf import OmegaConf
 
 from stun.config import PruneConfig, StunError
 
-# Keys and groups of the configuration that the first stream depends on.
-_OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.")
-_CHOSEN = ("experts", "experts.score")  # whether the experts' outputs are added up
+# Keys and groups of the configuration that the first stream depends on; so it does on the group `experts`, for its score.
+_OBSERVED = ("model.", "calibration.", "experiment.", "precision.", "sparsify.ratios.", "experts.score.")
 _EVALUATED = ("model.", "experiment.", "task.")  # those that the dense model's result depends on
 _GROUPS = {"experiment", "launcher", "task", *(field.name for field in fields(PruneConfig) if is_dataclass(field.type))}
 
@@ -39,7 +38,7 @@ def stages(arguments: list[str]) -> tuple[list[str], list[str]]:
     if not swept or any(o.key_or_group == "statistics" for o in overrides):
         raise StunError("a sweep needs a setting with several values, such as target=0.3,0.4, and collects its statistics itself")
     is_evaluated, has_dense = (any(_under((key,), overrides)) for key in ("task.", "dense."))
-    observed = [o for o in swept if o.key_or_group in _CHOSEN or o in _under(_OBSERVED, swept)]
+    observed = [o for o in swept if o.key_or_group == "experts" or _under(_OBSERVED, [o])]
     evaluated = _under(_EVALUATED, swept) if is_evaluated else []
     root = str(roots[-1]).replace("'", "\\'")
     statistics = f"'{root}/statistics{'/' if observed else ''}{_named(observed)}'"

@@ -8,13 +8,12 @@ import os
 import pytest
 from transformers import AutoModelForCausalLM
 
+from helpers.family_runs import CALIBRATION
 from helpers.more_families import SUPPORTED
-from helpers.paths import TEXT
 from helpers.uneven import steep
 from helpers.zoo import FAMILIES
 from stun.config import (
     Budget,
-    CalibrationConfig,
     Dropped,
     ExpertsConfig,
     ExpertsMethod,
@@ -29,7 +28,6 @@ from stun.pruning.job import prune
 
 # Residual streams; outputs of experts that are normalised, or in a space of their own; a cache of its own; and one like most.
 FEW = ("deepseek_v4", "gemma4", "nemotron_h", "minimax", "qwen3_moe")
-CALIBRATION = CalibrationConfig(path=str(TEXT), samples=8, length=32, micro_batch=2)
 pytestmark = pytest.mark.slow
 
 

@@ -20,9 +20,10 @@ def test_sums_of_dense_matrices(checkpoint, ranks, family):
     arch = Architecture(Checkpoint.open(checkpoint(family)))
     tokens_BT = torch.randint(3, 250, (4, 32), generator=torch.Generator().manual_seed(0))
     states = embed(arch, ranks, [tokens_BT], arch.source.read)
-    layer = next(iter(LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])))
-    LayerStream(arch, ranks, arch.layers, []).build(layer)
-    counter, inputs = OutlierCounter(LayerStream(arch, ranks, arch.layers, []), layer), {}
+    stream = LayerStream(arch, ranks, arch.layers, [even_owners(layout, 1) for layout in arch.layers])
+    layer = next(iter(stream))
+    stream.build(layer)
+    counter, inputs = OutlierCounter(stream, layer), {}
 
     def keep(name, module, arguments) -> None:
         inputs[name] = arguments[0].flatten(0, -2).double()
