@@ -178,15 +178,21 @@ class Architecture(Forward):
         return ""
 
     @property
+    def norms_behind(self) -> tuple[str, ...]:
+        """Paths, inside a layer, of norms between its experts and its output, in order."""
+        return families.NORMS_BEHIND.get(self.model_type, ())
+
+    @property
+    def adds_by_token(self) -> bool:
+        """Whether a layer multiplies its experts' output by a factor of each token: with residual streams, or in norms."""
+        return bool(self.norms_behind) or len(self.probe.token_shape) > 1
+
+    @property
     def cannot_refit(self) -> str:
-        """Reason why a layer does more with the output of its experts than to add it; empty if it does not, or if that is not
-        known before it runs."""
-        hidden, widths = self.config.hidden_size, {layout.width for layout in self.layers if layout.experts}
-        if len(self.probe.token_shape) > 1:
-            return f"the layers of {self.model_type} have several residual streams"
-        if widths - {hidden}:
-            return f"its experts' outputs have {max(widths - {hidden})} numbers a token, and its hidden states {hidden}"
-        return f"{self.model_type} normalises the output of its experts" if self.model_type in families.NORMALISED else ""
+        """Reason why a layer does more with the output of its experts than the joint refit knows; empty if it does not, or if
+        that is not known before it runs."""
+        narrow = {own.width for own in self.layers if own.experts and not own.output_matrix} - {self.config.hidden_size}
+        return f"its experts' outputs have {max(narrow)} numbers a token" if narrow else ""
 
     def pruned_config(
         self, counts: list[int], novices: dict[int, list[int]] | None = None, kept: dict[str, list[int]] | None = None

@@ -32,7 +32,13 @@ TESTED = (
 # Field for the number of experts where config.json on the hub has another name for it than the family's code.
 FIELDS = {"qwen3_moe": "num_experts"}
 FLOORS = {"phimoe": 2}  # fewest experts of a layer, where its code does not tell: this router always picks two
-NORMALISED = ("afmoe", "flex_olmo", "gemma4", "gemma4_text")  # the output of their experts, before it is added
+# Norms between the experts and the layer's output, in order, where there are any.
+NORMS_BEHIND = {
+    "afmoe": ("post_mlp_layernorm",),
+    "flex_olmo": ("post_feedforward_layernorm",),
+    "gemma4": ("post_feedforward_layernorm_2", "post_feedforward_layernorm"),
+    "gemma4_text": ("post_feedforward_layernorm_2", "post_feedforward_layernorm"),
+}
 ALIASES = {"kimi_k2": "deepseek_v3"}  # names that checkpoints have for a family of transformers
 REFUSED = {
     "dbrx": "its experts run in the family's own code, where the inputs of single experts cannot be observed",

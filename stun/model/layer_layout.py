@@ -81,6 +81,11 @@ class LayerLayout:
         """Names of the matrices that produce the output of shared experts."""
         return sorted(name for name, scope in self.linears.items() if scope is Scope.shared and self.closes(name))
 
+    @property
+    def output_matrix(self) -> str:
+        """Name of the matrix that brings the experts' output back to the hidden size; empty where experts work in that."""
+        return next((name for name in self.behind if self.closes(name)), "")
+
     def oriented(self, weight: torch.Tensor) -> torch.Tensor:
         """View [O, D] of an expert's matrix, whichever way it is stored."""
         return weight.T if self.is_transposed else weight

@@ -100,7 +100,19 @@ class Job:
         replicated = [self.arch.info(name).shape[:2] for name in layout.shared_outputs]
         replicated += [(height, plan.experts - len(plan.clusters))] if self.has_novices else []
         held = held_bytes((height, width), kept, tokens, tokens * self.arch.top_k, itemsize)
+        if self.arch.adds_by_token:  # a louder run beside the plain one, and what it adds
+            held += 3 * tokens * self.arch.token_width * itemsize
+        if self.arch.norms_behind:  # weights before a run with new ones
+            held += kept * height * width * itemsize
         return held + sum(replicated_bytes(shape, tokens, itemsize, world) for shape in replicated)
+
+    @property
+    def refit_runs(self) -> int:
+        """Runs of a layer in its joint refit: as it is, louder, and, where norms follow the experts, before and after."""
+        if not self.refits:
+            return 0
+        has_shared = any(layout.shared_outputs for layout in self.arch.layers if layout.experts)
+        return 1 + has_shared + self.arch.adds_by_token + 2 * bool(self.arch.norms_behind)
 
     @property
     def has_novices(self) -> bool:
@@ -165,7 +177,7 @@ def resolve(cfg: PruneConfig, ranks: Ranks, runs_here: bool = True) -> Job:
     if job.refits and job.arch.cannot_refit:
         raise StunError(f"experts.refit=true: {job.arch.cannot_refit}; use experts.refit=false")
     ranks.on_first(lambda: check_tracking(cfg.tracking))
-    check_unknown(job.arch, ranks)
+    check_unknown(job.arch, ranks, job.refits)
     if runs_here:
         check_alike(job.arch, ranks)
     samples = _samples(job, ranks) if job.cfg.target else None

@@ -45,13 +45,15 @@ def stream_flop(footprint: Footprint, stream: str) -> float:
     if stream == "observe":
         return whole
     if stream == "budget":
-        return (len(TRIALS) * whole * (job.refits + 2) + 2 * whole) / SHARE
+        return (len(TRIALS) * whole * (job.refit_runs + 2) + 2 * whole) / SHARE
     measured = footprint.passes * inputs if job.plan.zeros and cfg.sparsify.reads_inputs else 0
     if stream == "search":
-        return (len(job.fractions) * (measured + whole * (job.refits + 2)) + 2 * whole) / SHARE
+        return (len(job.fractions) * (measured + whole * (job.refit_runs + 2)) + 2 * whole) / SHARE
     if not job.streams["prune"]:
         return 0
-    return measured + whole * (job.runs_dense + job.refits) + whole * (layers - 1) / layers  # the pruned last layer is not run
+    return (
+        measured + whole * (job.runs_dense + job.refit_runs) + whole * (layers - 1) / layers
+    )  # the pruned last layer is not run
 
 
 def forward_flop(arch: Architecture, tokens: int, length: int, gives_outputs: bool = True) -> int:

@@ -5,7 +5,8 @@ The output of a layer is linear in all of them: y = sum over experts of g W h, w
 those that are kept can take over what removed experts and weights did, and make up for the errors of earlier layers: minimised is
 the squared difference from the hidden states of the dense model, on the inputs that the pruned model gives the layer. Every
 expert's owner holds its matrices and inner states; what is missing in the outputs stays with the tokens and travels to the owners
-like the tokens themselves.
+like the tokens themselves. What the layer does with y before it adds it (stun.stream.output_path) is in the inputs, where tokens
+have factors, in the matrices, where channels have gains, or between the two.
 
 Shapes: T tokens of a micro-batch, D hidden, I expert width, N routed rows of a rank, n rows of one expert in a micro-batch.
 """
@@ -15,13 +16,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from stun.config import StunError
 from stun.model.tensor_names import experts_of
 from stun.pruning.replicated import Gated, Replicated, Shared, constants
 from stun.pruning.rounding import Rounding
@@ -29,10 +29,10 @@ from stun.sparsify.joint_refit import DAMPING, STEPS, damped_factor, descend, pr
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Exchange, Layer, Observer
 from stun.stream.layer_stream import LayerStream, States
+from stun.stream.output_path import PathFinder, inner
 
 T = TypeVar("T")
 HELD_OUT = 8  # one micro-batch in so many decides when to stop
-_LOUD = 64.0  # factor of the experts' output that lets it stand out of the hidden states, whose dtype rounds the sum of both
 
 
 def refit_jointly(
@@ -43,7 +43,7 @@ def refit_jointly(
     weights as they are written. All ranks call this together.
 
     Never raises the error on these tokens: otherwise the weights stay. Raises StunError if the layer does more with the output of
-    its experts than to add a multiple of it.
+    its experts than stun.stream.output_path says.
     """
     problem = _Refit(stream, layer, states, dense, rounding)
     before, taken = problem.error(), descend(problem, steps)
@@ -106,21 +106,54 @@ class _Refit:
         self.rounding, self.is_changed = rounding, False
         _, experts = experts_of(layer.module)
         inputs, self.mine = _Inputs(experts.exchange), experts.exchange.mine
-        scale = _scale(stream, layer, experts, states)
-        shared = Shared(layer)
-        outputs = shared.run(stream, states, inputs)
-        self.missing = [((d.float() - o.float()) / scale).flatten(0, -2) for d, o in zip(dense, outputs, strict=True)]
+        shared, finder = Shared(layer), PathFinder(stream, layer)
+        with finder.watching():
+            outputs = shared.run(stream, states, inputs)
+        self.path = finder.path(states, outputs)
+        self.missing, self.unreachable = self._missing(dense, outputs)
         self.added: list[torch.Tensor] = []
-        self.routes, self.pieces, self.holds_out = inputs.routes, inputs.pieces, states.total >= HELD_OUT
+        self.routes, self.holds_out = inputs.routes, states.total >= HELD_OUT
+        self.pieces = self._weighted(inputs.pieces)
+        self.run = partial(self._error_of_a_run, stream, states, dense)
         self.change = {n: torch.zeros_like(self._weight(n), dtype=torch.float32) for n in self.mine}
         self.direction = {number: torch.zeros_like(change_DI) for number, change_DI in self.change.items()}
         self.slope: dict[int, torch.Tensor] = {}
         self.damping, self.factors = self._factors()
-        self.replicated = [*constants(layer, inputs.gates), *shared.replicated(stream, states, outputs, scale)]
+        self.damping *= self.path.size
+        self.constants = constants(layer, inputs.gates, self.path)
+        self.shared = shared.replicated(stream, states, outputs, self.path, finder.steady_norms)
+        self.replicated = [*self.constants, *self.shared]
         for matrix in self.replicated:
             matrix.prepare(
                 self.ranks, len(self.routes), lambda turn: not self._is_held_out(turn * self.ranks.world + self.ranks.rank)
             )
+
+    def _missing(self, dense: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+        """What outputs of this rank's micro-batches lack, as far as experts can give it, and the squared rest of all ranks'."""
+        missing, rest = [], {}
+        for turn, (wanted, plain) in enumerate(zip(dense, outputs, strict=True)):
+            lacking = wanted.float() - plain.float()
+            missing.append(self.path.along(turn, lacking) / self.path.scale)
+            if self.path.is_by_token:
+                beside = self.path.beside(turn, lacking)
+                rest[turn * self.ranks.world + self.ranks.rank] = inner(beside, beside)
+        return missing, self._by_number(rest)
+
+    def _weighted(self, pieces: list[dict[int, list[_Piece]]]) -> list[dict[int, list[_Piece]]]:
+        """The pieces of all rounds with the weights of tokens in their gates."""
+        if not self.path.is_by_token:
+            return pieces
+        weighted, none_T = [], torch.empty(0, device=self.ranks.device)
+        for turn, (route, round_pieces) in enumerate(zip(self.routes, pieces, strict=True)):
+            weight_T = self.path.weights[turn] if turn < len(self.path.weights) else none_T
+            (weight_N,) = self.ranks.exchange(route.rows(weight_T[:, None]), route.send, route.receive).T
+            weighted.append(
+                {
+                    number: [replace(piece, gate_T=piece.gate_T * weight_N[piece.rows]) for piece in own]
+                    for number, own in round_pieces.items()
+                }
+            )
+        return weighted
 
     def _weight(self, number: int) -> torch.Tensor:
         """Down projection [D, I] of an expert kept."""
@@ -164,7 +197,7 @@ class _Refit:
         world, rank = self.ranks.world, self.ranks.rank
         mine = [(turn * world + rank, turn) for turn in range(len(self.missing))]
         chosen = [(batch, turn) for batch, turn in mine if held_out in (None, self._is_held_out(batch))]
-        return self._by_number({batch: _inner(rows(turn), rows(turn)) for batch, turn in chosen})
+        return self._by_number({batch: inner(rows(turn), rows(turn)) for batch, turn in chosen})
 
     def _outputs(
         self, matrix: Callable[[int], torch.Tensor], replicated: Callable[[Replicated], torch.Tensor]
@@ -172,7 +205,11 @@ class _Refit:
         """Outputs [T, D] of this rank's micro-batches if the experts' down projections are `matrix(number)` [D, I], and of each
         replicated one [D, X] what the other function says."""
         outputs = [self._round(turn, matrix) for turn in range(len(self.routes))][: len(self.missing)]
-        for own in self.replicated:
+        for own in self.constants:
+            for turn, output_TD in enumerate(outputs):
+                output_TD += own.outputs(turn, replicated(own))
+        outputs = self.ranks.workers.map(self.path.behind, outputs)
+        for own in self.shared:
             for turn, output_TD in enumerate(outputs):
                 output_TD += own.outputs(turn, replicated(own))
         return outputs
@@ -190,12 +227,15 @@ class _Refit:
         return route.sums(self.ranks.exchange(rows_ND, route.receive, route.send))
 
     def gradient(self) -> None:
-        for own in self.replicated:
+        for own in self.shared:
             own.gradient(self.missing)
+        missing = self.ranks.workers.map(self.path.before, self.missing)
+        for own in self.constants:
+            own.gradient(missing)
         self.slope = {number: change_DI.mul(-self.damping) for number, change_DI in self.change.items()}
         none_TD = torch.empty(0, self.width, device=self.ranks.device)
         for turn, route in enumerate(self.routes):
-            missing_TD = self.missing[turn] if turn < len(self.missing) else none_TD
+            missing_TD = missing[turn] if turn < len(missing) else none_TD
             rows_ND = self.ranks.exchange(route.rows(missing_TD), route.send, route.receive)
 
             def add(number: int, turn: int = turn, rows_ND: torch.Tensor = rows_ND) -> None:
@@ -208,8 +248,8 @@ class _Refit:
         def solve(number: int) -> float:
             kept_DI = self._weight(number) != 0  # removed weights stay zero
             slope_DI = self.slope[number]
-            self.slope[number] = preconditioned(slope_DI, self.factors[number], kept_DI)
-            return _inner(slope_DI, self.slope[number])
+            self.slope[number] = preconditioned(slope_DI, self.factors[number], kept_DI, self.path.solved)
+            return inner(slope_DI, self.slope[number])
 
         return self._by_number(self._map(solve)) + self._of_replicated(lambda own: own.precondition())
 
@@ -224,7 +264,7 @@ class _Refit:
 
     def curvature(self) -> float:
         self.added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
-        size = self._by_number(self._map(lambda number: _inner(self.direction[number], self.direction[number])))
+        size = self._by_number(self._map(lambda number: inner(self.direction[number], self.direction[number])))
         damped = self.damping * size + self._of_replicated(lambda own: own.damping * own.direction.square())
         return self._squared(self.added.__getitem__, False) + damped
 
@@ -242,63 +282,43 @@ class _Refit:
 
     def error(self) -> float:
         """Squared error of the outputs once all weights are rounded to what is written. Takes the place of the direction."""
-        if not self.is_changed and self.rounding.is_exact:
-            return self._squared(self.missing.__getitem__, None)
+        if not self.is_changed and self.rounding.is_exact and self.path.is_linear:
+            return self._squared(self.missing.__getitem__, None) + self.unreachable
         self._map(self._round_off)
         for own in self.replicated:
             own.round_off(partial(self.rounding.shared, self.layer.layout), self.is_changed)
+        if not self.path.is_linear:
+            return self.run()
         added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
-        return self._squared(lambda turn: self.missing[turn] - added[turn], None)
+        return self._squared(lambda turn: self.missing[turn] - added[turn], None) + self.unreachable
+
+    def _error_of_a_run(self, stream: LayerStream, states: States, dense: list[torch.Tensor]) -> float:
+        """Squared error of the layer's outputs if it had its new weights, which it is given for a run of it."""
+        layer, weights = self.layer, [self._weight(number) for number in self.mine]
+        saved, rescaled = [weight.clone() for weight in weights], layer.rescaled
+        replicated = [own.weight_DX.clone() for own in self.replicated]
+        self.install()
+        outputs = stream.run(layer, states).hidden
+        layer.rescaled = rescaled
+        for weight, before in zip(weights, saved, strict=True):
+            weight.copy_(before)
+        for own, before in zip(self.replicated, replicated, strict=True):
+            own.put(before)
+        lacking = [wanted.float() - output.float() for wanted, output in zip(dense, outputs, strict=True)]
+        return self._squared(lacking.__getitem__, None)
 
     def _round_off(self, number: int) -> None:
         """Make what rounding adds to an expert's matrix its direction."""
         weight_DI, factor_II = self._weight(number), self.factors[number] if self.is_changed else None
-        new_DI = refitted(weight_DI, self.change[number])
+        new_DI = refitted(weight_DI, self.path.unscaled(self.change[number]))
         rounded_DI = self.rounding.closing(self.layer.layout, self.layer.kept[number], new_DI, factor_II)
-        self.direction[number].copy_(rounded_DI.float() - weight_DI.float() - self.change[number])
+        self.direction[number].copy_(self.path.scaled(rounded_DI.float() - weight_DI.float()) - self.change[number])
 
     def install(self) -> None:
         """Give the experts their new weights."""
         self.layer.rescaled = self.rounding.rescaled(self.layer.layout)
         for number in self.mine:
             change_DI = self.change[number] if self.rounding.is_exact else self.change[number] + self.direction[number]
-            self._weight(number).copy_(refitted(self._weight(number), change_DI))
+            self._weight(number).copy_(refitted(self._weight(number), self.path.unscaled(change_DI)))
         for own in self.replicated:
             own.install(not self.rounding.is_exact)
-
-
-def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Inner product in float64: over each row, then over the rows, which no number of threads changes."""
-    return math.fsum((left * right).sum(1, dtype=torch.float64).tolist())
-
-
-def _scale(stream: LayerStream, layer: Layer, experts: torch.nn.Module, states: States) -> float:
-    """What the layer multiplies the output of its experts by before it adds it, found on the first round of micro-batches."""
-    ranks, first = stream.ranks, states.first(stream.ranks.world)
-    seen: list[torch.Tensor] = []
-
-    def with_factor(factor: float) -> list[torch.Tensor]:
-        def change(module, arguments, output):
-            seen.append(output)
-            return output * factor
-
-        hook = experts.register_forward_hook(change)
-        try:
-            return [hidden.float() for hidden in stream.run(layer, first).hidden]
-        finally:
-            hook.remove()
-
-    loud, silent = with_factor(_LOUD), with_factor(0.0)
-    found = None
-    if ranks.is_first:
-        change_TD, output_TD = ((loud[0] - silent[0]) / _LOUD).flatten(0, -2), seen[0].float().flatten(0, -2)
-        found = (0.0, False)  # where there are residual streams, or a matrix behind the experts changes the width
-        if output_TD.shape == change_TD.shape:
-            scale = _inner(output_TD, change_TD) / (_inner(output_TD, output_TD) or 1.0)
-            rest_TD = change_TD - scale * output_TD
-            found = (scale, _inner(rest_TD, rest_TD) <= 0.05**2 * _inner(change_TD, change_TD))
-    scale, is_added = ranks.broadcast_object(found)
-    if not is_added or not math.isfinite(scale) or scale == 0:
-        where = f"layer {layer.layout.index} does more with the output of its experts than to add it"
-        raise StunError(f"experts.refit=true: {where}; use experts.refit=false")
-    return scale

@@ -7,7 +7,7 @@ Shapes: T tokens of a micro-batch, X inputs of a matrix (for constants: one a no
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from stun.sparsify.joint_refit import DAMPING, damped_factor, preconditioned, re
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
+from stun.stream.output_path import OutputPath
 
 _LOUD = 16.0  # factor of a shared expert's output that lets it stand out of the hidden states
 
@@ -38,12 +39,19 @@ class Replicated:
     """A matrix [D, X] of the problem of stun.sparsify.joint_refit.
 
     `inputs[turn]` are its inputs in this rank's micro-batches, and `is_fitted(turn)` says whether one of them is not held out;
-    `install` gives the layer the refitted matrix. One with a `name` is the source's: its zeros are removed weights, which are
-    kept zero, and it is rounded to what is written.
+    `put` gives the layer another matrix, and `path` is what the layer does with its experts' output. One with a `name` is the
+    source's, of a shared expert: its zeros are removed weights, which are kept zero, and it is rounded to what is written.
     """
 
-    def __init__(self, weight_DX: torch.Tensor, inputs: list[Gated], install: Callable[[torch.Tensor], None], name: str = ""):
-        self.weight_DX, self.inputs, self._install, self.name = weight_DX, inputs, install, name
+    def __init__(
+        self,
+        weight_DX: torch.Tensor,
+        inputs: list[Gated],
+        put: Callable[[torch.Tensor], None],
+        path: OutputPath,
+        name: str = "",
+    ):
+        self.weight_DX, self.inputs, self.put, self.path, self.name = weight_DX, inputs, put, path, name
         self.kept_DX = weight_DX != 0 if name else torch.ones_like(weight_DX, dtype=torch.bool)
         self.change = torch.zeros_like(weight_DX, dtype=torch.float32)
         self.direction, self.slope = torch.zeros_like(self.change), torch.zeros_like(self.change)
@@ -55,6 +63,7 @@ class Replicated:
         gram_XX = self._sum(lambda turn: gram(self.inputs[turn].product_TX), (width, width))
         self.damping = DAMPING * float(gram_XX.diagonal().double().mean()) or 1.0
         (self.factor_XX,) = ranks.workers.map(lambda gram_XX: damped_factor(gram_XX, self.damping), [gram_XX])
+        self.damping *= 1.0 if self.name else self.path.size
 
     def _sum(self, part: Callable[[int], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Sum over the micro-batches of all ranks that are fitted, in their order."""
@@ -78,7 +87,8 @@ class Replicated:
     def precondition(self) -> torch.Tensor:
         """Products [D, X] of the gradient and the preconditioned gradient, entry by entry."""
         slope_DX = self.slope
-        (self.slope,) = self.ranks.workers.map(lambda own: preconditioned(own, self.factor_XX, self.kept_DX), [slope_DX])
+        left = None if self.name else self.path.solved  # shared experts work beside the latent space
+        (self.slope,) = self.ranks.workers.map(lambda own: preconditioned(own, self.factor_XX, self.kept_DX, left), [slope_DX])
         return slope_DX * self.slope
 
     def turn(self, share: float) -> None:
@@ -90,25 +100,27 @@ class Replicated:
     def round_off(self, rounded: Callable[..., torch.Tensor], is_fitted: bool) -> None:
         """Make what rounding adds to the refitted matrix the direction; `rounded(name, matrix, factor)` gives what one of the
         source's becomes, fitted to its inputs if there is a factor."""
-        new_DX = refitted(self.weight_DX, self.change)
+        new_DX = refitted(self.weight_DX, self.path.unscaled(self.change))
         new_DX = rounded(self.name, new_DX, self.factor_XX if is_fitted else None) if self.name else new_DX
-        self.direction.copy_(new_DX.float() - self.weight_DX.float() - self.change)
+        self.direction.copy_(self.path.scaled(new_DX.float() - self.weight_DX.float()) - self.change)
 
     def install(self, is_rounded: bool) -> None:
         """Give the layer the refitted matrix, with what rounding adds if it `is_rounded`."""
-        self._install(refitted(self.weight_DX, self.change + self.direction if is_rounded else self.change))
+        change_DX = self.change + self.direction if is_rounded else self.change
+        self.put(refitted(self.weight_DX, self.path.unscaled(change_DX)))
 
 
-def constants(layer: Layer, gates: list[torch.Tensor]) -> list[Replicated]:
+def constants(layer: Layer, gates: list[torch.Tensor], path: OutputPath) -> list[Replicated]:
     """The constants of a layer's novices, whose gate weights [T, X] in this rank's micro-batches are `gates`."""
     if not layer.novices:
         return []
 
-    def install(matrix_DX: torch.Tensor) -> None:
+    def put(matrix_DX: torch.Tensor) -> None:
         layer.novices.update(zip(layer.novices, matrix_DX.T.contiguous(), strict=True))
 
-    inputs = [Gated(gates_TX, torch.ones_like(gates_TX[:, 0])) for gates_TX in gates]
-    return [Replicated(torch.stack(list(layer.novices.values()), 1), inputs, install)]
+    weights = path.weights if path.is_by_token else [torch.ones_like(gates_TX[:, 0]) for gates_TX in gates]
+    inputs = [Gated(gates_TX, weight_T) for gates_TX, weight_T in zip(gates, weights, strict=True)]
+    return [Replicated(torch.stack(list(layer.novices.values()), 1), inputs, put, path)]
 
 
 class Shared:
@@ -136,34 +148,43 @@ class Shared:
                 hooks.enter_context(module.register_forward_hook(watch(name)))
             return stream.run(self.layer, states, *observers).hidden
 
-    def replicated(self, stream: LayerStream, states: States, outputs: list[torch.Tensor], scale: float) -> list[Replicated]:
+    def replicated(
+        self,
+        stream: LayerStream,
+        states: States,
+        outputs: list[torch.Tensor],
+        path: OutputPath,
+        steady_norms: Callable[[], AbstractContextManager],
+    ) -> list[Replicated]:
         """The matrices. Their outputs' factor, a number for every token, is found by a run in which they are louder than in
-        the one that gave `outputs`; it is relative to that of the routed experts, `scale`. Raises StunError if there is none."""
+        the one that gave `outputs`, with the norms of that one; it is relative to that of the routed experts. Raises StunError
+        if there is none."""
         found = []
         for name, module in self.modules.items():
-            gates, is_added = self._factors(stream, states, outputs, name)
+            with module.register_forward_hook(lambda module, arguments, output: output * _LOUD), steady_norms():
+                loud = stream.run(self.layer, states).hidden
+            gates, is_added = self._factors(loud, outputs, path, name)
             if not all(stream.ranks.gather_objects(is_added)):
                 raise StunError(f"experts.refit=true: the layer does more with {name} than to add it; use experts.refit=false")
 
-            def install(matrix_DX: torch.Tensor, name: str = name, module: torch.nn.Module = module) -> None:
+            def put(matrix_DX: torch.Tensor, name: str = name, module: torch.nn.Module = module) -> None:
                 self.layer.dense[name].copy_(matrix_DX)
                 module.weight.copy_(matrix_DX)
 
-            inputs = [Gated(inner, gate_T / scale) for inner, gate_T in zip(self._inputs[name], gates, strict=True)]
-            found.append(Replicated(self.layer.dense[name], inputs, install, name))
+            inputs = [Gated(inner, gate_T / path.scale) for inner, gate_T in zip(self._inputs[name], gates, strict=True)]
+            found.append(Replicated(self.layer.dense[name], inputs, put, path, name))
         return found
 
     def _factors(
-        self, stream: LayerStream, states: States, outputs: list[torch.Tensor], name: str
+        self, loud: list[torch.Tensor], outputs: list[torch.Tensor], path: OutputPath, name: str
     ) -> tuple[list[torch.Tensor], bool]:
         """Factor of every token in this rank's micro-batches, and whether the output is multiplied by it and added."""
-        with self.modules[name].register_forward_hook(lambda module, arguments, output: output * _LOUD):
-            loud = stream.run(self.layer, states).hidden
         factors, is_added = [], True
-        for louder, plain, own_TD in zip(loud, outputs, self._outputs[name], strict=True):
-            change_TD, own_TD = ((louder.float() - plain.float()) / (_LOUD - 1)).flatten(0, -2), own_TD.float()
+        for turn, (louder, plain, own_TD) in enumerate(zip(loud, outputs, self._outputs[name], strict=True)):
+            change, own_TD = (louder.float() - plain.float()) / (_LOUD - 1), path.scaled_rows(own_TD.float())
+            change_TD = path.along(turn, change)
             factor_T = (change_TD * own_TD).sum(1) / own_TD.square().sum(1).clamp_min(1e-30)
             rest_TD = change_TD - factor_T[:, None] * own_TD
-            is_added = is_added and float(rest_TD.square().sum()) <= 0.05**2 * float(change_TD.square().sum())
+            is_added = is_added and float(rest_TD.square().sum()) <= 0.05**2 * float(change.square().sum())
             factors.append(factor_T)
         return factors, is_added

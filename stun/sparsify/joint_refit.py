@@ -1,5 +1,6 @@
 """Least-squares refit of many matrices at once, by conjugate gradients that held-out data stop."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -30,10 +31,16 @@ def damped_factor(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.cholesky(total_II).float()
 
 
-def preconditioned(slope_DI: torch.Tensor, factor_II: torch.Tensor, kept_DI: torch.Tensor) -> torch.Tensor:
-    """The gradient of a matrix times the inverse of its own damped Gram matrix; both are zero, `slope_DI` in place, where
-    `kept_DI` is false."""
-    return torch.cholesky_solve(slope_DI.mul_(kept_DI).T, factor_II).T.mul(kept_DI)
+def preconditioned(
+    slope_DI: torch.Tensor,
+    factor_II: torch.Tensor,
+    kept_DI: torch.Tensor,
+    from_left: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The gradient of a matrix times the inverse of its own damped Gram matrix, and from the left by another one's, if any; both
+    are zero, `slope_DI` in place, where `kept_DI` is false."""
+    solved_DI = torch.cholesky_solve(slope_DI.mul_(kept_DI).T, factor_II).T
+    return (from_left(solved_DI) if from_left else solved_DI).mul(kept_DI)
 
 
 def refitted(weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

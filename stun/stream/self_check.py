@@ -9,6 +9,7 @@ import copy
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from stun.runtime.ranks import Alone, Ranks
 from stun.stream.embeddings import outside
 from stun.stream.expert_parallel import Observer
 from stun.stream.layer_stream import LayerStream, embed, even_owners
+from stun.stream.output_path import PathFinder
 
 _MOST = 2**26  # weights of the small model
 _LAYERS = 6
@@ -35,23 +37,23 @@ _NO_WIDTH = re.compile(r"vocab|window|patch|chunk|block|kernel|group|conv|image|
 _DEPTH = ("num_hidden_layers", "depth", "num_layers", "encoder_layers")
 
 
-def check_unknown(arch: Architecture, ranks: Ranks) -> None:
-    """Check a family that is not one of `TESTED`. All ranks call this together; the first one checks. Raises StunError, with what
-    differs."""
+def check_unknown(arch: Architecture, ranks: Ranks, is_refitted: bool = False) -> None:
+    """Check a family that is not one of `TESTED`, also for the joint refit if it is to be refitted. All ranks call this together;
+    the first one checks. Raises StunError, with what differs."""
     is_own_form = arch.source.config["model_type"].startswith(HETEROGENEOUS)  # a result, of a model that was checked
     if arch.model_type not in TESTED and not is_own_form:
-        ranks.on_first(lambda: self_check(arch))
+        ranks.on_first(lambda: self_check(arch, is_refitted))
         ranks.log(f"{arch.model_type} has no tests here; a small model of it passes the self-check")
 
 
-def self_check(arch: Architecture) -> None:
+def self_check(arch: Architecture, is_refitted: bool = False) -> None:
     """The check. Raises StunError, with what differs."""
     refused = f"{arch.source.folder}: model_type {arch.model_type!r} has no tests here and fails the self-check"
     try:
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]), torch.no_grad():
             model = _small_model(arch)
             model.save_pretrained(folder)
-            _compare(model, Architecture(Checkpoint.open(Path(folder))))
+            _compare(model, Architecture(Checkpoint.open(Path(folder))), is_refitted)
     except StunError as error:
         raise StunError(f"{refused}: {error}") from error
     except Exception as error:  # whatever the family's code raises
@@ -131,8 +133,8 @@ class _Reached(Observer):
         self.experts |= set(index_TK.unique().tolist())
 
 
-def _compare(model: PreTrainedModel, arch: Architecture) -> None:
-    """Raise StunError where the stream differs from the model."""
+def _compare(model: PreTrainedModel, arch: Architecture, is_refitted: bool) -> None:
+    """Raise StunError where the stream differs from the model, or, if layers are to be refitted, has no path for that."""
     tokens_ST, ranks = _tokens(arch), Alone()
     text = text_part(arch.source.folder, model)
     leaves: list[torch.Tensor] = []
@@ -144,7 +146,11 @@ def _compare(model: PreTrainedModel, arch: Architecture) -> None:
     for layer in stream:
         before, reached = states, _Reached()
         stream.build(layer)
-        states = stream.run(layer, before, reached)
+        finder = PathFinder(stream, layer) if is_refitted and layer.kept else None
+        with finder.watching() if finder else nullcontext():
+            states = stream.run(layer, before, reached)
+        if finder:
+            finder.path(before, states.hidden)
         _require_equal(f"layer {layer.layout.index}", states.hidden[0], leaves[layer.layout.index])
         missed = sorted(set(range(layer.layout.num_experts)) - reached.experts)
         if missed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from stun.report.write import write_reports
 from stun.sparsify.joint_refit import DAMPING, descend
 from stun.statistics.output_sums import OutputSums
 from stun.stream.layer_stream import LayerStream, States, embed, even_owners
+from stun.stream.output_path import PathFinder
 
 KEPT = [0, 2, 3, 5, 6]
 
@@ -56,55 +58,63 @@ def matrices(layer) -> list[torch.Tensor]:
 
 
 def outputs(stream, layer, states: States) -> torch.Tensor:
-    return torch.cat([hidden.flatten(0, 1) for hidden in stream.run(layer, states).hidden]).double()
+    """[T, D], with residual streams a row for each of a token's."""
+    return rows(stream.run(layer, states).hidden)
 
 
-def features(stream, layer, states) -> torch.Tensor:
+def rows(hidden: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([own.flatten(0, -2) for own in hidden]).double()
+
+
+def features(run, weights: list[torch.Tensor]) -> torch.Tensor:
     """Gated inner states [T, all inputs], seen through the layer alone: with columns of an identity for a down projection, its
-    output shows them."""
-    weights, columns = matrices(layer), []
-    saved = [weight.clone() for weight in weights]
+    output, which `run` returns, shows them."""
+    columns, saved = [], [weight.clone() for weight in weights]
     for weight in weights:
         weight.zero_()
-    base_TD = outputs(stream, layer, states)
+    base_TD = run()
     for weight in weights:
         height, width = weight.shape
         for start in range(0, width, height):
             part = slice(start, min(start + height, width))
             weight[:, part] = torch.eye(height, dtype=weight.dtype)[:, : part.stop - part.start]
-            columns.append((outputs(stream, layer, states) - base_TD)[:, : part.stop - part.start])
+            columns.append((run() - base_TD)[:, : part.stop - part.start])
             weight.zero_()
     for weight, before in zip(weights, saved, strict=True):
         weight.copy_(before)
     return torch.cat(columns, 1)
 
 
-def novice_gates(stream, layer, states) -> torch.Tensor:
+def novice_gates(run, layer) -> torch.Tensor:
     """Gate weights [T, novices], seen likewise: what the output gains if a novice gives ones in place of zeros."""
     saved, columns = dict(layer.novices), []
     layer.novices.update({number: torch.zeros_like(constant) for number, constant in saved.items()})
-    base_TD = outputs(stream, layer, states)
+    base_TD = run()
     for number, constant in saved.items():
         layer.novices[number] = torch.ones_like(constant)
-        columns.append((outputs(stream, layer, states) - base_TD)[:, 0])
+        columns.append((run() - base_TD)[:, 0])
         layer.novices[number] = torch.zeros_like(constant)
     layer.novices.update(saved)
     return torch.stack(columns, 1)
 
 
 @pytest.mark.parametrize("removes_weights", [False, True])
-@pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "gpt_oss", "granitemoe", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", ["arctic", "deepseek_v3", "deepseek_v4", "gpt_oss", "granitemoe", "hy_v4", "qwen2_moe", "qwen3_moe"]
+)
 def test_the_exact_solution(checkpoint, ranks, monkeypatch, family, removes_weights):
-    """... row by row, over the weights that are not zero, with groups, shared experts, biases and scaled outputs."""
+    """... row by row, over the weights that are not zero, with groups, shared experts, biases, scaled outputs, and residual
+    streams."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, removes_weights)
     problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target()))
     scale = 0.5 if family == "granitemoe" else 1
-    feature_TX = features(stream, layer, states) / scale
-    missing_TD = torch.cat(problem.missing).double()
-    before = outputs(stream, layer, states)
-    wanted = torch.cat([hidden.flatten(0, 1) for hidden in dense]).double()
-    torch.testing.assert_close(missing_TD, (wanted - before) / scale, atol=1e-4, rtol=1e-4)
+    feature_TX = features(partial(outputs, stream, layer, states), matrices(layer)) / scale
+    missing_TD = (rows(dense) - outputs(stream, layer, states)) / scale
+    squared = problem._squared(problem.missing.__getitem__, None) + problem.unreachable
+    assert squared == pytest.approx(float(missing_TD.square().sum()), rel=1e-4)
+    if len(problem.missing[0]) == len(missing_TD):
+        torch.testing.assert_close(torch.cat(problem.missing).double(), missing_TD, atol=1e-4, rtol=1e-4)
     gram_XX, damping_X = feature_TX.T @ feature_TX, damping_of(problem, feature_TX)
     support_DX = torch.cat([weight != 0 for weight in matrices(layer)], 1)
     wanted_XD, exact_DX = feature_TX.T @ missing_TD, torch.zeros(support_DX.shape, dtype=torch.float64)
@@ -138,25 +148,76 @@ def check_near(found_DX, exact_DX, feature_TX, missing_TD, damping_X) -> None:
     assert least < 0.9 * start and cost(found_DX) - least < 1e-3 * (start - least)
 
 
-@pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "granitemoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["arctic", "deepseek_v3", "deepseek_v4", "granitemoe", "mixtral", "qwen3_moe"])
 def test_the_exact_solution_with_novices(checkpoint, ranks, monkeypatch, family):
     """... whose constants are columns of the same least squares; they start at the best constant of each alone."""
     monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4, has_novices=True)
     problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target()))
     scale = 0.5 if family == "granitemoe" else 1
-    gates_TX = novice_gates(stream, layer, states) / scale
+    gates_TX = novice_gates(partial(outputs, stream, layer, states), layer) / scale
     assert (gates_TX > 0).any(0).all(), "every novice is chosen by some token"
-    own_TX, routed = features(stream, layer, states) / scale, sum(change.shape[1] for change in problem.change.values())
+    own_TX = features(partial(outputs, stream, layer, states), matrices(layer)) / scale
+    routed = sum(change.shape[1] for change in problem.change.values())
     feature_TX = torch.cat([own_TX[:, :routed], gates_TX, own_TX[:, routed:]], 1)
-    missing_TD, gram_XX, damping_X = (
-        torch.cat(problem.missing).double(),
-        feature_TX.T @ feature_TX,
-        damping_of(problem, feature_TX),
-    )
+    missing_TD = (rows(dense) - outputs(stream, layer, states)) / scale
+    gram_XX, damping_X = feature_TX.T @ feature_TX, damping_of(problem, feature_TX)
     exact_XD = torch.linalg.solve(gram_XX + damping_X.diag(), feature_TX.T @ missing_TD)
     descend(problem, 400)
     check_near(found(problem), exact_XD.T, feature_TX, missing_TD, damping_X)
+
+
+@pytest.mark.parametrize("family", ["afmoe", "flex_olmo", "gemma4"])
+def test_the_exact_solution_before_norms(checkpoint, ranks, monkeypatch, family):
+    """... that divide every token by what they divide it by now. What is found is the change times the norms' gain."""
+    monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
+    stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 4)
+    finder = PathFinder(stream, layer)
+    with finder.watching():
+        stream.run(layer, states)
+
+    def run() -> torch.Tensor:
+        with finder.steady_norms():
+            return outputs(stream, layer, states) / torch.stack([norm.weight for norm in finder.norms.values()]).prod(0)
+
+    problem = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target()))
+    feature_TX, missing_TD = features(run, matrices(layer)), rows(dense) - outputs(stream, layer, states)
+    damping_X = damping_of(problem, feature_TX)
+    exact_XD = torch.linalg.solve(feature_TX.T @ feature_TX + damping_X.diag(), feature_TX.T @ missing_TD)
+    descend(problem, 400)
+    check_near(found(problem), exact_XD.T, feature_TX, missing_TD, damping_X)
+
+
+@pytest.mark.parametrize("removes_weights", [False, True])
+def test_the_exact_solution_in_a_latent_space(checkpoint, ranks, monkeypatch, removes_weights):
+    """... of all matrices at once: a matrix W behind the experts and the novices mixes their rows; the shared expert's are beside
+    it."""
+    monkeypatch.setattr("stun.pruning.joint_refit.HELD_OUT", 1000)
+    has_novices = not removes_weights
+    folder, tokens = checkpoint("nemotron_h"), torch.randint(0, 260, (8, 50), generator=torch.Generator().manual_seed(0))
+    stream, layer, states, dense = pruned_layer(folder, ranks, 4, removes_weights, tokens, has_novices)
+    problem, run = joint_refit._Refit(stream, layer, states, dense, Rounding(stream, Target())), partial(outputs, stream, layer)
+    weights, matrix_DL = matrices(layer), layer.dense[layer.layout.output_matrix].double()
+    inverse_DL = torch.linalg.pinv(matrix_DL).T
+    routed_TX = features(lambda: run(states) @ inverse_DL, weights[: len(KEPT)])
+    if has_novices:
+        routed_TX = torch.cat([routed_TX, novice_gates(lambda: run(states) @ inverse_DL, layer)], 1)
+    shared_TX, missing_TD = features(lambda: run(states), weights[len(KEPT) :]), rows(dense) - run(states)
+    columns = [torch.einsum("tx,dl->tdlx", routed_TX, matrix_DL).flatten(2).flatten(0, 1)]
+    columns += [torch.einsum("tx,de->tdex", shared_TX, torch.eye(len(matrix_DL), dtype=torch.float64)).flatten(2).flatten(0, 1)]
+    size = float(matrix_DL.square().sum(0).mean())
+    parts = damping_of(problem, torch.cat([routed_TX, shared_TX], 1)).split([routed_TX.shape[1], shared_TX.shape[1]])
+    damping_Z = torch.cat([(size * parts[0]).repeat(matrix_DL.shape[1]), parts[1].repeat(len(matrix_DL))])
+    feature_NZ, missing_N = torch.cat(columns, 1), missing_TD.flatten()
+    descend(problem, 1000)
+    changes = [problem.change[number] for number in range(len(KEPT))] + [own.change for own in problem.constants]
+    found_Z = torch.cat([torch.cat(own, 1).flatten() for own in (changes, [own.change for own in problem.shared])]).double()
+    supports = [torch.cat(own, 1).flatten() != 0 for own in (weights[: len(KEPT)], weights[len(KEPT) :])]
+    free_Z = torch.ones_like(found_Z, dtype=torch.bool) if has_novices else torch.cat(supports)
+    free_NZ, exact_Z = feature_NZ[:, free_Z], torch.zeros_like(found_Z)
+    exact_Z[free_Z] = torch.linalg.solve(free_NZ.T @ free_NZ + damping_Z[free_Z].diag(), free_NZ.T @ missing_N)
+    assert (found_Z[~free_Z] == 0).all()
+    check_near(found_Z[None], exact_Z[None], feature_NZ, missing_N[:, None], damping_Z)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"])
@@ -174,11 +235,14 @@ def test_a_constant_stands_best_for_its_expert(checkpoint, ranks, family):
         torch.testing.assert_close(constant_D, best_D.to(constant_D.dtype), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OTHER_PATHS = ("afmoe", "deepseek_v4", "flex_olmo", "gemma4", "glm5_next", "hy_v4", "hy_v4_vl", "nemotron_h")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_PATHS])
 def test_every_family(checkpoint, ranks, family):
     """The layer's own outputs come nearer to the dense ones, by what is reported."""
     stream, layer, states, dense = pruned_layer(checkpoint(family), ranks, 2)
-    wanted = torch.cat([hidden.flatten(0, 1) for hidden in dense]).double()
+    wanted = rows(dense)
     before = float((wanted - outputs(stream, layer, states)).square().sum())
     told = refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))
     stream.build(layer)

@@ -7,13 +7,24 @@ import pytest
 from helpers.more_families import UNLISTED
 from stun.checkpoint.reader import Checkpoint
 from stun.config import StunError
+from stun.model import families
 from stun.model.architecture import Architecture
 from stun.stream import layer_stream, self_check
 
 
 @pytest.mark.parametrize("family", UNLISTED)
 def test_families_in_no_list_are_accepted(checkpoint, family):
-    self_check.self_check(Architecture(Checkpoint.open(checkpoint(family))))
+    self_check.self_check(Architecture(Checkpoint.open(checkpoint(family))), is_refitted=True)
+
+
+def test_layers_that_the_joint_refit_does_not_know_are_refused(checkpoint, monkeypatch):
+    arch = Architecture(Checkpoint.open(checkpoint("flex_olmo")))
+    monkeypatch.delitem(families.NORMS_BEHIND, "flex_olmo")
+    self_check.self_check(arch)
+    with pytest.raises(
+        StunError, match=r"layer 0 does more with the output of its experts than to add it; use experts.refit=false"
+    ):
+        self_check.self_check(arch, is_refitted=True)
 
 
 def test_a_stream_that_loses_a_value_is_refused(checkpoint, monkeypatch):
