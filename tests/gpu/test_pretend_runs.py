@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.forms import fp8
-from helpers.gpu_runs import FAMILY, METHODS
+from helpers.gpu_runs import FAMILY, METHODS, REFITTED
 from helpers.launches import run_pretend, run_warm
 from helpers.paths import TEXT
 from helpers.tensors import load_tensors, same_tensors
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.ranks
 SCRIPT = ["-m", "helpers.gpu_runs"]
 # One of every kind.
 FAMILIES = ["arctic", "deepseek_v3", "gpt_oss", "jamba", "mixtral"]
-ALL = ["families", "methods", "resume", "evaluate"]
+ALL = ["families", "methods", "refits", "resume", "evaluate"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A checkpoint of each of these families."""
     folder = tmp_path_factory.mktemp("sources")
-    for family in FAMILIES:
+    for family in {*FAMILIES, *REFITTED}:
         make_checkpoint(folder / family, family)
     fp8(folder / "fp8", "deepseek_v3", 8, 4)
     return folder
@@ -84,6 +84,11 @@ def test_alps_computes_nearly_what_it_does_on_the_cpu(sources, cpu, two):
             states.append(model(torch.tensor(text).view(5, 12), output_hidden_states=True).hidden_states[1:])
     shares = [float((b - a).norm() / (a - d).norm()) for d, a, b in zip(*states, strict=True)]
     assert shares[0] <= 0.05 and max(shares) <= 0.25, shares
+
+
+@pytest.mark.parametrize("name", [*REFITTED, "novices"])
+def test_the_joint_refit_writes_the_bytes_of_the_cpu(cpu, two, name):
+    same_tensors(cpu / "refits" / name / "model", two / "refits" / name / "model")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(cpu, two):

@@ -1,7 +1,7 @@
 """The runs of tests/gpu, on whatever device the ranks have, in one launch: -m helpers.gpu_runs SOURCES RUNS CASE ...
 
-A case is `families`, `methods`, `evaluate` or `resume`. Each rank writes to RUNS/rank-R.json on which GPUs it had a context, by
-which threads, and the names of the collectives it has called, by case.
+A case is `families`, `methods`, `refits`, `evaluate` or `resume`. Each rank writes to RUNS/rank-R.json on which GPUs it had
+a context, by which threads, and the names of the collectives it has called, by case.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from helpers.stops import stopped_after
 from stun.config import (
     Budget,
     CalibrationConfig,
+    Dropped,
     ExpertsConfig,
     ExpertsMethod,
     ModelConfig,
     Precision,
     PruneConfig,
+    Score,
     SparsifyConfig,
 )
 from stun.config import SparsifyMethod as Method
@@ -32,6 +34,7 @@ from stun.runtime.ranks import Ranks
 
 CALIBRATION = CalibrationConfig(path=str(TEXT), samples=5, length=12, micro_batch=2)
 FAMILY = "mixtral"  # of the cases that need one
+REFITTED = (FAMILY, "deepseek_v4", "gemma4", "nemotron_h")
 METHODS = {
     "owl": SparsifyConfig(method=Method.moe_pruner, ratios="owl"),
     "sparsegpt": SparsifyConfig(method=Method.sparsegpt, pattern="2:4"),
@@ -51,14 +54,24 @@ def request(source: Path, run_dir: Path, sparsify: SparsifyConfig | None = None)
 
 
 def families(sources: Path, runs: Path, ranks: Ranks) -> None:
-    """Every family in SOURCES."""
-    for source in sorted(sources.iterdir()):
+    """Every family in SOURCES but those of the joint refit alone."""
+    for source in sorted(source for source in sources.iterdir() if source.name == FAMILY or source.name not in REFITTED):
         prune(request(source, runs / source.name), ranks)
 
 
 def methods(sources: Path, runs: Path, ranks: Ranks) -> None:
     for name, sparsify in METHODS.items():
         prune(request(sources / FAMILY, runs / name, sparsify), ranks)
+
+
+def refits(sources: Path, runs: Path, ranks: Ranks) -> None:
+    """The joint refit, beside removed weights and novices or not, and where layers do more with their experts' output."""
+    plain = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, score=Score.residual, refit=True)
+    for name in REFITTED:
+        cfg = replace(request(sources / name, runs / name), experts=plain)
+        prune(cfg, ranks)
+        if name == FAMILY:
+            prune(replace(cfg, experts=replace(plain, dropped=Dropped.novice), run_dir=str(runs / "novices")), ranks)
 
 
 def resume(sources: Path, runs: Path, ranks: Ranks) -> None:
@@ -89,7 +102,7 @@ def evaluate_briefly(model: Path, runs: Path, ranks: Ranks) -> dict:
     return evaluate(EvaluateConfig(ModelConfig(str(model)), task, text, output=str(runs / "result.json")), ranks)
 
 
-CASES = {"families": families, "methods": methods, "resume": resume, "evaluate": evaluated}
+CASES = {"families": families, "methods": methods, "refits": refits, "resume": resume, "evaluate": evaluated}
 
 
 def main(sources: str, runs: str, *names: str) -> None:
