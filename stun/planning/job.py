@@ -100,8 +100,8 @@ class Job:
         replicated = [self.arch.info(name).shape[:2] for name in layout.shared_outputs]
         replicated += [(height, plan.experts - len(plan.clusters))] if self.has_novices else []
         held = held_bytes((height, width), kept, tokens, tokens * self.arch.top_k, itemsize)
-        if self.arch.adds_by_token:  # a louder run beside the plain one, and what it adds
-            held += 3 * tokens * self.arch.token_width * itemsize
+        if self.arch.adds_by_token or layout.shared_outputs:  # a louder run beside the plain one, and what is louder in it
+            held += 2 * tokens * self.arch.token_width * itemsize
         if self.arch.norms_behind:  # weights before a run with new ones
             held += kept * height * width * itemsize
         return held + sum(replicated_bytes(shape, tokens, itemsize, world) for shape in replicated)

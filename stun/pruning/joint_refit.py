@@ -102,6 +102,7 @@ class _Refit:
     """
 
     def __init__(self, stream: LayerStream, layer: Layer, states: States, dense: list[torch.Tensor], rounding: Rounding):
+        self.stream, self.states, self.dense = stream, states, dense
         self.layer, self.ranks, self.width = layer, stream.ranks, layer.layout.width
         self.rounding, self.is_changed = rounding, False
         _, experts = experts_of(layer.module)
@@ -114,7 +115,6 @@ class _Refit:
         self.added: list[torch.Tensor] = []
         self.routes, self.holds_out = inputs.routes, states.total >= HELD_OUT
         self.pieces = self._weighted(inputs.pieces)
-        self.run = partial(self._error_of_a_run, stream, states, dense)
         self.change = {n: torch.zeros_like(self._weight(n), dtype=torch.float32) for n in self.mine}
         self.direction = {number: torch.zeros_like(change_DI) for number, change_DI in self.change.items()}
         self.slope: dict[int, torch.Tensor] = {}
@@ -123,10 +123,9 @@ class _Refit:
         self.constants = constants(layer, inputs.gates, self.path)
         self.shared = shared.replicated(stream, states, outputs, self.path, finder.steady_norms)
         self.replicated = [*self.constants, *self.shared]
+        mine = range(self.ranks.rank, states.total, self.ranks.world)
         for matrix in self.replicated:
-            matrix.prepare(
-                self.ranks, len(self.routes), lambda turn: not self._is_held_out(turn * self.ranks.world + self.ranks.rank)
-            )
+            matrix.prepare(self.ranks, len(self.routes), [not self._is_held_out(batch) for batch in mine])
 
     def _missing(self, dense: list[torch.Tensor], outputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
         """What outputs of this rank's micro-batches lack, as far as experts can give it, and the squared rest of all ranks'."""
@@ -263,6 +262,7 @@ class _Refit:
         self._map(lambda number: self.direction[number].mul_(share).add_(self.slope[number]))
 
     def curvature(self) -> float:
+        self.added.clear()  # before there is another
         self.added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
         size = self._by_number(self._map(lambda number: inner(self.direction[number], self.direction[number])))
         damped = self.damping * size + self._of_replicated(lambda own: own.damping * own.direction.square())
@@ -282,29 +282,30 @@ class _Refit:
 
     def error(self) -> float:
         """Squared error of the outputs once all weights are rounded to what is written. Takes the place of the direction."""
+        self.added.clear()
         if not self.is_changed and self.rounding.is_exact and self.path.is_linear:
             return self._squared(self.missing.__getitem__, None) + self.unreachable
         self._map(self._round_off)
         for own in self.replicated:
             own.round_off(partial(self.rounding.shared, self.layer.layout), self.is_changed)
         if not self.path.is_linear:
-            return self.run()
+            return self._error_of_a_run()
         added = self._outputs(self.direction.__getitem__, lambda own: own.direction)
         return self._squared(lambda turn: self.missing[turn] - added[turn], None) + self.unreachable
 
-    def _error_of_a_run(self, stream: LayerStream, states: States, dense: list[torch.Tensor]) -> float:
+    def _error_of_a_run(self) -> float:
         """Squared error of the layer's outputs if it had its new weights, which it is given for a run of it."""
         layer, weights = self.layer, [self._weight(number) for number in self.mine]
         saved, rescaled = [weight.clone() for weight in weights], layer.rescaled
         replicated = [own.weight_DX.clone() for own in self.replicated]
         self.install()
-        outputs = stream.run(layer, states).hidden
+        outputs = self.stream.run(layer, self.states).hidden
         layer.rescaled = rescaled
         for weight, before in zip(weights, saved, strict=True):
             weight.copy_(before)
         for own, before in zip(self.replicated, replicated, strict=True):
             own.put(before)
-        lacking = [wanted.float() - output.float() for wanted, output in zip(dense, outputs, strict=True)]
+        lacking = [wanted.float() - output.float() for wanted, output in zip(self.dense, outputs, strict=True)]
         return self._squared(lacking.__getitem__, None)
 
     def _round_off(self, number: int) -> None:

@@ -38,7 +38,7 @@ class Gated:
 class Replicated:
     """A matrix [D, X] of the problem of stun.sparsify.joint_refit.
 
-    `inputs[turn]` are its inputs in this rank's micro-batches, and `is_fitted(turn)` says whether one of them is not held out;
+    `inputs[turn]` are its inputs in this rank's micro-batches, and `is_fitted[turn]` says whether one of them is not held out;
     `put` gives the layer another matrix, and `path` is what the layer does with its experts' output. One with a `name` is the
     source's, of a shared expert: its zeros are removed weights, which are kept zero, and it is rounded to what is written.
     """
@@ -56,7 +56,7 @@ class Replicated:
         self.change = torch.zeros_like(weight_DX, dtype=torch.float32)
         self.direction, self.slope = torch.zeros_like(self.change), torch.zeros_like(self.change)
 
-    def prepare(self, ranks: Ranks, rounds: int, is_fitted: Callable[[int], bool]) -> None:
+    def prepare(self, ranks: Ranks, rounds: int, is_fitted: list[bool]) -> None:
         """Set damping and preconditioner, from the inputs of all ranks in so many rounds."""
         self.ranks, self.rounds, self.is_fitted = ranks, rounds, is_fitted
         width = self.change.shape[1]
@@ -70,7 +70,7 @@ class Replicated:
         total = torch.zeros(shape, device=self.ranks.device)
         for turn in range(self.rounds):
             mine = torch.zeros_like(total)
-            if turn < len(self.inputs) and self.is_fitted(turn):
+            if turn < len(self.inputs) and self.is_fitted[turn]:
                 (mine,) = self.ranks.workers.map(part, [turn])
             for rank_part in self.ranks.all_gather(mine):
                 total += rank_part
@@ -167,9 +167,11 @@ class Shared:
             if not all(stream.ranks.gather_objects(is_added)):
                 raise StunError(f"experts.refit=true: the layer does more with {name} than to add it; use experts.refit=false")
 
-            def put(matrix_DX: torch.Tensor, name: str = name, module: torch.nn.Module = module) -> None:
-                self.layer.dense[name].copy_(matrix_DX)
-                module.weight.copy_(matrix_DX)
+            def put(
+                matrix_DX: torch.Tensor, weight: torch.Tensor = self.layer.dense[name], own: torch.nn.Module = module
+            ) -> None:
+                weight.copy_(matrix_DX)
+                own.weight.copy_(matrix_DX)
 
             inputs = [Gated(inner, gate_T / path.scale) for inner, gate_T in zip(self._inputs[name], gates, strict=True)]
             found.append(Replicated(self.layer.dense[name], inputs, put, path, name))

@@ -363,6 +363,7 @@ def test_job_describes_and_writes_nothing(checkpoint, tmp_path):
     assert done.returncode == 2 and "error: does not fit: host memory of a node" in done.stderr
 
 
+REFIT = {"experts": "residual", "experts.refit": "true", "experts.fraction": 1, "target": 0.3}
 # (checkpoint, overrides, ranks or 0 without a launcher) of runs that need at least a GiB, each for another reason.
 RUNS = {
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
@@ -370,6 +371,7 @@ RUNS = {
     "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 0),
     "vocabulary": ("vocabulary", {}, 0),
     "Gram matrices": ("grams", {"sparsify.method": "sparsegpt"}, 0),
+    "joint refit": ("deepseek_v3", {**REFIT, "calibration.samples": 512, "calibration.micro_batch": 8}, 0),
 }
 SHAPES = {
     "timed": CheckpointShape(hidden=512, expert_width=512, experts=16, layers=4),
@@ -382,7 +384,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """`large(name)`: the folder of a checkpoint of `SHAPES`, or a gpt-oss with wide attention."""
+    """`large(name)`: the folder of a checkpoint of `SHAPES`, a gpt-oss with wide attention, or a wide family."""
     made = {}
 
     def get(name: str):
@@ -390,7 +392,9 @@ def large(tmp_path_factory):
         if name not in made and name in SHAPES:
             random_checkpoint(folder, SHAPES[name], REFERENCE / "model")
         elif name not in made:
-            wide = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
+            wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
+            if name == "gpt_oss":
+                wide = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
             make_checkpoint(folder, name, torch.bfloat16, shard="1GB", max_position_embeddings=4096, **wide)
         return made.setdefault(name, folder)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from functools import partial
 
 import pytest
@@ -296,3 +298,22 @@ def test_a_layer_that_changes_what_its_experts_add(checkpoint, ranks):
         StunError, match=r"layer 0 does more with the output of its experts than to add it; use experts.refit=false"
     ):
         refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))
+
+
+def test_nothing_of_it_outlives_it(checkpoint, ranks, monkeypatch):
+    """The inner states of all tokens go with it, not when garbage is collected."""
+    stream, layer, states, dense = pruned_layer(checkpoint("deepseek_v3"), ranks, 2, has_novices=True)
+    made, init = [], joint_refit._Refit.__init__
+
+    def watched(problem, *arguments) -> None:
+        init(problem, *arguments)
+        made.append(weakref.ref(problem))
+
+    monkeypatch.setattr(joint_refit._Refit, "__init__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))
+        assert made and made[0]() is None
+    finally:
+        gc.enable()
