@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from stun.checkpoint.codecs.grids import GRIDS, Grid
 from stun.checkpoint.quantised import settings_of
@@ -114,10 +115,14 @@ def rounded_names(arch: Architecture, grid: Grid) -> set[str]:
 
 
 def plain_modules(arch: Architecture, grid: Grid) -> list[str]:
-    """Modules whose matrices are not rounded, by source name."""
+    """Modules whose matrices are not rounded: by source name, as vLLM looks them up, and by their place in the model, as
+    transformers does."""
     rounded, tensors = rounded_names(arch, grid), arch.source.tensors
     plain = {name for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2 and name not in rounded}
-    return sorted({"lm_head", *(name.removesuffix(".weight") for name in plain)})
+    places = {f"{path}.weight" for path, module in arch.whole.named_modules() if isinstance(module, nn.Linear)}
+    for layout in arch.layers:
+        places -= {f"{arch.path}layers.{layout.index}.{inside}" for name, inside in layout.dense.items() if name in rounded}
+    return sorted({"lm_head", *(name.removesuffix(".weight") for name in plain | places)})
 
 
 def bytes_by_name(arch: Architecture, form: OutputFormat) -> dict[str, int]:

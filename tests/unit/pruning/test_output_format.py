@@ -16,6 +16,7 @@ from helpers.forms import rewrite
 from helpers.launches import launch
 from helpers.quantised import FORMS, gpt_oss, quantised
 from helpers.selections import config
+from helpers.stock import load_stock
 from helpers.tensors import load_tensors
 from helpers.zoo import make_checkpoint
 from stun.checkpoint.codecs.grids import GRIDS
@@ -281,6 +282,17 @@ def test_plain_weights_are_pruned_then_rounded(tmp_path, ranks, plain, form):
     own = {"lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate"}
     narrow = {f"model.layers.{layer}.self_attn.{leaf}" for layer in range(3) for leaf in ("q_proj", "k_proj", "v_proj")}
     assert set(skipped) == own | (narrow if form == "fp8_block" else set()), "64 outputs of k_proj are half a block"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phimoe", "kimi_k25"])
+def test_transformers_finds_all_that_is_rounded(tmp_path, ranks, family):
+    """... and takes nothing else for it, where its modules have other names than the source's tensors."""
+    pytest.importorskip("compressed_tensors")
+    source = make_checkpoint(tmp_path / "source", family, dtype=torch.bfloat16)
+    experts = ExpertsConfig(drop=0.25, refit=False)
+    folder, _, _ = pruned(source, tmp_path / "run", ranks, experts, output=to("fp8_channel"))
+    load_stock(folder)
 
 
 @pytest.mark.slow
