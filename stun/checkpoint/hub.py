@@ -31,7 +31,7 @@ _PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)")
 # Files beside the weights: configuration, tokenizer, chat templates, processors, card and licence. Never code.
 _BESIDE = ["config.json", "generation_config.json", INDEX, "README.md", "LICENSE*", "chat_template*", f"{TEMPLATES}/*.jinja"]
-_BESIDE += ["tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*"]
+_BESIDE += ["tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "tiktoken.model", "tekken.json", "spiece.model", "sentencepiece*"]
 _BESIDE += ["added_tokens.json", "special_tokens_map.json", "*processor_config.json"]
 _CODE = ["*.py"]
 _AT_ONCE = 8  # headers read at the same time

@@ -25,6 +25,8 @@ BESIDE = {
     "README.md": CARD.encode(),
     "LICENSE": b"some terms",
     "chat_template.jinja": b"{{ messages }}",
+    "tiktoken.model": b"a tokenizer",
+    "tekken.json": b"{}",
     "modeling_mixtral.py": b"raise SystemExit('code of the checkpoint runs')",
     "pytorch_model.bin": b"pickled",
     "consolidated.safetensors": b"the same weights again",
