@@ -7,11 +7,14 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from stun.checkpoint.hub import first_line, is_name, masked, name_of, on_hub
-from stun.checkpoint.reader import INDEX
+from stun.checkpoint.reader import INDEX, SINGLE
 from stun.config import PushConfig, StunError
+from stun.model.form_settings import SIDE_FILES
 from stun.pruning.summary import command_line
 from stun.run.folder import MANIFEST
 from stun.runtime.ranks import Ranks
+
+_FIRST = (SINGLE, "adapter_config.json", *SIDE_FILES)  # that runtimes look for before the index, or read beside config.json
 
 
 def check_push(cfg: PushConfig, ranks: Ranks) -> None:
@@ -54,11 +57,21 @@ def _push(cfg: PushConfig, ranks: Ranks) -> None:
     ranks.log(f"push {model} to {name}")
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
+        _check_others(set(api.list_repo_files(name)) - {file.name for file in model.iterdir()}, name, model)
         api.upload_folder(repo_id=name, folder_path=model, commit_message="Upload a checkpoint pruned with STUN")
+    except StunError:
+        raise
     except Exception as error:  # huggingface_hub raises many kinds
         refusal, command = masked(f"push_to={name}: {_refusal(error)}"), command_line(ranks.command or sys.argv)
         raise StunError(f"{refusal}; {model} is complete, and the same command pushes it again: {command}") from error
     ranks.log(f"pushed to {address}")
+
+
+def _check_others(files: set[str], name: str, model: Path) -> None:
+    """Raise StunError for a file that the repository holds beside the checkpoint, if runtimes would read it in its place."""
+    if found := ", ".join(sorted(files.intersection(_FIRST))):
+        reason = f"holds {found}, which runtimes read before this checkpoint's own files; remove it there, or choose another name"
+        raise StunError(f"push_to={name}: {reason}. {model} is complete, and nothing was uploaded")
 
 
 def _refusal(error: Exception) -> str:

@@ -289,6 +289,17 @@ def test_a_checkpoint_is_pushed(hub, machine, pruned):
     assert TOKEN not in "".join((done.stdout, done.stderr, again.stdout, again.stderr)) and TOKEN.encode() not in written
 
 
+def test_a_repository_whose_own_files_would_be_loaded(hub, machine, pruned):
+    """transformers takes model.safetensors before an index."""
+    others, command = {"model.safetensors": b"dense", "hf_quant_config.json": b"{}"}, settings("tiny/mixtral", pruned[0])
+    hub.repos["you/other"] = Repo()
+    hub.repos["you/other"].commit(others)
+    done = machine("prune", [*command, "push_to=you/other"], HF_TOKEN=TOKEN)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "push_to=you/other: holds hf_quant_config.json, model.safetensors, which" in line
+    assert hub.repos["you/other"].files == others
+
+
 @pytest.mark.ranks
 def test_a_failed_push_leaves_the_run(machine, pruned):
     """... and is one line, whatever the number of ranks."""
