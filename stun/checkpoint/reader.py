@@ -87,6 +87,13 @@ def _check_form(folder: Path, remote: Headers) -> None:
         raise StunError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
 
 
+def _check_single(folder: Path) -> None:
+    """Raise StunError if a folder with an index holds one file of all weights too, as after a save over an earlier one."""
+    if (folder / SINGLE).is_file() and SINGLE not in shards(folder):
+        reason = f"{SINGLE} is what transformers loads, and the files of {INDEX} are what vLLM does; remove one of them"
+        raise StunError(f"{folder}: holds two sets of weights: {reason}")
+
+
 class Checkpoint:
     """Source checkpoint. `tensors` describes every tensor; `read` returns one and adds its bytes to `bytes_read`. `is_here`: all
     its files are in `folder`."""
@@ -132,6 +139,7 @@ class Checkpoint:
         folder, remote = Path(path), remote or {}
         _check_form(folder, remote)
         if (folder / INDEX).is_file():
+            _check_single(folder)
             tensors = _indexed_tensors(folder, remote)
         else:
             tensors = read_header(folder / SINGLE) if (folder / SINGLE).is_file() else remote[SINGLE]

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from helpers.forms import rewrite, run, with_head
 from helpers.tensors import load_tensors
@@ -120,3 +121,16 @@ def test_config_that_does_not_fit_is_refused_before_work(tmp_path, ranks, name):
     with pytest.raises(StunError, match=message):
         run(source, tmp_path / "run", ranks)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_sets_of_weights(tmp_path, ranks):
+    """As where transformers saves in several files over an earlier model in one, or the other way round."""
+    source = make_checkpoint(tmp_path / "source", "mixtral")
+    save_file(load_tensors(source), source / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):  # the second time without the files of the index, which transformers removes
+        with pytest.raises(StunError, match=r"source: holds two sets of weights: model\.safetensors is what transformers loads"):
+            run(source, tmp_path / "run", ranks)
+        for file in source.glob("model-*.safetensors"):
+            file.unlink()
+    (source / "model.safetensors.index.json").unlink()
+    run(source, tmp_path / "run", ranks)
