@@ -129,6 +129,8 @@ class NameMap:
         self._home = {pattern: t for t in reversed(converters) for pattern in t.source_patterns}
         parameters, within = model.state_dict(), re.compile(rf"{re.escape(self.prefix)}(\d+)\.(.+)")
         heads = self._head_names(parameters)
+        # transformers puts the model's prefix before names of parameters that it has.
+        parameters |= dict.fromkeys(self._places_of_constants(), torch.empty(0, device="meta"))
         blocks: dict[str, Pieces] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         self._constants: dict[str, dict[int, str]] = defaultdict(dict)  # by the path of their experts' module
         self._turned: set[str] = set()  # tensors of all experts that are transposed if they do not fit
@@ -167,6 +169,12 @@ class NameMap:
             for name in sorted(self._converted.keys() & places.keys(), key=lambda name: (places[name], self._converted[name][0])):
                 places[name] = places.pop(name)
         return blocks
+
+    def _places_of_constants(self) -> list[str]:
+        """Parameters of the constants that config.json lists, in a model that has them."""
+        paths = {index: found[0] for index, layer in enumerate(self.decoder.layers) if (found := experts_of(layer))}
+        listed = [(index, expert) for index, experts in self.novices.items() if index in paths for expert in experts]
+        return [f"{self.prefix}{index}.{paths[index]}.{expert}.{CONSTANT}" for index, expert in listed]
 
     def _head_names(self, parameters: dict[str, torch.Tensor]) -> set[str]:
         """Names of the output head's parameters."""

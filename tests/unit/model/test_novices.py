@@ -11,6 +11,7 @@ from helpers.selections import CALIBRATION, config
 from helpers.stock import load_stock, logits_of
 from helpers.tensors import load_tensors, same_tensors
 from helpers.uneven import steep
+from helpers.zoo import make_checkpoint
 from stun.checkpoint.reader import Checkpoint
 from stun.config import Budget, Dropped, ExpertsConfig, ExpertsMethod, Score, StunError
 from stun.data.samples import calibration_samples
@@ -123,6 +124,20 @@ def test_computes_what_the_whole_model_with_constants_does(made, ranks, family):
     arch.install_outer({name: arch.source.read(name) for name in arch.outer_weights}, torch.float32)
     logits = arch.leave(states.hidden[0].flatten(0, 1)).view(*tokens.shape, -1)
     torch.testing.assert_close(logits, logits_of(model, tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_names_without_the_prefix_of_the_model(tmp_path, ranks):
+    """DeepSeek-V4's on the hub, `layers.0.ffn.experts.3.approx_value`: what is written is read again, and the same in both."""
+    source = make_checkpoint(tmp_path / "source", "deepseek_v4")
+    experts = ExpertsConfig(method=ExpertsMethod.rank, keep=5, dropped=Dropped.novice)
+    prune(config(source, tmp_path / "run", target=None, experts=experts), ranks)
+    arch = Architecture(Checkpoint.open(tmp_path / "run" / "model"))
+    names = load_stock(arch.source.folder).state_dict()
+    listed = {(layout.index, expert): name for layout in arch.layers for expert, name in layout.novices.items()}
+    assert len(listed) == 3 * len(arch.layers) and all(name.startswith("layers.") for name in listed.values())
+    for (layer, expert), name in listed.items():
+        assert torch.equal(arch.source.read(name), names[f"model.layers.{layer}.mlp.experts.{expert}.approx_value"])
 
 
 @pytest.mark.slow
