@@ -85,6 +85,11 @@ def config_class(base_config: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
                 _put_novices(self.base_model.layers[int(index)], config, int(index), list(novices), count)
             self.post_init()
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """As the family's own class: transformers passes over the root's conversions of names for code of others."""
+            return base_model.is_custom_code()
+
         def save_pretrained(self, folder, is_main_process=True, state_dict=None, **keywords):
             """As transformers' own, with the experts under their own numbers."""
             tensors = revert_weight_conversion(self, self.state_dict() if state_dict is None else state_dict)

@@ -127,6 +127,17 @@ def test_computes_what_the_whole_model_with_constants_does(made, ranks, family):
 
 
 @pytest.mark.slow
+def test_names_outside_the_layers_that_transformers_converts(tmp_path, ranks):
+    """Ling's embedding has another name in the file than in the model: nothing is missing, and all is saved under its name."""
+    source = make_checkpoint(tmp_path / "source", "bailing_hybrid")
+    experts = ExpertsConfig(method=ExpertsMethod.rank, keep=6, dropped=Dropped.novice)
+    prune(config(source, tmp_path / "run", target=None, experts=experts), ranks)
+    folder = tmp_path / "run" / "model"
+    load_stock(folder).save_pretrained(tmp_path / "again", max_shard_size="60KB")
+    same_tensors(folder, tmp_path / "again")
+
+
+@pytest.mark.slow
 def test_names_without_the_prefix_of_the_model(tmp_path, ranks):
     """DeepSeek-V4's on the hub, `layers.0.ffn.experts.3.approx_value`: what is written is read again, and the same in both."""
     source = make_checkpoint(tmp_path / "source", "deepseek_v4")
