@@ -39,21 +39,25 @@ def _with_novices(original: Callable) -> classmethod:
     return classmethod(from_dict)
 
 
-def _placeholder(name: str, real: Callable[[], type[PreTrainedConfig]]) -> type[PreTrainedConfig]:
+class _Placeholder(PreTrainedConfig):
     """Configuration class of a model type, whose instances are of the class that `real()` makes or imports at first use."""
 
-    class Lazy(PreTrainedConfig):
-        model_type = name
+    real: Callable[[], type[PreTrainedConfig]]
 
-        def __new__(cls, *arguments, **keywords):
-            return real()(*arguments, **keywords)
+    def __init_subclass__(cls) -> None:
+        """Nothing of transformers', which would write methods for each of hundreds: half a second for instances that none has."""
 
-        @classmethod
-        def from_dict(cls, config_dict, **keywords):
-            own = real()  # whose model type an alias takes
-            return own.from_dict({**config_dict, "model_type": own.model_type}, **keywords)
+    def __new__(cls, *arguments, **keywords):
+        return cls.real()(*arguments, **keywords)
 
-    return Lazy
+    @classmethod
+    def from_dict(cls, config_dict, **keywords):
+        own = cls.real()  # whose model type an alias takes
+        return own.from_dict({**config_dict, "model_type": own.model_type}, **keywords)
+
+
+def _placeholder(name: str, real: Callable[[], type[PreTrainedConfig]]) -> type[PreTrainedConfig]:
+    return type("Lazy", (_Placeholder,), {"model_type": name, "real": staticmethod(real)})
 
 
 def _arctic() -> type[PreTrainedConfig]:
