@@ -17,7 +17,7 @@ import pytest
 
 from helpers.launches import run_job, settings
 from helpers.pages import commands, here, page
-from helpers.paths import HELDOUT, ROOT, TEXT
+from helpers.paths import HELDOUT, ROOT
 from helpers.slurm_cluster import Cluster, missing
 from helpers.tensors import same_tensors
 from helpers.zoo import make_checkpoint
@@ -35,6 +35,7 @@ scontrol -o show job |
     sed -nE 's/^JobId=([0-9]+) (ArrayJobId=([0-9]+) ArrayTaskId=([0-9]+) )?.* JobState=([A-Z]+) .*/\1 \3 \4 \5/p' |
     awk 'NF == 4 { print $2 "_" $3 "|" $4 "|" } NF == 2 { print $1 "|" $2 "|" }'
 """
+NEEDS_QUOTES = "my runs/a=1 [b]"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -47,6 +48,12 @@ def cluster():
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("slurm") / "source", "mixtral", num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """... for runs that nothing interrupts."""
+    return make_checkpoint(tmp_path_factory.mktemp("slurm") / "shallow", "mixtral", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +79,9 @@ def arguments(source: Path, run_dir: Path, **overrides) -> list[str]:
     return settings(source, run_dir, **{"calibration__samples": 64, **overrides})
 
 
-def submit(cluster, source, run_dir: Path, *options: str, script: str = "prune", ranks: int = 1, **overrides) -> str:
-    words = [str(ROOT / "slurm" / f"{script}.sbatch"), *arguments(source, run_dir, **overrides)]
-    return start(cluster, run_dir, [*options, *words], RANKS_PER_NODE=str(ranks))
+def submit(cluster, source, run_dir: Path, *options: str) -> str:
+    words = [str(ROOT / "slurm" / "prune.sbatch"), *arguments(source, run_dir)]
+    return start(cluster, run_dir, [*options, *words], RANKS_PER_NODE="1")
 
 
 def start(cluster, run_dir: Path, words: list[str], cwd: Path = ROOT, **environment: str) -> str:
@@ -124,13 +131,19 @@ def rank_process(run_dir: Path, rank: int) -> int:
     raise AssertionError(f"no rank {rank} of {run_dir}")
 
 
-def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
-    """... on these nodes, which have no GPUs, with this model and text: pruning on two nodes, evaluating on one."""
-    run_dir = tmp_path / "run"
-    own = dict(word.split("=", 1) for word in arguments(source, run_dir))
-    rows = tmp_path / "rows.jsonl"
+def test_the_commands_of_the_readme(cluster, shallow, tmp_path):
+    """... on these nodes, which have no GPUs, with this model and text: pruning on two nodes, evaluating on one. The run folder
+    has spaces, `=` and brackets, quoted for Hydra."""
+    run_dir, rows = tmp_path / NEEDS_QUOTES, tmp_path / "rows.jsonl"
+    run_dir.parent.mkdir()
+    own = dict(word.split("=", 1) for word in arguments(shallow, f"'{run_dir}'", calibration__samples=10))
     rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:4]))
-    scored = {"model.path": run_dir / "model", "output": run_dir / "result.json", "task.path": rows, "task.max_new_tokens": 4}
+    scored = {
+        "model.path": f"'{run_dir}/model'",
+        "output": f"'{run_dir}/result.json'",
+        "task.path": rows,
+        "task.max_new_tokens": 4,
+    }
     for command, replaced in zip(commands("slurm")[0].splitlines(), (own, scored), strict=True):
         completed(cluster, start(cluster, run_dir, on_these_nodes(command, replaced)), run_dir)
     assert json.loads((run_dir / "manifest.json").read_text())["summary"]["ranks"] == 2
@@ -138,20 +151,16 @@ def test_the_commands_of_the_readme(cluster, source, whole, tmp_path):
     assert json.loads((run_dir / "result.json").read_text())["rows"] == 4
 
 
-def test_from_another_folder_into_one_that_needs_quotes(cluster, source, tmp_path):
-    """Paths are those of the folder where sbatch is called; a run folder may have spaces, `=` and brackets, quoted for Hydra."""
-    run_dir, scripts = tmp_path / "my runs" / "a=1 [b]", ROOT / "slurm"
-    run_dir.parent.mkdir()
-    words = arguments(source, "'my runs/a=1 [b]'", calibration__samples=10)
-    completed(cluster, start(cluster, run_dir, [str(scripts / "prune.sbatch"), *words], tmp_path), run_dir)
-    assert (run_dir / "manifest.json").is_file() and (run_dir / "code" / "slurm" / "job.sh").is_file()
-    words = ["model.path='my runs/a=1 [b]/model'", f"text.path={TEXT}", "text.samples=2", "text.length=16"]
-    words += ["output='my runs/a=1 [b]/result.json'"]
-    completed(cluster, start(cluster, run_dir, [str(scripts / "evaluate.sbatch"), *words], tmp_path), run_dir)
-    assert json.loads((run_dir / "result.json").read_text())["perplexity"] > 1
-    words = [f"model.path={source}", "output='my runs/a=1 [b]/own.jsonl'", "texts=2", "tokens=4"]
-    completed(cluster, start(cluster, run_dir, [str(scripts / "generate.sbatch"), *words], tmp_path), run_dir)
-    assert len((run_dir / "own.jsonl").read_text().splitlines()) == 2
+def test_from_another_folder(cluster, shallow, tmp_path):
+    """Paths are those of the folder where sbatch is called. Evaluating is submitted by the same lines as generating."""
+    folder = tmp_path / NEEDS_QUOTES
+    folder.mkdir(parents=True)
+    words = [f"model.path={shallow}", f"output='{NEEDS_QUOTES}/own.jsonl'", "texts=2", "tokens=4"]
+    completed(cluster, start(cluster, folder, [str(ROOT / "slurm" / "generate.sbatch"), *words], tmp_path), folder)
+    assert len((folder / "own.jsonl").read_text().splitlines()) == 2 and (folder / "code" / "slurm" / "job.sh").is_file()
+    generating, evaluating = ((ROOT / "slurm" / f"{name}.sbatch").read_text() for name in ("generate", "evaluate"))
+    lines = evaluating.partition("# Slurm runs a copy")[2]
+    assert lines and generating.partition("# Slurm runs a copy")[2] == lines.replace("evaluate", "generate")
 
 
 def test_a_copy_of_a_script_says_what_it_lacks(cluster, tmp_path):
@@ -182,12 +191,15 @@ def test_goes_on_after_interruptions(cluster, source, whole, tmp_path):
 
 
 def test_cancel(cluster, source, tmp_path):
-    run_dir = tmp_path / "run"
-    job = submit(cluster, source, run_dir, "--nodes=1")
+    """... of a job that was submitted in another folder."""
+    run_dir = tmp_path / NEEDS_QUOTES
+    run_dir.parent.mkdir()
+    words = ["--nodes=1", str(ROOT / "slurm" / "prune.sbatch"), *arguments(source, f"'{NEEDS_QUOTES}'")]
+    job = start(cluster, run_dir, words, tmp_path)
     until(lambda: "observe 02/12" in log_of(run_dir))
     cluster.client("scancel", job)
     assert cluster.wait(job, ENDED, 30)["JobState"] == "CANCELLED"
-    assert not (run_dir / "manifest.json").exists()
+    assert (run_dir / "code" / "slurm" / "job.sh").is_file() and not (run_dir / "manifest.json").exists()
 
 
 def test_a_lost_task_ends_the_job(cluster, source, whole, tmp_path):
@@ -210,12 +222,12 @@ def test_a_failure_is_one(cluster, tmp_path):
     assert "not a folder, nor the name of a model" in log_of(tmp_path / "run")
 
 
-def test_array_sweep(cluster, source, tmp_path):
+def test_array_sweep(cluster, shallow, tmp_path):
     """The README's command with a task: the statistics and the dense model's result, an array of runs, a report."""
     root, rows = tmp_path / "a sweep=1 %a", tmp_path / "rows.jsonl"
     rows.write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:2]))
     small = {"calibration__samples": 10, "task__path": rows, "task__max_new_tokens": 2}
-    own = dict(word.split("=", 1) for word in arguments(source, f"'{root}'", experts__fraction="0.1,0.3", **small))
+    own = dict(word.split("=", 1) for word in arguments(shallow, f"'{root}'", experts__fraction="0.1,0.3", **small))
     job = start(cluster, root, on_these_nodes(commands("sweep", page("runs"))[0], own))
     completed(cluster, job, root)
     report, fractions = root / "report.txt", ["0.1", "0.3"]
@@ -236,7 +248,7 @@ def check_sweep(root: Path, fractions: list[str]) -> None:
     assert (root / "statistics" / "stats" / "about.json").is_file()
 
 
-def test_submitit_multirun(cluster, source, tmp_path):
+def test_submitit_multirun(cluster, shallow, tmp_path):
     """The README's command on these nodes, two tasks a run."""
     root, tools = tmp_path / "sweep", tmp_path / "bin"
     tools.mkdir()
@@ -244,7 +256,7 @@ def test_submitit_multirun(cluster, source, tmp_path):
     (tools / "sacct").chmod(0o755)
     words = shlex.split(commands("submitit", page("runs"))[0])
     given = dict(word.split("=", 1) for word in words[3:])
-    own = dict(word.split("=", 1) for word in arguments(source, root, experts__fraction="0.2,0.5", calibration__samples=10))
+    own = dict(word.split("=", 1) for word in arguments(shallow, root, experts__fraction="0.2,0.5", calibration__samples=10))
     own |= {"hydra.launcher.gpus_per_node": "null", "hydra.launcher.tasks_per_node": "2", "hydra.launcher.cpus_per_task": "1"}
     command = [sys.executable, "-m", "stun", "prune", "-m", *(f"{key}={value}" for key, value in (given | own).items())]
     environment = {**cluster.environment, "PATH": f"{tools}:{os.environ['PATH']}"}
