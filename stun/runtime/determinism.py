@@ -28,6 +28,11 @@ class Steady(TorchDispatchMode):
         super().__init__()
         self.workers = workers
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would keep torch.compile, which nothing here uses, away from every operation, at the cost of a small one."""
+        return False
+
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         packet, keywords = function.overloadpacket, keywords or {}
         if packet is _aten._scaled_dot_product_flash_attention_for_cpu and arguments[0].dtype is torch.bfloat16:

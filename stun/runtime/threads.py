@@ -47,7 +47,27 @@ class Workers:
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """Results of `function` for all items, in order; raises the error of the first item that fails. `function` must not
         call `map`: it would wait for itself."""
-        return list((self._pool.map if self._pool else map)(function, items))
+        if not self._pool:
+            return list(map(function, items))
+        given = list(items)
+        results: dict[int, B] = {}
+        errors: dict[int, BaseException] = {}
+        rest = iter(range(len(given)))
+
+        def work() -> None:
+            # Every worker takes items until none is left: waking a thread for each costs more than most of them.
+            for number in rest:
+                try:
+                    results[number] = function(given[number])
+                except BaseException as error:
+                    errors[number] = error
+                    list(rest)  # no other is begun; all before it were
+
+        for future in [self._pool.submit(work) for _ in range(min(self.count, len(given)))]:
+            future.result()
+        if errors:
+            raise errors[min(errors)]
+        return [results[number] for number in range(len(given))]
 
 
 @contextmanager
