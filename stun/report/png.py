@@ -20,7 +20,19 @@ _SIDE = 512  # pixels of a map that is viewed alone, about
 
 def pictures(folder: Path, name: str, figure_of: Callable[[Theme], Figure], alt: str) -> str:
     """HTML of a picture in every theme, saved as `name`-THEME.png."""
-    return html.picture(*(saved(figure_of(theme), folder / f"{name}-{theme.name}.png") for theme in THEMES), alt)
+    first, *others = [figure_of(theme) for theme in THEMES]
+    contents = [saved(first, folder / f"{name}-{THEMES[0].name}.png")]
+    for figure, theme in zip(others, THEMES[1:], strict=True):
+        _lay_out_like(first, figure)
+        contents.append(saved(figure, folder / f"{name}-{theme.name}.png"))
+    return html.picture(*contents, alt)
+
+
+def _lay_out_like(drawn: Figure, figure: Figure) -> None:
+    """Themes differ in colours alone: where panels go, a third of the time of drawing, is found once."""
+    figure.set_layout_engine("none")
+    for panel, like in zip(figure.axes, drawn.axes, strict=True):
+        panel.set_position(like.get_position(original=True))
 
 
 def saved(figure: Figure, file: Path) -> bytes:
