@@ -22,6 +22,7 @@ from stun.config import Budget, CalibrationConfig, ExpertsConfig, ModelConfig, P
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
+LAYERS = 4
 # A rank of two is killed just before or after a file gets its name, while it computes what follows; alone or with the other rank.
 # What goes on has so many ranks, or dies at another instant before what goes on.
 KILLS = {
@@ -34,8 +35,8 @@ KILLS = {
     "a shard without its entry": ("after", "layer-00001-1-of-2.safetensors", "all", 1),
     "an entry is half written": ("before", "prune-00002-1-of-2.json", "alone", 2),
     "again in that layer": ("before", "prune-00002-1-of-2.json", "alone", 2, ("before", "layer-00002-0-of-2.safetensors")),
-    "an entry of the last layer but one": ("after", "prune-00003-0-of-2.json", "alone", 4),
-    "some shards have their final names": ("after", "model-00004-of-00011.safetensors", "all", 1),
+    "an entry of the last layer but one": ("after", "prune-00002-0-of-2.json", "alone", 4),
+    "some shards have their final names": ("after", "model-00004-of-00009.safetensors", "all", 1),
     "all but the index": ("before", "model.safetensors.index.json", "alone", 2),
     "complete, its remains not removed": ("after", "manifest.json", "all", 4),
 }
@@ -115,7 +116,8 @@ def main(source: str, folder: Path) -> None:
             assert codes[victim] == -signal.SIGKILL, f"{name}: ended with {codes}"
         assert not any(wait(start(source, run_dir, world))), f"{name}\n{run_dir.with_suffix('.log').read_text()}"
         log = run_dir.with_suffix(".log").read_text()
-        done = [len(re.findall(rf"\] {stream} 0{layer}/", log)) for stream in ("observe", "prune") for layer in range(1, 6)]
+        lines = [f"{stream} 0{layer}/" for stream in ("observe", "prune") for layer in range(1, LAYERS + 1)]
+        done = [len(re.findall(rf"\] {line}", log)) for line in lines]
         print(f"{number} {name}: layers done {done}", flush=True)
 
 

@@ -10,15 +10,13 @@ import pytest
 
 from helpers.family_runs import FAMILY, run
 from helpers.kill_jobs import JOBS
-from helpers.kill_runs import KILLS, request
+from helpers.kill_runs import KILLS, LAYERS, request
 from helpers.launches import run_warm
 from helpers.stops import stopped_after
 from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
 from stun.config import StunError
 from stun.pruning.job import prune
-
-LAYERS = 5
 
 
 @pytest.mark.ranks
