@@ -54,13 +54,19 @@ class WarmProcess:
 
 
 def get_ready() -> None:
-    """Before forks: import what jobs import late, and keep the garbage collector of a fork from copying memory."""
+    """Before forks: import what jobs import late, read the configuration once, and keep the garbage collector of a fork from
+    copying memory."""
     import datasets  # noqa: F401
     import deepspeed.comm  # noqa: F401
-    import scipy.cluster.hierarchy  # noqa: F401
+    import scipy.cluster.hierarchy
+    import scipy.io  # noqa: F401
 
-    import stun.model.arctic  # noqa: F401
+    import stun.model.arctic
+    import stun.report.tables
+    import stun.runtime.console  # noqa: F401
+    from stun.settings.compose import composed
 
+    composed("prune", ["model.path=model", "calibration.path=text.jsonl", "target=0.5", "run_dir=run"])
     gc.freeze()
 
 
