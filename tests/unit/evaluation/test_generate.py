@@ -99,10 +99,10 @@ def test_interrupted_generation_goes_on(checkpoint, ranks, family):
     """From the tokens saved at any step; micro-batches that are done are not run again."""
     folder = checkpoint(family)
     arch, tokenizer = Architecture(Checkpoint.open(folder)), load_tokenizer(folder)
-    prompts, capacity = tokenizer(QUESTIONS)["input_ids"], Capacity(SIZE, 1, 0, 1)
-    free = generate(arch, prompts, decoding(arch, folder, []), capacity, ranks)
+    prompts, capacity, ample = tokenizer(QUESTIONS)["input_ids"], Capacity(SIZE, 1, 0, 1), Capacity(SIZE, 1, len(arch.layers), 0)
+    free = generate(arch, prompts, decoding(arch, folder, []), ample, ranks)
     how = decoding(arch, folder, [free[0][3], free[1][7]])
-    whole = generate(arch, prompts, how, capacity, ranks)
+    whole = generate(arch, prompts, how, ample, ranks)
     for steps in (1, 6, NEW + 2):
         stopping, lasting = Memory(steps), Memory()
         with pytest.raises(Interrupted):
