@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from helpers.kill_runs import wait
 from helpers.paths import HELDOUT, TEXT
+from helpers.runtimes import silent_vllm
 from helpers.warm import fork_ranks, get_ready, redirect
 from stun.benchmark.config import CompareConfig, StudyConfig
 from stun.config import CalibrationConfig, ExpertsConfig, ModelConfig, PruneConfig, SparsifyConfig
@@ -36,7 +37,7 @@ from stun.pruning.job import prune, take_statistics
 from stun.report.write import write_reports
 from stun.runtime.ranks import Ranks
 from stun.serving.config import Runtime, ServeCheckConfig
-from stun.serving.job import PROMPTS, serve_check
+from stun.serving.job import serve_check
 from stun.stream.layer_stream import LayerStream
 
 CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir")
@@ -198,9 +199,7 @@ def put_files(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'"mine: {name}"')
     (folder / "rows.jsonl").write_text("".join(HELDOUT.read_text().splitlines(keepends=True)[:12]))
-    answer = json.dumps({"tokens": [[]] * len(PROMPTS), "versions": {"vllm": "0"}})
-    (folder / "runtime").write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo \'{answer}\' > "$3"\n')
-    (folder / "runtime").chmod(0o755)
+    silent_vllm(folder)
 
 
 def are_whole(folder: Path) -> bool:

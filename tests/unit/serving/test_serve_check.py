@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.forms import rewrite
+from helpers.runtimes import silent_vllm
 from helpers.tensors import load_tensors
 from helpers.uneven import pruned, steep
 from stun.config import ModelConfig, SparsifyConfig, StunError
@@ -35,7 +36,7 @@ def test_transformers_generates_our_tokens_and_the_report_says_so(tmp_path, rank
     assert answer in page.read_text() and f"- {title}: {answer}" in (folder / "README.md").read_text().replace("\\", "")
     tensors = load_tensors(folder)
     rewrite(folder, {name: torch.zeros_like(tensor) if "w2" in name else tensor for name, tensor in tensors.items()})
-    serve_check(ServeCheckConfig(ModelConfig(str(folder)), TRANSFORMERS, tokens=8), ranks)
+    serve_check(ServeCheckConfig(ModelConfig(str(folder)), Runtime["vllm"], python=str(silent_vllm(tmp_path)), tokens=1), ranks)
     assert json.loads((tmp_path / "run" / SERVED).read_text())["model"] != content["model"], "the result is of the new weights"
 
 
