@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from helpers.kill_runs import request
-from helpers.launches import run_job, settings, torchrun
+from helpers.launches import run_job, run_warm, settings, torchrun
 from helpers.paths import ROOT
 from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
@@ -31,12 +31,13 @@ def half_files(folder) -> list[str]:
 @pytest.mark.slow
 def test_disk_full(tmp_path):
     """Files may not grow beyond 60 KiB: the first shard of a layer does not fit, and the job says so."""
-    source = make_checkpoint(tmp_path / "source", "mixtral")
+    source, script = make_checkpoint(tmp_path / "source", "mixtral"), tmp_path / "limited.py"
+    script.write_text(
+        "import resource, runpy\nresource.setrlimit(resource.RLIMIT_FSIZE, (60 << 10, 60 << 10))\n"
+        "runpy.run_module('jobs.prune', run_name='__main__')\n"
+    )
     arguments = settings(source, tmp_path / "run", calibration__samples=2)
-    command = ["python", *torchrun(2, ["-m", "jobs.prune", *arguments])[1:]]
-    script = f"ulimit -f 60; exec {shlex.join(command)}"
-    path = f"{ROOT / '.venv' / 'bin'}:{os.path.dirname(os.sys.executable)}:{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    done = run_warm([script, *arguments], 2, check=False)
     assert done.returncode, done.stdout
     assert re.search(r"error: (rank \d, prune layer \d: )?.*safetensors: cannot be written: .*[Ff]ile too large", done.stderr), (
         done.stderr
@@ -97,7 +98,7 @@ def test_one_rank_fails_alone(tmp_path):
 @pytest.mark.slow
 def test_one_rank_is_killed(tmp_path):
     """The others end within seconds, not after a timeout of the collectives."""
-    source = make_checkpoint(tmp_path / "source", "mixtral", num_hidden_layers=40)
+    source = make_checkpoint(tmp_path / "source", "mixtral", num_hidden_layers=16)
     arguments = settings(source, tmp_path / "run", calibration__samples=64)
     job = subprocess.Popen(
         torchrun(2, ["-m", "jobs.prune", *arguments]), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
