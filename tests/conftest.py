@@ -14,15 +14,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not re.search(r"(?<!not )\bgpu\b"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 pytest.register_assert_rewrite("helpers")  # before they are imported, so that their assertions show values too
-
-from helpers.selections import config  # noqa: E402
-from helpers.zoo import make_checkpoint  # noqa: E402
-from stun.config import ExpertsConfig, Score  # noqa: E402
-from stun.pruning.job import take_statistics  # noqa: E402
-from stun.runtime.ranks import Ranks  # noqa: E402
 
 # Files, and functions that need not stay with their file, and about how many seconds they take.
 LONG = {
@@ -70,8 +63,12 @@ LONG = {
 
 
 def pytest_configure(config) -> None:
-    """Tests that run side by side get cores of their own: threads of two jobs on one core wait for one another."""
+    """Tests that run side by side get cores of their own: threads of two jobs on one core wait for one another. The process that
+    starts the workers, and waits for them, does not import torch."""
     if "PYTEST_XDIST_WORKER" in os.environ:
+        import stun  # noqa: F401, I001  # first: it sets what OpenMP and MKL read
+        import torch
+
         number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         cores = sorted(os.sched_getaffinity(0))
         own = cores[number::count] or cores
@@ -116,6 +113,8 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="module")
 def ranks():
     """This process as the only rank."""
+    from stun.runtime.ranks import Ranks
+
     with Ranks() as started:
         yield started
 
@@ -123,6 +122,8 @@ def ranks():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """`checkpoint(family, **how)`: the folder of such a checkpoint, made once a test run."""
+    from helpers.zoo import make_checkpoint
+
     made: dict[str, Path] = {}
 
     def get(family: str, **how) -> Path:
@@ -137,6 +138,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory, ranks):
     """(checkpoint, run folder with its statistics)."""
+    from helpers.selections import config
+    from helpers.zoo import make_checkpoint
+    from stun.config import ExpertsConfig, Score
+    from stun.pruning.job import take_statistics
+
     folder = tmp_path_factory.mktemp("observed")
     source = make_checkpoint(folder / "source", "mixtral", num_local_experts=12)
     take_statistics(config(source, folder / "run", experts=ExpertsConfig(score=Score.residual)), ranks)  # with all sums
