@@ -153,5 +153,5 @@ class Cluster:
         deadline = time.monotonic() + limit
         while (job := self.job(number)).get("JobState") not in states:
             assert time.monotonic() < deadline, job
-            time.sleep(0.2)
+            time.sleep(0.5)
         return job
