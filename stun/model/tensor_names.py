@@ -137,6 +137,8 @@ class NameMap:
         self._converted: dict[str, tuple[tuple[int, int], WeightConverter]] = {}  # dense tensor -> its place, what converts it
         for name in self.source.tensors:
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+            if target not in parameters and name in parameters:  # saved by transformers under the model's own name
+                target, pattern = name, None
             is_inside = target.startswith(self.text.path) or target in heads
             number = EXPERT_NUMBER.search(name)
             if number and pattern is None and not is_inside and target not in parameters:

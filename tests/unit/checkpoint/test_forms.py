@@ -132,3 +132,19 @@ def test_opening_allocates_no_weights(tmp_path):
     arch = Architecture(Checkpoint.open(tmp_path))
     assert arch.layers[0].num_experts == count and arch.parameters_of(arch.layers[0]) > 400e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
+
+
+def test_names_as_transformers_saves_them(checkpoint, tmp_path, ranks):
+    """It reads DeepSeek-V4 by the names of the hub and writes some of its own: both are the same model."""
+    source = checkpoint("deepseek_v4")
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    byte_tokenizer().save_pretrained(tmp_path / "saved")
+    one, other = (Architecture(Checkpoint.open(folder)) for folder in (source, tmp_path / "saved"))
+    assert one.source.tensors.keys() != other.source.tensors.keys()
+    for own, again in zip(one.layers, other.layers, strict=True):
+        assert sorted(own.dense.values()) == sorted(again.dense.values()) and own.unused == again.unused == []
+    assert sorted(one.outer.values()) == sorted(other.outer.values())
+    for folder, name in ((source, "first"), (tmp_path / "saved", "second")):
+        run(folder, tmp_path / name, ranks)
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
