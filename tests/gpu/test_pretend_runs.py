@@ -86,7 +86,7 @@ def test_alps_computes_nearly_what_it_does_on_the_cpu(sources, cpu, two):
     assert shares[0] <= 0.05 and max(shares) <= 0.25, shares
 
 
-@pytest.mark.parametrize("name", [*REFITTED, "novices"])
+@pytest.mark.parametrize("name", REFITTED)
 def test_the_joint_refit_writes_the_bytes_of_the_cpu(cpu, two, name):
     same_tensors(cpu / "refits" / name / "model", two / "refits" / name / "model")
 

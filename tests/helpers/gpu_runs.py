@@ -65,13 +65,11 @@ def methods(sources: Path, runs: Path, ranks: Ranks) -> None:
 
 
 def refits(sources: Path, runs: Path, ranks: Ranks) -> None:
-    """The joint refit, beside removed weights and novices or not, and where layers do more with their experts' output."""
-    plain = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, score=Score.residual, refit=True)
+    """The joint refit, beside removed weights and novices, and where layers do more with their experts' output."""
     for name in REFITTED:
-        cfg = replace(request(sources / name, runs / name), experts=plain)
-        prune(cfg, ranks)
-        if name == FAMILY:
-            prune(replace(cfg, experts=replace(plain, dropped=Dropped.novice), run_dir=str(runs / "novices")), ranks)
+        dropped = Dropped.novice if name == FAMILY else Dropped.reroute
+        experts = ExpertsConfig(ExpertsMethod.rank, fraction=0.5, score=Score.residual, dropped=dropped, refit=True)
+        prune(replace(request(sources / name, runs / name), experts=experts), ranks)
 
 
 def resume(sources: Path, runs: Path, ranks: Ranks) -> None:

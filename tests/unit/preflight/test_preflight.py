@@ -367,7 +367,7 @@ REFIT = {"experts": "residual", "experts.refit": "true", "experts.fraction": 1, 
 # (checkpoint, overrides, ranks or 0 without a launcher) of runs that need at least a GiB, each for another reason.
 RUNS = {
     "experts, 2 ranks": ("experts", {"sparsify.scope": "[attention]", "target": 0.002, "experts.fraction": 0}, 2),
-    "hidden states": ("thin", {"calibration.samples": 1152, "calibration.micro_batch": 32}, 0),
+    "hidden states": ("thin", {"calibration.samples": 1536, "calibration.micro_batch": 32}, 0),
     "scores of attention": ("gpt_oss", {"calibration.length": 1024, "calibration.micro_batch": 8}, 0),
     "vocabulary": ("vocabulary", {}, 0),
     "Gram matrices": ("grams", {"sparsify.method": "sparsegpt"}, 0),
