@@ -191,6 +191,8 @@ class Architecture(Forward):
     def cannot_refit(self) -> str:
         """Reason why a layer does more with the output of its experts than the joint refit knows; empty if it does not, or if
         that is not known before it runs."""
+        if self.norms_behind and getattr(self.config, "hidden_size_per_layer_input", 0):
+            return f"layers of {self.model_type} with hidden_size_per_layer_input do more than to normalise and add their output"
         narrow = {own.width for own in self.layers if own.experts and not own.output_matrix} - {self.config.hidden_size}
         return f"its experts' outputs have {max(narrow)} numbers a token" if narrow else ""
 

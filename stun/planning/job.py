@@ -100,6 +100,9 @@ class Job:
         replicated = [self.arch.info(name).shape[:2] for name in layout.shared_outputs]
         replicated += [(height, plan.experts - len(plan.clusters))] if self.has_novices else []
         held = held_bytes((height, width), kept, tokens, tokens * self.arch.top_k, itemsize)
+        if layout.output_matrix:  # what is missing in the outputs is behind it, and before it once more; the matrix and a factor
+            hidden = self.arch.config.hidden_size
+            held += 8 * tokens * hidden + 4 * height * (hidden + height)
         if self.arch.adds_by_token or layout.shared_outputs:  # a louder run beside the plain one, and what is louder in it
             held += 2 * tokens * self.arch.token_width * itemsize
         if self.arch.norms_behind:  # weights before a run with new ones
@@ -108,11 +111,12 @@ class Job:
 
     @property
     def refit_runs(self) -> int:
-        """Runs of a layer in its joint refit: as it is, louder, and, where norms follow the experts, before and after."""
+        """Runs of a layer in its joint refit: as it is, with each matrix of shared experts louder, with all experts louder where
+        tokens have factors, and where norms follow, with the weights before and after."""
         if not self.refits:
             return 0
-        has_shared = any(layout.shared_outputs for layout in self.arch.layers if layout.experts)
-        return 1 + has_shared + self.arch.adds_by_token + 2 * bool(self.arch.norms_behind)
+        shared = max(len(layout.shared_outputs) for layout in self.arch.layers if layout.experts)
+        return 1 + shared + self.arch.adds_by_token + 2 * bool(self.arch.norms_behind)
 
     @property
     def has_novices(self) -> bool:

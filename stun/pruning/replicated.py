@@ -186,7 +186,11 @@ class Shared:
             change, own_TD = (louder.float() - plain.float()) / (_LOUD - 1), path.scaled_rows(own_TD.float())
             change_TD = path.along(turn, change)
             factor_T = (change_TD * own_TD).sum(1) / own_TD.square().sum(1).clamp_min(1e-30)
-            rest_TD = change_TD - factor_T[:, None] * own_TD
-            is_added = is_added and float(rest_TD.square().sum()) <= 0.05**2 * float(change.square().sum())
+            rest_TD, beside = (
+                change_TD - factor_T[:, None] * own_TD,
+                path.beside(turn, change) if path.is_by_token else change[:0],
+            )
+            rest = float(rest_TD.square().sum()) + float(beside.square().sum())
+            is_added = is_added and rest <= 0.05**2 * float(change.square().sum())
             factors.append(factor_T)
         return factors, is_added

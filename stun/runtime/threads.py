@@ -63,11 +63,15 @@ class Workers:
                     errors[number] = error
                     list(rest)  # no other is begun; all before it were
 
-        for future in [self._pool.submit(work) for _ in range(min(self.count, len(given)))]:
-            future.result()
-        if errors:
-            raise errors[min(errors)]
-        return [results[number] for number in range(len(given))]
+        try:
+            for future in [self._pool.submit(work) for _ in range(min(self.count, len(given)))]:
+                future.result()
+            if errors:
+                raise errors[min(errors)]
+            return [results[number] for number in range(len(given))]
+        finally:
+            list(rest)  # an interrupt of this thread ends the others' work too
+            errors.clear()  # whose tracebacks hold this call's items
 
 
 @contextmanager

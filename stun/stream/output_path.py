@@ -26,8 +26,11 @@ from stun.sparsify.joint_refit import DAMPING, damped_factor
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
 
-_LOUD = 64.0  # factor of what is added that lets it stand out of the hidden states, whose dtype rounds the sum of both
-_REST = 0.05  # largest part of a change, by its length, that the path may leave out
+# Factor of what is added that lets it stand out of the hidden states, whose dtype rounds the sum of both; float16 ends at 65,504.
+_LOUD, _LOUD_HALF = 64.0, 8.0
+_REST = (
+    0.05  # largest part of a change, by its length, that the path may leave out; for half of the tokens, where each has a factor
+)
 _LEAST_GAIN = 1e-3  # of the mean: a channel with less of the experts' output is left alone
 
 
@@ -116,6 +119,7 @@ class PathFinder:
         module = layer.module.get_submodule(layer.layout.dense[name].rpartition(".")[0]) if name else None
         self.adds, self.matrix = module or experts_of(layer.module)[1], module  # whose output is added
         self.norms = {path: layer.module.get_submodule(path) for path in stream.arch.norms_behind}
+        self.loud = _LOUD_HALF if stream.dtype is torch.float16 else _LOUD
         self.added: list[torch.Tensor] = []
         self.factors: dict[str, list[torch.Tensor]] = {path: [] for path in self.norms}
 
@@ -169,15 +173,20 @@ class PathFinder:
             return OutputPath(self._scale(states), **latent)
         gains = [module.weight.float() for module in self.norms.values()]
         gain_D = torch.stack(gains).prod(0) if gains else None
-        weights, shares, is_added = [], [], True
-        for loud, plain, added_TD in zip(self.louder(states, _LOUD), outputs, self.added, strict=True):
+        weights, shares, heard = [], [], []
+        for loud, plain, added_TD in zip(self.louder(states, self.loud), outputs, self.added, strict=True):
             base_TD = added_TD.float() if gain_D is None else added_TD.float() * gain_D
-            change_TSD = ((loud.float() - plain.float()) / (_LOUD - 1)).reshape(len(base_TD), -1, base_TD.shape[1])
+            change_TSD = ((loud.float() - plain.float()) / (self.loud - 1)).reshape(len(base_TD), -1, base_TD.shape[1])
             factor_TS = (change_TSD * base_TD[:, None]).sum(2) / base_TD.square().sum(1, keepdim=True).clamp_min(1e-30)
-            is_added = is_added and _is_small(change_TSD - factor_TS[:, :, None] * base_TD[:, None], change_TSD)
+            rest_TSD = change_TSD - factor_TS[:, :, None] * base_TD[:, None]
+            # A token whose hidden state is so much larger that rounding it hides the change does not count.
+            is_heard_T = rest_TSD.square().sum((1, 2)) <= _REST**2 * change_TSD.square().sum((1, 2))
+            heard += is_heard_T.tolist()
+            factor_TS = factor_TS * is_heard_T[:, None]
             weights.append(factor_TS.square().sum(1).sqrt())
             shares.append(factor_TS / weights[-1][:, None].clamp_min(1e-30))
-        if not all(self.stream.ranks.gather_objects(is_added)):
+        everywhere = [is_heard for own in self.stream.ranks.gather_objects(heard) for is_heard in own]
+        if 2 * sum(everywhere) < len(everywhere):
             raise self._refused()
         return OutputPath(1.0, True, weights, shares, gain_D, **latent)
 
@@ -194,10 +203,10 @@ class PathFinder:
         ranks, first = self.stream.ranks, states.first(self.stream.ranks.world)
         seen: list[torch.Tensor] = []
         with self.adds.register_forward_hook(lambda module, arguments, output: seen.append(output)):
-            loud, silent = self.louder(first, _LOUD), self.louder(first, 0.0)
+            loud, silent = self.louder(first, self.loud), self.louder(first, 0.0)
         found = None
         if ranks.is_first:
-            change_TD = ((loud[0].float() - silent[0].float()) / _LOUD).flatten(0, -2)
+            change_TD = ((loud[0].float() - silent[0].float()) / self.loud).flatten(0, -2)
             output_TD, found = seen[0].float().flatten(0, -2), (0.0, False)
             if output_TD.shape == change_TD.shape:
                 scale = inner(output_TD, change_TD) / (inner(output_TD, output_TD) or 1.0)

@@ -300,6 +300,32 @@ def test_a_layer_that_changes_what_its_experts_add(checkpoint, ranks):
         refit_jointly(stream, layer, states, dense, Rounding(stream, Target()))
 
 
+def test_inputs_of_each_layer_are_refused_beforehand(checkpoint):
+    arch = Architecture(Checkpoint.open(checkpoint("gemma4")))
+    assert not arch.cannot_refit
+    arch.config.hidden_size_per_layer_input = 4
+    assert "hidden_size_per_layer_input" in arch.cannot_refit
+
+
+def test_a_token_that_rounding_hides_does_not_count(checkpoint, ranks):
+    """One whose hidden state is so large that what experts add to it is lost in its last bits."""
+    stream, layer, states, _ = pruned_layer(checkpoint("deepseek_v4"), ranks, 4)
+    finder = PathFinder(stream, layer)
+    with finder.watching():
+        outputs = stream.run(layer, states).hidden
+    louder = finder.louder
+    finder.louder = lambda *arguments: [_rounded(hidden) for hidden in louder(*arguments)]
+    path = finder.path(states, [_rounded(hidden) for hidden in outputs])
+    assert path.weights[0][0] == 0 and (path.shares[0][0] == 0).all() and (path.weights[0][1:] > 0).all()
+
+
+def _rounded(hidden: torch.Tensor) -> torch.Tensor:
+    """The first token's last bits are lost."""
+    hidden = hidden.clone()
+    hidden[0, 0] = (hidden[0, 0] + 2.0**32) - 2.0**32
+    return hidden
+
+
 def test_nothing_of_it_outlives_it(checkpoint, ranks, monkeypatch):
     """The inner states of all tokens go with it, not when garbage is collected."""
     stream, layer, states, dense = pruned_layer(checkpoint("deepseek_v3"), ranks, 2, has_novices=True)
