@@ -18,7 +18,7 @@ from stun.sparsify.joint_refit import DAMPING, damped_factor, preconditioned, re
 from stun.statistics.input_moments import gram
 from stun.stream.expert_parallel import Layer
 from stun.stream.layer_stream import LayerStream, States
-from stun.stream.output_path import OutputPath
+from stun.stream.output_path import REST, OutputPath
 
 _LOUD = 16.0  # factor of a shared expert's output that lets it stand out of the hidden states
 
@@ -186,11 +186,9 @@ class Shared:
             change, own_TD = (louder.float() - plain.float()) / (_LOUD - 1), path.scaled_rows(own_TD.float())
             change_TD = path.along(turn, change)
             factor_T = (change_TD * own_TD).sum(1) / own_TD.square().sum(1).clamp_min(1e-30)
-            rest_TD, beside = (
-                change_TD - factor_T[:, None] * own_TD,
-                path.beside(turn, change) if path.is_by_token else change[:0],
-            )
-            rest = float(rest_TD.square().sum()) + float(beside.square().sum())
-            is_added = is_added and rest <= 0.05**2 * float(change.square().sum())
+            rest = float((change_TD - factor_T[:, None] * own_TD).square().sum())
+            if path.is_by_token:
+                rest += float(path.beside(turn, change).square().sum())
+            is_added = is_added and rest <= REST**2 * float(change.square().sum())
             factors.append(factor_T)
         return factors, is_added

@@ -13,8 +13,8 @@ Shapes: T tokens of a micro-batch, S residual streams, D hidden, L an expert's o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -28,9 +28,8 @@ from stun.stream.layer_stream import LayerStream, States
 
 # Factor of what is added that lets it stand out of the hidden states, whose dtype rounds the sum of both; float16 ends at 65,504.
 _LOUD, _LOUD_HALF = 64.0, 8.0
-_REST = (
-    0.05  # largest part of a change, by its length, that the path may leave out; for half of the tokens, where each has a factor
-)
+# Largest part of a change, by its length, that the path may leave out: of all tokens, or of half of them where each has a factor.
+REST = 0.05
 _LEAST_GAIN = 1e-3  # of the mean: a channel with less of the experts' output is left alone
 
 
@@ -123,42 +122,38 @@ class PathFinder:
         self.added: list[torch.Tensor] = []
         self.factors: dict[str, list[torch.Tensor]] = {path: [] for path in self.norms}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> ExitStack:
         """Context of a run that is recorded: what is added, and what norms multiply each token by."""
 
         def norm(path: str) -> Callable:
             def seen(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-                plain = arguments[0].float() * module.weight.float()
+                plain = _times_gain(module, arguments)
                 factor = (plain * output.float()).sum(-1, keepdim=True) / plain.square().sum(-1, keepdim=True).clamp_min(1e-30)
                 self.factors[path].append(factor)
 
             return seen
 
-        with ExitStack() as hooks:
-            if self.stream.arch.adds_by_token:
-                seen = lambda module, arguments, output: self.added.append(output.flatten(0, -2))  # noqa: E731
-                hooks.enter_context(self.adds.register_forward_hook(seen))
-            for path, module in self.norms.items():
-                hooks.enter_context(module.register_forward_hook(norm(path)))
-            yield
+        hooks = self._on_norms(norm)
+        if self.stream.arch.adds_by_token:
+            seen = lambda module, arguments, output: self.added.append(output.flatten(0, -2))  # noqa: E731
+            hooks.enter_context(self.adds.register_forward_hook(seen))
+        return hooks
 
-    @contextmanager
-    def steady_norms(self) -> Iterator[None]:
+    def steady_norms(self) -> ExitStack:
         """Context of a run over the same tokens in which norms multiply each of them by what they did in the recorded one."""
 
         def norm(path: str) -> Callable:
             factors = iter(self.factors[path])
+            return lambda module, arguments, output: (_times_gain(module, arguments) * next(factors)).to(output.dtype)
 
-            def held(module: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
-                return (arguments[0].float() * module.weight.float() * next(factors)).to(output.dtype)
+        return self._on_norms(norm)
 
-            return held
-
-        with ExitStack() as hooks:
-            for path, module in self.norms.items():
-                hooks.enter_context(module.register_forward_hook(norm(path)))
-            yield
+    def _on_norms(self, hook: Callable[[str], Callable]) -> ExitStack:
+        """Context in which every norm has the hook of its path."""
+        hooks = ExitStack()
+        for path, module in self.norms.items():
+            hooks.enter_context(module.register_forward_hook(hook(path)))
+        return hooks
 
     def louder(self, states: States, factor: float) -> list[torch.Tensor]:
         """Hidden states after the layer if what is added is so many times as large."""
@@ -180,7 +175,7 @@ class PathFinder:
             factor_TS = (change_TSD * base_TD[:, None]).sum(2) / base_TD.square().sum(1, keepdim=True).clamp_min(1e-30)
             rest_TSD = change_TSD - factor_TS[:, :, None] * base_TD[:, None]
             # A token whose hidden state is so much larger that rounding it hides the change does not count.
-            is_heard_T = rest_TSD.square().sum((1, 2)) <= _REST**2 * change_TSD.square().sum((1, 2))
+            is_heard_T = rest_TSD.square().sum((1, 2)) <= REST**2 * change_TSD.square().sum((1, 2))
             heard += is_heard_T.tolist()
             factor_TS = factor_TS * is_heard_T[:, None]
             weights.append(factor_TS.square().sum(1).sqrt())
@@ -221,8 +216,13 @@ class PathFinder:
         return StunError(f"experts.refit=true: {where}; use experts.refit=false")
 
 
+def _times_gain(norm: nn.Module, arguments: tuple) -> torch.Tensor:
+    """What a norm is given, times its weight."""
+    return arguments[0].float() * norm.weight.float()
+
+
 def _is_small(rest: torch.Tensor, change: torch.Tensor) -> bool:
-    return inner(rest, rest) <= _REST**2 * inner(change, change)
+    return inner(rest, rest) <= REST**2 * inner(change, change)
 
 
 def inner(left: torch.Tensor, right: torch.Tensor) -> float:
