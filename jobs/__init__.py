@@ -52,6 +52,10 @@ def launch(name: str, work: Work, about: str, observe: Work | None = None) -> No
     SIGTERM print one line on the first rank and exit with 130 and 143.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
+    for kernels in ("causal_conv1d", "fla", "mamba_ssm"):
+        # transformers would take them in place of its own code, wherever they are installed. They run on no CPU, which estimates
+        # of memory need, and choose their way by timing, so that a run that goes on would not end in the same bytes.
+        sys.modules.setdefault(kernels, None)
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
     flags, overrides = [a for a in arguments if a.startswith("-")], [a for a in arguments if not a.startswith("-")]

@@ -5,6 +5,7 @@ import torch
 from stun.model.architecture import Architecture
 from stun.planning.job import Job
 from stun.runtime.units import count
+from stun.sparsify.select_kernel import cannot_compile
 from stun.statistics.store import Statistics
 
 _HIGH = 0.9  # target above which a run begins with a warning
@@ -27,14 +28,17 @@ def describe(job: Job) -> str:
     )
 
 
-def notices(job: Job) -> list[str]:
-    """Lines about unusual properties of the result."""
+def notices(job: Job, device: torch.device) -> list[str]:
+    """Lines about unusual properties of the result, and of the GPU's image."""
     arch, may_differ = job.arch, not job.is_given and job.cfg.experts.may_differ
     lines = []
     if job.plan.target > _HIGH:
         kept = f"{_DEFAULT:.3f} by default and {_WANDA} by Wanda, of {_DENSE}"
         unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/quality.md)"
         lines.append(f"warning: target={job.plan.target:g}: {unknown}")
+    without_compiler = cannot_compile(device) if device.type == "cuda" and job.plan.zeros else ""
+    if without_compiler:
+        lines.append(f"Triton cannot compile here ({without_compiler}): masks are found by sorting, which is slower")
     if arch.mtp and any(job.drops):
         differ = "the most where layers differ" if job.is_padded else "all where layers differ"
         keep = f"as many experts as every layer, {differ}" if may_differ else "as many experts as every layer"

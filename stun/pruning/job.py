@@ -108,7 +108,7 @@ def observe_and_split(job: Job, run: Run, ranks: Ranks) -> Job:
         _observe(job, run, ranks)
         job = job.with_fraction(_best_fraction(job, run, ranks))
     ranks.log(f"prune {job.cfg.model.path} | {describe(job)} | {count(ranks.world, 'rank')} on {ranks.device.type}")
-    for notice in notices(job):
+    for notice in notices(job, ranks.device):
         ranks.log(notice)
     if job.reads_statistics:
         _observe(job, run, ranks)

@@ -88,7 +88,8 @@ class DeviceMemory:
         self.device, self.stream = device, torch.cuda.Stream(device)
         self._ring: SimpleQueue[tuple[torch.Tensor, torch.cuda.Event]] = SimpleQueue()
         for _ in range(BUFFERS):
-            self._ring.put((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+            event = torch.cuda.Event(blocking=True)  # who waits for it sleeps: other threads need the cores
+            self._ring.put((torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), event))
 
     def empty(self, nbytes: int) -> torch.Tensor:
         content_N = torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -16,7 +16,10 @@ _CPU = "device=cpu computes on the CPU"
 
 
 # Words of CUDA's, cuBLAS' and NCCL's errors, which have no type of their own.
-_OUT_OF_MEMORY = re.compile(r"(CUDA|Cuda|NCCL).*out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation", re.S)
+# The last: a part of a GPU (MIG), where torch fails to ask NVML who took the memory before it says that there is none.
+_OUT_OF_MEMORY = re.compile(
+    r"(CUDA|Cuda|NCCL).*out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|NVML_SUCCESS == .*CUDACachingAllocator", re.S
+)
 
 
 def is_out_of_gpu_memory(error: Exception) -> bool:
@@ -55,6 +58,17 @@ def own_device(wanted: Device, local: int, local_world: int, has_one: bool) -> t
     except (RuntimeError, AssertionError) as error:
         raise _unusable(wanted, str(error).partition("\n")[0].rstrip(".")) from error
     return torch.device("cuda", number)
+
+
+def set_arithmetic() -> None:
+    """Make torch compute on this process' GPU what it computes on every other of its kind, whatever the image it runs in says:
+    images of NVIDIA's turn TF32 on for all products of float32. cuDNN may choose convolutions whose sums have no fixed order. Its
+    attention, torch's first choice on some GPUs, is planned anew for every length, which is every generated token, and has given
+    wrong text for few key-value heads (pytorch #193893)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # By torch's older settings, which set the newer ones too: other libraries may ask by either.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
 
 
 def _unusable(wanted: Device, why: str) -> StunError:

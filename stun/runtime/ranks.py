@@ -20,7 +20,7 @@ import torch
 
 from stun.config import Device, StunError, printable
 from stun.files import system_errors
-from stun.runtime.gpus import own_device
+from stun.runtime.gpus import own_device, set_arithmetic
 from stun.runtime.threads import Workers, threads_on
 from stun.runtime.timers import Meter
 
@@ -59,7 +59,10 @@ def _first_host(nodes: str) -> str:
 
 def _start_deepspeed(on_gpu: bool) -> ModuleType:
     """Start DeepSpeed's communication; returns its module of collectives."""
-    if not on_gpu:
+    if on_gpu:
+        # Otherwise every rank warns once that sends and receives of one group follow each other, as they may.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+    else:
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where GPUs are there and not used
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
@@ -81,7 +84,8 @@ def is_lost(error: Exception) -> bool:
 
 @contextmanager
 def _own_gpus() -> Iterator[None]:
-    """Context of the first collective, in which NCCL notices ranks that were given the same GPU. Raises StunError for them."""
+    """Context of NCCL's start and of the first collective: in one of them it notices ranks that were given the same GPU. Raises
+    StunError for them."""
     try:
         yield
     except torch.distributed.DistError as error:
@@ -128,14 +132,15 @@ class Ranks:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed binds its collectives to the GPU of this number
+            set_arithmetic()
         else:
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks for reuse until `return_memory`. By default every large block
             # is returned to the system, which zeroes its pages at each new use (a third of a small run's time).
             _libc_call("mallopt", -3, 32 << 20)  # older versions of glibc accept no more
             _libc_call("mallopt", -3, 256 << 20)
             _libc_call("mallopt", -1, 256 << 20)
-        self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
         with _own_gpus():
+            self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
             here, sharing = self._neighbours()
         self.local_world = told or here
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(sharing, self.local_world)))

@@ -7,6 +7,7 @@ largest key with no more than k keys below it. All below it are taken, and of it
 from __future__ import annotations
 
 import functools
+import subprocess
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,12 +147,34 @@ def kernel():
     return triton.jit(select)
 
 
+@functools.cache
+def cannot_compile(device: torch.device) -> str:
+    """Why the kernel cannot be compiled for a GPU here, or "": Triton needs a C compiler and Python's headers, which slim images
+    lack."""
+    row_D = torch.arange(8.0, device=device)[None]
+    try:
+        _by_kernel(row_D, torch.tensor([4], device=device))
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
 def smallest_per_row_gpu(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
     """Mask [O, D], true for the count_O[i] smallest entries of row i, ties to the lower column.
 
     Scores are bfloat16 or float32 and neither negative nor NaN; counts are integers from 0 to D on the same GPU. D has no
-    limit; above HELD * SPAN words it is slower.
+    limit; above HELD * SPAN words it is slower, as it is without a compiler (`cannot_compile`).
     """
+    return (_by_sort if cannot_compile(scores_OD.device) else _by_kernel)(scores_OD, count_O)
+
+
+def _by_sort(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
+    order_OD = keys(scores_OD).sort(dim=1, stable=True).indices
+    is_first_OD = torch.arange(scores_OD.shape[1], device=scores_OD.device) < count_O[:, None]
+    return torch.zeros_like(is_first_OD).scatter_(1, order_OD, is_first_OD)
+
+
+def _by_kernel(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
     rows, columns = scores_OD.shape
     paired = scores_OD.dtype == torch.bfloat16 and columns % 2 == 0 and columns <= PAIRED
     scores_OD = scores_OD.contiguous() if paired else scores_OD.float().contiguous()

@@ -73,8 +73,10 @@ def _options() -> argparse.Namespace:
 
 
 def _import(pretend: bool) -> float:
-    """Seconds of importing, once for all steps, what they need. No GPU is touched: CUDA cannot be used in forks after that."""
-    started = time.monotonic()
+    """Seconds of importing, once for all steps, what they need. No GPU is touched: CUDA cannot be used in forks after that. So
+    none is visible meanwhile: where NVML is missing, the question whether there is one is CUDA's."""
+    started, asked = time.monotonic(), {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if pretend:
         from helpers.pretend import device
 
@@ -87,6 +89,10 @@ def _import(pretend: bool) -> float:
 
     if pretend:
         device.connect()
+    else:
+        for name, value in asked.items():  # the import has set the second, for want of a GPU
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
     return time.monotonic() - started
 
 

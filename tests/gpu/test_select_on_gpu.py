@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.select_cases import cases, sorted_mask
-from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
+from stun.sparsify.select_kernel import cannot_compile, smallest_overall, smallest_per_row_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -20,6 +20,7 @@ def test_the_kernel_sorts_on_a_gpu(dtype, columns):
         count_O = torch.randint(0, columns + 1, (300,), generator=generator).cuda()
         count_O[0], count_O[1] = 0, columns
         assert torch.equal(smallest_per_row_gpu(scores, count_O), sorted_mask(scores, count_O)), name
+    assert not cannot_compile(scores.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from stun.sparsify import select_kernel
-from stun.sparsify.select_kernel import smallest_per_row_gpu
 
 
 def naive_mask(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -43,6 +42,6 @@ def check_interpreted(dtype: str, columns: int, held: int) -> None:
     select_kernel.HELD = held
     scores = torch.cat(list(cases(2, columns).values())).to(getattr(torch, dtype))
     counts = [0, 1, columns // 3, columns // 2 + 1, columns - 1, columns, columns // 5] * 3
-    mask = smallest_per_row_gpu(scores, torch.tensor(counts[: len(scores)]))
+    mask = select_kernel._by_kernel(scores, torch.tensor(counts[: len(scores)]))
     wrong = (mask != naive_mask(scores, counts)).any(dim=1).nonzero().flatten().tolist()
     assert not wrong, f"{dtype}, {columns} columns, {held} held: rows {wrong} of {list(cases(2, columns))}, two each"

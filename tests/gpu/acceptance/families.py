@@ -12,11 +12,17 @@ from gpu.acceptance.rows import Row
 from helpers.gpu_runs import evaluate_briefly, prune_with_stops, request
 from helpers.tensors import load_tensors, same_tensors
 from helpers.zoo import make_checkpoint
+from stun.checkpoint.reader import Checkpoint
 from stun.config import Device, Precision, PruneConfig
+from stun.data.tokenizer import load_tokenizer
+from stun.evaluation.generate import Decoding, generate
+from stun.evaluation.memory import generation_capacity
+from stun.model.architecture import Architecture
 from stun.pruning.job import prune
 from stun.runtime.ranks import Ranks
 
 _FAMILIES = ("arctic", "gpt_oss", "deepseek_v3", "qwen3_next")
+_TOKENS = 6  # of a completion
 _MOVED, _RATIO = 0.01, 0.05  # most weights whose mask differs from the CPU's, and most that perplexities differ by
 
 
@@ -35,6 +41,7 @@ def check(folder: Path, pretend: bool) -> Iterator[Row]:
         yield _same(f"{family}, stopped twice", first, run("stopped", gpu, prune_with_stops))
         exact = (run(name, ranks, precision=Precision.float32) for name, ranks in (("exact", gpu), ("exact-cpu", cpu)))
         yield _close(f"{family}, masks unlike the CPU's in float32", *exact)
+        yield _beside_others(f"{family}, prompts of several lengths at once", source, gpu)
     yield _evaluated(first, folder, gpu, cpu)
 
 
@@ -54,6 +61,17 @@ def _close(name: str, one: Path, two: Path) -> Row:
     moved = sum(int((mask ^ second[key]).sum()) for key, mask in first.items())
     share = moved / sum(mask.numel() for mask in first.values())
     return Row(name, 100 * share, "%", 100 * _MOVED, "at most", share <= _MOVED)
+
+
+def _beside_others(name: str, model: Path, ranks: Ranks) -> Row:
+    """Completions are those of each prompt alone: padding on the left, which may see no key at all, reaches no other token."""
+    arch = Architecture(Checkpoint.open(model), Precision.float32)
+    prompts = [list(range(5, 5 + length)) for length in (3, 20, 7, 12)]
+    decoding = Decoding(arch.generation_config(_TOKENS), load_tokenizer(model), _TOKENS, [])
+    capacities = (generation_capacity(arch, list(map(len, prompts)), _TOKENS, size, ranks) for size in (1, len(prompts)))
+    alone, together = (generate(arch, prompts, decoding, capacity, ranks) for capacity in capacities)
+    is_same = alone == together
+    return Row(name, "the same completions" if is_same else "other completions", is_right=is_same)
 
 
 def _evaluated(model: Path, folder: Path, gpu: Ranks, cpu: Ranks) -> Row:

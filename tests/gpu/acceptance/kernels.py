@@ -17,9 +17,10 @@ _PRETEND = ["tests/gpu/test_transfer_on_gpu.py", "-k", "there_and_back"]  # othe
 _LIMIT = 45  # seconds of the memory checker
 _CHECKED = """
 import torch
-from stun.sparsify.select_kernel import smallest_per_row_gpu
+from stun.sparsify.select_kernel import cannot_compile, smallest_per_row_gpu
 scores = torch.randn(64, 7168, device="cuda").abs()
 counts = torch.arange(64, device="cuda") * 100
+assert not cannot_compile(scores.device), cannot_compile(scores.device)
 assert smallest_per_row_gpu(scores, counts).sum(1).tolist() == counts.tolist()
 """
 

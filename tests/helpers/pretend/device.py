@@ -72,10 +72,12 @@ def start() -> None:
 def connect() -> None:
     """Replace what has no stand-in below torch's dispatcher, once stun is imported."""
     import stun.preflight.activations
+    import stun.pruning.describe
     import stun.sparsify.select
 
     stun.preflight.activations._ATTENTION = _attention
     stun.sparsify.select.smallest_per_row_gpu = _smallest_per_row
+    stun.pruning.describe.cannot_compile = lambda device: ""
     torch.distributed.init_process_group = partial(_init_process_group, torch.distributed.init_process_group)
 
 

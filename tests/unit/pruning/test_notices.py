@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from helpers.paths import ROOT
 from helpers.selections import config
@@ -18,7 +19,8 @@ def test_a_high_target_is_beyond_what_was_measured(checkpoint, tmp_path, target,
     measured = json.loads((ROOT / "docs" / "quality" / "default-reference.json").read_text())
     rows = [measured["results"][name]["0.8"][0] for name in ("default", "weights alone (Wanda)")] + [measured["dense"]]
     default, wanda, dense = (f"{(row['odd'] + row['even']) / 2:.3f}" for row in rows)
-    said = [line for line in notices(resolve_model(config(checkpoint("mixtral"), tmp_path, target))) if "target=" in line]
+    job = resolve_model(config(checkpoint("mixtral"), tmp_path, target))
+    said = [line for line in notices(job, torch.device("cpu")) if "target=" in line]
     kept = f"{default} by default and {wanda} by Wanda, of {dense} (docs/quality.md)"
     line = f"warning: target={target}: nothing above 0.8 was measured; there the reference model's exact match is {kept}"
     assert said == [line] * warns and max(map(float, measured["results"]["default"])) == 0.8

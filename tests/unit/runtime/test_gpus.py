@@ -7,7 +7,8 @@ import torch
 
 from stun.config import Device, StunError
 from stun.runtime import gpus
-from stun.runtime.gpus import is_out_of_gpu_memory, own_device
+from stun.runtime.gpus import is_out_of_gpu_memory, own_device, set_arithmetic
+from stun.runtime.matmul import tf32
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_cuda_that_is_not_there_is_an_error(cuda):
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", True),
+        ('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1016', True),
         ("NCCL error: ncclInternalError\nLast error:\nDuplicate GPU detected", False),
         ("CUDA error: an illegal memory access was encountered", False),
         ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
@@ -85,3 +87,22 @@ def test_cuda_that_is_not_there_is_an_error(cuda):
 def test_errors_for_want_of_memory_are_known(message, is_memory):
     assert is_out_of_gpu_memory(RuntimeError(message)) == is_memory
     assert is_out_of_gpu_memory(torch.OutOfMemoryError("x"))
+
+
+def test_an_image_does_not_choose_the_arithmetic(monkeypatch):
+    """As images of NVIDIA's set it (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1), and as torch does by itself."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    cuda.enable_cudnn_sdp(True)
+    cuda.matmul.fp32_precision = "tf32"
+    try:
+        set_arithmetic()
+        assert cuda.matmul.fp32_precision == "ieee" and cudnn.conv.fp32_precision != "tf32"
+        assert cudnn.deterministic and not cuda.cudnn_sdp_enabled()
+        with tf32():
+            assert cuda.matmul.fp32_precision == "tf32"
+        assert cuda.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "highest" and not cudnn.allow_tf32  # neither asks in vain
+    finally:
+        cuda.enable_cudnn_sdp(True)
+        cudnn.allow_tf32 = True

@@ -11,6 +11,7 @@ import pytest
 
 from helpers.launches import environment
 from helpers.paths import ROOT
+from jobs import launch
 from stun.runtime.imports import after_import
 
 
@@ -42,3 +43,16 @@ def test_neither_help_nor_a_refusal_waits_for_torch(words):
     imported = set(re.findall(r"^import time:.*\| +([\w.]+)$", done.stderr, re.M))
     assert "stun" in imported and done.returncode == (2 if "tarrget=0.5" in words else 0)
     assert not imported & {"torch", "transformers", "numpy", "datasets"}
+
+
+def test_jobs_take_no_kernels_that_happen_to_be_installed(tmp_path, monkeypatch, capsys):
+    """transformers asks whether it can import them."""
+    (tmp_path / "causal_conv1d.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("causal_conv1d")
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    monkeypatch.setattr(sys, "argv", ["stun", "--help"])
+    launch("report", None, "")
+    assert importlib.util.find_spec("causal_conv1d") is None
+    with pytest.raises(ImportError):
+        importlib.import_module("causal_conv1d")

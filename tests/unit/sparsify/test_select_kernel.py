@@ -13,7 +13,7 @@ import torch
 from helpers.paths import TESTS
 from helpers.select_cases import cases, naive_mask
 from stun.sparsify import select_kernel
-from stun.sparsify.select_kernel import smallest_overall
+from stun.sparsify.select_kernel import smallest_overall, smallest_per_row_gpu
 
 INTERPRETED = """
 import sys, types
@@ -36,6 +36,22 @@ def test_the_interpreted_kernel_sorts():
     command = [sys.executable, "-c", INTERPRETED, *(f"{dtype} {size}" for dtype in ("float32", "bfloat16") for size in sizes)]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_it_sorts(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nMore lines.")
+
+    monkeypatch.setattr(select_kernel, "_by_kernel", no_compiler)
+    select_kernel.cannot_compile.cache_clear()
+    try:
+        assert "Failed to find C compiler" in select_kernel.cannot_compile(torch.device("cpu"))
+        for dtype in (torch.float32, torch.bfloat16):
+            scores = torch.cat(list(cases(2, 701).values())).to(dtype)
+            counts = ([0, 1, 233, 351, 700, 701, 140] * 3)[: len(scores)]
+            assert torch.equal(smallest_per_row_gpu(scores, torch.tensor(counts)), naive_mask(scores, counts))
+    finally:
+        select_kernel.cannot_compile.cache_clear()
 
 
 @needs_triton
