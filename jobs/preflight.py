@@ -7,10 +7,14 @@ from jobs import launch
 def work(cfg, ranks) -> None:
     from stun.planning.job import resolve
     from stun.preflight.job import preflight
+    from stun.pruning.evaluated import check_task
     from stun.pruning.push import check_push
 
     check_push(cfg, ranks)
-    preflight(resolve(cfg, ranks, runs_here=not cfg.cluster.nodes), ranks, cfg.cluster)
+    job = resolve(cfg, ranks, runs_here=not cfg.cluster.nodes)
+    if ranks.on_first(lambda: job.arch.source.is_here):  # or weights would be fetched for it
+        check_task(cfg, ranks)
+    preflight(job, ranks, cfg.cluster)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from stun.config import CalibrationConfig, Device, ModelConfig, PushConfig, TrackingConfig
+from stun.preflight.config import ClusterConfig
 
 
 @dataclass
@@ -102,3 +103,10 @@ class PruneAndEvaluateConfig(PushConfig):
     dense: str = ""
     """File of the dense model's result, made once where it does not exist; by default dense.json in `run_dir`, of a sweep in its
     folder."""
+
+
+@dataclass
+class PreflightConfig(PruneAndEvaluateConfig):
+    """Resources that such a run needs, and whether the cluster has them."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,16 +1,14 @@
 """Settings of jobs.preflight."""
 
-from dataclasses import dataclass, field
-
-from stun.config import PushConfig
+from dataclasses import dataclass
 
 
 @dataclass
 class ClusterConfig:
-    """Cluster that preflight calculates for; without `nodes` it is the present launch."""
+    """Cluster that preflight calculates for."""
 
     nodes: int = 0
-    """Number of nodes."""
+    """Number of nodes; 0: the launch that asks, on its own machine, and the other settings of the cluster are not read."""
     gpus: int = 8
     """GPUs of a node."""
     gpu: str = "h100"
@@ -21,10 +19,3 @@ class ClusterConfig:
     """Read speed of a node in GiB/s; 0: as measured here."""
     write_gib_s: float = 0.0
     """Its write speed; 0: the read speed."""
-
-
-@dataclass
-class PreflightConfig(PushConfig):
-    """Resources that a run needs, and whether the cluster has them."""
-
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -192,7 +192,8 @@ class Footprint:
 
     def _prune(self, index: int) -> list[Memory]:
         """Phases of pruning a layer: choose, measure, mask, refit, run, and hand its tensors over to be written."""
-        layout, weights, plan, config = self.arch.layers[index], self.layers[index], self.plan.layers[index], self.cfg.sparsify
+        layout, weights, plan = self.arch.layers[index], self.layers[index], self.plan.layers[index]
+        reconstructs = self.cfg.sparsify.reconstruct and self.plan.zeros > 0
         # On the host the pages of removed experts wait for the next layer.
         kept, held = weights.dense + (weights.kept if self.is_gpu else weights.experts), self._held(index)
         is_run, received = self.streams["prune"], weights.joined - weights.joined // self.launch.world
@@ -202,7 +203,7 @@ class Footprint:
         stored = int((weights.kept + weights.owned) * self.job.grid.bits / 16) if self.job.grid else 0
         if self.job.keeps_form and self.job.refits:  # what has new scales
             stored = int(weights.owned * self.arch.source.bits / 16)
-        clones = weights.kept + self._closing(layout)[0] if config.reconstruct else 0
+        clones = weights.kept + self._closing(layout)[0] if reconstructs else 0
         device = {
             "choose": weights.dense + weights.experts + (3 * self._cast(layout) if plan.nearest else 0) + idle,
             "measure": kept + run + grams + turn + clones,
@@ -212,7 +213,7 @@ class Footprint:
         }
         if self.job.grid or (self.job.keeps_form and (self.job.refits or self.job.solves(self.plan))):
             device["round"] = kept + idle + stored + self._rounding(layout)
-        if config.reconstruct:
+        if reconstructs:
             sums, passing = self._pairs(layout, index)
             device["refit"] = kept + clones + stored + sums + max(run + passing, idle + self._largest(layout, [REFIT]))
         joint = self._joint(layout, index) if self.job.refits else 0

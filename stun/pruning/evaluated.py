@@ -13,7 +13,7 @@ def prune_then_evaluate(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> tuple[dict
 
     All ranks call this together. Raises StunError before any work starts if the request cannot be met.
     """
-    _check(cfg, ranks)
+    check_task(cfg, ranks)
     summary = prune(cfg, ranks)
     if not cfg.task.path:
         return summary, {}
@@ -25,7 +25,7 @@ def prune_then_evaluate(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> tuple[dict
 
 def prepare_sweep(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> None:
     """Take what the runs of a sweep share: the statistics and, if a task is given, the dense model's result."""
-    _check(cfg, ranks)
+    check_task(cfg, ranks)
     take_statistics(cfg, ranks)
     if cfg.task.path:
         evaluate(_dense(cfg), ranks)
@@ -35,7 +35,7 @@ def _dense(cfg: PruneAndEvaluateConfig) -> EvaluateConfig:
     return EvaluateConfig(cfg.model, cfg.task, output=cfg.dense or f"{cfg.run_dir}/dense.json")
 
 
-def _check(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> None:
+def check_task(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> None:
     """Raises StunError, before any work, if the task cannot be asked of the model."""
     if cfg.task.path:
         check(_dense(cfg), ranks, f"{cfg.run_dir}/{RESULT}")

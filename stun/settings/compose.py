@@ -22,9 +22,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from stun.benchmark.config import BenchmarkConfig, CompareConfig, StudyConfig
 from stun.config import StunError
-from stun.evaluation.config import EvaluateConfig, GenerateConfig, PruneAndEvaluateConfig
+from stun.evaluation.config import EvaluateConfig, GenerateConfig, PreflightConfig, PruneAndEvaluateConfig
 from stun.planning.config import PlanConfig
-from stun.preflight.config import PreflightConfig
 from stun.report.config import ReportConfig
 from stun.run.sweep import parsed
 from stun.serving.config import ServeCheckConfig

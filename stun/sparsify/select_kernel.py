@@ -7,7 +7,6 @@ largest key with no more than k keys below it. All below it are taken, and of it
 from __future__ import annotations
 
 import functools
-import subprocess
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,7 +153,7 @@ def cannot_compile(device: torch.device) -> str:
     row_D = torch.arange(8.0, device=device)[None]
     try:
         _by_kernel(row_D, torch.tensor([4], device=device))
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except Exception as error:  # for each thing that is missing another one
         return str(error).partition("\n")[0] or type(error).__name__
     return ""
 

@@ -87,7 +87,7 @@ def pruned(hub, machine, tmp_path_factory) -> tuple[Path, str, list[tuple[str, s
 def test_preflight_reads_headers_alone(hub, machine, tmp_path):
     hub.repos["tiny/look"] = Repo()
     hub.repos["tiny/look"].commit(hub.repos["tiny/mixtral"].files)
-    done = machine("preflight", settings("tiny/look", tmp_path / "run"))
+    done = machine("preflight", [*settings("tiny/look", tmp_path / "run"), f"task.path={HELDOUT}"])
     assert done.returncode == 0 and "3 layers, 24 experts" in done.stdout and "are still to fetch" in done.stdout, done.stderr
     weights = [part for file, part in hub.fetched("tiny/look") if file.endswith(".safetensors")]
     assert weights and all(weights) and not (tmp_path / "run").exists()

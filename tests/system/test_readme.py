@@ -137,7 +137,7 @@ def test_train_another_model(tmp_path):
     words = [word for word in words if word != "output=runs/qwen3_tiny"]
     run([sys.executable, *words])
     model = {"model.path": str(tmp_path / "tiny" / "model"), "calibration.path": str(tmp_path / "tiny" / "calibration.jsonl")}
-    small = {"calibration.samples": "8", "calibration.length": "32", "run_dir": str(tmp_path / "run"), "target": "0.6"}
+    small = {"calibration.samples": "8", "calibration.length": "32", "run_dir": str(tmp_path / "run")}
     run(here(commands("own")[0], {**model, **small}))
 
 

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 import jobs.preflight
 from helpers import configs
-from helpers.paths import TEXT
+from helpers.paths import HELDOUT, TEXT
 from stun.config import StunError
 from stun.planning.job import resolve
+from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.job import prune, take_statistics
 
 # A name: the words on the command line, and what the error says. {tmp} is a folder with the files below.
@@ -154,6 +155,17 @@ def test_the_same_words_everywhere(name, checkpoint, folder, ranks):
         assert refusal(lambda: take_statistics(composed("observe", words, source, folder), ranks)) == pruning
     assert re.search(says.format(tmp=folder), pruning), pruning
     assert sorted(file.name for file in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words, says", [("task.path=/nonexistent.jsonl", "no such file"), ("dense=runs/dense.json", "task.path: a file or dataset")]
+)
+def test_preflight_asks_for_the_task_as_pruning_does(words, says, checkpoint, folder, ranks):
+    source = checkpoint("mixtral")
+    pruning = refusal(lambda: prune_then_evaluate(composed("prune", words, source, folder), ranks))
+    assert refusal(lambda: jobs.preflight.work(composed("preflight", words, source, folder), ranks)) == pruning
+    assert says in pruning
+    jobs.preflight.work(composed("preflight", f"task.path={HELDOUT}", source, folder), ranks)
 
 
 def test_a_good_request_is_resolved_once(checkpoint, folder, ranks):
