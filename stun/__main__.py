@@ -20,7 +20,7 @@ ABOUT = {
     "benchmark": "speed beside the disk, the hardware and other tools",
     "demo": "prune the embedded reference model in three ways and compare",
 }
-DEMO = ["experiment=demo", "task=reference"]
+DEMO = ["experiment=demo", "task=reference", "task.batch=500"]
 
 
 def main() -> None:

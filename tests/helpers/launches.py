@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
 
@@ -94,13 +93,15 @@ def _succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess
 def _warm_pretend() -> WarmProcess:
     if reason := missing():
         pytest.skip(reason)
-    process = WarmProcess(_pretending(), "pretend")
-    atexit.register(process.end)
-    return process
+    return WarmProcess(_pretending(), *_shared("pretend"), "pretend")
 
 
 @cache
 def _warm() -> WarmProcess:
-    process = WarmProcess(environment())
-    atexit.register(process.end)
-    return process
+    return WarmProcess(environment(), *_shared("warm"))
+
+
+def _shared(name: str) -> tuple[Path, int]:
+    """Address, and owner, of a process that serves all workers of this test run."""
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    return Path(gettempdir(), f"stun-{name}-{owner}"), owner

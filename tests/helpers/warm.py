@@ -1,5 +1,6 @@
-"""Starts jobs whose ranks are forks of one process that has imported the package: `-m helpers.warm`, a request a line on stdin;
-`-m helpers.warm pretend` for ranks on pretend GPUs (helpers/pretend).
+"""Starts jobs whose ranks are forks of one process that has imported the package, and that all tests of a run share:
+`-m helpers.warm SOCKET OWNER` until the process OWNER has ended, with a third word, `pretend`, for ranks on pretend GPUs
+(helpers/pretend).
 
 A launch takes a fraction of a second in place of many for imports on every rank. Ranks are processes with gloo between them all
 the same, and see what torchrun would tell them. Launchers themselves are tested in runs/test_world.py and system/test_slurm.py.
@@ -8,6 +9,8 @@ the same, and see what torchrun would tell them. Launchers themselves are tested
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -27,30 +30,53 @@ from helpers.paths import ROOT, TESTS
 
 LIMIT = 600.0  # seconds of a launch
 GRACE = 30.0  # seconds that the other ranks of a failed one have to end, as under torchrun
+_sockets: list[socket.socket] = []  # that ranks must not hold
 
 
 class WarmProcess:
-    """The process that forks, seen from a test."""
+    """The process that forks, seen from a test. It listens at `address`, and is started there if nothing does yet."""
 
-    def __init__(self, env: dict[str, str], *kind: str):
-        command = [sys.executable, "-m", "helpers.warm", *kind]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, cwd=ROOT, env={**env, "PYTHONPATH": str(TESTS)}, **pipes)
+    def __init__(self, env: dict[str, str], address: Path, owner: int, *kind: str):
+        self._process = None
+        with open(f"{address}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._connection = _connected(address)
+            if not self._connection:
+                command = [sys.executable, "-m", "helpers.warm", str(address), str(owner), *kind]
+                own = {**env, "PYTHONPATH": str(TESTS)}
+                self._process = subprocess.Popen(command, cwd=ROOT, env=own, start_new_session=True)
+                while not (connection := _connected(address)):
+                    assert self._process.poll() is None, f"the process that starts ranks has ended: {self._process.wait()}"
+                    time.sleep(0.05)
+                self._connection = connection
 
     def run(self, script: list[str], ranks: int, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
         """Run what python would be given, `-m MODULE ...` or `FILE ...`, on that many ranks, 0 for a process that no launcher has
         told anything; output goes through files in `folder`."""
-        request = {"script": script, "ranks": ranks, "env": env, "folder": str(folder)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, f"the process that starts ranks has ended: {self._process.wait()}"
-        code = int(answer)
-        return subprocess.CompletedProcess(script, code, *((folder / name).read_text() for name in ("stdout", "stderr")))
+        request = {"script": script, "ranks": ranks, "env": env, "folder": str(folder), "cores": sorted(os.sched_getaffinity(0))}
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            part = self._connection.recv(100)
+            assert part, "the process that starts ranks has ended"
+            answer += part
+        return subprocess.CompletedProcess(script, int(answer), *((folder / name).read_text() for name in ("stdout", "stderr")))
 
     def end(self) -> None:
-        self._process.stdin.close()
+        """For a process of one test alone; a shared one ends with its owner."""
+        self._connection.close()
+        self._process.terminate()
         self._process.wait()
+
+
+def _connected(address: Path) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(address))
+    except OSError:
+        connection.close()
+        return None
+    return connection
 
 
 def get_ready() -> None:
@@ -97,6 +123,8 @@ def _become_rank(request: dict, told: dict[str, str]) -> NoReturn:
     os.environ.update({**request["env"], **(told if request["ranks"] else {})})
     redirect(**{name: Path(request["folder"]) / name for name in ("stdout", "stderr")})
     os.close(0)
+    for held in _sockets:
+        held.close()
     atexit._clear()
     is_module, *words = [request["script"][0] == "-m", *request["script"]]
     sys.argv = words[is_module:]
@@ -138,7 +166,28 @@ def wait(children: list[int]) -> int:
     return first
 
 
-def main(kind: str = "") -> None:
+def _serve(connection: socket.socket) -> NoReturn:
+    """Start what one test process asks for, one launch after the other."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _sockets.append(connection)
+    with connection.makefile("r") as requests:
+        for line in requests:
+            request = json.loads(line)
+            os.sched_setaffinity(0, request["cores"])
+            children = fork_ranks(max(1, request["ranks"]), partial(_become_rank, request))
+            connection.sendall(f"{wait(children)}\n".encode())
+    os._exit(0)
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main(address: str, owner: str, kind: str = "") -> None:
     from helpers.pretend import device
 
     if kind:
@@ -150,12 +199,23 @@ def main(kind: str = "") -> None:
     get_ready()
     if kind:
         device.connect()
-    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in iter(sys.stdin.readline, ""):
-        request = json.loads(line)
-        children = fork_ranks(max(1, request["ranks"]), partial(_become_rank, request))
-        print(wait(children), file=answers, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that serve
+    with socket.socket(socket.AF_UNIX) as server:
+        Path(address).unlink(missing_ok=True)
+        server.bind(address)
+        server.listen()
+        server.settimeout(1)
+        _sockets.append(server)
+        while _is_there(int(owner)):
+            with contextlib.suppress(TimeoutError):
+                connection, _ = server.accept()
+                connection.setblocking(True)
+                if os.fork() == 0:
+                    _serve(connection)
+                connection.close()
+    for file in (address, f"{address}.lock"):
+        Path(file).unlink(missing_ok=True)
     os._exit(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,9 +59,9 @@ def env(hub, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def machine(env):
+def machine(env, tmp_path_factory):
     """Runs a job, or a file, on that machine."""
-    process = WarmProcess(env)
+    process = WarmProcess(env, tmp_path_factory.mktemp("machine") / "socket", os.getpid())
 
     def run(script: str | Path, words: list[str] | None = None, ranks: int = 0, **more: str) -> subprocess.CompletedProcess:
         with TemporaryDirectory() as folder:
