@@ -21,8 +21,8 @@ from stun.config import StunError
 from stun.pruning.job import prune
 
 # Cases of a class in the whole run; the fast core has `CORE` of each.
-COUNTS = {"weights": 65, "config": 80, "tokenizer": 45, "others": 20, "template": 25, "plan": 45, "text": 25}
-COUNTS |= {"interrupted": 50, "finished": 35, "evaluation": 35, "values": 50, "system": 25}
+COUNTS = {"weights": 45, "config": 55, "tokenizer": 30, "others": 15, "template": 20, "plan": 30, "text": 20}
+COUNTS |= {"interrupted": 35, "finished": 25, "evaluation": 25, "values": 35, "system": 15}
 CORE = 5
 
 
