@@ -17,7 +17,7 @@ MEMORY = {"now": 0, "peak": 0}
 CHOSEN = {"threads": 1, "bound": None}  # what was asked of torch: its threads, and the GPU that collectives are bound to
 LOCK = threading.RLock()
 _of_thread = threading.local()
-_storages: dict[int, int] = {}
+_storages: dict[int, tuple[int, weakref.ref]] = {}
 
 
 class Fault(RuntimeError):
@@ -62,11 +62,10 @@ def hold(inner: torch.Tensor) -> None:
     key, nbytes = storage._cdata, storage.nbytes()
     if key in _storages:
         return
-    _storages[key] = nbytes
     MEMORY["now"] += nbytes
     MEMORY["peak"] = max(MEMORY["peak"], MEMORY["now"])
 
-    def freed() -> None:
-        MEMORY["now"] -= _storages.pop(key, 0)
+    def freed(_: weakref.ref) -> None:
+        MEMORY["now"] -= _storages.pop(key, (0,))[0]
 
-    weakref.finalize(storage, freed)
+    _storages[key] = nbytes, weakref.ref(storage, freed)

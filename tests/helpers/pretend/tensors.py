@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -21,6 +21,8 @@ _MOVES = {"copy_", "_to_copy"}
 _NEW = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
 _NO_KERNEL = {*_NEW, "detach", "alias", "view", "_unsafe_view", "_reshape_alias", "is_same_size"}
 _UNORDERED = {"index_add", "index_add_", "scatter_add", "scatter_add_", "put_"}  # atomic additions, of floats in any order
+_NESTED = (tuple, list)
+_CPU = torch.device("cpu")
 _POISON = 0xFF  # of new memory, in every byte: NaN, or -1; what is never written shows
 _pinned: dict[int, weakref.finalize] = {}
 
@@ -29,6 +31,7 @@ class PretendTensor(torch.Tensor):
     """Tensor that says it is on a GPU; `inner` holds its values."""
 
     inner: torch.Tensor
+    index: int
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -42,7 +45,7 @@ class PretendTensor(torch.Tensor):
             layout=inner.layout,
             device=torch.device("cuda", index),
         )
-        made.inner = inner
+        made.inner, made.index = inner, index
         return made
 
     def __repr__(self, **_) -> str:
@@ -103,17 +106,18 @@ def _described(function) -> tuple[str, str, bool]:
     return space, name, not is_view and name not in _NO_KERNEL
 
 
-def _leaves(value: object) -> Iterator[object]:
-    """Arguments of an operation, out of its lists; torch's own trees would take most of the time."""
-    if isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _leaves(entry)
-    else:
-        yield value
+def _leaves(values: Iterable, flat: list) -> list[object]:
+    """`flat` with arguments of an operation, out of their lists; torch's own trees would take most of the time."""
+    for value in values:
+        if type(value) in _NESTED:
+            _leaves(value, flat)
+        else:
+            flat.append(value)
+    return flat
 
 
-def _mapped(function: Callable, value: object) -> object:
-    return [_mapped(function, entry) for entry in value] if isinstance(value, (tuple, list)) else function(value)
+def _mapped(function: Callable, values: Iterable) -> list:
+    return [_mapped(function, value) if type(value) in _NESTED else function(value) for value in values]
 
 
 def _devices(flat: list, kind: str) -> list[torch.device]:
@@ -122,16 +126,20 @@ def _devices(flat: list, kind: str) -> list[torch.device]:
 
 def _dispatch(function, arguments: tuple, keywords: dict):
     space, name, is_kernel = _described(function)
-    flat = [*_leaves(arguments), *_leaves(list(keywords.values()))]
-    ours = [leaf for leaf in flat if isinstance(leaf, PretendTensor)]
-    plain = [leaf for leaf in flat if isinstance(leaf, torch.Tensor) and not isinstance(leaf, PretendTensor)]
-    wanted = _devices(flat, "cuda")
+    flat = _leaves(keywords.values(), _leaves(arguments, []))
+    ours, plain = [], []
+    for leaf in flat:
+        if type(leaf) is PretendTensor:
+            ours.append(leaf)
+        elif isinstance(leaf, torch.Tensor):
+            plain.append(leaf)
+    wanted = _devices(flat, "cuda") if keywords else []
     if not ours and not wanted:
         return _on_host(function, arguments, keywords)
     if space == "c10d":
         return _collective(function, name, arguments, keywords, ours, plain)
     _check(function, name, arguments, ours, plain)
-    index = ours[0].device.index if ours else current() if wanted[0].index is None else wanted[0].index
+    index = ours[0].index if ours else current() if wanted[0].index is None else wanted[0].index
     if index not in CONTEXTS:
         context(index)
     if name == "_fused_sdp_choice":
@@ -155,7 +163,7 @@ def _on_host(function, arguments: tuple, keywords: dict):
 
 def _check(function, name: str, arguments: tuple, ours: list, plain: list) -> None:
     """Raises Fault for tensors of several devices, and for sums whose order is not fixed."""
-    if len({tensor.device.index for tensor in ours}) > 1 and name not in _MOVES:
+    if len(ours) > 1 and len({tensor.index for tensor in ours}) > 1 and name not in _MOVES:
         raise Fault(f"{function}: tensors on several GPUs")
     for other in plain:
         is_index = name in _INDEXING and other is not arguments[0]
@@ -171,16 +179,17 @@ def _check(function, name: str, arguments: tuple, ours: list, plain: list) -> No
 
 def _inside(leaf: object) -> object:
     """What an operation is given in the place of this argument."""
-    if isinstance(leaf, PretendTensor):
+    if type(leaf) is PretendTensor:
         return leaf.inner
-    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == "cuda" else leaf
+    return _CPU if type(leaf) is torch.device and leaf.type == "cuda" else leaf
 
 
 def _run(function, arguments: tuple, keywords: dict):
     if keywords.get("pin_memory"):
         raise Fault(f"{function}: only dense CPU tensors can be pinned")
     with torch._C._DisableTorchDispatch():
-        return function(*_mapped(_inside, arguments), **{key: _mapped(_inside, value) for key, value in keywords.items()})
+        named = zip(keywords, _mapped(_inside, keywords.values()), strict=True)
+        return function(*_mapped(_inside, arguments), **dict(named))
 
 
 def _result(name: str, found: object, flat: list, arguments: tuple, ours: list, index: int, non_blocking: bool):
@@ -199,14 +208,18 @@ def _result(name: str, found: object, flat: list, arguments: tuple, ours: list, 
         note("syncs", "copy from pageable memory")
     if name in ("_local_scalar_dense", "is_same_size", "equal"):
         return found
-    known = {id(tensor.inner): tensor for tensor in ours}  # in place, or out=
 
     def up(value: object) -> object:
-        if not isinstance(value, torch.Tensor) or isinstance(value, PretendTensor) or value.device.type != "cpu":
+        if type(value) is PretendTensor or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             return value
-        return known.get(id(value)) if id(value) in known else on_gpu(value, index)
+        for tensor in ours:
+            if tensor.inner is value:  # in place, or out=
+                return tensor
+        return on_gpu(value, index)
 
-    return tuple(map(up, found)) if isinstance(found, tuple) else _mapped(up, found)
+    if isinstance(found, tuple):
+        return tuple(map(up, found))
+    return _mapped(up, found) if isinstance(found, list) else up(found)
 
 
 def _copy(arguments: tuple, keywords: dict):
@@ -252,4 +265,4 @@ def _collective(function: Callable, name: str, arguments: tuple, keywords: dict,
     known = {id(tensor.inner): tensor for tensor in ours}
     found = _run(function, arguments, keywords)
     up = lambda value: known.get(id(value), value)  # noqa: E731
-    return tuple(_mapped(up, list(found))) if isinstance(found, tuple) else _mapped(up, found)
+    return tuple(_mapped(up, found)) if isinstance(found, tuple) else _mapped(up, [found])[0]
