@@ -126,8 +126,20 @@ class Activations:
     carried: int
 
 
+_traces: weakref.WeakKeyDictionary[Architecture, dict[tuple, Activations]] = weakref.WeakKeyDictionary()
+
+
 def trace_layers(arch: Architecture, batch: int, length: int, device: torch.device, world: int, **options) -> Activations:
-    """Activations of B x T tokens on one of `world` ranks; with `use_cache=True` caches too. Equal layers are traced once."""
+    """Activations of B x T tokens on one of `world` ranks; with `use_cache=True` caches too. An architecture is traced once for
+    each of these: estimates of many settings ask again and again."""
+    known, key = _traces.setdefault(arch, {}), (batch, length, device, world, *options.items())
+    if key not in known:
+        known[key] = _traced(arch, batch, length, device, world, **options)
+    return known[key]
+
+
+def _traced(arch: Architecture, batch: int, length: int, device: torch.device, world: int, **options) -> Activations:
+    """The same, from equal layers once each."""
     states, traced, traces = _entered(arch, batch, length, compute_dtype(arch, device), **options), {}, []
     storage_bytes = {id(entry): entry.nbytes() for entry in _storages(states.arguments) if entry.device.type != "meta"}
     hidden_BTD, carried, handed = _on_meta(states.hidden[0]), {}, [0]
