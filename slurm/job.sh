@@ -39,7 +39,7 @@ snapshot() {
     if [ ! -d "$folder/code" ]; then
         local new
         new=$(mktemp -d -p "$folder/logs" .code.XXXX)
-        (cd "$repository" && cp -r --parents jobs stun conf slurm pyproject.toml "$new/")
+        (cd "$repository" && cp -r --preserve=timestamps --parents jobs stun conf slurm pyproject.toml "$new/")
         chmod 755 "$new"
         mv -T "$new" "$folder/code" 2>/dev/null || rm -rf "$new"
     elif ! same jobs "$folder/code" || ! same stun "$folder/code"; then

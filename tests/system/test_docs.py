@@ -60,7 +60,8 @@ def test_paper_comparison(checkpoint, tmp_path):
     """On the reference model it is the demo of the README, which its test runs; here it has another task."""
     reference, large = commands("paper", page("paper-comparison"))
     paper, demo = (composed("compare", words) for words in (job_and_overrides(reference)[1], DEMO))
-    assert {key for key in paper if paper[key] != demo[key]} == {"run_dir", "precision"}
+    assert {key for key in paper if paper[key] != demo[key]} == {"run_dir", "precision", "task"}
+    assert {**paper["task"], "batch": demo["task"]["batch"]} == demo["task"]
     own = {**TEXT, **rows_of(tmp_path), "task.prompt": "'{question}'", "run_dir": str(tmp_path / "b")}
     own["model.path"] = str(checkpoint("arctic"))
     output = run(here(large, own))
