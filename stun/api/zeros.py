@@ -1,5 +1,7 @@
 """Zeros of a pruned model that stay zeros while it is fine-tuned: docs/healing.md has whole examples."""
 
+import re
+
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -21,7 +23,8 @@ class KeepZeros(TrainerCallback):
         if hasattr(model, "peft_config"):
             raise StunError("KeepZeros: the model has adapters, whose own zeros are to be trained; make it before they are added")
         self._model = model
-        weights = [parameter for name, parameter in model.named_parameters() if ".layers." in name]
+        # The layers' names begin with `layers.` where `model` is the decoder without its head.
+        weights = [parameter for name, parameter in model.named_parameters() if re.search(r"\blayers\.", name)]
         held = [(weight, *_held(weight.detach())) for weight in weights]
         self._held = [(weight, mask, value) for weight, mask, value in held if mask.any()]
 

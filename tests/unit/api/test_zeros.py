@@ -100,3 +100,16 @@ def test_refused(checkpoint):
     model.model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(torch.ones(32, 32))
     with pytest.raises(StunError, match="replaced or sharded"):
         zeros.restore()
+
+
+def test_the_decoder_alone_is_held_too(checkpoint):
+    """Without the head its layers' names begin with `layers.`."""
+    decoder = load_stock(checkpoint("mixtral")).model
+    weight = decoder.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight[0] = 0
+    zeros = stun.KeepZeros(decoder)
+    with torch.no_grad():
+        weight.add_(1)
+    zeros.restore()
+    assert (weight[0] == 0).all() and (weight[1:] != 0).any()
