@@ -65,7 +65,8 @@ class Progress:
         if first:
             place = f"at layer {first + 1}" if first < layers else f"after layer {layers}"
             ranks.log(f"continuing {place} of {layers} ({name})")
-        if ranks.is_first and sys.stdout.isatty():
+        # There is none where it was closed, and what a script puts in its place may not say whether it is a terminal.
+        if ranks.is_first and getattr(sys.stdout, "isatty", bool)():
             self._draw()
 
     def layer(self, layer: Layer, text: str, **numbers: float) -> None:
