@@ -4,7 +4,7 @@ Inside torchrun all ranks make the same calls; a plain process or a notebook is 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
@@ -23,6 +23,7 @@ from stun.planning.from_statistics import Described, plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
 from stun.run.lock import let_go
+from stun.runtime.caller import torch_restored
 from stun.runtime.process import any_ranks, process_ranks
 from stun.runtime.ranks import Ranks
 from stun.settings.compose import composed
@@ -94,7 +95,7 @@ def load(model: File, **options: object) -> tuple[PreTrainedModel, PreTrainedTok
 
     `options` are those of `from_pretrained`; weights keep the dtype they are stored in. Raises StunError.
     """
-    with _on_ranks([], any_ranks()) as ranks:
+    with _on_ranks([], any_ranks) as ranks:
         place = Path(folder(fetched(PruneConfig(ModelConfig(fspath(model))), ranks).model.path))
         return load_whole(place, **{"dtype": "auto", **options}), load_tokenizer(place)
 
@@ -108,22 +109,25 @@ def _job(
         raise StunError(f"{name}: is given twice")
     words = [*Names(job).words({**given, **settings}), *overrides]
     cfg = composed(job, words)
-    with _on_ranks([f"jobs/{job}.py", *words], process_ranks(cfg.device)) as ranks:
+    with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks:
         yield cfg, ranks
 
 
 @contextmanager
-def _on_ranks(command: list[str], ranks: Ranks) -> Iterator[Ranks]:
+def _on_ranks(command: list[str], start: Callable[[], Ranks]) -> Iterator[Ranks]:
     """Ranks for one call, with the command that does the same, for records. A call that fails or is interrupted leaves neither a
     view on the screen nor a lock on the run folder."""
-    ranks.command, ranks.started = command, time.monotonic()
-    try:
-        with system_errors():
-            yield ranks
-    finally:
-        close_view()
-        let_go()
-        ranks.command, ranks.doing = None, ""
+    with torch_restored():
+        ranks = start()
+        ranks.set_torch()
+        ranks.command, ranks.started = command, time.monotonic()
+        try:
+            with system_errors():
+                yield ranks
+        finally:
+            close_view()
+            let_go()
+            ranks.command, ranks.doing = None, ""
 
 
 def _model_of(run: Path) -> str:

@@ -132,7 +132,6 @@ class Ranks:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             os.environ["LOCAL_RANK"] = str(self.device.index)  # DeepSpeed binds its collectives to the GPU of this number
-            set_arithmetic()
         else:
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks for reuse until `return_memory`. By default every large block
             # is returned to the system, which zeroes its pages at each new use (a third of a small run's time).
@@ -143,7 +142,8 @@ class Ranks:
             self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
             here, sharing = self._neighbours()
         self.local_world = told or here
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // min(sharing, self.local_world)))
+        self._threads = max(1, len(os.sched_getaffinity(0)) // min(sharing, self.local_world))
+        self.set_torch()
         self.workers = Workers(self.device)
         self.started, self._peak = time.monotonic(), 0
         self.doing = ""  # current step, for the log of a failure: "prune layer 3"
@@ -151,6 +151,12 @@ class Ranks:
         self.meter = Meter()
         # Replaced by stun.tracking.tracker where a job is tracked.
         self.track: Callable[[dict[str, float], int], None] = lambda metrics, step: None
+
+    def set_torch(self) -> None:
+        """Set what torch keeps for the whole process; of a later call, the caller may have changed it in between."""
+        torch.set_num_threads(self._threads)
+        if self.device.type == "cuda":
+            set_arithmetic()
 
     def _neighbours(self) -> tuple[int, int]:
         """Number of ranks on this node, and of those that share cores with this one: launchers may bind each to its own."""

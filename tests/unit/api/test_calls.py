@@ -21,9 +21,11 @@ from helpers.paths import HELDOUT, TEXT
 from helpers.selections import config
 from helpers.stops import stopped_after
 from helpers.tensors import same_tensors
+from stun.api import calls
 from stun.config import Budget, ExpertsConfig
 from stun.pruning.job import prune
 from stun.reference import MODEL
+from stun.runtime.gpus import set_arithmetic
 
 pytestmark = pytest.mark.slow
 SMALL = {"calibration": {"path": TEXT, "samples": 8, "length": 40, "micro_batch": 2}, "target": 0.4, "sparsify": "wanda"}
@@ -149,6 +151,37 @@ def test_the_process_is_left_as_it_was(checkpoint, tmp_path):
             stun.prune(checkpoint("mixtral"), output=tmp_path / "other", tarrget=1)
         assert state() == before and compose("own").number == 1
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_torch_is_left_as_it_was(checkpoint, tmp_path, monkeypatch):
+    """Threads and arithmetic, also those that only a GPU's ranks set; in a call they are the job's."""
+
+    def state() -> tuple:
+        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+        precision = torch.get_float32_matmul_precision()
+        return torch.get_num_threads(), precision, cudnn.deterministic, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()
+
+    own, inside, tokenizer = state(), [], calls.load_tokenizer
+    count = torch.get_num_threads() + 1
+    monkeypatch.setattr(calls, "load_tokenizer", lambda place: (inside.append(state()), set_arithmetic(), tokenizer(place))[-1])
+    try:
+        torch.set_num_threads(count)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        before = state()
+        stun.load(checkpoint("mixtral"))
+        stun.prune(checkpoint("mixtral"), output=tmp_path / "run", **SMALL)
+        assert state() == before and before[:2] == (count, "high") and inside[0][0] == len(os.sched_getaffinity(0))
+        monkeypatch.undo()
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+            torch.get_float32_matmul_precision()
+        stun.load(checkpoint("mixtral"))
+    finally:
+        torch.set_num_threads(own[0])
+        torch.set_float32_matmul_precision(own[1])
+        torch.backends.cudnn.allow_tf32 = own[3]
 
 
 def test_a_failed_run_is_not_locked(checkpoint, tmp_path):
