@@ -23,7 +23,7 @@ from stun.planning.from_statistics import Described, plan_from_run
 from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
 from stun.run.lock import let_go
-from stun.runtime.caller import torch_restored
+from stun.runtime.caller import own_modes, torch_restored
 from stun.runtime.process import any_ranks, process_ranks
 from stun.runtime.ranks import Ranks
 from stun.settings.compose import composed
@@ -109,7 +109,7 @@ def _job(
         raise StunError(f"{name}: is given twice")
     words = [*Names(job).words({**given, **settings}), *overrides]
     cfg = composed(job, words)
-    with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks:
+    with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks, own_modes(ranks.device):
         yield cfg, ranks
 
 

@@ -1,7 +1,7 @@
 """Settings of torch that belong to whoever calls a job from Python."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -27,3 +27,17 @@ def torch_restored() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
         if has_tf32 is not None and cudnn.allow_tf32 != has_tf32:
             cudnn.allow_tf32 = has_tf32
+
+
+@contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """Context in which the caller's modes do not count: autocast would round a run's products, inference mode forbids its writes,
+    and a default device would take what it makes for the CPU."""
+    with ExitStack() as modes:
+        for kind in {"cpu", device.type}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        yield

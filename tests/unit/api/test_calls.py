@@ -184,6 +184,24 @@ def test_torch_is_left_as_it_was(checkpoint, tmp_path, monkeypatch):
         torch.backends.cudnn.allow_tf32 = own[3]
 
 
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_caller_do_not_count(pruned, tmp_path, mode):
+    """The same bytes, and the mode again after the call."""
+    source, run, _ = pruned
+    with MODES[mode]():
+        before = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()
+        stun.prune(source, output=tmp_path / "run", experts=PAPER, **SMALL)
+        assert (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()) == before
+    same_tensors(tmp_path / "run" / "model", run / "model")
+
+
 def test_a_failed_run_is_not_locked(checkpoint, tmp_path):
     """A notebook lives on: a command may go on with its run."""
     run, lock = tmp_path / "run", tmp_path / "run" / ".lock"
