@@ -3,6 +3,7 @@
 Inside torchrun all ranks make the same calls; a plain process or a notebook is one rank.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from stun.stream.progress import close_view
 
 File = str | PathLike[str]
 Setting = str | PathLike[str] | Mapping[str, object] | None
+_one_call = threading.RLock()  # Hydra's state, torch's, the ranks and the lock of the run folder are this process' only ones
 
 
 def prune(
@@ -108,7 +110,8 @@ def _job(
     for name in given.keys() & settings.keys():
         raise StunError(f"{name}: is given twice")
     words = [*Names(job).words({**given, **settings}), *overrides]
-    cfg = composed(job, words)
+    with _one_call:
+        cfg = composed(job, words)
     with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks, own_modes(ranks.device):
         yield cfg, ranks
 
@@ -116,8 +119,8 @@ def _job(
 @contextmanager
 def _on_ranks(command: list[str], start: Callable[[], Ranks]) -> Iterator[Ranks]:
     """Ranks for one call, with the command that does the same, for records. A call that fails or is interrupted leaves neither a
-    view on the screen nor a lock on the run folder."""
-    with torch_restored():
+    view on the screen nor a lock on the run folder. One of another thread waits."""
+    with _one_call, torch_restored():
         ranks = start()
         ranks.set_torch()
         ranks.command, ranks.started = command, time.monotonic()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,6 +201,15 @@ def test_modes_of_the_caller_do_not_count(pruned, tmp_path, mode):
         stun.prune(source, output=tmp_path / "run", experts=PAPER, **SMALL)
         assert (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()) == before
     same_tensors(tmp_path / "run" / "model", run / "model")
+
+
+def test_calls_of_several_threads_take_turns(pruned, tmp_path):
+    source, run, _ = pruned
+    with ThreadPoolExecutor(3) as pool:
+        folders = [tmp_path / name for name in "abc"]
+        list(pool.map(lambda folder: stun.prune(source, output=folder, experts=PAPER, **SMALL), folders))
+    for folder in folders:
+        same_tensors(folder / "model", run / "model")
 
 
 def test_a_failed_run_is_not_locked(checkpoint, tmp_path):
