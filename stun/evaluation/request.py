@@ -60,6 +60,8 @@ def validate_evaluation(cfg: EvaluateConfig) -> None:
         raise StunError("nothing to evaluate: give task.path, text.path or harness.tasks")
     if cfg.dense and not (cfg.task.path or cfg.text.path or cfg.text.mixture):
         raise StunError(f"dense={cfg.dense}: nothing to compare the two on: give task.path or text.path")
+    if cfg.dense and Path(cfg.dense).resolve() == Path(cfg.output).resolve():
+        raise StunError(f"dense={cfg.dense}: is the output itself; give the dense model's result")
     validate_task(cfg.task)
     validate_harness(cfg.harness)
     for key, least in (("samples", 1), ("length", 2)):

@@ -119,6 +119,10 @@ def test_evaluate(pruned, tmp_path):
             "completions are read without special tokens",
         ),
         (lambda tmp_path: stun.evaluate("/none", output=tmp_path / "x"), "nothing to evaluate"),
+        (
+            lambda tmp_path: stun.evaluate(MODEL, task="reference", dense=tmp_path / "x", output=tmp_path / "y" / ".." / "x"),
+            "is the output itself",
+        ),
         (lambda tmp_path: stun.load(tmp_path / "none"), "not a folder"),
         (lambda tmp_path: stun.plan(tmp_path, output=tmp_path / "x", target=0.5), "config.yaml: cannot be read"),
     ],
