@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stun.api.words import Names
+from stun.api.words import Names, at_home
 from stun.checkpoint.hub import fetched, folder
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def plan(run: File, *, output: File, model: File | None = None, overrides: Seque
 
     `model` is the run's own if it is not given. Settings (`target`, `experts`, ...) and errors as for `prune`.
     """
-    given = {"model": model or _model_of(Path(run)), "run_dir": run, "output": output}
+    given = {"model": model or _model_of(Path(at_home(run))), "run_dir": run, "output": output}
     with _job("plan", given, settings, overrides) as (cfg, ranks):
         cfg = fetched(cfg, ranks)
         return ranks.on_first(lambda: plan_from_run(request(cfg), Path(cfg.output), cfg.compare))[cfg.output]
@@ -98,7 +98,7 @@ def load(model: File, **options: object) -> tuple[PreTrainedModel, PreTrainedTok
     `options` are those of `from_pretrained`; weights keep the dtype they are stored in. Raises StunError.
     """
     with _on_ranks([], any_ranks) as ranks:
-        place = Path(folder(fetched(PruneConfig(ModelConfig(fspath(model))), ranks).model.path))
+        place = Path(folder(fetched(PruneConfig(ModelConfig(fspath(at_home(model)))), ranks).model.path))
         return load_whole(place, **{"dtype": "auto", **options}), load_tokenizer(place)
 
 

@@ -1,5 +1,6 @@
 """Settings given in Python, as the words of the command that sets the same."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -27,7 +28,7 @@ class Names:
     def words(self, settings: Mapping[str, object]) -> list[str]:
         """Words of the command; whether the job knows them all is checked when they are composed. Raises StunError for a value
         that they cannot hold."""
-        return [word for name, value in settings.items() if value is not None for word in self._words(name, value)]
+        return [word for name, value in settings.items() if value is not None for word in self._words(name, at_home(value))]
 
     def _words(self, name: str, value: object) -> Iterator[str]:
         node = getattr(self.schema(), name, None)
@@ -59,6 +60,17 @@ class Names:
                 yield from self._nested(f"{key}.{name}", entry)
         else:
             yield f"{'++' if isinstance(node, dict) else ''}{key}={written(value)}"  # ++: a mapping's keys are new
+
+
+def at_home(value: object) -> object:
+    """A value whose paths that begin with `~/`, as a shell expands them, begin with the home folder."""
+    if isinstance(value, Mapping):
+        return {key: at_home(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [at_home(entry) for entry in value]
+    if isinstance(value, (str, PathLike)) and str(value).startswith("~/"):
+        return os.path.expanduser(value)
+    return value
 
 
 def written(value: object) -> str:

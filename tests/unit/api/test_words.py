@@ -88,6 +88,15 @@ def test_an_evaluation():
     assert composed("evaluate", words).task.path == "openai/gsm8k"
 
 
+def test_paths_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    calibration = {"mixture": {"a": {"path": "~/a.jsonl"}, "b": {"path": Path("~/b.jsonl")}}}
+    cfg = prune_config(model="~/m", run_dir=Path("~/r"), calibration=calibration)
+    assert (cfg.model.path, cfg.run_dir) == ("/home/me/m", "/home/me/r")
+    assert [source.path for source in cfg.calibration.mixture.values()] == ["/home/me/a.jsonl", "/home/me/b.jsonl"]
+    assert prune_config(model="a~/m").model.path == "a~/m"
+
+
 @pytest.mark.parametrize(
     "given_, says",
     [
