@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stun.api.words import Names, at_home
+from stun.api.words import Names, at_home, brief
 from stun.checkpoint.hub import fetched, folder
 from stun.config import ModelConfig, PruneConfig, StunError
 from stun.data.tokenizer import load_tokenizer
@@ -109,7 +109,9 @@ def _job(
     """Configuration and ranks of a job. Raises StunError for an unknown name or value."""
     for name in given.keys() & settings.keys():
         raise StunError(f"{name}: is given twice")
-    words = [*Names(job).words({**given, **settings}), *overrides]
+    if isinstance(overrides, (str, Mapping)) or not all(isinstance(word, str) for word in overrides or ()):
+        raise StunError(f"overrides={brief(overrides)}: must be a list of texts, such as ['experts.score=energy']")
+    words = [*Names(job).words({**given, **settings}), *(overrides or ())]
     with _one_call:
         cfg = composed(job, words)
     with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks, own_modes(ranks.device):

@@ -13,6 +13,12 @@ from stun.files import load_yaml
 from stun.settings.compose import CONF, SCHEMAS, choices
 
 _PLAIN = re.compile(r"([A-Za-z]|\.{0,2}/)[\w./@-]*", re.ASCII)  # texts that Hydra reads as they are ...
+_FILES = {  # settings that are one file or folder, with what that is
+    "model": "a checkpoint's folder or its name on the hub",
+    "calibration": "a file of text or a dataset's name",
+    "task": "a file of questions and answers or a dataset's name",
+    "text": "a file of text or a dataset's name",
+}
 _SPECIAL = {"true", "false", "null", "nan", "inf"}  # ... but for these, in any case
 
 
@@ -37,7 +43,8 @@ class Names:
         if isinstance(value, (str, PathLike)) and name in self.groups:
             yield self._choice(name, fspath(value), node)
         elif is_dataclass(node) and not isinstance(value, Mapping):
-            raise StunError(f"{name}={value!r}: must be a mapping of settings, such as {{{fields(node)[0].name!r}: ...}}")
+            single = f"a mapping of settings, such as {{{fields(node)[0].name!r}: ...}}"
+            raise StunError(f"{name}={brief(value)}: must be {_FILES[name] + ', or ' if name in _FILES else ''}{single}")
         else:
             yield from self._nested(name, value)
 
@@ -55,6 +62,8 @@ class Names:
         node = self.schema()
         for part in key.split("."):
             node = getattr(node, part, None)
+        if isinstance(node, str) and isinstance(value, (list, tuple, set, Mapping)):  # Hydra takes seconds for a data set
+            raise StunError(f"{key}={brief(value)}: must be a text")
         if isinstance(value, Mapping) and is_dataclass(node):
             for name, entry in value.items():
                 yield from self._nested(f"{key}.{name}", entry)
@@ -73,6 +82,12 @@ def at_home(value: object) -> object:
     return value
 
 
+def brief(value: object) -> str:
+    """A value as a message shows it: a user may have given a whole model or data set."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
+
+
 def written(value: object) -> str:
     """A value in the grammar of Hydra's command line. Raises StunError for what it cannot hold."""
     if isinstance(value, Mapping):
@@ -86,7 +101,7 @@ def written(value: object) -> str:
     if isinstance(value, Real):  # numpy's too
         return repr(int(value) if isinstance(value, Integral) else float(value))
     if not isinstance(value, (str, PathLike)):
-        raise StunError(f"{value!r}: settings are texts, paths, numbers, lists and mappings, not {type(value).__name__}")
+        raise StunError(f"{brief(value)}: settings are texts, paths, numbers, lists and mappings, not {type(value).__name__}")
     text = fspath(value)
     return text if _PLAIN.fullmatch(text) and text.lower() not in _SPECIAL else _quoted(text)
 

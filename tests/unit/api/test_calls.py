@@ -118,6 +118,9 @@ def test_evaluate(pruned, tmp_path):
             lambda tmp_path: stun.evaluate(MODEL, task={"path": HELDOUT, "marker": "</s>"}, output=tmp_path / "x"),
             "completions are read without special tokens",
         ),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides="target=1"), "'target=1': must be a list of texts"),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=[0.5]), "must be a list of texts"),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=None, tarrget=1), "tarrget: no such setting"),
         (lambda tmp_path: stun.evaluate("/none", output=tmp_path / "x"), "nothing to evaluate"),
         (
             lambda tmp_path: stun.evaluate(MODEL, task="reference", dense=tmp_path / "x", output=tmp_path / "y" / ".." / "x"),

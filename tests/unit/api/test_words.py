@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,11 @@ def test_paths_in_the_home_folder(monkeypatch):
         ({"experiment": "bset"}, "experiment=bset: known are arctic, best, demo, mixtral, paper, quick, qwen3"),
         ({"sparsify": "sparsegtp"}, "wanda; a mapping sets single values"),
         ({"experts": 3}, "experts=3: must be a mapping of settings, such as {'method': ...}"),
+        ({"calibration": ["some text"]}, "=['some text']: must be a file of text or a dataset's name, or a mapping of settings"),
+        ({"calibration": ["some text"] * 10**4}, "'some t... (list): must be a file of text"),
+        ({"calibration": {"path": ["some text"] * 10**4}}, "'some t... (list): must be a text"),
+        ({"model": torch.nn.Sequential(*[torch.nn.Linear(2, 2)] * 9)}, "(Sequential): must be a checkpoint's folder or its name"),
+        ({"target": torch.zeros(400)}, "(Tensor): settings are texts, paths, numbers"),
         ({"launcher": "slurm"}, "launcher: is for the command line alone"),
         ({"experts": {"score": "enegry"}}, "experts.score: Invalid value 'enegry'"),
         ({"run_dir": None}, "run_dir: is needed"),
@@ -113,4 +119,4 @@ def test_paths_in_the_home_folder(monkeypatch):
 def test_what_is_refused(given_, says):
     with pytest.raises(StunError) as caught:
         prune_config(**given_)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
