@@ -34,7 +34,9 @@ class Names:
     def words(self, settings: Mapping[str, object]) -> list[str]:
         """Words of the command; whether the job knows them all is checked when they are composed. Raises StunError for a value
         that they cannot hold."""
-        return [word for name, value in settings.items() if value is not None for word in self._words(name, at_home(value))]
+        known = {field.name for field in fields(self.schema)} | self.groups.keys()
+        given = {name: value for name, value in settings.items() if value is not None or name not in known}
+        return [word for name, value in given.items() for word in self._words(name, at_home(value))]
 
     def _words(self, name: str, value: object) -> Iterator[str]:
         node = getattr(self.schema(), name, None)

@@ -102,6 +102,7 @@ def test_paths_in_the_home_folder(monkeypatch):
     "given_, says",
     [
         ({"tarrget": 0.5}, "tarrget: no such setting; did you mean target?"),
+        ({"tarrget": None}, "tarrget: no such setting; did you mean target?"),
         ({"experts": {"scroe": "ean"}}, "experts.scroe: no such setting; did you mean experts.score?"),
         ({"experiment": "bset"}, "experiment=bset: known are arctic, best, demo, mixtral, paper, quick, qwen3"),
         ({"sparsify": "sparsegtp"}, "wanda; a mapping sets single values"),
