@@ -27,6 +27,7 @@ from stun.config import Device, StunError, printable
 from stun.files import system_errors
 from stun.planning.validation import validate
 from stun.run.sweep import runs, stages
+from stun.runtime.imports import hide_kernels
 from stun.runtime.interrupts import interruptible
 from stun.runtime.process import process_ranks, started_ranks
 from stun.settings.compose import CONF, check_overrides, composed, register
@@ -52,10 +53,7 @@ def launch(name: str, work: Work, about: str, observe: Work | None = None) -> No
     SIGTERM print one line on the first rank and exit with 130 and 143.
     """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read on import, in stun.data
-    for kernels in ("causal_conv1d", "fla", "mamba_ssm"):
-        # transformers would take them in place of its own code, wherever they are installed. They run on no CPU, which estimates
-        # of memory need, and choose their way by timing, so that a run that goes on would not end in the same bytes.
-        sys.modules.setdefault(kernels, None)
+    hide_kernels()
     # The deepspeed launcher adds an argument that Hydra does not know; the environment gives the rank as well.
     program, *arguments = (a for a in sys.argv if not a.startswith(("--local_rank", "--local-rank")))
     flags, overrides = [a for a in arguments if a.startswith("-")], [a for a in arguments if not a.startswith("-")]

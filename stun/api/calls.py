@@ -25,6 +25,7 @@ from stun.pruning.evaluated import prune_then_evaluate
 from stun.pruning.push import check_push, push
 from stun.run.lock import let_go
 from stun.runtime.caller import own_modes, torch_restored
+from stun.runtime.imports import kernels_hidden
 from stun.runtime.process import any_ranks, process_ranks
 from stun.runtime.ranks import Ranks
 from stun.settings.compose import composed
@@ -114,7 +115,8 @@ def _job(
     words = [*Names(job).words({**given, **settings}), *(overrides or ())]
     with _one_call:
         cfg = composed(job, words)
-    with _on_ranks([f"jobs/{job}.py", *words], lambda: process_ranks(cfg.device)) as ranks, own_modes(ranks.device):
+    command = [f"jobs/{job}.py", *words]
+    with _on_ranks(command, lambda: process_ranks(cfg.device)) as ranks, own_modes(ranks.device), kernels_hidden():
         yield cfg, ranks
 
 

@@ -56,3 +56,20 @@ def test_jobs_take_no_kernels_that_happen_to_be_installed(tmp_path, monkeypatch,
     assert importlib.util.find_spec("causal_conv1d") is None
     with pytest.raises(ImportError):
         importlib.import_module("causal_conv1d")
+
+
+@pytest.mark.slow
+def test_calls_from_python_take_none_either(checkpoint, tmp_path):
+    """A process that has them finds them again. This one has not imported the family's module."""
+    (tmp_path / "causal_conv1d.py").write_text("def causal_conv1d_fn(*_, **__):\n    raise RuntimeError('no CPU')\n")
+    words = """
+import stun, sys
+text = {"path": stun.reference.CALIBRATION, "samples": 4, "length": 16}
+stun.prune(sys.argv[1], output=sys.argv[2], experts={"drop": 0.25, "refit": False}, calibration=text)
+import causal_conv1d
+print(causal_conv1d.__file__)
+"""
+    env = {**environment(), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", words, checkpoint("jamba"), tmp_path / "run"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith(f"{tmp_path / 'causal_conv1d.py'}\n"), done.stderr
