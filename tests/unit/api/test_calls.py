@@ -150,7 +150,8 @@ def test_the_process_is_left_as_it_was(checkpoint, tmp_path):
         root = logging.getLogger()
         levels = (root.level, tuple(root.handlers), logging.getLogger("mine").level, logging.getLogger("transformers").level)
         hydra = (VersionBase.instance().getbase(), sorted(ConfigStore.instance().repo), GlobalHydra.instance().hydra)
-        return (*levels, *hydra, list(sys.argv), dict(os.environ), os.getcwd())
+        environment = {name: value for name, value in os.environ.items() if name != "KMP_DUPLICATE_LIB_OK"}  # of threadpoolctl
+        return (*levels, *hydra, list(sys.argv), environment, os.getcwd())
 
     with initialize_config_dir(str(tmp_path), version_base="1.2", job_name="theirs"):
         before = state()
