@@ -81,7 +81,8 @@ def _check_form(folder: Path, remote: Headers) -> None:
         )
         raise StunError(f"model.path={folder}: {reason}")
     if not (folder / "config.json").is_file():
-        raise StunError(f"{folder}: has no config.json")
+        run = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
+        raise StunError(f"{folder}: has no config.json{run}")
     check_folder(folder)
     if not has_weights:
         raise StunError(f"{folder}: holds neither {INDEX} nor {SINGLE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -119,4 +120,6 @@ def test_every_launcher_and_repeat(checkpoint, tmp_path):
         same_tensors(tmp_path / "plain" / "model", tmp_path / name / "model")
     before = (tmp_path / "plain" / "manifest.json").read_bytes()
     again = run_job("prune", settings(source, tmp_path / "plain"))
-    assert "complete already" in again.stdout and (tmp_path / "plain" / "manifest.json").read_bytes() == before
+    assert "complete already\n" in again.stdout and (tmp_path / "plain" / "manifest.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "plain" / "model")
+    assert "complete already, but its checkpoint is no more in" in run_job("prune", settings(source, tmp_path / "plain")).stdout

@@ -27,7 +27,8 @@ FOLDERS = {
     "LoRA": (["adapter_config.json", "adapter_model.safetensors"], r"adapter_config.json: a LoRA adapter .*merge_and_unload\("),
     "LoRA, pickled, with a config": (["adapter_config.json", "adapter_model.bin", "config.json"], "a LoRA adapter"),
     "no weights": (["config.json"], "holds neither model.safetensors.index.json nor model.safetensors"),
-    "nothing": ([], "has no config.json"),
+    "nothing": ([], "has no config.json$"),
+    "a run": (["plan.json", "model/config.json"], r"has no config.json; did you mean .*/model\?$"),
 }
 
 
@@ -35,6 +36,7 @@ FOLDERS = {
 def test_a_folder_in_another_form(tmp_path, name):
     files, says = FOLDERS[name]
     for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("{}")
     with pytest.raises(StunError, match=says) as caught:
         Checkpoint.open(tmp_path)
