@@ -135,9 +135,9 @@ class Ranks:
         else:
             # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks for reuse until `return_memory`. By default every large block
             # is returned to the system, which zeroes its pages at each new use (a third of a small run's time). Larger ones than
-            # these are: in the heap, scores of attention took 1.4 times their memory, and its reuse saved no time.
+            # these are: in the heap, scores of attention took 1.4 times their memory.
             _libc_call("mallopt", -3, 32 << 20)  # older versions of glibc accept no more
-            _libc_call("mallopt", -3, 64 << 20)
+            _libc_call("mallopt", -3, 128 << 20)
             _libc_call("mallopt", -1, 256 << 20)
         with _own_gpus():
             self._comm = _start_deepspeed(on_gpu) if self.world > 1 else None
