@@ -12,7 +12,7 @@ def work(cfg, ranks) -> None:
 
     check_push(cfg, ranks)
     job = resolve(cfg, ranks, runs_here=not cfg.cluster.nodes)
-    if ranks.on_first(lambda: job.arch.source.is_here):  # or weights would be fetched for it
+    if not cfg.task.path or ranks.on_first(lambda: job.arch.source.is_here):  # or weights would be fetched for it
         check_task(cfg, ranks)
     preflight(job, ranks, cfg.cluster)
 

@@ -5,7 +5,7 @@ Inside torchrun all ranks make the same calls; a plain process or a notebook is 
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
@@ -110,9 +110,10 @@ def _job(
     """Configuration and ranks of a job. Raises StunError for an unknown name or value."""
     for name in given.keys() & settings.keys():
         raise StunError(f"{name}: is given twice")
-    if isinstance(overrides, (str, Mapping)) or not all(isinstance(word, str) for word in overrides or ()):
+    more = list(overrides) if isinstance(overrides, Iterable) else [] if overrides is None else [None]
+    if isinstance(overrides, (str, Mapping)) or not all(isinstance(word, str) for word in more):
         raise StunError(f"overrides={brief(overrides)}: must be a list of texts, such as ['experts.score=energy']")
-    words = [*Names(job).words({**given, **settings}), *(overrides or ())]
+    words = [*Names(job).words({**given, **settings}), *more]
     with _one_call:
         cfg = composed(job, words)
     command = [f"jobs/{job}.py", *words]

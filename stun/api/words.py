@@ -35,7 +35,7 @@ class Names:
         """Words of the command; whether the job knows them all is checked when they are composed. Raises StunError for a value
         that they cannot hold."""
         known = {field.name for field in fields(self.schema)} | self.groups.keys()
-        given = {name: value for name, value in settings.items() if value is not None or name not in known}
+        given = {name: value for name, value in settings.items() if value is not None or name.partition(".")[0] not in known}
         return [word for name, value in given.items() for word in self._words(name, at_home(value))]
 
     def _words(self, name: str, value: object) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Evaluation of a run's checkpoint beside the dense model, which is evaluated once."""
 
+from pathlib import Path
+
 from stun.config import ModelConfig, StunError
 from stun.evaluation.config import EvaluateConfig, PruneAndEvaluateConfig, TaskConfig
 from stun.evaluation.job import check, evaluate, evaluate_tracked
@@ -38,6 +40,8 @@ def _dense(cfg: PruneAndEvaluateConfig) -> EvaluateConfig:
 def check_task(cfg: PruneAndEvaluateConfig, ranks: Ranks) -> None:
     """Raises StunError, before any work, if the task cannot be asked of the model."""
     if cfg.task.path:
+        if Path(_dense(cfg).output).resolve() == Path(cfg.run_dir, RESULT).resolve():
+            raise StunError(f"dense={cfg.dense}: is the file of the run's own result; give the dense model's")
         check(_dense(cfg), ranks, f"{cfg.run_dir}/{RESULT}")
     elif cfg.dense or cfg.task != TaskConfig():
         raise StunError("task.path: a file or dataset to evaluate on is needed with dense and other settings of task")

@@ -88,7 +88,7 @@ def open_run(job: Job, ranks: Ranks) -> Iterator[Run]:
     run.summary = ranks.on_first(run.read_summary)
     if run.summary:
         ranks.on_first(run.clear)  # the launch that finished it may have been killed before it cleared
-        lost = "" if (run.model / "config.json").is_file() else f", but its checkpoint is no more in {run.model}"
+        lost = "" if (run.model / "config.json").is_file() else f", but its checkpoint is no longer in {run.model}"
         ranks.log(f"{cfg.run_dir} is complete already{lost}")
         yield run
         return

@@ -66,9 +66,10 @@ def set_arithmetic() -> None:
     attention, torch's first choice on some GPUs, is planned anew for every length, which is every generated token, and has given
     wrong text for few key-value heads (pytorch #193893)."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # By torch's older settings, which set the newer ones too: other libraries may ask by either.
+    # By torch's older settings and the newer ones: other libraries may ask by either, and a general newer one may say TF32.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
 
 
 def _unusable(wanted: Device, why: str) -> StunError:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SPAN = 512  # words (of 32 bits) in a tile: one load of 16 bytes for each of a program's 128 threads
 HELD = 32  # tiles that stay in registers: rows of up to 32,768 bfloat16 or 16,384 float32. The rest is read at every count
 PAIRED = 2 * 0xFFFF  # longest row of bfloat16 that is read two keys to a word: counts fit in half a word
+ROWS = 256  # that are sorted at once without a kernel
 DIGIT = 16  # bits that one histogram of a whole tensor tells apart
 INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -153,6 +154,8 @@ def cannot_compile(device: torch.device) -> str:
     row_D = torch.arange(8.0, device=device)[None]
     try:
         _by_kernel(row_D, torch.tensor([4], device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # for each thing that is missing another one
         return str(error).partition("\n")[0] or type(error).__name__
     return ""
@@ -168,9 +171,11 @@ def smallest_per_row_gpu(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torc
 
 
 def _by_sort(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
-    order_OD = keys(scores_OD).sort(dim=1, stable=True).indices
-    is_first_OD = torch.arange(scores_OD.shape[1], device=scores_OD.device) < count_O[:, None]
-    return torch.zeros_like(is_first_OD).scatter_(1, order_OD, is_first_OD)
+    mask_OD, place_D = torch.empty_like(scores_OD, dtype=torch.bool), torch.arange(scores_OD.shape[1], device=scores_OD.device)
+    # By some rows at a time: a sort takes many bytes a number.
+    for mask_RD, scores_RD, count_R in zip(*(part.split(ROWS) for part in (mask_OD, scores_OD, count_O)), strict=True):
+        mask_RD.scatter_(1, keys(scores_RD).sort(dim=1, stable=True).indices, place_D < count_R[:, None])
+    return mask_OD
 
 
 def _by_kernel(scores_OD: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def _check_statistics(file: Path, tensors: dict[str, torch.Tensor], sources: int
         if tensor is None or tensor.shape != shape or tensor.dtype is not dtype:
             is_now = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise StunError(f"{file}: {name}: must be {shape} of {dtype}, is {is_now}; {_RETAKE}")
-        least, most = torch.aminmax(tensor)  # NaN, where there is one
+        least, most = torch.aminmax(tensor) if tensor.numel() else (0, 0)  # NaN, where there is one
         is_good = (least > -math.inf if name == "outputs" else least >= 0) and most < math.inf
         if not is_good:
             raise StunError(f"{file}: {name}: has negative or infinite entries; {_RETAKE}")

@@ -104,4 +104,6 @@ def _warm() -> WarmProcess:
 def _shared(name: str) -> tuple[Path, int]:
     """Address, and owner, of a process that serves all workers of this test run."""
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    return Path(gettempdir(), f"stun-{name}-{owner}"), owner
+    folder = Path(gettempdir(), f"stun-tests-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{name}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', '')[:16]}-{owner}", owner

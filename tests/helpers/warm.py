@@ -169,6 +169,7 @@ def wait(children: list[int]) -> int:
 def _serve(connection: socket.socket) -> NoReturn:
     """Start what one test process asks for, one launch after the other."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _sockets.pop().close()  # the server's: who connects when it has ended must be refused
     _sockets.append(connection)
     with connection.makefile("r") as requests:
         for line in requests:
@@ -182,7 +183,7 @@ def _serve(connection: socket.socket) -> NoReturn:
 def _is_there(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # the second: another user's by now
         return False
     return True
 

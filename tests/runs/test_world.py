@@ -122,4 +122,4 @@ def test_every_launcher_and_repeat(checkpoint, tmp_path):
     again = run_job("prune", settings(source, tmp_path / "plain"))
     assert "complete already\n" in again.stdout and (tmp_path / "plain" / "manifest.json").read_bytes() == before
     shutil.rmtree(tmp_path / "plain" / "model")
-    assert "complete already, but its checkpoint is no more in" in run_job("prune", settings(source, tmp_path / "plain")).stdout
+    assert "complete already, but its checkpoint is no longer in" in run_job("prune", settings(source, tmp_path / "plain")).stdout

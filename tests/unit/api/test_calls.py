@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stun
 from helpers.launches import run_warm
@@ -26,6 +28,7 @@ from stun.api import calls
 from stun.config import Budget, ExpertsConfig
 from stun.pruning.job import prune
 from stun.reference import MODEL
+from stun.runtime.caller import torch_restored
 from stun.runtime.gpus import set_arithmetic
 
 pytestmark = pytest.mark.slow
@@ -120,6 +123,12 @@ def test_evaluate(pruned, tmp_path):
         ),
         (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides="target=1"), "'target=1': must be a list of texts"),
         (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=[0.5]), "must be a list of texts"),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=5), "overrides=5: must be a list of texts"),
+        (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=(w for w in ["target=x"])), "target: "),
+        (
+            lambda tmp_path: stun.prune(MODEL, output=tmp_path, target=0.5, task="reference", dense=tmp_path / "result.json"),
+            "is the file of the run's own result",
+        ),
         (lambda tmp_path: stun.prune("m", output=tmp_path / "x", overrides=None, tarrget=1), "tarrget: no such setting"),
         (lambda tmp_path: stun.evaluate("/none", output=tmp_path / "x"), "nothing to evaluate"),
         (
@@ -162,42 +171,66 @@ def test_the_process_is_left_as_it_was(checkpoint, tmp_path):
     assert not GlobalHydra.instance().is_initialized()
 
 
-def test_torch_is_left_as_it_was(checkpoint, tmp_path, monkeypatch):
+def arithmetic() -> tuple:
+    """State of torch that a rank on a GPU sets."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    places = (torch.backends, cuda.matmul, cudnn, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul)
+    return [place.fp32_precision for place in places], cudnn.deterministic, cuda.cudnn_sdp_enabled()
+
+
+ASKED = {
+    "nothing": lambda backends: None,
+    "older setting": lambda backends: torch.set_float32_matmul_precision("high"),
+    "for all": lambda backends: setattr(backends, "fp32_precision", "tf32"),
+    "of products": lambda backends: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+    "of convolutions": lambda backends: setattr(backends.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_torch_is_left_as_it_was(checkpoint, monkeypatch, asked):
     """Threads and arithmetic, also those that only a GPU's ranks set; in a call they are the job's."""
+    inside, tokenizer, count = [], calls.load_tokenizer, torch.get_num_threads()
 
-    def state() -> tuple:
-        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-        precision = torch.get_float32_matmul_precision()
-        return torch.get_num_threads(), precision, cudnn.deterministic, cudnn.allow_tf32, cuda.cudnn_sdp_enabled()
+    def look(place):
+        set_arithmetic()
+        inside.append((torch.get_num_threads(), arithmetic()))
+        return tokenizer(place)
 
-    own, inside, tokenizer = state(), [], calls.load_tokenizer
-    count = torch.get_num_threads() + 1
-    monkeypatch.setattr(calls, "load_tokenizer", lambda place: (inside.append(state()), set_arithmetic(), tokenizer(place))[-1])
-    try:
-        torch.set_num_threads(count)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-        before = state()
+    monkeypatch.setattr(calls, "load_tokenizer", look)
+    with torch_restored():
+        torch.set_num_threads(count + 1)
+        ASKED[asked](torch.backends)
+        before = arithmetic()
         stun.load(checkpoint("mixtral"))
-        stun.prune(checkpoint("mixtral"), output=tmp_path / "run", **SMALL)
-        assert state() == before and before[:2] == (count, "high") and inside[0][0] == len(os.sched_getaffinity(0))
-        monkeypatch.undo()
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
-            torch.get_float32_matmul_precision()
-        stun.load(checkpoint("mixtral"))
-    finally:
-        torch.set_num_threads(own[0])
-        torch.set_float32_matmul_precision(own[1])
-        torch.backends.cudnn.allow_tf32 = own[3]
+        assert arithmetic() == before and torch.get_num_threads() == count + 1
+    ((threads, (precision, is_deterministic, has_attention)),) = inside
+    assert threads == len(os.sched_getaffinity(0)) and is_deterministic and not has_attention
+    assert precision[1] == "ieee" and precision[3] == "ieee"
 
 
 MODES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
     "device": lambda: torch.device("meta"),
+    "dtype": lambda: default_dtype(torch.bfloat16),
+    "attention": lambda: sdpa_kernel(SDPBackend.MATH),
 }
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def modes() -> tuple:
+    own = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()
+    return own, torch.get_default_dtype(), torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -205,9 +238,9 @@ def test_modes_of_the_caller_do_not_count(pruned, tmp_path, mode):
     """The same bytes, and the mode again after the call."""
     source, run, _ = pruned
     with MODES[mode]():
-        before = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()
+        before = modes()
         stun.prune(source, output=tmp_path / "run", experts=PAPER, **SMALL)
-        assert (torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_default_device()) == before
+        assert modes() == before
     same_tensors(tmp_path / "run" / "model", run / "model")
 
 

@@ -97,7 +97,7 @@ def test_an_image_does_not_choose_the_arithmetic(monkeypatch):
     cuda.matmul.fp32_precision = "tf32"
     try:
         set_arithmetic()
-        assert cuda.matmul.fp32_precision == "ieee" and cudnn.conv.fp32_precision != "tf32"
+        assert cuda.matmul.fp32_precision == "ieee" and cudnn.conv.fp32_precision == "ieee"
         assert cudnn.deterministic and not cuda.cudnn_sdp_enabled()
         with tf32():
             assert cuda.matmul.fp32_precision == "tf32"
