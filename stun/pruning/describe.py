@@ -36,7 +36,8 @@ def notices(job: Job, device: torch.device) -> list[str]:
         kept = f"{_DEFAULT:.3f} by default and {_WANDA} by Wanda, of {_DENSE}"
         unknown = f"nothing above {_MEASURED} was measured; there the reference model's exact match is {kept} (docs/quality.md)"
         lines.append(f"warning: target={job.plan.target:g}: {unknown}")
-    without_compiler = cannot_compile(device) if device.type == "cuda" and job.plan.zeros else ""
+    takes_rows = job.plan.zeros and not job.cfg.sparsify.pattern  # what the kernel selects from
+    without_compiler = cannot_compile(device) if device.type == "cuda" and takes_rows else ""
     if without_compiler:
         lines.append(f"Triton cannot compile here ({without_compiler}): masks are found by sorting, which is slower")
     if arch.mtp and any(job.drops):

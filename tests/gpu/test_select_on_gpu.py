@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.select_cases import cases, sorted_mask
-from stun.sparsify.select_kernel import cannot_compile, smallest_overall, smallest_per_row_gpu
+from helpers.select_cases import cases
+from stun.sparsify.select_kernel import _by_sort, cannot_compile, smallest_overall, smallest_per_row_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -19,7 +19,7 @@ def test_the_kernel_sorts_on_a_gpu(dtype, columns):
         scores = scores.to("cuda", dtype)
         count_O = torch.randint(0, columns + 1, (300,), generator=generator).cuda()
         count_O[0], count_O[1] = 0, columns
-        assert torch.equal(smallest_per_row_gpu(scores, count_O), sorted_mask(scores, count_O)), name
+        assert torch.equal(smallest_per_row_gpu(scores, count_O), _by_sort(scores, count_O)), name
     assert not cannot_compile(scores.device)
 
 

@@ -56,9 +56,8 @@ def request(source: Path, run_dir: Path, sparsify: SparsifyConfig | None = None)
 
 def families(sources: Path, runs: Path, ranks: Ranks) -> None:
     """Every family in SOURCES but those of the joint refit alone."""
-    for source in sorted(
-        source for source in sources.iterdir() if source.name == FAMILY or source.name not in (*REFITTED, SHALLOW)
-    ):
+    others = {*REFITTED, SHALLOW} - {FAMILY}
+    for source in sorted(source for source in sources.iterdir() if source.name not in others):
         prune(request(source, runs / source.name), ranks)
 
 

@@ -1,4 +1,4 @@
-"""Scores that are hard to select from, and selection by sorting."""
+"""Scores that are hard to select from, and selection row by row in Python."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ def naive_mask(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
     for row, values in enumerate(scores.tolist()):
         mask[row, sorted(range(len(values)), key=lambda column: (values[column], column))[: counts[row]]] = True
     return mask
-
-
-def sorted_mask(scores: torch.Tensor, count_O: torch.Tensor) -> torch.Tensor:
-    order = scores.sort(dim=1, stable=True).indices
-    leaves = torch.arange(scores.shape[1], device=scores.device) < count_O[:, None]
-    return torch.zeros_like(leaves).scatter_(1, order, leaves)
 
 
 def cases(rows: int, columns: int) -> dict[str, torch.Tensor]:

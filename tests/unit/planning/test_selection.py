@@ -32,8 +32,6 @@ def test_one_stream_serves_every_selection(observed, tmp_path):
     similarities = [{}, {"lambda2": 1.0}, {"lambda1": 0.0, "lambda2": 1.0}]
     seen, from_statistics = {}, [Budget.uniform, Budget["global"]]
     for method, score, budget, representative in itertools.product(ExpertsMethod, Score, from_statistics, Representative):
-        if representative is not Representative.score and score not in (Score.reap, Score.index):
-            continue  # the others choose the member kept without its score
         # What is similar does not depend on the score.
         for number, similarity in enumerate(similarities if score is Score.reap else [{}]):
             experts = ExpertsConfig(method=method, score=score, budget=budget, representative=representative, **similarity)

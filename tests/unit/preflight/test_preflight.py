@@ -404,7 +404,7 @@ def large(tmp_path_factory):
             wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
             if name == "gpt_oss":
                 wide = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
-            make_checkpoint(folder, name, torch.bfloat16, "1GB", max_position_embeddings=4096, **wide)
+            make_checkpoint(folder, name, torch.bfloat16, shard="1GB", max_position_embeddings=4096, **wide)
         return made.setdefault(name, folder)
 
     return get
@@ -430,7 +430,7 @@ def test_memory_is_what_was_estimated(large, tmp_path, name):
     )
     peak = json.loads((tmp_path / "run" / "manifest.json").read_text())["summary"]["peak_bytes"] / GIB
     print(f"{name}: estimated {estimated:.2f}, measured {peak:.2f}, at its start {base:.2f} GiB")
-    assert peak - base > 0.4
+    assert peak - base > 0.45
     assert abs(estimated / peak - 1) < 0.15
     assert abs((estimated - base) / (peak - base) - 1) < 0.25
 
